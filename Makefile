@@ -1,0 +1,55 @@
+# make train   train MiT-B0 on the sample that this repository ships: runs/sample/
+# make test    the tests (under 15 minutes on two cores)
+# make lint    ruff and mypy
+# Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev train test lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
+		f"Python 3.11 or 3.12 is needed, {sys.executable} is {v.major}.{v.minor}; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: pip then keeps that build when the other packages ask for it.
+$(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.train
+install-dev: $(VENV)/.dev
+
+# All GPUs as far as the batch of 8 divides by their number, or one process on the CPU; a port that is free, because
+# DeepSpeed's own default is one fixed number.
+train: install
+	$(BIN)/python data_prep/shard.py data=sample
+	@set -e; \
+	gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ $$gpus = 0 ]; then export DS_ACCELERATOR=cpu; fi; \
+	ranks=$$($(BIN)/python -c "print(max(r for r in (1, 2, 4, 8) if r <= max(1, $$gpus)))"); \
+	port=$$($(BIN)/python -c 'from segformer.dist import free_port; print(free_port())'); \
+	set -x; $(BIN)/deepspeed --num_accelerators $$ranks --master_port $$port launch/train.py experiment=sample
+
+test: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf runs data

@@ -1,0 +1,10 @@
+"""Scores of a run or an export on a split: python launch/evaluate.py checkpoint=runs/sample [shards=<folder>]
+
+Several ranks share the images: deepspeed --num_accelerators 4 launch/evaluate.py checkpoint=runs/sample
+"""
+
+from segformer.config import cli
+from segformer.validate import ValidateConfig, validate
+
+if __name__ == "__main__":
+    cli(ValidateConfig, "evaluate", validate)

@@ -1,0 +1,7 @@
+"""Export a run: python launch/export.py run=runs/sample [out=<folder>] [step=<step>]"""
+
+from segformer.config import cli
+from segformer.export import ExportConfig, export
+
+if __name__ == "__main__":
+    cli(ExportConfig, "export", export)

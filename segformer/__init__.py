@@ -1,0 +1,49 @@
+"""SegFormer in PyTorch and the system that trains it.
+
+`import segformer` gives the model, loaded on first use; training, data and prediction are imported by their
+modules (segformer.train, segformer.data.shards, segformer.predict ...).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
+    from segformer.models.segformer import VARIANTS, MiTClassifier, ModelConfig, SegFormer, build_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointError": "segformer.errors",
+    "ConfigError": "segformer.errors",
+    "DataError": "segformer.errors",
+    "SegformerError": "segformer.errors",
+    "VARIANTS": "segformer.models.segformer",
+    "MiTClassifier": "segformer.models.segformer",
+    "ModelConfig": "segformer.models.segformer",
+    "SegFormer": "segformer.models.segformer",
+    "build_model": "segformer.models.segformer",
+}
+__all__ = [
+    "VARIANTS",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MiTClassifier",
+    "ModelConfig",
+    "SegFormer",
+    "SegformerError",
+    "build_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'segformer' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

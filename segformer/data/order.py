@@ -1,0 +1,172 @@
+"""The order in which a run sees its samples: a pure function of (spec, stream position), called "lanes".
+
+    chunks   every shard cut into contiguous chunks of at most `chunk` samples
+    epoch e  a permutation of the chunks (seed, e); `block` consecutive chunks form a block, inside which all
+             samples are permuted (seed, e, block). V_e, all blocks in turn, is a bijection on [0, N).
+    lanes    D, rem = divmod(N, L); lane l owns V_e[l*D + min(l, rem) :][: D + (l < rem)]
+    order    position p of the epoch -> lane p % L, depth p // L
+    stream   q = 0, 1, 2, ... -> epoch q // N, position q % N; global batch t = stream [t*G, (t+1)*G)
+
+So batches span epoch ends (no padding, no dropped or short batch), every epoch holds each sample exactly
+once, and ranks, workers, restarts and even another global batch cannot change what comes at q. The whole
+state of a run is q and the frozen spec. Lanes keep reads sequential: a lane walks through its chunks one
+after another.
+
+Permutations are the stable argsort of Philox.random_raw, which NumPy keeps across versions (it does not
+promise that for Generator.permutation); golden hashes in the tests pin them. Any change of the order needs
+a new `version`."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from segformer.errors import ConfigError, DataError
+
+VERSION = 1
+LANES_PER_SLOT = 8  # lanes per slot of the global batch
+
+_CHUNKS, _BLOCK = 0, 1  # which permutation a random stream is for
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSpec:
+    """Everything that the order depends on; frozen when a run starts and kept in its checkpoints."""
+
+    num_samples: int
+    shard_sizes: tuple[int, ...]
+    seed: int
+    lanes: int
+    chunk: int = 16
+    block: int = 16
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise DataError(
+                f"sample order of version {self.version}; this program implements version {VERSION} only"
+            )
+        if self.num_samples < 1 or sum(self.shard_sizes) != self.num_samples or min(self.shard_sizes) < 1:
+            raise DataError(
+                f"sample order over {self.num_samples} samples in shards of {list(self.shard_sizes[:4])}..."
+            )
+        for name in ("lanes", "chunk", "block"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sample order with {name}={getattr(self, name)}; use 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed}; use 0 to 2^64 - 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"shard_sizes": list(self.shard_sizes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "OrderSpec":
+        """The inverse of to_dict."""
+        return cls(**{**values, "shard_sizes": tuple(values["shard_sizes"])})
+
+
+def make_order_spec(
+    shard_sizes: Iterable[int], *, seed: int, global_batch: int, chunk: int = 16, block: int = 16
+) -> OrderSpec:
+    """The spec of a new run; `global_batch` only sets the number of lanes, which then stays."""
+    sizes = tuple(int(size) for size in shard_sizes)
+    return OrderSpec(sum(sizes), sizes, seed, LANES_PER_SLOT * global_batch, chunk, block)
+
+
+class SampleOrder:
+    """Stream position -> sample id. Holds the chunk tables of two epochs and the blocks in use."""
+
+    def __init__(self, spec: OrderSpec) -> None:
+        self.spec = spec
+        self._chunk_starts, self._chunk_sizes = _chunks(spec)
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["SampleOrder"], tuple[OrderSpec]]:
+        return SampleOrder, (self.spec,)
+
+    def epoch_of(self, q: int) -> int:
+        """The epoch that stream position q belongs to."""
+        return q // self.spec.num_samples
+
+    def ids(self, start: int, count: int) -> np.ndarray:
+        """Sample ids, int64 (count,), at the stream positions start .. start + count - 1."""
+        positions = np.arange(start, start + count, dtype=np.int64)
+        epochs, positions = np.divmod(positions, self.spec.num_samples)
+        ids = np.empty(count, np.int64)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            ids[inside] = self._epoch_ids(int(epoch), positions[inside])
+        return ids
+
+    def _epoch_ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        share, rest = divmod(self.spec.num_samples, self.spec.lanes)
+        depth, lane = np.divmod(positions, self.spec.lanes)
+        index = lane * share + np.minimum(lane, rest) + depth  # into V_e
+        block_starts = self._epoch(epoch)[1]
+        blocks = np.searchsorted(block_starts, index, side="right") - 1
+        ids = np.empty(len(index), np.int64)
+        by_block = np.argsort(blocks, kind="stable")
+        edges = np.flatnonzero(np.diff(blocks[by_block], prepend=-1))
+        for part in np.split(by_block, edges[1:]):
+            if len(part):
+                block = int(blocks[part[0]])
+                ids[part] = self._block(epoch, block)[index[part] - block_starts[block]]
+        return ids
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(permuted chunk numbers, start of every block in V_e)."""
+        if epoch not in self._epochs:
+            order = _permutation(len(self._chunk_sizes), self.spec.seed, _CHUNKS, epoch, 0)
+            ends = np.cumsum(self._chunk_sizes[order])
+            starts = np.concatenate([[0], ends[self.spec.block - 1 : -1 : self.spec.block]])
+            self._epochs[epoch] = (order, starts)
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _block(self, epoch: int, block: int) -> np.ndarray:
+        """Sample ids of one block of V_e, in order."""
+        key = (epoch, block)
+        if key not in self._blocks:
+            size = self.spec.block
+            chunks = self._epoch(epoch)[0][block * size : (block + 1) * size]
+            ids = np.concatenate([np.arange(self._chunk_sizes[c]) + self._chunk_starts[c] for c in chunks])
+            self._blocks[key] = ids[_permutation(len(ids), self.spec.seed, _BLOCK, epoch, block)]
+            if len(self._blocks) > 2 * self.spec.lanes:  # about one block a lane is in use at a time
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(key)
+        return self._blocks[key]
+
+
+def _chunks(spec: OrderSpec) -> tuple[np.ndarray, np.ndarray]:
+    """(first sample id, number of samples) of every chunk."""
+    sizes = np.asarray(spec.shard_sizes, np.int64)
+    counts = -(-sizes // spec.chunk)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(np.cumsum(sizes) - sizes, counts) + within * spec.chunk
+    return starts, np.minimum(spec.chunk, np.repeat(np.cumsum(sizes), counts) - starts)
+
+
+def _permutation(count: int, seed: int, stream: int, epoch: int, block: int) -> np.ndarray:
+    # The counter's lowest word runs while drawing; the other three tell the streams apart.
+    key, counter = np.array([seed, VERSION], np.uint64), np.array([0, block, epoch, stream], np.uint64)
+    draws = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+def micro_batch_range(
+    step: int, accumulation_index: int, *, rank: int, world_size: int, global_batch: int, micro_batch: int
+) -> tuple[int, int]:
+    """Stream positions [q0, q1) of one micro batch: slot j of a global batch is of rank j // (G / R)."""
+    if global_batch % (micro_batch * world_size):
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by micro_batch x world_size = "
+            f"{micro_batch} x {world_size}"
+        )
+    per_rank = global_batch // world_size
+    q0 = step * global_batch + rank * per_rank + accumulation_index * micro_batch
+    return q0, q0 + micro_batch

@@ -1,0 +1,246 @@
+"""Ranks: who this process is, the few collectives that training needs, synchronised batch norm, seeds.
+
+Owns torch.distributed. Launchers describe the world by environment variables (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT: `deepspeed`, `torchrun` and our Slurm entry all set them); with none of them set the
+process is a world of one. A partly set environment is refused.
+
+Control messages (flags, small objects) travel over gloo on the CPU also where tensors travel over NCCL, so
+that agreeing on a stop never makes the host wait for the device.
+
+SIGTERM, SIGUSR2 and Ctrl-C only set a flag (StopFlag): collectives in a signal handler would meet other
+ranks' ones.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from segformer.errors import ConfigError, SegformerError
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_T = TypeVar("_T")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The ranks of a run as one of them sees them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, which alone writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.sum(torch.zeros(1))  # over gloo: dist.barrier() would go over NCCL and wait for the device
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks, in place; all ranks call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on at least one rank; all ranks call it."""
+        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], _T]) -> _T:
+        """Run `function` on rank zero and give its result to all ranks.
+
+        A SegformerError of rank zero ends every rank, and only rank zero prints it: one mistake, one line.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except SegformerError as error:
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1] if self.is_main else SystemExit(outcome[1].exit_code)
+        return outcome[0]
+
+    def close(self) -> None:
+        """Leave the process group, so that the interpreter ends without warnings."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def init_world(timeout_s: float = 600.0) -> World:
+    """Join the process group that the environment describes; a world of one when it describes none.
+
+    Raises:
+        ConfigError: some, but not all, of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set.
+    """
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    elif missing:
+        raise ConfigError(
+            f"the environment names a rank but not {', '.join(missing)}; start with `deepspeed`, `torchrun` "
+            "or plain python, or unset RANK and WORLD_SIZE"
+        )
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    return World(
+        rank=rank,
+        local_rank=local_rank,
+        size=size,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        device=device,
+    )
+
+
+def limit_threads(world: World) -> None:
+    """Share the cores of a machine without GPUs between its ranks, unless OMP_NUM_THREADS has been set."""
+    if world.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+
+class StopFlag:
+    """Set by a signal; the loop looks at it once a step. Restores the previous handlers when it is left."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopFlag:
+        self._previous = {number: signal.signal(number, self._set) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else (not on PYTHONHASHSEED or versions)."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Batch norm over all ranks' batches; forward and backward each do their sums over the ranks.
+
+    With n values a channel over all ranks and z = (x - mean) / sqrt(var + eps): dx = weight / sqrt(var + eps)
+    * (dy - sum(dy) / n - z * sum(dy * z) / n). The gradients of weight and bias stay local sums, because the
+    engine averages parameter gradients over the ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = x.float()
+        # Two passes, two collectives: the one-pass variance E[x^2] - E[x]^2 loses digits in fp32.
+        sums = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() / values.shape[1]])])
+        dist.all_reduce(sums)
+        count = sums[-1]
+        mean = sums[:-1] / count
+        centred = values - mean[:, None, None]
+        square_sums = centred.square().sum((0, 2, 3))
+        dist.all_reduce(square_sums)
+        variance = square_sums / count
+        inverse_std = torch.rsqrt(variance + eps)
+        normalised = centred * inverse_std[:, None, None]
+        ctx.save_for_backward(normalised, inverse_std, weight, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        y = normalised * weight.float()[:, None, None] + bias.float()[:, None, None]
+        return y.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        normalised, inverse_std, weight, count = ctx.saved_tensors
+        dy = grad.float()
+        grad_bias = dy.sum((0, 2, 3))
+        grad_weight = (dy * normalised).sum((0, 2, 3))
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums)
+        mean_dy, mean_dyz = (sums / count)[:, :, None, None]
+        scale = (weight.float() * inverse_std)[:, None, None]
+        grad_x = scale * (dy - mean_dy - normalised * mean_dyz)
+        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d over the batches of all ranks, on any device and with unequal batches.
+
+    torch.nn.SyncBatchNorm refuses CPU tensors in training, and the tests of this system run on gloo ranks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) with the statistics of all ranks; in eval mode, with the running ones."""
+        if not self.training:
+            return super().forward(input)
+        y, mean, variance, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
+
+
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace every nn.BatchNorm2d below `model` by one over all ranks, with the same tensors."""
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        if type(child) is nn.BatchNorm2d:
+            twin = SyncBatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum)
+            twin._parameters, twin._buffers = child._parameters, child._buffers
+            setattr(model, name, twin)
+        else:
+            synchronise_batch_norm(child)
+    return model

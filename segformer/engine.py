@@ -1,0 +1,180 @@
+"""The DeepSpeed engine: its configuration as a pure function, and how to build it on GPUs and on CPUs.
+
+Owns deepspeed (beside partition.py, which reads the optimiser's partitions). There is no DeepSpeed JSON
+file: `deepspeed_config` derives every key from the run's own settings, and `engine.extra` may add keys but
+not change derived ones.
+
+Choices, each for a reason:
+- The optimiser is torch.optim.AdamW, given to DeepSpeed: its own FusedAdam compiles a C++ extension at first
+  use.
+- bf16 is DeepSpeed's `torch_autocast`: parameters, gradients, optimiser state and batch-norm buffers stay
+  fp32. Its `bf16` mode casts BatchNorm's parameters but not its buffers, which fails, and at stage 0 it is
+  not AdamW (its first update was measured at 0.744 x lr).
+- torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
+  The loss stays outside the compiled function (losses.py says why).
+- No scheduler is given: optim.py sets the lr before each step.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from segformer.dist import World, synchronise_batch_norm
+from segformer.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How the model is trained on the devices at hand; none of it changes what is learnt beyond rounding."""
+
+    zero_stage: int = 1
+    "DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the ranks."
+    precision: str = "auto"
+    "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
+    compile: bool | None = None
+    "torch.compile the model; null means on GPUs only."
+    sync_batchnorm: bool = True
+    "Batch norm over the batches of all ranks, so that the world size doesn't change the statistics."
+    grad_clip: float = 0.0
+    "Largest gradient norm; 0 for no clipping (as in the official recipe)."
+    timeout_s: float = 1800.0
+    "Seconds after which a collective that not every rank has joined ends the run."
+    extra: dict[str, Any] = field(default_factory=dict)
+    "Further keys of the DeepSpeed configuration; keys that are derived from other settings are refused."
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"engine.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
+            )
+        if self.grad_clip < 0:
+            raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
+
+
+def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
+    """fp32 or bf16; ConfigError where bf16 is asked of a GPU that lacks it."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if cfg.precision == "auto":
+        return "bf16" if device.type == "cuda" and supported else "fp32"
+    if cfg.precision == "bf16" and not supported:
+        raise ConfigError(
+            f"engine.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp32"
+        )
+    return cfg.precision
+
+
+def deepspeed_config(
+    cfg: EngineConfig, *, global_batch: int, micro_batch: int, world_size: int, precision: str
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: a pure function of its arguments.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of micro_batch x world_size, or engine.extra collides.
+    """
+    check_batch(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if cfg.zero_stage:
+        # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
+        zero["overlap_comm"] = torch.cuda.is_available()
+    derived: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": global_batch // (micro_batch * world_size),
+        "gradient_clipping": cfg.grad_clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+    }
+    extra = dict(cfg.extra)
+    zero_extra = dict(extra.pop("zero_optimization", {}))
+    taken = sorted((set(extra) & set(derived)) | ({"stage"} & set(zero_extra)))
+    if taken:
+        raise ConfigError(
+            f"engine.extra sets {', '.join(taken)}, which other settings derive; remove it there"
+        )
+    return derived | extra | {"zero_optimization": zero | zero_extra}
+
+
+def check_batch(*, global_batch: int, micro_batch: int, world_size: int) -> None:
+    """ConfigError unless global_batch = micro_batch x world_size x a whole number; it names what would do."""
+    if global_batch % (micro_batch * world_size) == 0:
+        return
+    if global_batch % world_size == 0:
+        share = global_batch // world_size
+        valid = [str(m) for m in range(1, share + 1) if share % m == 0]
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by micro_batch x world_size = "
+            f"{micro_batch} x {world_size}; use micro_batch={' or '.join(valid)}"
+        )
+    near = sorted(
+        {
+            max(world_size, global_batch // world_size * world_size),
+            -(-global_batch // world_size) * world_size,
+        }
+    )
+    sizes = [str(w) for w in range(1, global_batch + 1) if global_batch % w == 0]
+    raise ConfigError(
+        f"global_batch={global_batch} is not divisible by world_size={world_size}; use a world size of "
+        f"{', '.join(sizes)} or global_batch={' or '.join(map(str, near))}"
+    )
+
+
+def build_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cfg: EngineConfig,
+    world: World,
+    *,
+    global_batch: int,
+    micro_batch: int,
+) -> Any:
+    """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
+    precision = resolve_precision(cfg, world.device)
+    config = deepspeed_config(
+        cfg, global_batch=global_batch, micro_batch=micro_batch, world_size=world.size, precision=precision
+    )
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
+    if world.device.type == "cpu":
+        # On a CPU every start would compile a shared-memory extension (30-55 s, needs ninja and a compiler)
+        # that gloo does without. The table of extensions is private: deepspeed is pinned below 0.20.
+        deepspeed.ops.__compatible_ops__ = {}
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed; a user can do nothing about it.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    compile_model = torch.cuda.is_available() if cfg.compile is None else cfg.compile
+    if compile_model:
+        engine.compile()
+    return engine
+
+
+def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> nn.Module:
+    """Put the model on the rank's device, with synchronised batch norm where there are several ranks."""
+    if cfg.sync_batchnorm and world.size > 1:
+        model = synchronise_batch_norm(model)
+    return model.to(world.device)
+
+
+def total_norm(engine: Any) -> float | None:
+    """Norm of the averaged gradients after the last backward at stage 0; None where ZeRO computes it."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -1,0 +1,207 @@
+"""Training losses on logits at a quarter of the label size, without ever holding the logits at the label
+size.
+
+    cross_entropy       pixel-wise cross entropy: class weights, label smoothing, ignore label 255
+    ohem_cross_entropy  the same over the hard pixels only (online hard example mining)
+    focal               cross entropy times (1 - p_t)^gamma (Lin et al. 2017)
+    dice                1 - soft Dice, mean over the classes present (Milletari et al. 2016)
+    lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
+
+Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
+entropies do it in blocks of rows (models.ops.upsampled_cross_entropy), the others hold one image at a time
+and form it again in the backward pass.
+
+Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
+`valid` by the number of the others (transformers), at least 1. Class weights do not enter the divisor.
+
+Shapes: B batch, K classes, h w logits, H W target.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segformer.data.dataset import IGNORE_INDEX
+from segformer.errors import ConfigError
+from segformer.models import ops
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """Which losses are added up."""
+
+    terms: dict[str, float] = field(default_factory=dict)
+    """Name of a loss -> its weight in the sum; see LOSSES for the names."""
+    average: str = "all"
+    """Divisor of pixel-wise losses: all pixels (all) or those with a label (valid)."""
+    class_weights: list[float] = field(default_factory=list)
+    """One weight per class for the cross entropies; empty for equal weights."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread over all classes in cross_entropy."""
+    ohem_threshold: float = 0.7
+    """ohem_cross_entropy keeps pixels whose class has a lower probability than this."""
+    ohem_min_kept: float = 0.0625
+    """Share of the labelled pixels that ohem_cross_entropy keeps at least (the hardest ones)."""
+    focal_gamma: float = 2.0
+    """Exponent of focal: how strongly easy pixels lose weight."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.terms) - set(LOSSES)):
+            raise ConfigError(f"loss.terms has unknown losses {', '.join(unknown)}; use {', '.join(LOSSES)}")
+        if self.average not in ("all", "valid"):
+            raise ConfigError(f"loss.average={self.average} is unknown; use all or valid")
+        if any(weight < 0 for weight in [*self.class_weights, *self.terms.values()]):
+            raise ConfigError("loss.terms and loss.class_weights must not hold negative weights")
+        for name in ("label_smoothing", "ohem_threshold", "ohem_min_kept"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must be between 0 and 1")
+
+
+def num_pixels(target: Tensor, average: str) -> Tensor:
+    """The divisor of a pixel-wise loss: all pixels, or those with a label, at least 1."""
+    if average == "all":
+        return torch.tensor(target.numel(), device=target.device)
+    return (target != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    average: str = "all",
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
+    total, _ = ops.upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, class_weights=class_weights, label_smoothing=label_smoothing
+    )
+    return total / num_pixels(target, average)
+
+
+def ohem_cross_entropy(
+    logits: Tensor, target: Tensor, *, threshold: float, min_kept: float, class_weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
+    with torch.no_grad():
+        _, losses = ops.upsampled_cross_entropy(logits, target, IGNORE_INDEX)
+        valid = target != IGNORE_INDEX
+        hardest = losses[valid].sort(descending=True).values
+        bound = -math.log(max(threshold, 1e-30))
+        if len(hardest):
+            count = max(1, math.ceil(min_kept * len(hardest)))
+            bound = min(bound, float(hardest[count - 1]))
+        kept = (valid & (losses >= bound)).to(losses.dtype)
+    total, _ = ops.upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, pixel_weights=kept, class_weights=class_weights
+    )
+    return total / kept.sum().clamp(min=1)
+
+
+def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    """Stack function(probabilities (K, n), target (n,)) of the labelled pixels of each image.
+
+    The probabilities of an image are formed again in the backward pass, so one image is held at a time.
+    """
+
+    def one(image: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):
+            image = image.to(torch.promote_types(image.dtype, torch.float32))
+            enlarged = ops.upsample_to(image[None], (labels.shape[0], labels.shape[1]))[0]
+            valid = labels != IGNORE_INDEX
+            return function(enlarged[:, valid].log_softmax(dim=0), labels[valid].long())
+
+    return torch.stack(
+        [
+            checkpoint(one, image, labels, use_reentrant=False, preserve_rng_state=False)
+            for image, labels in zip(logits, target, strict=True)
+        ]
+    )
+
+
+def focal(logits: Tensor, target: Tensor, *, gamma: float, average: str = "all") -> Tensor:
+    """Mean over pixels of -(1 - p_t)^gamma log p_t."""
+
+    def total(log_probability: Tensor, label: Tensor) -> Tensor:
+        hit = log_probability.gather(0, label[None])
+        return -((1 - hit.exp()).clamp(min=0) ** gamma * hit).sum()
+
+    return _per_image(total, logits, target).sum() / num_pixels(target, average)
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - 2 sum p y / (sum p + sum y) over the batch, mean over the classes present; 0 if there is none."""
+
+    def sums(log_probability: Tensor, label: Tensor) -> Tensor:
+        probability = log_probability.exp()
+        onehot = F.one_hot(label, len(probability)).t().to(probability.dtype)
+        return torch.stack([(probability * onehot).sum(1), probability.sum(1), onehot.sum(1)])
+
+    overlap, predicted, labelled = _per_image(sums, logits, target).sum(0)
+    present = (labelled > 0).to(overlap.dtype)
+    per_class = 1 - 2 * overlap / (predicted + labelled).clamp(min=1)
+    return (per_class * present).sum() / present.sum().clamp(min=1)
+
+
+def lovasz(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovasz-softmax, the convex extension of 1 - IoU: mean over images and the classes present in each."""
+
+    def one(log_probability: Tensor, label: Tensor) -> Tensor:
+        losses = [log_probability.sum() * 0]
+        for index in label.unique().tolist():
+            foreground = (label == index).to(log_probability.dtype)
+            error, order = (foreground - log_probability[index].exp()).abs().sort(descending=True)
+            hits = foreground[order]
+            jaccard = 1 - (hits.sum() - hits.cumsum(0)) / (hits.sum() + (1 - hits).cumsum(0))
+            losses.append(error @ jaccard.diff(prepend=jaccard.new_zeros(1)))
+        return torch.stack(losses).sum() / max(1, len(losses) - 1)
+
+    return _per_image(one, logits, target).mean()
+
+
+Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None], Tensor]
+
+LOSSES: dict[str, Term] = {
+    "cross_entropy": lambda logits, target, cfg, weights: cross_entropy(
+        logits, target, average=cfg.average, class_weights=weights, label_smoothing=cfg.label_smoothing
+    ),
+    "ohem_cross_entropy": lambda logits, target, cfg, weights: ohem_cross_entropy(
+        logits, target, threshold=cfg.ohem_threshold, min_kept=cfg.ohem_min_kept, class_weights=weights
+    ),
+    "focal": lambda logits, target, cfg, _: focal(logits, target, gamma=cfg.focal_gamma, average=cfg.average),
+    "dice": lambda logits, target, cfg, _: dice(logits, target),
+    "lovasz": lambda logits, target, cfg, _: lovasz(logits, target),
+}
+
+
+class SegmentationLoss(nn.Module):
+    """The weighted sum of the configured losses."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, cfg: LossConfig, num_classes: int) -> None:
+        super().__init__()
+        if not cfg.terms:
+            raise ConfigError(f"loss.terms is empty; give one of {', '.join(LOSSES)} and its weight")
+        if cfg.class_weights and len(cfg.class_weights) != num_classes:
+            raise ConfigError(
+                f"loss.class_weights has {len(cfg.class_weights)} numbers for {num_classes} classes"
+            )
+        self.cfg = cfg
+        weights = torch.tensor(cfg.class_weights) if cfg.class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, K, h, w), target (B, H, W) of class numbers or 255 -> (loss, unweighted terms without
+        gradient).
+
+        Float32 scalars. A batch without any label gives 0, with gradients of 0.
+        """
+        parts = {name: LOSSES[name](logits, target, self.cfg, self.class_weights) for name in self.cfg.terms}
+        loss = torch.stack([self.cfg.terms[name] * part for name, part in parts.items()]).sum()
+        return loss, {name: part.detach() for name, part in parts.items()}

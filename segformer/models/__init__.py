@@ -1,0 +1,1 @@
+"""The network: torch only, on one device."""

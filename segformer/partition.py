@@ -1,0 +1,167 @@
+"""The engine's tensors whole and by name, whatever the ZeRO stage; and back.
+
+What a rank's optimiser holds of a parameter depends on the stage:
+
+    0      all of it
+    1, 2   a stretch of a flat fp32 buffer over the parameters of a group, cut at equal sizes over the ranks
+    3      one of as many equal parts as there are ranks, the last one padded
+
+`_locate` says which elements those are and where; gathering and restoring are then the same for all stages.
+DeepSpeed's own accessors are not enough: before AdamW's first step its states do not exist, at stages 1 and
+2 some of its step functions never link them, and its ZeRO-3 setter fails on a padded parameter.
+
+Reads private attributes of DeepSpeed 0.19 (`_hp_mapping`, `grad_position`, ...), which pyproject.toml pins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segformer.dist import World
+from segformer.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather_model(engine: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by name, fp32 and whole, on the CPU of rank zero; elsewhere {}. All ranks."""
+    state: dict[str, Tensor] = {}
+    keep = engine.global_rank == 0
+    for name, parameter in engine.module.named_parameters():
+        value = _whole(engine, parameter)
+        if keep:
+            state[name] = _to_cpu(value)
+    if keep:
+        state.update({name: _to_cpu(buffer) for name, buffer in _saved_buffers(engine.module)})
+    return state
+
+
+def gather_optimizer(engine: Any, world: World) -> dict[str, Tensor]:
+    """AdamW's moments as `exp_avg.<parameter>`, whole, on the CPU of rank zero; elsewhere {}. All ranks."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        part = _locate(engine, parameter)
+        for moment in MOMENTS:
+            whole = torch.zeros(_shape(parameter).numel(), device=world.device)
+            if part is not None:
+                whole[part.of_parameter].copy_(
+                    _adamw(engine).state[part.flat][moment].flatten()[part.of_flat]
+                )
+            if engine.zero_optimization_stage() > 0:
+                world.sum(whole)
+            if world.is_main:
+                state[f"{moment}.{name}"] = _to_cpu(whole.view(_shape(parameter)))
+    return state
+
+
+def restore_optimizer(engine: Any, state: dict[str, Tensor], step: int) -> None:
+    """Put whole moments back into the engine's partitions; every rank keeps its own part, no communication.
+
+    DeepSpeed's own setters need states that AdamW makes only at its first step, and for ZeRO-3 they fail
+    where a parameter is padded; so the states are made here and filled by the partitions' addresses.
+    """
+    names = dict(engine.module.named_parameters())
+    wanted = {f"{moment}.{name}" for moment in MOMENTS for name in names}
+    if wanted != set(state):
+        raise CheckpointError(
+            f"the optimiser state does not fit the model: {_difference(wanted, set(state))}"
+        )
+    optimizer = _adamw(engine)
+    for flat in _flat_tensors(engine):
+        counter = torch.tensor(
+            float(step), device=flat.device if optimizer.param_groups[0].get("fused") else "cpu"
+        )
+        optimizer.state[flat] = {"step": counter, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+    for name, parameter in names.items():
+        part = _locate(engine, parameter)
+        if part is None:
+            continue
+        for moment in MOMENTS:
+            value = state[f"{moment}.{name}"].flatten()[part.of_parameter]
+            optimizer.state[part.flat][moment].view(-1)[part.of_flat].copy_(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Which elements of a parameter this rank's optimiser holds, and where."""
+
+    flat: Tensor
+    of_flat: slice
+    of_parameter: slice
+
+
+def _adamw(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def _flat_tensors(engine: Any) -> list[Tensor]:
+    """What AdamW steps: the parameters, or the flat fp32 partitions of a ZeRO stage."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return list(engine.module.parameters())
+    return list(
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
+
+
+def _locate(engine: Any, parameter: Any) -> _Part | None:
+    """This rank's part of `parameter`; None where other ranks hold all of it."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return _Part(parameter, slice(None), slice(None))
+    if stage == 3:  # every parameter is cut into as many equal parts as ranks, the last one padded
+        group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
+        start = parameter.ds_tensor.numel() * engine.global_rank
+        held = max(0, min(numel, parameter.ds_numel - start))
+        part = _Part(
+            zero.fp32_partitioned_groups_flat[group], slice(offset, offset + held), slice(start, start + held)
+        )
+        return part if held else None
+    mapping = parameter._hp_mapping  # stages 1 and 2: a flat buffer over all parameters of a group is cut
+    if mapping is None:
+        return None
+    of_flat, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return _Part(
+        zero.single_partition_of_fp32_groups[mapping.param_group_index],
+        slice(of_flat.start, of_flat.start + of_flat.numel),
+        slice(of_parameter.start, of_parameter.start + of_parameter.numel),
+    )
+
+
+def _whole(engine: Any, parameter: Any) -> Tensor:
+    if engine.zero_optimization_stage() < 3:
+        return parameter.data
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.data.clone()
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _to_cpu(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _saved_buffers(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    saved = set(module.state_dict(keep_vars=True))
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+
+
+def _difference(wanted: set[str], found: set[str]) -> str:
+    missing, unused = sorted(wanted - found), sorted(found - wanted)
+    parts = [
+        f"{len(names)} {kind} ({names[0]})"
+        for kind, names in (("missing", missing), ("unused", unused))
+        if names
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,218 @@
+"""Prediction: a trained model and a photograph -> a class per pixel, and a picture of that.
+
+    Predictor(image (H, W, 3) uint8 RGB) -> mask (H, W) uint8, class ids, at the size of the image
+
+`predict` reads one JPEG or PNG file, or those of a folder (not of its sub-folders), and writes for each
+    <output>/<stem>.png           indexed PNG: pixel values are class ids, colours are the palette
+    <output>/<stem>_overlay.jpg   the photograph under the colours of its classes
+
+Refuses files that are no whole JPEG or PNG or are larger than MAX_PIXELS, two inputs with one output name,
+and an output that would overwrite an input.
+
+Shapes: H W image, K classes.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from segformer.data.dataset import IGNORE_INDEX, IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.transforms import AugmentConfig, Normalize
+from segformer.errors import ConfigError, DataError
+from segformer.export import Trained, open_checkpoint
+from segformer.inference import predict as predict_batch
+
+MIN_SIDE = 32  # the least that the encoder takes; smaller images are continued by their edge pixels
+IGNORE_GREY = 0.35  # share of its brightness that an ignored pixel keeps
+
+
+@dataclass(kw_only=True, slots=True)
+class PredictConfig:
+    """What to predict with what."""
+
+    checkpoint: str = "???"
+    "Directory of a run (its newest checkpoint) or of an export."
+    input: str = "???"
+    "A JPEG or PNG file, or a folder of them."
+    output: str = "???"
+    "Folder to write to; made if it does not exist."
+    device: str = "auto"
+    "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
+    alpha: float = 0.5
+    "Share of the class colour in the overlay, 0 to 1."
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha={self.alpha} must be from 0 to 1")
+
+
+class Predictor:
+    """A model with everything it needs to be used on photographs."""
+
+    def __init__(self, trained: Trained, device: str = "auto") -> None:
+        self.classes = trained.classes
+        self.palette = np.array(trained.palette, np.uint8)
+        self.device = _device(device)
+        self.model: nn.Module = trained.build().to(self.device)
+        self._normalize = Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(self.device)
+
+    @classmethod
+    def from_export(cls, path: str | Path, device: str = "auto") -> "Predictor":
+        """Open an export directory, or the newest good checkpoint of a run directory."""
+        return cls(open_checkpoint(path), device)
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Image (H, W, 3) uint8 RGB -> class ids (H, W) uint8."""
+        height, width = image.shape[:2]
+        missing = ((0, max(0, MIN_SIDE - height)), (0, max(0, MIN_SIDE - width)), (0, 0))
+        padded = np.ascontiguousarray(np.pad(image, missing, mode="edge"))
+        pixels = torch.from_numpy(padded).to(self.device)
+        batch = self._normalize(pixels.permute(2, 0, 1)[None], None)
+        prediction = predict_batch(self.model, batch, (padded.shape[0], padded.shape[1]))
+        return prediction[0, :height, :width].to(torch.uint8).cpu().numpy()
+
+    def overlay(self, image: np.ndarray, mask: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+        """The image under the colours of `mask`; see `overlay`."""
+        return overlay(image, mask, self.palette, alpha)
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """Blend class colours into an image and outline the regions.
+
+    A class whose colour is black, as backgrounds often are, leaves the image as it is; ignored pixels are
+    dimmed.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8 class ids or IGNORE_INDEX.
+        palette: (K, 3) uint8 RGB.
+        alpha: share of the colour inside a region; its outline has the full colour.
+    """
+    colours = np.zeros((256, 3), np.float32)
+    colours[: len(palette)] = palette
+    share = np.full((256, 1), alpha, np.float32)
+    share[colours.max(axis=1) == 0] = 0.0
+    share[IGNORE_INDEX] = 1 - IGNORE_GREY
+    weight = share[mask]
+    width = max(1, round(min(mask.shape) / 250))
+    kernel = np.ones((2 * width + 1,) * 2, np.uint8)
+    edge = (cv2.dilate(mask, kernel) != cv2.erode(mask, kernel))[..., None] & (weight > 0)
+    weight = np.where(edge & (mask != IGNORE_INDEX)[..., None], 1.0, weight)
+    return np.rint(image * (1 - weight) + colours[mask] * weight).astype(np.uint8)
+
+
+def predict(cfg: PredictConfig) -> list[Path]:
+    """Write mask and overlay of every input image; returns the masks' paths."""
+    output = Path(cfg.output)
+    plan = _plan(Path(cfg.input), output)
+    predictor = Predictor.from_export(cfg.checkpoint, cfg.device)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output={output} can't be made: {error.strerror}; choose another folder"
+        ) from error
+    for source, target in plan:
+        image = read_image(source)
+        mask = predictor(image)
+        _write(target, mask, predictor.palette, predictor.overlay(image, mask, cfg.alpha))
+        print(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
+    return [target for _, target in plan]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A photograph as (H, W, 3) uint8 RGB, upright as its EXIF orientation says.
+
+    Raises:
+        DataError: not a whole JPEG or PNG file, or more than MAX_PIXELS pixels.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
+            picture = Image.open(path, formats=("JPEG", "PNG"))
+        with picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {picture.width} x {picture.height} pixels; the limit is {MAX_PIXELS}"
+                )
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is not a whole JPEG or PNG image ({error}); replace or remove it") from error
+
+
+def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """(image, mask to write) for a file or folder, sorted by name."""
+    if source.is_dir():
+        images = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise DataError(
+                f"input={source} holds no {', '.join(IMAGE_SUFFIXES)} file; sub-folders are not searched"
+            )
+    elif source.is_file():
+        images = [source]
+    else:
+        raise DataError(f"input={source} does not exist; give an image file or a folder of images")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={output} is a file; give a folder")
+    inputs = {path.resolve() for path in images}
+    plan: dict[Path, Path] = {}
+    for path in images:
+        target = output / f"{path.stem}.png"
+        if target in plan:
+            raise DataError(f"{plan[target].name} and {path.name} would both become {target}; rename one")
+        for written in (target, _overlay_path(target)):
+            if written.resolve() in inputs:
+                raise ConfigError(
+                    f"output={output} would overwrite the input {written}; choose another folder"
+                )
+        plan[target] = path
+    return [(path, target) for target, path in plan.items()]
+
+
+def _overlay_path(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_overlay.jpg")
+
+
+def _write(target: Path, mask: np.ndarray, palette: np.ndarray, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    indexed = Image.fromarray(mask)
+    indexed.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).tobytes())  # "L" becomes "P"
+    try:
+        indexed.save(target, optimize=True)
+        Image.fromarray(picture).save(_overlay_path(target), quality=90, subsampling=0)
+    except OSError as error:
+        raise ConfigError(
+            f"{target} can't be written: {error.strerror}; choose another output folder"
+        ) from error
+
+
+def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:
+    """The largest classes of a mask with their share of the pixels."""
+    counts = np.bincount(mask.ravel(), minlength=len(classes)) / mask.size
+    largest = np.argsort(-counts, kind="stable")[:shown]
+    return ", ".join(f"{classes[k]} {counts[k]:.0%}" for k in largest if counts[k] > 0)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is unknown; use auto, cpu, cuda or cuda:<number>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name} is not there: {torch.cuda.device_count()} GPUs are visible; use auto or cpu"
+        )
+    return device

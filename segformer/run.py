@@ -1,0 +1,208 @@
+"""A run: its directory, its parts, and how they are made or continued.
+
+    runs/<name>/config.yaml      the configuration; later starts agree in the frozen part (config.FROZEN)
+    runs/<name>/checkpoints/     checkpoint.py
+    runs/<name>/metrics.jsonl    telemetry.py
+    runs/<name>/log.txt
+
+Everything that can be wrong is found here, before the first step: directory, shards, classes, batch
+arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segformer.checkpoint import TrainState, clean, list_steps, load_checkpoint
+from segformer.config import RunConfig, frozen_difference, load_config, save_config
+from segformer.data.loader import Batch, train_batches
+from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
+from segformer.data.shards import ShardSet
+from segformer.data.transforms import Normalize
+from segformer.dist import StopFlag, World, derive_seed
+from segformer.engine import build_engine, prepare_model, resolve_precision
+from segformer.errors import CheckpointError, ConfigError
+from segformer.losses import SegmentationLoss
+from segformer.models.segformer import build_model
+from segformer.optim import build_optimizer
+from segformer.partition import restore_optimizer
+from segformer.telemetry import Telemetry
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """What the loop works with."""
+
+    cfg: RunConfig
+    world: World
+    shards: ShardSet
+    engine: Any
+    criterion: nn.Module
+    normalize: nn.Module
+    batches: Iterator[Batch]
+    state: TrainState
+    micro_batch: int
+    telemetry: Telemetry
+    stop: StopFlag
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's checkpoints are."""
+        return Path(self.cfg.run_dir) / "checkpoints"
+
+
+def config_summary(cfg: RunConfig) -> dict[str, Any]:
+    """The settings that tell runs apart, flat, for the log and wandb."""
+    return {
+        "name": cfg.name,
+        "data": cfg.data.name,
+        "model": cfg.model.variant,
+        "steps": cfg.steps,
+        "global_batch": cfg.global_batch,
+        "crop": cfg.augment.crop,
+        "lr": cfg.optim.lr,
+        "zero_stage": cfg.engine.zero_stage,
+        "seed": cfg.seed,
+    }
+
+
+def prepare_run_dir(cfg: RunConfig) -> None:
+    """Make the run directory, or check that the one that exists belongs to this configuration; rank zero."""
+    run_dir = Path(cfg.run_dir)
+    saved = run_dir / "config.yaml"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            changed = frozen_difference(load_config(saved), cfg)
+            if changed:
+                raise ConfigError(
+                    f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); "
+                    "choose another name=..., or delete the directory"
+                )
+        elif list_steps(run_dir / "checkpoints"):
+            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
+        save_config(cfg, saved)
+        clean(run_dir / "checkpoints")
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} can't be used: {error.strerror}; choose another one") from error
+
+
+def open_shards(cfg: RunConfig) -> ShardSet:
+    """The shards of the run, checked against its configuration."""
+    shards = ShardSet.open(cfg.data.shards)
+    if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
+        raise ConfigError(
+            f"data.classes has {len(cfg.data.classes)} classes, but {cfg.data.shards} was sharded with "
+            f"{len(shards.classes)} ({', '.join(shards.classes[:4])} ...); shard it again or change data"
+        )
+    if cfg.model.num_classes not in (None, len(shards.classes)):
+        raise ConfigError(
+            f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
+            "classes; leave model.num_classes null"
+        )
+    for split in (cfg.train_split, cfg.eval_split):
+        shards.split(split)
+    return shards
+
+
+def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -> Run:
+    micro_batch = cfg.micro_batch_for(world.size)
+    world.on_main(lambda: open_shards(cfg) and None)  # one message where something is wrong
+    shards = open_shards(cfg)
+    torch.manual_seed(derive_seed(cfg.seed, "init"))
+    model = prepare_model(build_model(cfg.model, len(shards.classes)), cfg.engine, world)
+    resumed = _load(cfg, world, telemetry)
+    state = TrainState(data_digest=shards.digest)
+    if resumed is not None:
+        weights, moments, state = resumed
+        if state.data_digest != shards.digest:
+            raise CheckpointError(
+                f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
+                "restore the old shards or choose another name=..."
+            )
+        model.load_state_dict(weights)
+    split = shards.split(cfg.train_split)
+    spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
+    order = SampleOrder(OrderSpec.from_dict(state.order_spec) if state.order_spec else spec)
+    state.order_spec = order.spec.to_dict()
+    engine = build_engine(
+        model,
+        build_optimizer(model, cfg.optim),
+        cfg.engine,
+        world,
+        global_batch=cfg.global_batch,
+        micro_batch=micro_batch,
+    )
+    if resumed is not None:
+        restore_optimizer(engine, moments, state.step)
+    batches = train_batches(
+        split,
+        order,
+        cfg.augment,
+        cfg.loader,
+        seed=cfg.seed,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        global_batch=cfg.global_batch,
+        micro_batch=micro_batch,
+        start_step=state.step,
+    )
+    _announce(cfg, world, telemetry, shards, model, state)
+    return Run(
+        cfg=cfg,
+        world=world,
+        shards=shards,
+        engine=engine,
+        criterion=SegmentationLoss(cfg.loss, len(shards.classes)).to(world.device),
+        normalize=Normalize(cfg.augment).to(world.device),
+        batches=iter(batches),
+        state=state,
+        micro_batch=micro_batch,
+        telemetry=telemetry,
+        stop=stop,
+    )
+
+
+def _load(
+    cfg: RunConfig, world: World, telemetry: Telemetry
+) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState] | None:
+    """The newest good checkpoint, the same on all ranks; rank zero judges which one that is."""
+    folder = Path(cfg.run_dir) / "checkpoints"
+
+    def newest() -> int | None:
+        found = load_checkpoint(folder, warn=telemetry.line)
+        return None if found is None else found[2].step
+
+    step = world.on_main(newest)
+    return None if step is None else load_checkpoint(folder, step=step)
+
+
+def _announce(
+    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
+) -> None:
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    precision = resolve_precision(cfg.engine, world.device)
+    micro_batch = cfg.micro_batch_for(world.size)
+    accumulation = cfg.global_batch // (micro_batch * world.size)
+    train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
+    telemetry.line(
+        f"run {cfg.name}: MiT-{cfg.model.variant.upper()}, {parameters / 1e6:.2f} M parameters, {precision}, "
+        f"ZeRO-{cfg.engine.zero_stage}, {world.size} x {world.device.type}"
+    )
+    telemetry.line(
+        f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
+        f"images, {len(shards.classes)} classes"
+    )
+    telemetry.line(
+        f"batch {cfg.global_batch} = {micro_batch} a forward x {accumulation} accumulated x "
+        f"{world.size} ranks, crop {'x'.join(map(str, cfg.augment.crop))}, {cfg.steps} steps"
+    )
+    if state.step:
+        telemetry.line(f"continuing from step {state.step}")

@@ -1,0 +1,204 @@
+"""Training: one loop over a run (run.py), one function for an optimiser step.
+
+    for every optimiser step: step, log, evaluate, save, stop - in this order
+
+Determinism: the weights after step t are a function of (configuration, shards, world size, device). The
+sample order and augmentation don't depend on ranks or workers; the generator that drop-out draws from is
+seeded anew at every step from (seed, step, rank), so a resume needs no random state.
+
+Stopping: SIGTERM, SIGUSR2 and Ctrl-C set a flag on whichever rank receives them; at the next step edge all
+ranks agree, save one checkpoint together and raise Preempted (exit code 75). A second Ctrl-C stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from segformer.checkpoint import save_checkpoint
+from segformer.config import RunConfig
+from segformer.data.loader import eval_batches, num_eval_batches
+from segformer.data.shards import ShardSet
+from segformer.dist import StopFlag, World, derive_seed, limit_threads
+from segformer.engine import resolve_precision, total_norm
+from segformer.errors import ConfigError, Preempted
+from segformer.evaluate import evaluate
+from segformer.metrics import Scores
+from segformer.optim import set_learning_rate
+from segformer.run import Run, config_summary, prepare_run_dir, set_up
+from segformer.telemetry import Meter, Telemetry, duration, memory_gib
+
+
+def train(cfg: RunConfig, world: World) -> Scores:
+    """Train, or continue, the run of `cfg` and return the scores of its last step, equal on all ranks.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before the first step, where something does not fit.
+        Preempted: a signal stopped the run; the same call continues it.
+    """
+    limit_threads(world)
+    world.on_main(lambda: prepare_run_dir(cfg))
+    summary = config_summary(cfg)
+    with (
+        StopFlag() as stop,
+        Telemetry(
+            cfg.telemetry, Path(cfg.run_dir), world, name=cfg.name, steps=cfg.steps, config=summary
+        ) as telemetry,
+    ):
+        return _loop(set_up(cfg, world, telemetry, stop))
+
+
+def _loop(run: Run) -> Scores:
+    cfg, state, world, telemetry = run.cfg, run.state, run.world, run.telemetry
+    telemetry.start(state.step)
+    meter, losses, scores = Meter(), LossSum(run.engine.device), None
+    while state.step < cfg.steps:
+        waited, norm = train_step(run, losses)
+        state.step += 1
+        telemetry.advance()
+        meter.add(cfg.global_batch, waited)
+        last = state.step == cfg.steps
+        if last or state.step % cfg.telemetry.log_every == 0:
+            _log(run, losses, norm, meter)
+        scores = None
+        if last or state.step % cfg.eval_every == 0:
+            scores = _evaluate(run)
+        stopping = world.any(run.stop.signal is not None)
+        if last or stopping or state.step % cfg.checkpoint.save_every == 0:
+            save_checkpoint(run.engine, state, cfg.checkpoint, run.folder, world)
+        if stopping and not last:
+            raise _preempted(run)
+        if scores is not None:
+            meter.reset()  # evaluation and saving don't count as training time
+    if scores is None:  # the run was complete before it was started again
+        scores = _evaluate(run)
+    telemetry.stop_bar()
+    telemetry.line(scores.table(run.shards.classes))
+    return scores
+
+
+class LossSum:
+    """Sums of the loss and its parts on the device, so that only a log line waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new interval."""
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        """Count one micro batch."""
+        for name, value in {"loss": loss, **parts}.items():
+            self._sums[name] = (
+                self._sums.get(name, torch.zeros((), device=self._device)) + value.detach().float()
+            )
+        self._count += 1
+
+    def means(self, world: World) -> dict[str, float]:
+        """Mean over the interval and all ranks, then a new interval; all ranks."""
+        names = sorted(self._sums)
+        total = world.sum(torch.stack([self._sums[name] for name in names])) / (self._count * world.size)
+        self.clear()
+        return dict(zip(names, total.tolist(), strict=True))
+
+
+def train_step(run: Run, losses: LossSum) -> tuple[float, float | None]:
+    """One optimiser step; all ranks. Returns the seconds waited for data and the unclipped gradient norm."""
+    cfg, engine = run.cfg, run.engine
+    set_learning_rate(engine.optimizer.param_groups, cfg.optim, run.state.step, cfg.steps)
+    engine.train()
+    waited, norm = 0.0, None
+    accumulation = cfg.global_batch // (run.micro_batch * run.world.size)
+    for index in range(accumulation):
+        torch.manual_seed(derive_seed(cfg.seed, "step", run.state.step, index, run.world.rank))
+        start = time.monotonic()
+        batch = next(run.batches)
+        waited += time.monotonic() - start
+        batch = batch.to(run.world.device, non_blocking=True)
+        logits = engine(run.normalize(batch.images, batch.photometric))
+        loss, parts = run.criterion(logits, batch.targets)
+        engine.backward(loss)
+        if index == accumulation - 1:
+            norm = total_norm(engine)
+        engine.step()
+        losses.add(loss, parts)
+    return waited, norm if norm is not None else engine.get_global_grad_norm()
+
+
+def _log(run: Run, losses: LossSum, norm: float | None, meter: Meter) -> None:
+    means = losses.means(run.world)
+    groups = {str(group["name"]): group["lr"] for group in run.engine.optimizer.param_groups}
+    values: dict[str, float | None] = {**means, "lr": groups["backbone"], "lr_head": groups["head"]}
+    values["grad_norm"] = None if norm is None else float(norm)
+    values |= meter.rates() | {"memory_gib": memory_gib(run.world.device)}
+    run.telemetry.train(run.state.step, values)
+    meter.reset()
+    if not means["loss"] < float("inf"):
+        raise ConfigError(
+            f"the loss is {means['loss']} at step {run.state.step}; lower optim.lr, or look at the data; "
+            f"the last checkpoint in {run.folder} is from before"
+        )
+
+
+def _evaluate(run: Run) -> Scores:
+    """Scores on the evaluation split; remembers the best step; all ranks."""
+    cfg, world, state = run.cfg, run.world, run.state
+    start = time.monotonic()
+    scores = evaluate_split(
+        run.engine,
+        run.normalize,
+        run.shards,
+        cfg,
+        world,
+        bf16=resolve_precision(cfg.engine, world.device) == "bf16",
+    )
+    final = state.step == cfg.steps
+    run.telemetry.scores("final" if final else "eval", state.step, scores.to_dict())
+    images, took = run.shards.split(cfg.eval_split).num_samples, duration(time.monotonic() - start)
+    run.telemetry.line(
+        f"step {state.step}: validation mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, "
+        f"aAcc {scores.aacc:.4f} ({images} images in {took})"
+    )
+    if state.best_miou is None or scores.miou > state.best_miou:
+        state.best_miou, state.best_step = scores.miou, state.step
+    return scores
+
+
+def evaluate_split(
+    model: nn.Module, normalize: nn.Module, shards: ShardSet, cfg: RunConfig, world: World, *, bf16: bool
+) -> Scores:
+    """`evaluate` over cfg.eval_split; all ranks."""
+    split = shards.split(cfg.eval_split)
+    batches = eval_batches(
+        split,
+        cfg.loader,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        batch_size=cfg.eval_batch,
+    )
+    return evaluate(
+        model,
+        normalize,
+        batches,
+        world,
+        num_classes=len(shards.classes),
+        rounds=max(num_eval_batches(split, world.size, cfg.eval_batch)),
+        autocast=bf16,
+    )
+
+
+def _preempted(run: Run) -> Preempted:
+    numbers = [number for number in run.world.gather(run.stop.signal) if number is not None]
+    run.telemetry.stop_bar()
+    return Preempted(
+        f"stopped at step {run.state.step} by {signal.Signals(numbers[0]).name}; the state is in "
+        f"{run.folder}; the same command continues"
+    )

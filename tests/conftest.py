@@ -1,0 +1,131 @@
+"""Shared by all tests: the shipped sample as shards, small run configurations, and real gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary data-set folder: 16 training images of data_prep/sample and 3 validation images."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for split, count in (("train", 16), ("val", 3)):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True)
+            for path in sorted((ROOT / "data_prep/sample" / kind / split).iterdir())[:count]:
+                shutil.copy(path, folder / kind / split)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_root` as shards."""
+    from segformer.config import RunConfig, compose
+    from segformer.data.sharding import write_shards
+
+    out = tmp_path_factory.mktemp("shards") / "tiny"
+    data = compose(RunConfig, "config", ["data=sample"]).data
+    write_shards(data, tiny_root, out, seed=0, samples_per_shard=6, workers=1)
+    return out
+
+
+@pytest.fixture
+def tiny(tiny_shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides of a run of 20 steps of MiT-B0 on crops of 64 pixels; only the data is random."""
+
+    def overrides(name: str, *more: str) -> list[str]:
+        return [
+            "experiment=sample",
+            f"name={name}",
+            f"run_dir={tmp_path / name}",
+            f"data.shards={tiny_shards}",
+            "steps=20",
+            "global_batch=4",
+            "eval_every=1000",
+            "overlays=0",
+            "augment.crop=[64,64]",
+            "model.drop_path_rate=0",
+            "model.dropout=0",
+            "loader.workers=0",
+            "telemetry.log_every=1",
+            "checkpoint.save_every=1000",
+            *more,
+        ]
+
+    return overrides
+
+
+def metrics(run_dir: Path, kind: str = "train") -> list[dict]:
+    """The lines of one kind in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="session", name="metrics")
+def _metrics() -> Callable[..., list[dict]]:
+    return metrics
+
+
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., list[subprocess.Popen]]:
+    """Start `ranks` processes of a script as torchrun would, each with one thread; their output is piped."""
+    from segformer.dist import free_port
+
+    def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
+        port = str(free_port())
+        shared = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (env or {})
+        return [
+            subprocess.Popen(
+                [sys.executable, *argv],
+                cwd=ROOT,
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks: Callable[..., list[subprocess.Popen]]) -> Callable[..., list[str]]:
+    """`start_ranks`, wait, assert that every rank exits with `code`, return their outputs."""
+
+    def run(
+        ranks: int, *argv: str, code: int = 0, timeout: float = 300, **options: dict[str, str]
+    ) -> list[str]:
+        processes = start_ranks(ranks, *argv, **options)
+        try:
+            outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        codes = [process.returncode for process in processes]
+        assert codes == [code] * ranks, "\n".join(outputs)
+        return outputs
+
+    return run

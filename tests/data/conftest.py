@@ -1,0 +1,64 @@
+"""A small data set of random pictures, as a folder and as shards."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sharding import write_shards
+from segformer.data.shards import ShardSet
+
+SIZES = ((40, 56), (56, 40), (48, 48), (40, 56))  # height, width; one size comes twice
+
+
+@pytest.fixture(scope="session")
+def make_folder() -> Callable[..., Path]:
+    """Write a data set of smooth random JPEGs and masks of three classes and ignored pixels."""
+
+    def make(root: Path, counts: dict[str, int]) -> Path:
+        rng = np.random.default_rng(7)
+        for split, count in counts.items():
+            for kind in ("images", "masks"):
+                (root / kind / split).mkdir(parents=True)
+            for number in range(count):
+                height, width = SIZES[number % len(SIZES)]
+                image = cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height))
+                mask = cv2.resize(
+                    rng.choice([0, 1, 2, 255], (5, 6)).astype(np.uint8),
+                    (width, height),
+                    interpolation=cv2.INTER_NEAREST,
+                )
+                cv2.imwrite(str(root / "images" / split / f"{number:03d}.jpg"), image)
+                cv2.imwrite(str(root / "masks" / split / f"{number:03d}.png"), mask)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def config() -> DatasetConfig:
+    """The data set of `folder`."""
+    return DatasetConfig(name="random", classes=["sky", "road", "tree"], license="none")
+
+
+@pytest.fixture(scope="session")
+def folder(make_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 training and 10 validation pairs. Not to be changed by a test."""
+    return make_folder(tmp_path_factory.mktemp("folder"), {"train": 21, "val": 10})
+
+
+@pytest.fixture(scope="session")
+def shard_dir(folder: Path, config: DatasetConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`folder` as shards of at most 8 samples. Not to be changed by a test."""
+    out = tmp_path_factory.mktemp("shards") / "random"
+    write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(shard_dir: Path) -> ShardSet:
+    """The opened shards."""
+    return ShardSet.open(shard_dir)

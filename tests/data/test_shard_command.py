@@ -1,0 +1,87 @@
+"""data_prep/shard.py from the command line, the shipped sample and the files of conf/data."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from segformer.config import RunConfig, compose
+from segformer.data.dataset import class_palette, list_samples
+from segformer.data.shards import ShardSet
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "data_prep/sample"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command, from the repository root."""
+    return subprocess.run(
+        [sys.executable, "data_prep/shard.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_shows_the_label_map_and_counts_and_ends_with_the_place(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    done = run("data=sample", f"out={out}", "workers=1", "samples_per_shard=200")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("label map")
+    assert "1 ->   1 nucleus" in done.stdout
+    assert "train: 292 images in 2 shards" in lines
+    assert "val: 80 images in 1 shards" in lines
+    assert lines[-1] == f"shards: {out}  (digest {ShardSet.open(out).digest[:12]})"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=camvid"], "ConfigError: no source folder; give root="),
+        (["data=sample", "root=nowhere"], "DataError: data root 'nowhere' is not a folder"),
+        (["data=folder", "root=.", "out=o", "classes=[a]"], "ConfigError"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_users_own_folder_needs_nothing_but_the_command_line(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 3, "val": 1}), tmp_path / "out"
+    done = run("data=folder", f"root={root}", f"out={out}", "data.classes=[sky,road,tree]", "workers=1")
+    assert done.returncode == 0, done.stderr
+    assert ShardSet.open(out).classes == ["sky", "road", "tree"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf/data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_data_file_composes_and_has_one_colour_per_class(path: Path) -> None:
+    data = compose(RunConfig, "config", [f"data={path.stem}"]).data
+    assert data.name == path.stem
+    assert len(class_palette(data)) == len(data.classes)
+    assert not Path(data.root).is_absolute()
+
+
+def test_the_shipped_sample_is_small_whole_and_its_splits_share_no_image() -> None:
+    files = [path for path in SAMPLE.rglob("*") if path.is_file()]
+    blocks = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    assert blocks < 6_000_000
+    data = compose(RunConfig, "config", ["data=sample"]).data
+    pictures = {
+        split: {
+            hashlib.sha256(sample.image.read_bytes()).hexdigest()
+            for sample in list_samples(data, SAMPLE, split)
+        }
+        for split in ("train", "val")
+    }
+    assert {split: len(hashes) for split, hashes in pictures.items()} == {"train": 292, "val": 80}
+    assert not pictures["train"] & pictures["val"]

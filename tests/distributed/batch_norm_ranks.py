@@ -1,0 +1,36 @@
+"""Each rank's share of a batch through SyncBatchNorm2d: `batch_norm_ranks.py <folder>`."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from segformer.dist import init_world, synchronise_batch_norm
+
+world = init_world()
+folder = Path(sys.argv[1])
+data = torch.load(folder / "input.pt", weights_only=True)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.BatchNorm2d(6, momentum=0.3))
+synchronise_batch_norm(model)
+bounds = [0, *data["shares"]]
+mine = slice(bounds[world.rank], bounds[world.rank + 1])
+x = data["x"][mine].clone().requires_grad_()
+y = model(x)
+(y * data["weight"][mine]).sum().backward()
+gradients = [world.sum(parameter.grad.clone()) for parameter in model.parameters()]
+rest = {
+    "y": y.detach(),
+    "grad_x": x.grad,
+    "gradients": gradients,
+    "buffers": list(model.buffers()),
+    "evaluated": model.eval()(x).detach(),
+    "names": list(model.state_dict()),
+}
+torch.save(rest, folder / f"rank-{world.rank}.pt")
+assert world.any(world.rank == 1) is True
+assert world.any(False) is False
+assert world.gather(world.rank) == [0, 1]
+assert world.on_main(lambda: world.rank) == 0
+world.barrier()
+world.close()

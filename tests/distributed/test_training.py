@@ -1,0 +1,107 @@
+"""Real DeepSpeed on gloo ranks: stages and world sizes agree, a stopped run continues bit for bit."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from segformer.checkpoint import load_checkpoint
+
+STEPS = 20
+
+
+def losses(metrics, run_dir):
+    lines = metrics(run_dir)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return torch.tensor([line["loss"] for line in lines])
+
+
+def state(run_dir, step=STEPS):
+    model, optimizer, _ = load_checkpoint(run_dir / "checkpoints", step=step)
+    return model | optimizer
+
+
+def assert_identical(left, right):
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"{len(different)} of {len(left)} tensors differ, first {different[0]}"
+
+
+def test_stages_and_worlds_follow_one_loss_curve(tiny, tmp_path, run_ranks, metrics):
+    one = [
+        tiny("one", "engine.zero_stage=0"),
+        tiny("one-accumulated", "engine.zero_stage=1", "micro_batch=1"),
+    ]
+    two = [tiny(f"two-{stage}", f"engine.zero_stage={stage}") for stage in range(4)]
+    for ranks, runs in ((1, one), (2, two)):
+        plan = tmp_path / f"plan-{ranks}.json"
+        plan.write_text(json.dumps(runs))
+        run_ranks(ranks, "tests/distributed/train_many.py", str(plan))
+    reference = losses(metrics, tmp_path / "one")
+    assert reference[-5:].mean() < reference[:5].mean()
+    for stage in range(4):
+        assert (losses(metrics, tmp_path / f"two-{stage}") - reference).abs().max() < 1e-4, f"ZeRO-{stage}"
+    # One rank that accumulates normalises each micro batch by itself: same images, other statistics.
+    accumulated = losses(metrics, tmp_path / "one-accumulated")
+    assert (accumulated[0] - reference[0]).abs() < 0.2
+    confusions = [metrics(tmp_path / name, "final")[0]["confusion"] for name in ("two-0", "two-3")]
+    assert sum(map(sum, confusions[0])) == sum(map(sum, confusions[1])), (
+        "3 images on 2 ranks, each pixel once"
+    )
+
+
+def stop_at(processes, run_dir, step):
+    """SIGTERM to the first rank alone once `step` steps are logged."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            processes[0].send_signal(signal.SIGTERM)
+            return
+        time.sleep(0.01)
+    pytest.fail("the run did not reach the step: " + processes[0].communicate()[0])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, start_ranks, run_ranks, metrics, ranks, stage):
+    options = [
+        "model.drop_path_rate=0.1",
+        "model.dropout=0.1",
+        f"engine.zero_stage={stage}",
+        "loader.workers=1",
+    ]
+    run_ranks(ranks, "launch/train.py", *tiny("whole", *options))
+    processes = start_ranks(ranks, "launch/train.py", *tiny("stopped", *options))
+    stop_at(processes, tmp_path / "stopped", 10)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75] * ranks, "\n".join(outputs)
+    assert "Preempted: stopped at step" in outputs[0]
+    stopped_at = len(metrics(tmp_path / "stopped"))
+    assert 10 <= stopped_at < STEPS
+    outputs = run_ranks(ranks, "launch/train.py", *tiny("stopped", *options))
+    assert f"continuing from step {stopped_at}" in outputs[0]
+    assert torch.equal(losses(metrics, tmp_path / "stopped"), losses(metrics, tmp_path / "whole"))
+    assert_identical(state(tmp_path / "stopped"), state(tmp_path / "whole"))
+
+
+def test_a_checkpoint_resumes_on_other_worlds_and_stages(tiny, tmp_path, run_ranks, metrics):
+    """10 steps on 2 ranks at ZeRO-3; then each of the others continues and follows the uninterrupted run."""
+    plan = tmp_path / "plan.json"
+    # `steps` is frozen, so the first half is a run that is cut off by removing its last checkpoint.
+    start = tiny("start", "engine.zero_stage=3", "checkpoint.save_every=10")
+    plan.write_text(json.dumps([start]))
+    run_ranks(2, "tests/distributed/train_many.py", str(plan))
+    whole = losses(metrics, tmp_path / "start")
+    for ranks, stage in ((1, 1), (1, 2), (2, 0)):
+        name = f"on-{ranks}-{stage}"
+        shutil.copytree(tmp_path / "start", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}")
+        (tmp_path / name / "metrics.jsonl").unlink()
+        plan.write_text(json.dumps([tiny(name, f"engine.zero_stage={stage}")]))
+        run_ranks(ranks, "tests/distributed/train_many.py", str(plan))
+        continued = torch.tensor([line["loss"] for line in metrics(tmp_path / name)])
+        assert len(continued) == STEPS - 10
+        assert (continued - whole[10:]).abs().max() < 1e-4, f"{ranks} ranks, ZeRO-{stage}"

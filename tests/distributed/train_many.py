@@ -1,0 +1,14 @@
+"""Several runs one after the other in one process group: `train_many.py <overrides.json>`."""
+
+import json
+import sys
+from pathlib import Path
+
+from segformer.config import RunConfig, compose
+from segformer.dist import init_world
+from segformer.train import train
+
+world = init_world()
+for overrides in json.loads(Path(sys.argv[1]).read_text()):
+    train(compose(RunConfig, "config", overrides), world)
+world.close()

@@ -1,0 +1,120 @@
+"""The decode head: the folded form is the written one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segformer.models.head import AllMLPHead
+
+DIMS = (32, 64, 160, 256)
+SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
+
+
+def heads(dtype=torch.float32, dropout=0.0) -> tuple[AllMLPHead, AllMLPHead]:
+    """Folded and as written, with the same random parameters and running statistics."""
+    torch.manual_seed(0)
+    folded = AllMLPHead(DIMS, 64, 19, dropout=dropout, folded=True).to(dtype)
+    folded.linear_fuse.bn.running_mean.normal_()
+    folded.linear_fuse.bn.running_var.uniform_(0.5, 2)
+    written = AllMLPHead(DIMS, 64, 19, dropout=dropout, folded=False).to(dtype)
+    written.load_state_dict(folded.state_dict())
+    return folded, written
+
+
+def maps(sizes, dtype=torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    tensors = [torch.randn(2, dim, *size, dtype=dtype) for dim, size in zip(DIMS, sizes, strict=True)]
+    return [tensor.to(memory_format=torch.channels_last) for tensor in tensors]
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("training", [False, True])
+def test_folded_logits_equal_the_written_form_within_1e_5(sizes, training):
+    folded, written = (head.train(training) for head in heads())
+    inputs = maps(sizes)
+    assert relative(folded(inputs), written(inputs)) < 1e-5
+    assert relative(folded.linear_fuse.bn.running_var, written.linear_fuse.bn.running_var) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gradients_of_both_forms_agree_for_every_parameter_and_input(sizes):
+    folded, written = heads(torch.float64)
+    inputs = [x.requires_grad_() for x in maps(sizes, torch.float64)]
+    cotangent = torch.randn_like(written(inputs))
+    gradients = [
+        torch.autograd.grad(head(inputs), [*head.parameters(), *inputs], cotangent)
+        for head in (folded, written)
+    ]
+    names = [*dict(folded.named_parameters()), "c1", "c2", "c3", "c4"]
+    for name, got, expected in zip(names, *gradients, strict=True):
+        if name.startswith("linear_c") and name.endswith("bias"):
+            # BatchNorm takes a constant away, so this gradient is zero; what is left is rounding
+            assert max(got.abs().max(), expected.abs().max()) < 1e-12, name
+        else:
+            assert relative(got, expected) < 1e-10, name
+
+
+def test_written_form_is_concat_c4_to_c1_fuse_norm_relu_predict():
+    written = heads()[1].eval()
+    inputs = maps(SIZES[1])
+    state = written.state_dict()
+    enlarged = []
+    for stage in (4, 3, 2, 1):
+        x = inputs[stage - 1].flatten(2).transpose(1, 2)
+        x = x @ state[f"linear_c{stage}.proj.weight"].t() + state[f"linear_c{stage}.proj.bias"]
+        x = x.transpose(1, 2).reshape(2, 64, *inputs[stage - 1].shape[2:])
+        enlarged.append(F.interpolate(x, inputs[0].shape[2:], mode="bilinear", align_corners=False))
+    x = torch.einsum("dc,bchw->bdhw", state["linear_fuse.conv.weight"][:, :, 0, 0], torch.cat(enlarged, 1))
+    mean, var = state["linear_fuse.bn.running_mean"], state["linear_fuse.bn.running_var"]
+    x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    scale, shift = state["linear_fuse.bn.weight"], state["linear_fuse.bn.bias"]
+    x = (x * scale[:, None, None] + shift[:, None, None]).relu()
+    x = torch.einsum("kd,bdhw->bkhw", state["linear_pred.weight"][:, :, 0, 0], x)
+    expected = x + state["linear_pred.bias"][:, None, None]
+    torch.testing.assert_close(written(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_replaced_batch_norm_is_called():
+    head = heads()[0]
+    calls = []
+
+    class Counting(torch.nn.BatchNorm2d):
+        def forward(self, x):
+            calls.append(x.shape)
+            return super().forward(x)
+
+    head.linear_fuse.bn = Counting(64)
+    head(maps(SIZES[0]))
+    assert calls == [(2, 64, 16, 16)]
+
+
+def test_dropout_acts_in_training_only():
+    head = heads(dropout=0.5)[0]
+    inputs = maps(SIZES[0])
+    head.linear_fuse.bn.momentum = 0.0
+    assert not torch.equal(head(inputs), head(inputs))
+    head.eval()
+    assert torch.equal(head(inputs), head(inputs))
+
+
+def test_bfloat16_logits_of_the_folded_form_are_no_further_from_float64_than_the_written():
+    reference = heads()[0].double().eval()
+    expected = reference([x.double() for x in maps(SIZES[1])])
+    errors = []
+    for head in heads():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors.append(relative(head.eval()(maps(SIZES[1])).double(), expected))
+    assert errors[0] < 1.2 * errors[1] < 0.05
+
+
+def test_initial_weights_are_those_of_the_original():
+    torch.manual_seed(0)
+    head = AllMLPHead((64, 128, 320, 512), 768, 150)
+    assert head.linear_fuse.conv.weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.01)
+    bound = 512**-0.5  # torch's default: uniform in +-1 / sqrt(fan_in)
+    assert head.linear_c4.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert head.linear_pred.weight.std().item() == pytest.approx((1 / 768 / 3) ** 0.5, rel=0.02)

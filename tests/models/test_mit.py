@@ -1,0 +1,73 @@
+"""The encoder: stochastic depth, initial weights, memory layout."""
+
+import pytest
+import torch
+from torch import nn
+
+from segformer.models.mit import Block, DropPath
+from segformer.models.segformer import ModelConfig, build_encoder
+
+
+@pytest.fixture(scope="module")
+def b1():
+    torch.manual_seed(0)
+    return build_encoder(ModelConfig(variant="b1"))
+
+
+def test_drop_path_grows_linearly_over_all_blocks():
+    backbone = build_encoder(ModelConfig(drop_path_rate=0.1))
+    rates = [m.rate for m in backbone.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    out = DropPath(0.25).train()(torch.zeros(20_000, 2, 3), torch.ones(20_000, 2, 3))
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    assert abs(out.mean().item() - 1) < 0.02  # standard error 0.004
+
+
+def test_drop_path_adds_the_branch_in_eval():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert torch.equal(DropPath(0.9).eval()(a, b), a + b)
+
+
+def test_initial_weights_are_those_of_the_original(b1):
+    block = b1.block4[0]
+    assert block.attn.q.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    assert b1.patch_embed4.proj.weight.std().item() == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+    assert block.mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
+    assert b1.block1[0].attn.sr.weight.std().item() == pytest.approx((2 / (64 * 64)) ** 0.5, rel=0.01)
+    for name, parameter in b1.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+
+
+def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1):
+    with torch.no_grad():
+        maps = b1.eval()(torch.randn(2, 3, 75, 130))
+    shapes = [tuple(x.shape) for x in maps]
+    assert shapes == [(2, 64, 19, 33), (2, 128, 10, 17), (2, 320, 5, 9), (2, 512, 3, 5)]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
+
+
+@pytest.mark.parametrize("sr_ratio", [1, 4])
+def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio):
+    block = Block(64, 2, sr_ratio, 4, drop_path=0.1, norm_eps=1e-6, reduction_norm_eps=1e-5)
+    tokens = torch.randn(2, 16 * 24, 64)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        block(tokens, (16, 24))
+    copies = [
+        event.input_shapes[0]
+        for event in profile.events()
+        if event.name == "aten::copy_" and event.input_shapes[0] and event.input_shapes[0][0] == len(tokens)
+    ]
+    assert copies == ([[2, 4, 6, 4, 4 * 64]] if sr_ratio > 1 else [])
+
+
+def test_no_module_of_the_encoder_holds_buffers(b1):
+    assert not list(b1.buffers())
+    assert all(not isinstance(m, nn.BatchNorm2d | nn.Dropout) for m in b1.modules())

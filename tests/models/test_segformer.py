@@ -1,0 +1,205 @@
+"""SegFormer as a whole: the same function as transformers' port, the published sizes, any image size."""
+
+import json
+
+import pytest
+import torch
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.models.convert import load_hf_directory, to_hf
+from segformer.models.segformer import (
+    VARIANTS,
+    MiTClassifier,
+    ModelConfig,
+    build_encoder,
+    build_model,
+    load_strict,
+)
+
+# Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: those of the official checkpoints.
+PARAMETERS = {
+    "b0": (3_319_392, 3_752_694, 3_719_027, 3_576_392),
+    "b1": (13_151_424, 13_715_798, 13_682_131, 13_664_424),
+    "b2": (24_196_288, 27_461_974, 27_361_235, 24_709_288),
+    "b3": (44_072_128, 47_337_814, 47_237_075, 44_585_128),
+    "b4": (60_842_688, 64_108_374, 64_007_635, 61_355_688),
+    "b5": (81_443_008, 84_708_694, 84_607_955, 81_956_008),
+}
+
+
+def hf_model(name: str, num_classes: int) -> SegformerForSemanticSegmentation:
+    """A transformers SegFormer; weights, biases and running statistics are random and of order one."""
+    variant = VARIANTS[name]
+    config = SegformerConfig(
+        depths=list(variant.depths),
+        hidden_sizes=list(variant.embed_dims),
+        decoder_hidden_size=variant.decoder_dim,
+        mlp_ratios=list(variant.mlp_ratios),
+        num_labels=num_classes,
+    )
+    with torch.device("meta"):
+        model = SegformerForSemanticSegmentation(config)
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point() and tensor.ndim > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.2)
+                is_scale = name.endswith("weight")  # of a norm, the only vectors called weight
+                tensor.add_(1.0 if is_scale else 0.0)
+            else:
+                tensor.zero_()
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers_within_1e_4_at_512x512_and_333x497(variant, tmp_path):
+    torch.manual_seed(0)
+    theirs = hf_model(variant, 150)
+    theirs.save_pretrained(tmp_path)
+    ours = build_model(ModelConfig(variant=variant, norm_profile="hf"), 150).eval()
+    load_strict(ours, load_hf_directory(tmp_path)[0], source=str(tmp_path))
+    for size in ((512, 512), (333, 497)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected, logits = theirs(images).logits, ours(images)
+        assert expected.std() > 0.1, "logits too small for an absolute tolerance"
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameter_counts_equal_the_official_checkpoints(variant):
+    cfg = ModelConfig(variant=variant)
+    with torch.device("meta"):
+        models = (
+            build_encoder(cfg),
+            build_model(cfg, 150),
+            build_model(cfg, 19),
+            MiTClassifier(build_encoder(cfg)),
+        )
+    assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == PARAMETERS[variant]
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_gradients_reach_every_parameter(folded):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(folded=folded, drop_path_rate=0.0), 3)
+    # 64 x 64: with a single reduced token, as at 32 x 32, softmax is constant and q and k have no gradient
+    logits = model(torch.randn(2, 3, 64, 64))
+    logits.square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # softmax does not see a constant added to all keys of a query
+    assert [name for name in without if not name.endswith("kv.bias")] == []
+
+
+@pytest.mark.parametrize("size", [(32, 32), (29, 64), (33, 47), (61, 31), (97, 128), (30, 301)])
+def test_any_image_size_gives_logits_of_a_quarter_rounded_up(size):
+    model = build_model(ModelConfig(), 5).eval()
+    with torch.no_grad():
+        logits = model(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 5, -(-size[0] // 4), -(-size[1] // 4))
+    assert logits.isfinite().all()
+
+
+def test_images_too_small_for_the_first_reduction_are_refused_with_their_size():
+    with pytest.raises(DataError, match="28 x 64 pixels are too small"):
+        build_model(ModelConfig(), 2)(torch.zeros(1, 3, 28, 64))
+
+
+def test_classifier_scores_are_the_linear_map_of_the_mean_token():
+    torch.manual_seed(0)
+    model = MiTClassifier(build_encoder(ModelConfig()), num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        tokens = model.backbone(images)[-1].flatten(2)
+        expected = tokens.sum(2) / tokens.shape[2] @ model.head.weight.t() + model.head.bias
+        torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("profile", "block", "embed"), [("original", 1e-6, 1e-5), ("hf", 1e-5, 1e-5), ("mmseg", 1e-6, 1e-6)]
+)
+def test_norm_profile_sets_every_layer_norm(profile, block, embed):
+    backbone = build_encoder(ModelConfig(norm_profile=profile))
+    norms = {name: m.eps for name, m in backbone.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    inner = {name for name in norms if "patch_embed" in name or ".attn." in name}
+    assert inner
+    assert {norms[name] for name in inner} == {embed}
+    assert {eps for name, eps in norms.items() if name not in inner} == {block}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"variant": "b9"}, "model.variant=b9 is unknown; use one of b0, b1, b2, b3, b4, b5"),
+        ({"norm_profile": "torch"}, "use one of original, hf, mmseg"),
+        ({"drop_path_rate": 1.0}, "model.drop_path_rate=1.0 must be"),
+        ({"dropout": -0.1}, "model.dropout=-0.1 must be"),
+        ({"num_classes": 0}, "model.num_classes=0 must be"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**wrong)
+
+
+def test_class_count_that_differs_from_the_data_is_refused():
+    with pytest.raises(ConfigError, match=r"model.num_classes=19, but the data set has 3"):
+        build_model(ModelConfig(num_classes=19), 3)
+
+
+@pytest.fixture
+def export(tmp_path):
+    """A directory as export writes it: weights of b0 for 4 classes under Hugging Face names."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    model = build_model(ModelConfig(), 4)
+    save_file(to_hf(model.state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "segformer"}), encoding="utf-8")
+    return tmp_path, model.state_dict()
+
+
+@pytest.mark.parametrize("suffix", ["", "model.safetensors"])
+def test_pretrained_gives_encoder_and_head_where_the_class_count_agrees(export, suffix):
+    path, state = export
+    model = build_model(ModelConfig(pretrained=str(path / suffix)), 4)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pretrained_leaves_the_head_fresh_where_the_class_count_differs(export):
+    path, state = export
+    torch.manual_seed(5)
+    fresh = build_model(ModelConfig(), 7).state_dict()
+    torch.manual_seed(5)
+    model = build_model(ModelConfig(pretrained=str(path)), 7)
+    for name, tensor in model.state_dict().items():
+        source = state if name.startswith("backbone.") else fresh
+        assert torch.equal(tensor, source[name]), name
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"variant": "b1"}, r"of another shape: backbone.*\(32,\) for \(64,\).*check model.variant"),
+        ({"decoder_dim": 64}, "of another shape: decode_head"),
+    ],
+)
+def test_pretrained_weights_of_another_architecture_are_refused(export, cfg, message):
+    with pytest.raises(CheckpointError, match=message):
+        build_model(ModelConfig(pretrained=str(export[0]), **cfg), 4)
+
+
+def test_pretrained_weights_with_a_hole_are_refused_by_name(export):
+    from safetensors.torch import load_file, save_file
+
+    file = export[0] / "model.safetensors"
+    state = load_file(file)
+    del state["segformer.encoder.layer_norm.2.bias"]
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"1 missing: backbone\.norm3\.bias"):
+        build_model(ModelConfig(pretrained=str(export[0])), 4)

@@ -1,0 +1,376 @@
+"""The house rules as checks: import order, owners of packages, sizes, banned calls, clean files, configs.
+
+Each check is a function (text of a file -> list of complaints). It runs over the repository, and over a
+planted violation, so that a check that can't fail is itself a failure.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from segformer.config import RunConfig, compose
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+
+# A module imports only modules left of it.
+ORDER = [
+    *("errors", "data.dataset", "data.shards", "data.verify", "data.sharding", "data.order"),
+    *("data.transforms", "data.workers", "data.loader"),
+    *("models.ops", "models.mit", "models.head", "models.convert", "models.segformer"),
+    *("losses", "optim", "dist", "telemetry", "engine", "partition", "checkpoint"),
+    *("metrics", "inference", "evaluate"),
+    *("config", "run", "train", "export", "validate", "predict", "pictures", "report"),
+]
+
+# Third-party package -> the modules that may import it. torch and numpy belong to everybody.
+DATA = {module for module in ORDER if module.startswith("data.")}
+OWNERS: dict[str, set[str]] = {
+    "torch.distributed": {"dist"},
+    "deepspeed": {"engine", "partition"},
+    "wandb": {"telemetry"},
+    "tqdm": {"telemetry", "data.sharding"},
+    "torchmetrics": {"metrics"},
+    "webdataset": {"data.sharding", "data.workers", "data.loader"},
+    "hydra": {"config"},
+    "omegaconf": {"config"},
+    "yaml": {"config"},
+    "safetensors": {"checkpoint", "export", "models.convert", "models.segformer", "predict"},
+    "cv2": DATA | {"predict"},
+    "PIL": {"data.dataset", "predict", "pictures"},
+    "matplotlib": {"pictures"},
+    "submitit": set(),  # launch/slurm.py only
+    "torch": set(ORDER),
+    "numpy": set(ORDER),
+}
+# Slow to import, or not there at prediction time: imported inside the function that needs them.
+HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL")
+
+BANNED_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
+BANNED_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen")
+BUILTIN_CALLS = ("eval", "exec")
+BANNED_NAMES = ("utils", "helpers", "common", "misc")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported dotted name; `where` is top, function or typing (below `if TYPE_CHECKING`)."""
+
+    name: str
+    line: int
+    where: str
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of a name or attribute chain, "" of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        left = dotted(node.value)
+        return f"{left}.{node.attr}" if left else ""
+    return ""
+
+
+def imports(node: ast.AST, package: str, where: str = "top") -> Iterator[Import]:
+    """Every import below `node` of a module of `package`, relative ones resolved."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, child.lineno, where) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - child.level + 1]) if child.level else ""
+            prefix = ".".join(p for p in (base, child.module or "") if p)
+            yield from (Import(f"{prefix}.{alias.name}", child.lineno, where) for alias in child.names)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(child, package, "function")
+        elif isinstance(child, ast.If) and dotted(child.test).endswith("TYPE_CHECKING"):
+            yield from imports(child, package, "typing")
+        else:
+            yield from imports(child, package, where)
+
+
+def imports_of(module: str, text: str) -> list[Import]:
+    package = ".".join(["segformer", *module.split(".")[:-1]])
+    return list(imports(ast.parse(text), package))
+
+
+def internal(name: str) -> str | None:
+    """The module of ORDER that the dotted `name` is in; "" for a bare package; None outside segformer."""
+    if name != "segformer" and not name.startswith("segformer."):
+        return None
+    inner = name.removeprefix("segformer").removeprefix(".")
+    owners = [m for m in ORDER if inner == m or inner.startswith(m + ".")]
+    return max(owners, key=len) if owners else ""
+
+
+def check_order(module: str, text: str) -> list[str]:
+    if module not in ORDER:
+        return [f"{module}: not in the import order; give it a place in tests/test_architecture.py"]
+    found = []
+    for imported in imports_of(module, text):
+        target = internal(imported.name)
+        if target is None:
+            continue
+        at = f"{module}:{imported.line}: imports {imported.name}"
+        if target == "":
+            found.append(f"{at}, a package; name the module")
+        elif ORDER.index(target) >= ORDER.index(module):
+            found.append(f"{at}, which is not left of it in the import order")
+        elif {module.split(".")[0], target.split(".")[0]} == {"data", "models"}:
+            found.append(f"{at}, but data and models don't know each other")
+    return found
+
+
+def check_owners(module: str, text: str) -> list[str]:
+    names = [(i.name, i.line) for i in imports_of(module, text)]
+    # `import torch` also opens torch.distributed as an attribute.
+    names += [(dotted(n), n.lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)]
+    found = set()
+    for name, line in names:
+        owned = [p for p in OWNERS if name == p or name.startswith(p + ".")]
+        if owned and module not in OWNERS[max(owned, key=len)]:
+            found.add(f"{module}:{line}: {max(owned, key=len)} belongs to other modules")
+    for imported in imports_of(module, text):
+        top = imported.name.split(".")[0]
+        if top not in sys.stdlib_module_names and top != "segformer" and top not in OWNERS:
+            found.add(f"{module}:{imported.line}: {top} has no owner; give it one in this file")
+    return sorted(found)
+
+
+def check_places(module: str, text: str) -> list[str]:
+    found = []
+    for imported in imports_of(module, text):
+        top = imported.name.split(".")[0]
+        at = f"{module}:{imported.line}: {imported.name}"
+        if top in HEAVY and imported.where == "top":
+            found.append(f"{at} is heavy; import it inside the function that needs it")
+        if imported.where == "function" and (top in sys.stdlib_module_names or top == "segformer"):
+            found.append(f"{at} belongs to the top of the file")
+    return found
+
+
+def check_scripts_unimported(module: str, text: str) -> list[str]:
+    return [
+        f"{module}:{i.line}: {i.name} is a script; nothing imports it"
+        for i in imports_of(module, text)
+        if i.name.split(".")[0] in ("launch", "data_prep")
+    ]
+
+
+def check_sizes(module: str, text: str) -> list[str]:
+    lines = len(text.splitlines())
+    found = [f"{module}: {lines} lines, at most {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if size > MAX_FUNCTION_LINES:
+                found.append(
+                    f"{module}:{node.lineno}: {node.name}: {size} lines, at most {MAX_FUNCTION_LINES}"
+                )
+    return found
+
+
+def check_documented(module: str, text: str) -> list[str]:
+    name = module.split(".")[-1]
+    found = [f"{module}: {name} says nothing about what it owns"] if name in BANNED_NAMES else []
+    return found if ast.get_docstring(ast.parse(text)) else [*found, f"{module}: no docstring"]
+
+
+def check_banned(module: str, text: str) -> list[str]:
+    """Code that runs what a file says: pickles, shells, unsafe YAML, webdataset's decoders, instantiate."""
+    found = [
+        f"{module}:{i.line}: {i.name} runs code of the file it reads"
+        for i in imports_of(module, text)
+        if i.name.split(".")[0] in BANNED_IMPORTS
+        or i.name in BANNED_CALLS
+        or i.name.split(".")[-1] in ("instantiate", "autodecode")
+    ]
+    pipelines = any(i.name.split(".")[0] == "webdataset" for i in imports_of(module, text))
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if name in (*BANNED_CALLS, *BUILTIN_CALLS) or name.split(".")[-1] == "instantiate":
+            found.append(f"{module}:{node.lineno}: {name}() is banned")
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        if pipelines and method in ("decode", "xdecode") and not is_text(node):
+            found.append(f"{module}:{node.lineno}: .decode() without an encoding: webdataset's runs pickles")
+        for keyword in node.keywords:
+            on = not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
+            if keyword.arg in ("shell", "allow_pickle") and on:
+                found.append(f"{module}:{node.lineno}: {keyword.arg}=True is banned")
+    return found
+
+
+def is_text(call: ast.Call) -> bool:
+    """bytes.decode("utf-8"), as opposed to a pipeline's decode(...)."""
+    encodings = ("utf-8", "ascii", "latin-1")
+    return bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value in encodings
+
+
+MACHINE = re.compile(
+    r"(?<![\w.\-])/(?:root|home|Users|work)/\w"  # somebody's folder
+    r"|https?://(?:10\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)"  # a private address
+    r"|https?://(?!localhost\b)[A-Za-z0-9-]+[:/]"  # a host without a domain: a registry of this network
+    r"|(?:index-url|INDEX_URL|find-links)[ =]+(?!https://(?:pypi\.org|download\.pytorch\.org)/)\S+"
+)
+
+
+def check_clean(name: str, text: str) -> list[str]:
+    return [
+        f"{name}:{number}: {match.group()!r} names a machine"
+        for number, line in enumerate(text.splitlines(), 1)
+        for match in MACHINE.finditer(line)
+    ]
+
+
+def module_files() -> dict[str, str]:
+    """Dotted module name -> text, for the modules of segformer/ (packages without code are left out)."""
+    found = {}
+    library = ROOT / "segformer"
+    for path in sorted(library.rglob("*.py")):
+        if path.name != "__init__.py":
+            found[".".join(path.relative_to(library).with_suffix("").parts)] = path.read_text("utf-8")
+    return found
+
+
+def script_files() -> dict[str, str]:
+    paths = [*ROOT.glob("launch/*.py"), *ROOT.glob("data_prep/*.py"), *ROOT.glob("segformer/**/__init__.py")]
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted(paths)}
+
+
+def text_files() -> dict[str, str]:
+    """Every file that git tracks or would track, as text; pictures and archives are left out."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    found = {}
+    for name in filter(None, listed.stdout.decode("utf-8").split("\0")):
+        path = ROOT / name
+        data = path.read_bytes() if path.is_file() else b"\0"
+        if b"\0" not in data[:8192]:
+            found[name] = data.decode("utf-8", errors="replace")
+    return found
+
+
+Check = Callable[[str, str], list[str]]
+PLANTED: list[tuple[Check, str, str]] = [
+    (check_order, "losses", "import segformer.optim"),
+    (check_order, "losses", "from segformer import train"),
+    (check_order, "losses", "def f():\n    from segformer.losses import x"),
+    (check_order, "data.order", "from .loader import x"),
+    (check_order, "losses", "from segformer.models import SegFormer"),
+    (check_order, "models.mit", "from segformer.data.order import SampleOrder"),
+    (check_order, "newcomer", ""),
+    (check_owners, "losses", "def f():\n    import deepspeed.comm"),
+    (check_owners, "optim", "import torch\nrank = torch.distributed.get_rank()"),
+    (check_owners, "optim", "from torch import distributed"),
+    (check_owners, "optim", "import torch.distributed as d"),
+    (check_owners, "optim", "import scipy"),
+    (check_places, "engine", "import deepspeed"),
+    (check_places, "report", "from PIL import Image"),
+    (check_places, "losses", "def f():\n    import math"),
+    (check_places, "losses", "def f():\n    from segformer.errors import ConfigError"),
+    (check_scripts_unimported, "train", "from launch.train import main"),
+    (check_scripts_unimported, "train", "import data_prep.shard"),
+    (check_sizes, "losses", "\n" * (MAX_FILE_LINES + 1)),
+    (check_sizes, "losses", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (check_documented, "losses", "x = 1"),
+    (check_documented, "data.utils", '"""Documented."""'),
+    (check_banned, "checkpoint", "import torch\ntorch.load('x')"),
+    (check_banned, "checkpoint", "from torch import load"),
+    (check_banned, "checkpoint", "import pickle"),
+    (check_banned, "config", "import yaml\nyaml.load(f)"),
+    (check_banned, "config", "from hydra.utils import instantiate"),
+    (check_banned, "train", "import os\nos.system('ls')"),
+    (check_banned, "train", "import subprocess\nsubprocess.run('ls', shell=True)"),
+    (check_banned, "train", "import numpy as np\nnp.load('x', allow_pickle=True)"),
+    (check_banned, "train", "eval('1')"),
+    (check_banned, "data.loader", "import webdataset\npipeline.decode()"),
+    (check_banned, "data.loader", "import webdataset\npipeline.decode('pil')"),
+    (check_banned, "data.loader", "from webdataset import autodecode"),
+    (check_clean, "Makefile", "cd /" + "home/ada/x"),
+    (check_clean, "Makefile", "pip install --index-url" + " https://example.org/simple"),
+    (check_clean, "Makefile", "http://" + "10.1.2.3/simple"),
+    (check_clean, "Makefile", "http://" + "mirror:8080/simple"),
+]
+INNOCENT: list[tuple[Check, str, str]] = [
+    (check_order, "losses", "from segformer.errors import ConfigError\nimport math"),
+    (check_order, "data.order", "from .dataset import x"),
+    (check_owners, "dist", "import torch.distributed as d"),
+    (check_places, "engine", "def f():\n    import deepspeed"),
+    (check_places, "engine", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
+    (check_banned, "data.loader", "header.decode('utf-8')\nmodel.eval()\nrun(['ls'], shell=False)"),
+    (check_clean, "README.md", "runs/sample https://pypi.org/x localhost http://localhost:80 net/work/x"),
+]
+
+
+@pytest.mark.parametrize(("check", "name", "text"), PLANTED, ids=lambda v: getattr(v, "__name__", None))
+def test_a_planted_violation_is_found(check: Check, name: str, text: str) -> None:
+    assert check(name, text)
+
+
+@pytest.mark.parametrize(("check", "name", "text"), INNOCENT, ids=lambda v: getattr(v, "__name__", None))
+def test_what_is_allowed_passes(check: Check, name: str, text: str) -> None:
+    assert check(name, text) == []
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_order,
+        check_owners,
+        check_places,
+        check_scripts_unimported,
+        check_sizes,
+        check_documented,
+        check_banned,
+    ],
+)
+def test_the_library_keeps_the_rule(check: Check) -> None:
+    complaints = [c for name, text in module_files().items() for c in check(name, text)]
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize("check", [check_scripts_unimported, check_sizes, check_documented, check_banned])
+def test_the_scripts_keep_the_rule(check: Check) -> None:
+    complaints = [c for name, text in script_files().items() for c in check(name, text)]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_no_file_names_a_machine() -> None:
+    complaints = [c for name, text in text_files().items() for c in check_clean(name, text)]
+    assert not complaints, "\n".join(complaints)
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_shipped_experiment_composes(name: str) -> None:
+    assert compose(RunConfig, "config", [f"experiment={name}"]).steps > 0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [f"{group}={path.stem}" for group in ("data", "model", "recipe", "engine")
+     for path in sorted((ROOT / "conf" / group).glob("*.yaml"))],
+)  # fmt: skip
+def test_every_shipped_choice_composes(choice: str) -> None:
+    assert compose(RunConfig, "config", [choice])
+
+
+def test_there_are_experiments_and_they_state_goal_and_command() -> None:
+    assert "sample" in EXPERIMENTS
+    for name in EXPERIMENTS:
+        text = (ROOT / "conf/experiment" / f"{name}.yaml").read_text("utf-8")
+        assert "# Goal:" in text, name
+        assert "# Command:" in text, name

@@ -1,0 +1,123 @@
+"""The confusion matrix and its scores against naive loops and closed forms."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from segformer.errors import DataError
+from segformer.metrics import Scores, SegmentationMetric
+
+
+def batches(classes=5, count=3):
+    torch.manual_seed(0)
+    for _ in range(count):
+        target = torch.randint(0, classes, (2, 6, 7), dtype=torch.uint8)
+        target[torch.rand(target.shape) < 0.2] = 255
+        yield torch.randint(0, classes, (2, 6, 7), dtype=torch.uint8), target
+
+
+def test_confusion_equals_a_loop_over_pixels_and_batches():
+    metric = SegmentationMetric(5)
+    expected = [[0] * 5 for _ in range(5)]
+    for prediction, target in batches():
+        metric.update(prediction, target)
+        for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True):
+            if t != 255:
+                expected[t][p] += 1
+    assert metric.compute().confusion == expected
+    assert metric.confusion.dtype == torch.int64
+
+
+def test_scores_equal_set_operations_on_the_pixels():
+    prediction, target = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    metric = SegmentationMetric(5)
+    metric.update(prediction, target)
+    scores = metric.compute()
+    valid = target != 255
+    for k in range(5):
+        labelled, predicted = (target == k) & valid, (prediction == k) & valid
+        both, either = (labelled & predicted).sum().item(), (labelled | predicted).sum().item()
+        assert scores.iou[k] == pytest.approx(both / either)
+        assert scores.acc[k] == pytest.approx(both / labelled.sum().item())
+    assert scores.aacc == pytest.approx((prediction == target)[valid].float().mean().item())
+    assert scores.miou == pytest.approx(sum(scores.iou) / 5)
+    assert scores.macc == pytest.approx(sum(scores.acc) / 5)
+
+
+def test_absent_classes_are_none_and_outside_the_means():
+    # class 0: labelled 4, right 2; class 1: labelled 2, right 2, predicted 3; 2: absent; 3: only predicted
+    confusion = torch.tensor([[2, 1, 0, 1], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scores = Scores.from_confusion(confusion)
+    assert scores.iou == [2 / 4, 2 / 3, None, 0.0]
+    assert scores.acc == [2 / 4, 1.0, None, None]
+    assert scores.miou == pytest.approx((2 / 4 + 2 / 3 + 0) / 3)
+    assert scores.macc == pytest.approx(3 / 4)
+    assert scores.aacc == pytest.approx(4 / 6)
+
+
+def test_counts_beyond_the_integers_of_float32_stay_exact():
+    metric = SegmentationMetric(2)
+    metric.confusion += torch.tensor([[2**40 + 1, 0], [0, 3]])
+    metric.update(torch.zeros(1, 1, 1, dtype=torch.uint8), torch.zeros(1, 1, 1, dtype=torch.uint8))
+    assert metric.compute().confusion == [[2**40 + 2, 0], [0, 3]]
+
+
+def score_one_rank(rank: int, folder: str) -> None:
+    """A process of the test below: counts batch `rank` and writes what `compute` says on this rank."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    metric = SegmentationMetric(5)
+    metric.update(*list(batches())[rank])
+    Path(folder, f"{rank}.json").write_text(json.dumps(metric.compute().to_dict()), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_compute_the_scores_of_both_their_batches(tmp_path):
+    torch.multiprocessing.spawn(score_one_rank, (str(tmp_path),), nprocs=2)
+    metric = SegmentationMetric(5)
+    for prediction, target in list(batches())[:2]:
+        metric.update(prediction, target)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == metric.compute().to_dict()
+
+
+def test_reset_starts_from_zero():
+    metric = SegmentationMetric(5)
+    for prediction, target in batches():
+        metric.reset()
+        metric.update(prediction, target)
+    assert metric.confusion.sum() == (target != 255).sum()
+
+
+def test_a_label_outside_the_classes_is_refused_and_named():
+    target = torch.tensor([[[0, 1, 7, 255]]], dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"labels \[7\], but the model has 3 classes \(0 to 2, 255"):
+        SegmentationMetric(3).update(torch.zeros_like(target), target)
+
+
+def test_an_ignored_batch_counts_nothing():
+    metric = SegmentationMetric(3)
+    metric.update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 255))
+    scores = metric.compute()
+    assert scores.iou == [None, None, None]
+    assert scores.miou != scores.miou  # NaN: nothing was measured
+
+
+def test_table_is_aligned_and_ends_with_the_means():
+    scores = Scores.from_confusion(torch.tensor([[1200, 300, 0], [100, 400, 0], [0, 0, 0]]))
+    assert scores.table(["background", "nucleus", "debris"]).split("\n") == [
+        "class         IoU  accuracy  pixels",
+        "-----------------------------------",
+        "background  75.00     80.00   1,500",
+        "nucleus     50.00     80.00     500",
+        "debris          -         -       0",
+        "-----------------------------------",
+        "mean        62.50     80.00   2,000",
+    ]
+
+
+def test_scores_survive_json():
+    scores = Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
+    assert Scores(**json.loads(json.dumps(scores.to_dict()))) == scores
