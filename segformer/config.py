@@ -32,7 +32,7 @@ from segformer.data.dataset import DatasetConfig
 from segformer.data.loader import LoaderConfig
 from segformer.data.transforms import AugmentConfig
 from segformer.engine import EngineConfig, check_batch
-from segformer.errors import ConfigError, SegformerError
+from segformer.errors import ConfigError, Preempted, SegformerError
 from segformer.losses import LossConfig
 from segformer.models.segformer import ModelConfig
 from segformer.optim import OptimConfig
@@ -249,6 +249,8 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
             raise
         function(cfg)
     except SegformerError as error:
+        if isinstance(error, Preempted) and not main_rank:
+            sys.exit(error.exit_code)  # all ranks stop together, and rank zero says so
         rank = "" if main_rank else f"[rank {os.environ['RANK']}] "
         print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

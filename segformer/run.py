@@ -74,6 +74,7 @@ def config_summary(cfg: RunConfig) -> dict[str, Any]:
 
 def prepare_run_dir(cfg: RunConfig) -> None:
     """Make the run directory, or check that the one that exists belongs to this configuration; rank zero."""
+    cfg.telemetry.check_account()
     run_dir = Path(cfg.run_dir)
     saved = run_dir / "config.yaml"
     try:

@@ -59,6 +59,15 @@ class TelemetryConfig:
         if self.log_every < 1:
             raise ConfigError(f"telemetry.log_every={self.log_every} must be 1 or more")
 
+    def check_account(self) -> None:
+        """ConfigError where wandb is to be online and nobody has logged in."""
+        if self.wandb == "online" and not (
+            "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        ):
+            raise ConfigError(
+                "telemetry.wandb=online needs an account; run `wandb login`, set WANDB_API_KEY or use offline"
+            )
+
 
 class Meter:
     """Wall time, waiting time and images between two log lines, by a clock that nobody sets."""
@@ -223,7 +232,7 @@ class Telemetry:
         self._metrics.close()
         self._log.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
             self._wandb = None
 
 
@@ -233,10 +242,6 @@ def _start_wandb(cfg: TelemetryConfig, run_dir: Path, name: str, config: dict[st
     Code, git state and machine environment are not uploaded, and settings that look like secrets are left
     out.
     """
-    if cfg.wandb == "online" and not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()):
-        raise ConfigError(
-            "telemetry.wandb=online needs an account; run `wandb login`, set WANDB_API_KEY or use offline"
-        )
     import wandb
 
     id_file = run_dir / "wandb_id.txt"

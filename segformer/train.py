@@ -12,9 +12,11 @@ ranks agree, save one checkpoint together and raise Preempted (exit code 75). A 
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -140,11 +142,15 @@ def _log(run: Run, losses: LossSum, norm: float | None, meter: Meter) -> None:
     values |= meter.rates() | {"memory_gib": memory_gib(run.world.device)}
     run.telemetry.train(run.state.step, values)
     meter.reset()
-    if not means["loss"] < float("inf"):
-        raise ConfigError(
-            f"the loss is {means['loss']} at step {run.state.step}; lower optim.lr, or look at the data; "
-            f"the last checkpoint in {run.folder} is from before"
-        )
+    if not math.isfinite(means["loss"]):
+        run.world.on_main(lambda: _diverged(run, means["loss"]))
+
+
+def _diverged(run: Run, loss: float) -> NoReturn:
+    raise ConfigError(
+        f"the loss is {loss} at step {run.state.step}; lower optim.lr, or look at the data; "
+        f"checkpoints in {run.folder} are from before"
+    )
 
 
 def _evaluate(run: Run) -> Scores:

@@ -79,6 +79,7 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, start_ranks, run_ra
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [75] * ranks, "\n".join(outputs)
     assert "Preempted: stopped at step" in outputs[0]
+    assert all("Preempted" not in output for output in outputs[1:])
     stopped_at = len(metrics(tmp_path / "stopped"))
     assert 10 <= stopped_at < STEPS
     outputs = run_ranks(ranks, "launch/train.py", *tiny("stopped", *options))

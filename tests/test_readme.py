@@ -1,0 +1,66 @@
+"""Every command and every example of the README runs, with fewer steps and in other folders."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+SHORT = "steps=2 global_batch=2 augment.crop=[64,64] overlays=1 telemetry.log_every=1 loader.workers=0"
+
+
+def blocks(language):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def commands():
+    lines = "\n".join(blocks("sh")).splitlines()
+    return [
+        line.split("  #")[0].strip() for line in lines if line.startswith(("python", "deepspeed", "torchrun"))
+    ]
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_the_order_they_are_written(root, tmp_path, tiny_root):
+    found = commands()
+    assert len(found) >= 8
+    from segformer.dist import free_port
+
+    trained = 0
+    for command in found:
+        text = command.replace("data_prep/sample/images/val", str(tiny_root / "images/val"))
+        text = text.replace("root=data_prep/sample", f"root={tiny_root}").replace(
+            "data/sample", f"{tmp_path}/shards"
+        )
+        text = text.replace("runs/sample", f"{tmp_path}/run-1").replace("exports/", f"{tmp_path}/exports-")
+        text = text.replace("output=predictions", f"output={tmp_path}/predictions")
+        if "launch/train.py" in text:
+            trained += 1
+            text += f" run_dir={tmp_path}/run-{trained} data.shards={tmp_path}/shards {SHORT}"
+        text = text.replace("deepspeed ", f"deepspeed --master_port {free_port()} ")
+        text = text.replace("torchrun ", f"torchrun --master-port {free_port()} ")
+        program, *arguments = shlex.split(text)
+        program = str(Path(sys.executable).parent / program)
+        done = subprocess.run([program, *arguments], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert trained == 3
+    assert len(list((tmp_path / "predictions").glob("*_overlay.jpg"))) == 3
+
+
+def test_the_example_of_an_error_is_what_is_printed(root):
+    (block,) = [text for text in blocks("") if text.startswith("$ python launch/train.py")]
+    command, expected = block.strip().splitlines()
+    arguments = shlex.split(command.removeprefix("$ python "))
+    done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (2, expected)
+
+
+def test_the_python_example_runs():
+    (code,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert tuple(names["logits"].shape) == (1, 150, 128, 128)
