@@ -17,7 +17,7 @@ help:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
 		f"Python 3.11 or 3.12 is needed, {sys.executable} is {v.major}.{v.minor}; make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and alone: pip then keeps that build when the other packages ask for it.
 $(VENV)/.train: pyproject.toml constraints.txt | $(BIN)/python
@@ -32,18 +32,21 @@ $(VENV)/.dev: $(VENV)/.train
 install: $(VENV)/.train
 install-dev: $(VENV)/.dev
 
-# All GPUs as far as the batch of 8 divides by their number. On a CPU two ranks of half the cores each: as fast as one
-# process when the machine is idle, and twice as fast when something else runs (threads of one process wait for each
-# other at every operation). A port that is free, because DeepSpeed's own default is one fixed number.
+# All visible GPUs as far as the batch of 8 divides by their number. On a CPU two ranks of half the cores each: as fast
+# as one process when the machine is idle, and faster when something else runs (threads of one process wait for each
+# other at every operation). GPUs are named, because DeepSpeed ignores CUDA_VISIBLE_DEVICES when it is given a number;
+# the port is a free one, because its default is one fixed number.
 train: install
 	$(BIN)/python data_prep/shard.py data=sample
 	@set -e; \
 	gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ $$gpus = 0 ]; then export DS_ACCELERATOR=cpu; fi; \
-	ranks=$$($(BIN)/python -c "import os; n = $$gpus or min(2, len(os.sched_getaffinity(0))); \
-		print(max(r for r in (1, 2, 4, 8) if r <= n))"); \
+	if [ $$gpus = 0 ]; then export DS_ACCELERATOR=cpu; gpus=$$(nproc); [ $$gpus -le 2 ] || gpus=2; fi; \
+	ranks=$$($(BIN)/python -c "print(max(r for r in (1, 2, 4, 8) if r <= $$gpus))"); \
+	where="--num_accelerators $$ranks"; \
+	if [ -n "$$CUDA_VISIBLE_DEVICES" ]; then \
+		where="--include localhost:$$(echo "$$CUDA_VISIBLE_DEVICES" | cut -d, -f1-$$ranks)"; fi; \
 	port=$$($(BIN)/python -c 'from segformer.dist import free_port; print(free_port())'); \
-	set -x; $(BIN)/deepspeed --log_level warning --num_accelerators $$ranks --master_port $$port launch/train.py experiment=sample
+	set -x; $(BIN)/deepspeed --log_level warning $$where --master_port $$port launch/train.py experiment=sample
 
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -53,5 +56,7 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Caches only: runs/, data/ and .venv are yours to remove.
 clean:
-	rm -rf runs data
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build segformer.egg-info
+	find segformer launch data_prep tests -name __pycache__ -prune -exec rm -rf {} +

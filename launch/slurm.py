@@ -234,24 +234,12 @@ def task(path: Path) -> None:
     """What each task of the job does: rank and rendezvous from Slurm, then the same as launch/train.py."""
     from submitit.helpers import TorchDistributedEnvironment
 
-    # deepspeed and the data path, which a login node may lack
-    from segformer.dist import init_world
-    from segformer.export import ExportConfig, export
-    from segformer.report import ReportConfig, report
-    from segformer.train import train
+    from segformer.job import run_job  # deepspeed and the data path, which a login node may lack
 
     os.environ.setdefault("SUBMITIT_EXECUTOR", "slurm")
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     try:
-        run = load_config(path, RunConfig)
-        world = init_world(run.engine.timeout_s)
-        try:
-            train(run, world)
-        finally:
-            world.close()
-        if world.is_main:
-            export(ExportConfig(run=run.run_dir))
-            report(ReportConfig(run=run.run_dir))
+        run_job(load_config(path, RunConfig))
     except SegformerError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

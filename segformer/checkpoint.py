@@ -22,6 +22,7 @@ a torn one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -101,14 +102,12 @@ def write_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        manifest = {}
         for name, data in contents.items():
             _write_durable(temporary / name, data)
-            manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write_durable(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_durable(temporary / MANIFEST, _manifest(contents))
         _sync_folder(temporary)
-        if final.exists():  # the same step again, after a resume from it: the new one holds the same state
-            shutil.rmtree(final)
+        if final.exists():  # the same step again: the new one holds the same state
+            _delete(final)
         temporary.rename(final)
         _sync_folder(folder)
     except OSError as error:
@@ -118,6 +117,14 @@ def write_checkpoint(
         ) from error
     _prune(folder, cfg.keep_last, state.best_step)
     return final
+
+
+def _manifest(contents: dict[str, bytes]) -> bytes:
+    entries = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
+    return json.dumps(entries, indent=1).encode()
 
 
 def _write_durable(path: Path, data: bytes) -> None:
@@ -136,14 +143,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    steps = list_steps(folder)
-    for step in steps[:-keep_last]:
+    for step in list_steps(folder)[:-keep_last]:
         if step != best_step:
-            doomed = folder / f".del-step-{step:08d}"
-            (folder / f"step-{step:08d}").rename(
-                doomed
-            )  # first out of sight, so no half-deleted one is ever read
-            shutil.rmtree(doomed)
+            _delete(folder / f"step-{step:08d}")
+
+
+def _delete(path: Path) -> None:
+    """First out of sight, so that no half-deleted checkpoint is ever read; `clean` removes what stays."""
+    doomed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -155,29 +165,35 @@ def read_checkpoint(path: Path) -> dict[str, bytes]:
     """The verified contents of one checkpoint folder by file name.
 
     Raises:
-        CheckpointError: a file is missing, or its size or sha256 is not the manifest's.
+        CheckpointError: a file is missing, or the manifest is not exactly the one of these files.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if set(manifest) != set(FILES):
-            raise ValueError(f"the manifest lists {sorted(manifest)}, not {sorted(FILES)}")
         contents = {name: (path / name).read_bytes() for name in FILES}
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is incomplete: {error}") from error
-    for name, data in contents.items():
-        if hashlib.sha256(data).hexdigest() != manifest[name]["sha256"]:
-            raise CheckpointError(
-                f"{path / name} is damaged: {len(data)} bytes do not match the manifest's sha256"
-            )
+        manifest = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is incomplete: {Path(error.filename).name}: {error.strerror}"
+        ) from error
+    if manifest != _manifest(
+        contents
+    ):  # no parsing: a flipped bit anywhere, in the manifest too, is a difference
+        raise CheckpointError(
+            f"{path} is damaged: its files do not match the sizes and sha256 sums of {MANIFEST}"
+        )
     return contents
 
 
 def load_checkpoint(
-    folder: Path, *, step: int | None = None, warn: Callable[[str], None] = print
+    folder: Path,
+    *,
+    step: int | None = None,
+    quarantine: bool = False,
+    warn: Callable[[str], None] = print,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState] | None:
     """(model, optimizer, state) of the newest good checkpoint in `folder`, or of `step`; None without any.
 
-    A damaged checkpoint is renamed bad-* with a warning and the next older one is taken.
+    A damaged checkpoint is passed over with a warning and, where `quarantine` is set, renamed bad-*: a run
+    does that once, when it starts; who only reads a run leaves it as it is.
 
     Raises:
         CheckpointError: `step` is missing or damaged, or there are checkpoints but none is good.
@@ -194,14 +210,20 @@ def load_checkpoint(
         except CheckpointError as error:
             if step is not None:
                 raise
-            warn(f"{error}; renamed to bad-{path.name}, trying the one before it")
-            path.rename(folder / f"bad-{path.name}")
+            warn(f"{error}; trying the one before it")
+            if quarantine:
+                _set_aside(path)
             continue
         state = TrainState(**json.loads(contents["state.json"]))
         return load(contents["model.safetensors"]), load(contents["optimizer.safetensors"]), state
     raise CheckpointError(
         f"no checkpoint in {folder} is good; restore one, or delete the folder to start from scratch"
     )
+
+
+def _set_aside(path: Path) -> None:
+    names = (f"bad-{path.name}" + (f".{count}" if count else "") for count in itertools.count())
+    path.rename(next(target for name in names if not (target := path.with_name(name)).exists()))
 
 
 def clean(folder: Path) -> None:

@@ -39,8 +39,12 @@ from segformer.optim import OptimConfig
 from segformer.telemetry import TelemetryConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-FROZEN = ("seed", "steps", "global_batch", "data", "augment", "model", "loss", "optim")
+FROZEN = (
+    *("seed", "steps", "global_batch", "train_split", "data", "augment", "model", "loss", "optim"),
+    *("engine.grad_clip", "engine.sync_batchnorm"),
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
 _T = TypeVar("_T")
 
 
@@ -101,7 +105,9 @@ class RunConfig:
 def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """`key: saved -> now` for every frozen setting in which two configurations differ."""
     old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(now))
-    keys = [key for key in sorted(old.keys() | new.keys()) if key.split(".")[0] in FROZEN]
+    keys = [
+        key for key in sorted(old.keys() | new.keys()) if f"{key}.".startswith(tuple(f"{f}." for f in FROZEN))
+    ]
     free = ("data.root", "data.shards")  # places; the digest of the shards is compared instead
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
@@ -111,10 +117,15 @@ def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
 
 
 def save_config(cfg: Any, path: Path) -> None:
-    """Write a configuration dataclass as YAML."""
+    """Write a configuration dataclass as YAML, whole or not at all."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
+    if path.exists() and path.read_text() == text:
+        return
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)  # a full disk or a crash leaves the old one
 
 
 def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore[assignment]
@@ -124,7 +135,9 @@ def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore
     from yaml import YAMLError
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))  # type: ignore[return-value]
+        loaded = OmegaConf.load(path)
+        _refuse_resolvers(loaded)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} can't be read as a configuration: {_first_line(error)}") from error
 
@@ -152,18 +165,29 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     bad = [override for override in overrides if "=" not in override and not override.startswith("~")]
     if bad:
         raise ConfigError(f"{bad[0]!r} is not an override; write key=value (all keys: --help)")
-    hidden = [override for override in overrides if "${" in override and "oc." in override]
-    if hidden:
-        raise ConfigError(
-            f"{hidden[0]!r}: resolvers are refused, because their values would be saved with the run"
-        )
+    hydra = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
+    if hydra:
+        raise ConfigError(f"{hydra[0]!r} is refused: hydra's own settings are fixed")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra_compose(config_name, overrides=overrides)
+            _refuse_resolvers(composed)
             OmegaConf.resolve(composed)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
+
+
+def _refuse_resolvers(config: Any) -> None:
+    """ConfigError where a value asks for more than another key: `${name}` stays, `${oc.env:X}` doesn't."""
+    from omegaconf import OmegaConf
+
+    for key, value in _flat(OmegaConf.to_container(config, resolve=False)).items():  # type: ignore[arg-type]
+        for text in map(str, value if isinstance(value, list) else [value]):
+            if "${" in _REFERENCE.sub("", text):
+                raise ConfigError(
+                    f"{key}={text!r}: resolvers are refused, because their values would be saved with the run"
+                )
 
 
 def _to_object(schema: type[_T], composed: Any) -> _T:

@@ -18,6 +18,7 @@ import hashlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -49,11 +50,6 @@ class World:
         """Whether this is rank zero, which alone writes files and prints."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            self.sum(torch.zeros(1))  # over gloo: dist.barrier() would go over NCCL and wait for the device
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks, in place; all ranks call it."""
         if self.size > 1:
@@ -75,24 +71,32 @@ class World:
     def on_main(self, function: Callable[[], _T]) -> _T:
         """Run `function` on rank zero and give its result to all ranks.
 
-        A SegformerError of rank zero ends every rank, and only rank zero prints it: one mistake, one line.
+        What it raises ends every rank, and only rank zero reports it: one mistake, one line.
         """
-        outcome: list[Any] = [None, None]
+        result, failure = None, None
         if self.is_main:
             try:
-                outcome[0] = function()
-            except SegformerError as error:
-                outcome[1] = error
+                result = function()
+            except Exception as error:
+                failure = error
+        code = None if failure is None else failure.exit_code if isinstance(failure, SegformerError) else 1
+        outcome: list[Any] = [result, code]
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
-            raise outcome[1] if self.is_main else SystemExit(outcome[1].exit_code)
+            raise SystemExit(outcome[1])
         return outcome[0]
 
     def close(self) -> None:
         """Leave the process group, so that the interpreter ends without warnings."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            # A thread of gloo may still be dropping the tensors of the last collective, which takes the
+            # interpreter. Where that has begun to end, the process seems to abort ("terminate called without
+            # an active exception", twice in about 100 starts on a busy machine): give the thread its turn.
+            time.sleep(0.2)
 
 
 def free_port() -> int:
@@ -106,7 +110,8 @@ def init_world(timeout_s: float = 600.0) -> World:
     """Join the process group that the environment describes; a world of one when it describes none.
 
     Raises:
-        ConfigError: some, but not all, of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set.
+        ConfigError: some, but not all, of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; or
+            there are GPUs, but fewer than ranks.
     """
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
@@ -121,6 +126,11 @@ def init_world(timeout_s: float = 600.0) -> World:
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {local_rank} has no GPU of its own, there are {torch.cuda.device_count()}; "
+                "start as many ranks as GPUs (or set CUDA_VISIBLE_DEVICES to nothing, for the CPU)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -130,7 +140,8 @@ def init_world(timeout_s: float = 600.0) -> World:
         rank=rank,
         local_rank=local_rank,
         size=size,
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        # torchrun and Slurm set the first, deepspeed the second
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
         device=device,
     )
 

@@ -23,17 +23,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segformer.dist import World, synchronise_batch_norm
 from segformer.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
 
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """How the model is trained on the devices at hand; none of it changes what is learnt beyond rounding."""
+    """How the model is trained on the devices at hand. What changes the result beyond rounding says so."""
 
     zero_stage: int = 1
     "DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the ranks."
@@ -42,9 +43,9 @@ class EngineConfig:
     compile: bool | None = None
     "torch.compile the model; null means on GPUs only."
     sync_batchnorm: bool = True
-    "Batch norm over the batches of all ranks, so that the world size doesn't change the statistics."
+    "Batch norm over the micro batches of all ranks; false changes what is learnt with the number of ranks."
     grad_clip: float = 0.0
-    "Largest gradient norm; 0 for no clipping (as in the official recipe)."
+    "Largest gradient norm; 0 for no clipping (as in the official recipe). Changes what is learnt."
     timeout_s: float = 1800.0
     "Seconds after which a collective that not every rank has joined ends the run."
     extra: dict[str, Any] = field(default_factory=dict)
@@ -96,11 +97,13 @@ def deepspeed_config(
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
     extra = dict(cfg.extra)
-    zero_extra = dict(extra.pop("zero_optimization", {}))
-    taken = sorted((set(extra) & set(derived)) | ({"stage"} & set(zero_extra)))
+    zero_extra = extra.pop("zero_optimization", {})
+    if not isinstance(zero_extra, dict):
+        raise ConfigError(f"engine.extra.zero_optimization={zero_extra!r} must be a mapping")
+    taken = sorted((set(extra) & (set(derived) | OWN)) | ({"stage"} & set(zero_extra)))
     if taken:
         raise ConfigError(
-            f"engine.extra sets {', '.join(taken)}, which other settings derive; remove it there"
+            f"engine.extra sets {', '.join(taken)}, which other settings decide; remove it there"
         )
     return derived | extra | {"zero_optimization": zero | zero_extra}
 
@@ -172,9 +175,9 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> nn.Modul
     return model.to(world.device)
 
 
-def total_norm(engine: Any) -> float | None:
+def total_norm(engine: Any) -> Tensor | None:
     """Norm of the averaged gradients after the last backward at stage 0; None where ZeRO computes it."""
     if engine.zero_optimization_stage() > 0:
         return None
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return torch.nn.utils.get_total_norm(gradients)

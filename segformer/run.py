@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segformer.checkpoint import TrainState, clean, list_steps, load_checkpoint
+from segformer.checkpoint import TrainState, clean, load_checkpoint
 from segformer.config import RunConfig, frozen_difference, load_config, save_config
 from segformer.data.loader import Batch, train_batches
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
@@ -78,15 +78,16 @@ def prepare_run_dir(cfg: RunConfig) -> None:
     run_dir = Path(cfg.run_dir)
     saved = run_dir / "config.yaml"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if saved.exists():
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        trained = any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*"))
+        if trained and saved.exists():  # before its first checkpoint a run may still be corrected
             changed = frozen_difference(load_config(saved), cfg)
             if changed:
                 raise ConfigError(
                     f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); "
                     "choose another name=..., or delete the directory"
                 )
-        elif list_steps(run_dir / "checkpoints"):
+        elif trained:
             raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
         save_config(cfg, saved)
         clean(run_dir / "checkpoints")
@@ -112,9 +113,15 @@ def open_shards(cfg: RunConfig) -> ShardSet:
     return shards
 
 
+def _check(cfg: RunConfig, world_size: int) -> None:
+    """What can be wrong with batch and data; rank zero, so that it is said once."""
+    cfg.micro_batch_for(world_size)
+    open_shards(cfg)
+
+
 def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -> Run:
+    world.on_main(lambda: _check(cfg, world.size))
     micro_batch = cfg.micro_batch_for(world.size)
-    world.on_main(lambda: open_shards(cfg) and None)  # one message where something is wrong
     shards = open_shards(cfg)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = prepare_model(build_model(cfg.model, len(shards.classes)), cfg.engine, world)
@@ -178,7 +185,7 @@ def _load(
     folder = Path(cfg.run_dir) / "checkpoints"
 
     def newest() -> int | None:
-        found = load_checkpoint(folder, warn=telemetry.line)
+        found = load_checkpoint(folder, quarantine=True, warn=telemetry.line)
         return None if found is None else found[2].step
 
     step = world.on_main(newest)

@@ -3,10 +3,9 @@
 Rank zero alone writes; on other ranks every method returns at once.
 
     metrics.jsonl   one JSON object a line, "kind" first:
-                    {"kind": "train", "step", "loss", <loss parts>, "lr", "grad_norm", "images_per_s",
-                    "step_s",
-                     "data_wait", "memory_gib"}
-                    {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc"}
+                    {"kind": "train", "step", "loss", <loss parts>, "lr", "lr_head", "grad_norm",
+                     "images_per_s", "step_s", "data_wait", "memory_gib"}
+                    {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion"}
     log.txt         the lines that were printed, with the time of day
 
 `data_wait` is the share of the time that the loop waited for a batch. `memory_gib` is the peak of the
@@ -19,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 import time
 import uuid
@@ -33,7 +31,6 @@ from segformer.dist import World
 from segformer.errors import ConfigError
 
 WANDB_MODES = ("disabled", "offline", "online")
-_SECRET = re.compile(r"key|token|secret|passw", re.IGNORECASE)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,8 +143,9 @@ class Telemetry:
         self.steps = steps
         self._bar: Any = None
         self._wandb: Any = None
-        if not world.is_main:
-            return
+        world.on_main(lambda: self._open(cfg, run_dir, name, config))
+
+    def _open(self, cfg: TelemetryConfig, run_dir: Path, name: str, config: dict[str, Any]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._log = (run_dir / "log.txt").open("a", buffering=1)
@@ -255,6 +253,14 @@ def _start_wandb(cfg: TelemetryConfig, run_dir: Path, name: str, config: dict[st
         id=id_file.read_text().strip(),
         resume="allow",
         dir=str(run_dir),
-        config={key: value for key, value in config.items() if not _SECRET.search(key)},
-        settings=wandb.Settings(disable_code=True, disable_git=True, console="off", silent=True),
+        config=config,
+        settings=wandb.Settings(
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            x_disable_machine_info=True,
+            console="off",
+            silent=True,
+        ),
     )

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segformer.checkpoint import save_checkpoint
 from segformer.config import RunConfig
-from segformer.data.loader import eval_batches, num_eval_batches
-from segformer.data.shards import ShardSet
 from segformer.dist import StopFlag, World, derive_seed, limit_threads
 from segformer.engine import resolve_precision, total_norm
 from segformer.errors import ConfigError, Preempted
@@ -66,18 +64,21 @@ def _loop(run: Run) -> Scores:
         last = state.step == cfg.steps
         if last or state.step % cfg.telemetry.log_every == 0:
             _log(run, losses, norm, meter)
-        scores = None
-        if last or state.step % cfg.eval_every == 0:
+        stopping, scores = _stopping(run), None
+        if not stopping and (last or state.step % cfg.eval_every == 0):
             scores = _evaluate(run)
-        stopping = world.any(run.stop.signal is not None)
-        if last or stopping or state.step % cfg.checkpoint.save_every == 0:
+            stopping = scores is None
+        saving = last or stopping or state.step % cfg.checkpoint.save_every == 0
+        if saving:
             save_checkpoint(run.engine, state, cfg.checkpoint, run.folder, world)
-        if stopping and not last:
+        if stopping:
             raise _preempted(run)
-        if scores is not None:
+        if saving or scores is not None:
             meter.reset()  # evaluation and saving don't count as training time
     if scores is None:  # the run was complete before it was started again
         scores = _evaluate(run)
+        if scores is None:
+            raise _preempted(run)
     telemetry.stop_bar()
     telemetry.line(scores.table(run.shards.classes))
     return scores
@@ -111,12 +112,13 @@ class LossSum:
         return dict(zip(names, total.tolist(), strict=True))
 
 
-def train_step(run: Run, losses: LossSum) -> tuple[float, float | None]:
+def train_step(run: Run, losses: LossSum) -> tuple[float, Tensor | float | None]:
     """One optimiser step; all ranks. Returns the seconds waited for data and the unclipped gradient norm."""
     cfg, engine = run.cfg, run.engine
     set_learning_rate(engine.optimizer.param_groups, cfg.optim, run.state.step, cfg.steps)
     engine.train()
-    waited, norm = 0.0, None
+    waited = 0.0
+    norm: Tensor | None = None
     accumulation = cfg.global_batch // (run.micro_batch * run.world.size)
     for index in range(accumulation):
         torch.manual_seed(derive_seed(cfg.seed, "step", run.state.step, index, run.world.rank))
@@ -134,7 +136,7 @@ def train_step(run: Run, losses: LossSum) -> tuple[float, float | None]:
     return waited, norm if norm is not None else engine.get_global_grad_norm()
 
 
-def _log(run: Run, losses: LossSum, norm: float | None, meter: Meter) -> None:
+def _log(run: Run, losses: LossSum, norm: Tensor | float | None, meter: Meter) -> None:
     means = losses.means(run.world)
     groups = {str(group["name"]): group["lr"] for group in run.engine.optimizer.param_groups}
     values: dict[str, float | None] = {**means, "lr": groups["backbone"], "lr_head": groups["head"]}
@@ -153,52 +155,37 @@ def _diverged(run: Run, loss: float) -> NoReturn:
     )
 
 
-def _evaluate(run: Run) -> Scores:
-    """Scores on the evaluation split; remembers the best step; all ranks."""
+def _evaluate(run: Run) -> Scores | None:
+    """Scores on the evaluation split, or None when a signal came; remembers the best step; all ranks."""
     cfg, world, state = run.cfg, run.world, run.state
+    split = run.shards.split(cfg.eval_split)
     start = time.monotonic()
-    scores = evaluate_split(
+    scores = evaluate(
         run.engine,
         run.normalize,
-        run.shards,
-        cfg,
+        split,
+        cfg.loader,
         world,
+        num_classes=len(run.shards.classes),
+        batch_size=cfg.eval_batch,
         bf16=resolve_precision(cfg.engine, world.device) == "bf16",
+        interrupted=lambda: _stopping(run),
     )
-    final = state.step == cfg.steps
-    run.telemetry.scores("final" if final else "eval", state.step, scores.to_dict())
-    images, took = run.shards.split(cfg.eval_split).num_samples, duration(time.monotonic() - start)
+    if scores is None:
+        return None
+    run.telemetry.scores("final" if state.step == cfg.steps else "eval", state.step, scores.to_dict())
     run.telemetry.line(
         f"step {state.step}: validation mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, "
-        f"aAcc {scores.aacc:.4f} ({images} images in {took})"
+        f"aAcc {scores.aacc:.4f} ({split.num_samples} images in {duration(time.monotonic() - start)})"
     )
     if state.best_miou is None or scores.miou > state.best_miou:
         state.best_miou, state.best_step = scores.miou, state.step
     return scores
 
 
-def evaluate_split(
-    model: nn.Module, normalize: nn.Module, shards: ShardSet, cfg: RunConfig, world: World, *, bf16: bool
-) -> Scores:
-    """`evaluate` over cfg.eval_split; all ranks."""
-    split = shards.split(cfg.eval_split)
-    batches = eval_batches(
-        split,
-        cfg.loader,
-        rank=world.rank,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        batch_size=cfg.eval_batch,
-    )
-    return evaluate(
-        model,
-        normalize,
-        batches,
-        world,
-        num_classes=len(shards.classes),
-        rounds=max(num_eval_batches(split, world.size, cfg.eval_batch)),
-        autocast=bf16,
-    )
+def _stopping(run: Run) -> bool:
+    """Whether any rank has been told to stop; all ranks."""
+    return run.world.any(run.stop.signal is not None)
 
 
 def _preempted(run: Run) -> Preempted:

@@ -10,10 +10,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from segformer.data.loader import LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.loader import LoaderConfig
 from segformer.data.shards import ShardSet
 from segformer.data.transforms import AugmentConfig, Normalize
-from segformer.dist import World, init_world, limit_threads
+from segformer.dist import init_world, limit_threads
+from segformer.engine import EngineConfig, resolve_precision
 from segformer.errors import ConfigError
 from segformer.evaluate import evaluate
 from segformer.export import Trained, open_checkpoint
@@ -33,14 +34,15 @@ class ValidateConfig:
     "Split of the shards."
     batch: int = 1
     "Images per forward and rank, of one size each."
-    bf16: bool = False
-    "Run the model in bf16 autocast."
+    precision: str = "auto"
+    "fp32, bf16 or auto, as engine.precision of a run: bf16 where the GPU has it, fp32 on a CPU."
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     "Worker processes."
 
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be 1 or more")
+        EngineConfig(precision=self.precision)
 
 
 def validate(cfg: ValidateConfig) -> Scores:
@@ -51,9 +53,19 @@ def validate(cfg: ValidateConfig) -> Scores:
         world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
         trained, shards = _open(cfg)
         start = time.monotonic()
-        scores = _score(cfg, world, trained, shards)
+        scores = evaluate(
+            trained.build().to(world.device),
+            Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(world.device),
+            shards.split(cfg.split),
+            cfg.loader,
+            world,
+            num_classes=len(shards.classes),
+            batch_size=cfg.batch,
+            bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
+        )
     finally:
         world.close()
+    assert scores is not None  # nothing interrupts it
     if world.is_main:
         split = shards.split(cfg.split)
         print(
@@ -79,23 +91,3 @@ def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
         )
     shards.split(cfg.split)
     return trained, shards
-
-
-def _score(cfg: ValidateConfig, world: World, trained: Trained, shards: ShardSet) -> Scores:
-    split = shards.split(cfg.split)
-    return evaluate(
-        trained.build().to(world.device),
-        Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(world.device),
-        eval_batches(
-            split,
-            cfg.loader,
-            rank=world.rank,
-            world_size=world.size,
-            local_world_size=world.local_size,
-            batch_size=cfg.batch,
-        ),
-        world,
-        num_classes=len(shards.classes),
-        rounds=max(num_eval_batches(split, world.size, cfg.batch)),
-        autocast=cfg.bf16,
-    )

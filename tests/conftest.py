@@ -29,7 +29,8 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count in (("train", 16), ("val", 3)):
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
-            for path in sorted((ROOT / "data_prep/sample" / kind / split).iterdir())[:count]:
+            paths = sorted((ROOT / "data_prep/sample" / kind / split).iterdir())
+            for path in paths[:: len(paths) // count][:count]:
                 shutil.copy(path, folder / kind / split)
     return folder
 
@@ -85,7 +86,7 @@ def _metrics() -> Callable[..., list[dict]]:
 
 @pytest.fixture(scope="session")
 def start_ranks() -> Callable[..., list[subprocess.Popen]]:
-    """Start `ranks` processes of a script as torchrun would, each with one thread; their output is piped."""
+    """Start `ranks` CPU processes of a script as torchrun would, one thread each; their output is piped."""
     from segformer.dist import free_port
 
     def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
@@ -95,7 +96,7 @@ def start_ranks() -> Callable[..., list[subprocess.Popen]]:
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
         }
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (env or {})
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
         return [
             subprocess.Popen(
                 [sys.executable, *argv],

@@ -27,7 +27,7 @@ ORDER = [
     *("models.ops", "models.mit", "models.head", "models.convert", "models.segformer"),
     *("losses", "optim", "dist", "telemetry", "engine", "partition", "checkpoint"),
     *("metrics", "inference", "evaluate"),
-    *("config", "run", "train", "export", "validate", "predict", "pictures", "report"),
+    *("config", "run", "train", "export", "validate", "predict", "pictures", "report", "job"),
 ]
 
 # Third-party package -> the modules that may import it. torch and numpy belong to everybody.

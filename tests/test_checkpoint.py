@@ -1,6 +1,5 @@
 """The files of a checkpoint: committed whole or not at all, verified when read, pruned but for the best."""
 
-import json
 import os
 
 import pytest
@@ -61,7 +60,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, name, da
     write(tmp_path, 1)
     DAMAGES[damage](write(tmp_path, 2) / name)
     warnings = []
-    _, _, state = load_checkpoint(tmp_path, warn=warnings.append)
+    _, _, state = load_checkpoint(tmp_path, warn=warnings.append, quarantine=True)
     assert state.step == 1
     assert (tmp_path / "bad-step-00000002").exists()
     assert "trying the one before" in warnings[0]
@@ -71,16 +70,35 @@ def test_only_damaged_checkpoints_never_mean_a_silent_fresh_start(tmp_path):
     DAMAGES["truncate"](write(tmp_path, 1) / "model.safetensors")
     for _ in range(2):  # also at the next start, when it is already named bad-*
         with pytest.raises(CheckpointError, match="start from scratch"):
-            load_checkpoint(tmp_path, warn=lambda text: None)
+            load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True)
 
 
-def test_a_manifest_can_not_point_outside_its_folder(tmp_path):
+def test_every_single_bit_of_the_manifest_counts(tmp_path):
     path = write(tmp_path, 1)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
-    manifest["../../secret"] = {"bytes": 1, "sha256": "0"}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="manifest lists"):
-        checkpoint.read_checkpoint(path)
+    good = (path / checkpoint.MANIFEST).read_bytes()
+    for bit in range(8 * len(good)):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (path / checkpoint.MANIFEST).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            checkpoint.read_checkpoint(path)
+    (path / checkpoint.MANIFEST).write_bytes(good)
+    checkpoint.read_checkpoint(path)
+
+
+def test_who_only_reads_a_run_leaves_its_damaged_checkpoint_in_place(tmp_path):
+    write(tmp_path, 1)
+    DAMAGES["truncate"](write(tmp_path, 2) / "model.safetensors")
+    assert load_checkpoint(tmp_path, warn=lambda text: None)[2].step == 1
+    assert list_steps(tmp_path) == [1, 2]
+
+
+def test_the_same_step_can_be_damaged_twice(tmp_path):
+    write(tmp_path, 1)
+    for count in (1, 2):
+        DAMAGES["flip"](write(tmp_path, 2) / "state.json")
+        assert load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True)[2].step == 1
+        assert len(list(tmp_path.glob("bad-*"))) == count
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):

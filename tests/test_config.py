@@ -68,6 +68,9 @@ WRONG = {
     "experiment=nope": "experiment=nope does not exist; use one of ",
     "name=../x": "must be up to 64 letters",
     "name=${oc.env:HOME}": "resolvers are refused",
+    "run_dir=runs/${now:%H%M%S}": "resolvers are refused",
+    "data.citation='${${data.name}.${data.license}:CANARY}'": "resolvers are refused",
+    "hydra.searchpath=[file:///tmp]": "hydra's own settings are fixed",
     "micro_batch=3": "use micro_batch=1 or 2 or 4",
     "engine.zero_stage=9": "use 0, 1, 2 or 3",
     "telemetry.wandb=yes": "use one of disabled, offline, online",
@@ -125,6 +128,23 @@ def test_a_damaged_configuration_is_refused(tmp_path):
             load_config(tmp_path / "config.yaml")
 
 
+def test_a_saved_configuration_with_a_resolver_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("data:\n  citation: ${oc.env:HOME}\n")
+    with pytest.raises(ConfigError, match="resolvers are refused"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_saving_a_configuration_replaces_it_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    save_config(run_config("experiment=sample"), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(type(path), "replace", lambda *_: pytest.fail("crash"))
+    save_config(run_config("experiment=sample"), path)  # unchanged: not touched
+    with pytest.raises(pytest.fail.Exception):
+        save_config(run_config("experiment=sample", "steps=7"), path)
+    assert path.read_bytes() == before
+
+
 def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change():
     before = run_config("experiment=sample")
     free = run_config(
@@ -142,7 +162,13 @@ def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change(
         "optim.lr: 0.001 -> 0.1",
         "steps: 500 -> 7",
     ]
-    assert set(FROZEN) <= {field.name for field in fields(RunConfig)}
+    changed = run_config(
+        "experiment=sample", "engine.grad_clip=1", "engine.sync_batchnorm=false", "train_split=val"
+    )
+    assert [line.split(":")[0] for line in frozen_difference(before, changed)] == [
+        *("engine.grad_clip", "engine.sync_batchnorm", "train_split")
+    ]
+    assert {name.split(".")[0] for name in FROZEN} <= {field.name for field in fields(RunConfig)}
 
 
 def test_the_micro_batch_shares_the_global_batch_out():

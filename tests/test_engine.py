@@ -40,10 +40,24 @@ def test_extra_adds_keys_also_inside_zero_optimization():
     assert made["dump_state"] is True
 
 
-@pytest.mark.parametrize("extra", [{"train_batch_size": 3}, {"zero_optimization": {"stage": 2}}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"train_batch_size": 3},
+        {"zero_optimization": {"stage": 2}},
+        {"bf16": {}},
+        {"scheduler": {}},
+        {"optimizer": {}},
+    ],
+)
 def test_extra_may_not_change_a_derived_key(extra):
     with pytest.raises(ConfigError, match=r"engine\.extra sets"):
         config(EngineConfig(extra=extra))
+
+
+def test_extra_zero_optimization_must_be_a_mapping():
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        config(EngineConfig(extra={"zero_optimization": 3}))
 
 
 def test_a_micro_batch_that_does_not_divide_names_those_that_do():

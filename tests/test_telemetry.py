@@ -13,8 +13,13 @@ from segformer.telemetry import Meter, Telemetry, TelemetryConfig, duration, mem
 
 MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 VALUES = {
-    "loss": 0.5, "lr": 1e-3, "grad_norm": 2.5, "images_per_s": 17.25, "step_s": 0.5,
-    "data_wait": 0.25, "memory_gib": None,
+    "loss": 0.5,
+    "lr": 1e-3,
+    "grad_norm": 2.5,
+    "images_per_s": 17.25,
+    "step_s": 0.5,
+    "data_wait": 0.25,
+    "memory_gib": None,
 }
 
 
@@ -60,7 +65,7 @@ def test_metrics_are_one_json_object_a_line_and_a_restart_appends(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    other = dataclasses.replace(MAIN, rank=1, size=2)
+    other = dataclasses.replace(MAIN, rank=1)  # of a world of one, as there is no process group here
     with telemetry(tmp_path / "run", other, progress=True) as log:
         log.start(0)
         log.line("text")

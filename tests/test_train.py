@@ -69,6 +69,10 @@ def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished)
     identifier = (run_dir / "wandb_id.txt").read_text()
     assert list(run_dir.glob(f"wandb/offline-run-*-{identifier}"))
     files = [path for path in run_dir.rglob("*") if path.is_file()]
+    recorded = next(iter(run_dir.glob("wandb/offline-run-*/run-*.wandb"))).read_bytes()
+    assert b"eval/miou" in recorded
+    assert sys.executable.encode() not in recorded, "what wandb knows of the machine stays here"
+    assert not list(run_dir.rglob("requirements.txt"))
     assert not [path for path in files if b"canarycanary" in path.read_bytes()]
 
 
@@ -146,6 +150,14 @@ def test_wrong_settings_are_one_line_before_the_first_step(finished, tiny, monke
         line = refused(arguments, monkeypatch, capsys)
         assert expected in line, line
     assert list_steps(run_dir / "checkpoints")[-1] == 6
+
+
+def test_a_refused_start_can_be_corrected_under_the_same_name(tiny, tmp_path, run_ranks):
+    outputs = run_ranks(2, "launch/train.py", *tiny("same", "global_batch=3", "steps=2"), code=2)
+    assert "use a world size of 1, 3 or global_batch=2 or 4" in outputs[0]
+    assert "ConfigError" not in outputs[1]
+    run_ranks(2, "launch/train.py", *tiny("same", "steps=2"))
+    assert list_steps(tmp_path / "same" / "checkpoints") == [2]
 
 
 def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, monkeypatch, capsys):

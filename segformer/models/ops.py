@@ -203,16 +203,18 @@ def bilinear_bands(maps: Tensor, size: tuple[int, int]) -> tuple[list[Band], Ten
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """argmax over classes of logits (B, K, h, w) enlarged to `size`, block by block -> (B, *size).
 
-    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one block of rows at a time.
+    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one block of rows at a time, in
+    float32 whatever autocast says.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     bands, horizontal = bilinear_bands(logits, size)
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
     out = torch.empty(len(logits), *size, dtype=dtype, device=logits.device)
-    for labels, image in zip(out, logits, strict=True):
-        wide = image.contiguous() @ horizontal  # (K, h, W)
-        for band in bands:
-            labels[band.rows] = (band.matrix @ wide[:, band.source]).argmax(dim=0)
+    with torch.autocast(logits.device.type, enabled=False):
+        for labels, image in zip(out, logits, strict=True):
+            wide = image.contiguous() @ horizontal  # (K, h, W)
+            for band in bands:
+                labels[band.rows] = (band.matrix @ wide[:, band.source]).argmax(dim=0)
     return out
 
 
@@ -235,8 +237,12 @@ def _block_loss_and_grad(
     label = target.masked_fill(ignored, 0).long()[None]
     grad = enlarged.softmax(dim=0)
     hit = grad.gather(0, label)
-    nll = -hit.log() if bool((hit > _TINY).all()) else -enlarged.log_softmax(dim=0).gather(0, label)
-    if pixel_weights is None and class_weights is None and smoothing == 0 and not bool(ignored.any()):
+    # The short ways are for CPUs: on a GPU the question whether one is open would wait for the device.
+    cpu = enlarged.device.type == "cpu"
+    underflow = not cpu or bool((hit <= _TINY).any())
+    nll = -enlarged.log_softmax(dim=0).gather(0, label) if underflow else -hit.log()
+    plain = pixel_weights is None and class_weights is None and smoothing == 0
+    if cpu and plain and not bool(ignored.any()):
         return nll.sum(), grad.scatter_(0, label, hit - 1), nll[0]
     counted = (~ignored).to(nll.dtype)[None]
     pixel = counted if pixel_weights is None else counted * pixel_weights

@@ -1,6 +1,7 @@
 """What only a GPU shows: the same function on it, bf16, torch.compile, and a run of several steps."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -75,7 +76,10 @@ def test_a_run_in_bf16_and_compiled_learns_and_continues(tiny, tmp_path, run_ran
         "engine.compile=true",
         "loader.workers=2",
     ]
-    environment = {"DS_ACCELERATOR": "cuda"}
+    environment = {
+        "DS_ACCELERATOR": "cuda",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+    }
     run_ranks(1, "launch/train.py", *tiny("gpu", *options), env=environment)
     losses = [line["loss"] for line in metrics(tmp_path / "gpu")]
     assert sum(losses[-5:]) < sum(losses[:5])

@@ -350,23 +350,14 @@ def test_a_wrong_command_line_ends_with_one_line_and_code_2(arguments: list[str]
 def test_a_task_trains_the_saved_configuration_as_the_rank_that_slurm_gave_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import segformer.dist
-    import segformer.export
-    import segformer.report
-    import segformer.train
+    import segformer.job
 
     calls: list[object] = []
 
-    class World:
-        is_main = True
-
-        def close(self) -> None:
-            calls.append("closed")
-
-    def init_world(timeout_s: float) -> World:
+    def run_job(cfg: RunConfig) -> None:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
         calls.append([os.environ[name] for name in names])
-        return World()
+        calls.append(cfg.steps)
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "stale")  # so that what the task sets is undone, too
@@ -382,13 +373,10 @@ def test_a_task_trains_the_saved_configuration_as_the_rank_that_slurm_gave_it(
         "SLURM_LOCALID": "1",
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(segformer.dist, "init_world", init_world)
-    monkeypatch.setattr(segformer.train, "train", lambda run, world: calls.append(run.steps))
-    monkeypatch.setattr(segformer.export, "export", lambda cfg: calls.append(("export", cfg.run)))
-    monkeypatch.setattr(segformer.report, "report", lambda cfg: calls.append(("report", cfg.run)))
+    monkeypatch.setattr(segformer.job, "run_job", run_job)
     save_config(compose(RunConfig, "config", ["steps=17", "run_dir=there"]), tmp_path / "config.yaml")
     slurm.task(tmp_path / "config.yaml")
-    assert calls == [["5", "8", "1", "4", "gpu07"], 17, "closed", ("export", "there"), ("report", "there")]
+    assert calls == [["5", "8", "1", "4", "gpu07"], 17]
 
 
 def test_the_saved_configuration_is_the_one_that_was_composed(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""A whole job on all its ranks: train or continue a run, then export its model and write its report.
+
+`launch/train.py` and the tasks of a Slurm job are this function.
+"""
+
+from __future__ import annotations
+
+from segformer.config import RunConfig
+from segformer.dist import init_world
+from segformer.export import ExportConfig, export
+from segformer.report import ReportConfig, report
+from segformer.train import train
+
+
+def run_job(cfg: RunConfig) -> None:
+    """Train on all ranks; rank zero then exports the newest checkpoint and writes the report.
+
+    Raises:
+        SegformerError: see `train`; the export and the report are left out then.
+    """
+    world = init_world(cfg.engine.timeout_s)
+    try:
+        train(cfg, world)
+    finally:
+        world.close()
+    if world.is_main:
+        export(ExportConfig(run=cfg.run_dir))
+        report(ReportConfig(run=cfg.run_dir))
