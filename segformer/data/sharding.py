@@ -130,7 +130,11 @@ def _run(tasks: list[_Task], folder: Path, workers: int) -> list[dict[str, Any]]
     count = min(len(tasks), workers if workers >= 0 else len(os.sched_getaffinity(0)))
     results = []
     with tqdm(
-        total=sum(len(task.samples) for task in tasks), unit="image", desc="sharding", leave=False
+        total=sum(len(task.samples) for task in tasks),
+        unit="image",
+        desc="sharding",
+        leave=False,
+        disable=None,  # no bar where standard error is no terminal: an error is then the only line
     ) as bar:
         for result in _map(_write_shard, tasks, folder, count):
             results.append(result)

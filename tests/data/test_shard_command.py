@@ -54,6 +54,31 @@ def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("fault", ["image without mask", "mask outside classes", "empty split"])
+def test_a_fault_in_the_data_is_one_line_and_leaves_no_shards(
+    fault: str, make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 3, "val": 1}), tmp_path / "out"
+    image, mask = sorted((root / "images/val").iterdir())[0], sorted((root / "masks/val").iterdir())[0]
+    if fault == "image without mask":
+        mask.unlink()
+    elif fault == "mask outside classes":
+        import cv2
+        import numpy as np
+
+        height, width = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED).shape[:2]
+        cv2.imwrite(str(mask), np.full((height, width), 77, np.uint8))
+    else:
+        image.unlink()
+        mask.unlink()
+    done = run("data=folder", f"root={root}", f"out={out}", "data.classes=[sky,road,tree]", "workers=1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("DataError: ")
+    assert ("val" if fault == "empty split" else image.stem) in done.stderr
+    assert not out.exists()
+
+
 def test_the_users_own_folder_needs_nothing_but_the_command_line(
     make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
