@@ -93,6 +93,9 @@ def report(cfg: ReportConfig) -> Path:
     path = write_report(run)
     for note in notes:
         print(f"report: {note}")
+    for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
+        if (run / name).exists():
+            print(f"{label}: {run / name}")
     print(f"report: {path}")
     return path
 
