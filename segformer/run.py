@@ -27,7 +27,7 @@ from segformer.data.shards import ShardSet
 from segformer.data.transforms import Normalize
 from segformer.dist import StopFlag, World, derive_seed
 from segformer.engine import build_engine, prepare_model, resolve_precision
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError, ConfigError, SegformerError
 from segformer.losses import SegmentationLoss
 from segformer.models.segformer import build_model
 from segformer.optim import build_optimizer
@@ -50,6 +50,8 @@ class Run:
     micro_batch: int
     telemetry: Telemetry
     stop: StopFlag
+    failure: SegformerError | None = None
+    "An error that this rank has met and that the ranks have not agreed on yet."
 
     @property
     def folder(self) -> Path:

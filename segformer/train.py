@@ -1,13 +1,15 @@
 """Training: one loop over a run (run.py), one function for an optimiser step.
 
-    for every optimiser step: step, log, evaluate, save, stop - in this order
+    for every optimiser step: fetch, agree to go on, step, log, evaluate, save - in this order
 
 Determinism: the weights after step t are a function of (configuration, shards, world size, device). The
 sample order and augmentation don't depend on ranks or workers; the generator that drop-out draws from is
 seeded anew at every step from (seed, step, rank), so a resume needs no random state.
 
-Stopping: SIGTERM, SIGUSR2 and Ctrl-C set a flag on whichever rank receives them; at the next step edge all
-ranks agree, save one checkpoint together and raise Preempted (exit code 75). A second Ctrl-C stops at once.
+Stopping: SIGTERM, SIGUSR2 and Ctrl-C set a flag on whichever rank receives them, and damaged data is kept as
+an error of the rank that read it. Before the next step (or batch of an evaluation) all ranks agree to stop,
+save one checkpoint together and end: with Preempted (exit code 75), or with the error of the rank that has it.
+A second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from torch import Tensor
 
 from segformer.checkpoint import save_checkpoint
 from segformer.config import RunConfig
+from segformer.data.loader import Batch
 from segformer.dist import StopFlag, World, derive_seed, limit_threads
 from segformer.engine import resolve_precision, total_norm
-from segformer.errors import ConfigError, Preempted
+from segformer.errors import ConfigError, Preempted, SegformerError
 from segformer.evaluate import evaluate
 from segformer.metrics import Scores
 from segformer.optim import set_learning_rate
@@ -39,6 +42,7 @@ def train(cfg: RunConfig, world: World) -> Scores:
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, where something does not fit.
         Preempted: a signal stopped the run; the same call continues it.
+        DataError: in the middle of the run, on the rank that met it; the state before it has been saved.
     """
     limit_threads(world)
     world.on_main(lambda: prepare_run_dir(cfg))
@@ -53,35 +57,50 @@ def train(cfg: RunConfig, world: World) -> Scores:
 
 
 def _loop(run: Run) -> Scores:
-    cfg, state, world, telemetry = run.cfg, run.state, run.world, run.telemetry
+    cfg, state, telemetry = run.cfg, run.state, run.telemetry
     telemetry.start(state.step)
-    meter, losses, scores = Meter(), LossSum(run.engine.device), None
+    meter, losses, saved = Meter(), LossSum(run.engine.device), state.step
     while state.step < cfg.steps:
-        waited, norm = train_step(run, losses)
+        batches, waited = _fetch(run)
+        if _stopping(run):
+            break
+        norm = train_step(run, batches, losses)
         state.step += 1
         telemetry.advance()
         meter.add(cfg.global_batch, waited)
         last = state.step == cfg.steps
         if last or state.step % cfg.telemetry.log_every == 0:
             _log(run, losses, norm, meter)
-        stopping, scores = _stopping(run), None
-        if not stopping and (last or state.step % cfg.eval_every == 0):
-            scores = _evaluate(run)
-            stopping = scores is None
-        saving = last or stopping or state.step % cfg.checkpoint.save_every == 0
-        if saving:
-            save_checkpoint(run.engine, state, cfg.checkpoint, run.folder, world)
-        if stopping:
-            raise _preempted(run)
-        if saving or scores is not None:
+        if not last and state.step % cfg.eval_every == 0:
+            _evaluate(run)
             meter.reset()  # evaluation and saving don't count as training time
-    if scores is None:  # the run was complete before it was started again
-        scores = _evaluate(run)
-        if scores is None:
-            raise _preempted(run)
+        if not last and state.step % cfg.checkpoint.save_every == 0:
+            saved = _save(run)
+            meter.reset()
+    scores = _evaluate(run) if state.step == cfg.steps else None
+    if saved < state.step:
+        _save(run)
     telemetry.stop_bar()
+    if scores is None:
+        raise _stopped(run)
     telemetry.line(scores.table(run.shards.classes))
     return scores
+
+
+def _fetch(run: Run) -> tuple[list[Batch], float]:
+    """The micro batches of the next step and the seconds they took.
+
+    An error in the data is kept until the ranks agree to stop: raised here, it would leave the others in a
+    collective.
+    """
+    start = time.monotonic()
+    batches: list[Batch] = []
+    try:
+        while len(batches) * run.micro_batch * run.world.size < run.cfg.global_batch:
+            batches.append(next(run.batches))
+    except SegformerError as error:
+        run.failure = error
+    return batches, time.monotonic() - start
 
 
 class LossSum:
@@ -112,28 +131,23 @@ class LossSum:
         return dict(zip(names, total.tolist(), strict=True))
 
 
-def train_step(run: Run, losses: LossSum) -> tuple[float, Tensor | float | None]:
-    """One optimiser step; all ranks. Returns the seconds waited for data and the unclipped gradient norm."""
+def train_step(run: Run, batches: list[Batch], losses: LossSum) -> Tensor | float | None:
+    """One optimiser step over the rank's micro batches; all ranks. Returns the unclipped gradient norm."""
     cfg, engine = run.cfg, run.engine
     set_learning_rate(engine.optimizer.param_groups, cfg.optim, run.state.step, cfg.steps)
     engine.train()
-    waited = 0.0
     norm: Tensor | None = None
-    accumulation = cfg.global_batch // (run.micro_batch * run.world.size)
-    for index in range(accumulation):
+    for index, batch in enumerate(batches):
         torch.manual_seed(derive_seed(cfg.seed, "step", run.state.step, index, run.world.rank))
-        start = time.monotonic()
-        batch = next(run.batches)
-        waited += time.monotonic() - start
         batch = batch.to(run.world.device, non_blocking=True)
         logits = engine(run.normalize(batch.images, batch.photometric))
         loss, parts = run.criterion(logits, batch.targets)
         engine.backward(loss)
-        if index == accumulation - 1:
+        if index == len(batches) - 1:
             norm = total_norm(engine)
         engine.step()
         losses.add(loss, parts)
-    return waited, norm if norm is not None else engine.get_global_grad_norm()
+    return norm if norm is not None else engine.get_global_grad_norm()
 
 
 def _log(run: Run, losses: LossSum, norm: Tensor | float | None, meter: Meter) -> None:
@@ -183,15 +197,23 @@ def _evaluate(run: Run) -> Scores | None:
     return scores
 
 
+def _save(run: Run) -> int:
+    """Write a checkpoint and return its step; all ranks."""
+    save_checkpoint(run.engine, run.state, run.cfg.checkpoint, run.folder, run.world)
+    return run.state.step
+
+
 def _stopping(run: Run) -> bool:
-    """Whether any rank has been told to stop; all ranks."""
-    return run.world.any(run.stop.signal is not None)
+    """Whether any rank has been told to stop, or can't go on; all ranks."""
+    return run.world.any(run.stop.signal is not None or run.failure is not None)
 
 
-def _preempted(run: Run) -> Preempted:
-    numbers = [number for number in run.world.gather(run.stop.signal) if number is not None]
-    run.telemetry.stop_bar()
+def _stopped(run: Run) -> BaseException:
+    """Why the run ends early: its error on the rank that has one, silence beside it, or Preempted; all ranks."""
+    signals = [number for number in run.world.gather(run.stop.signal) if number is not None]
+    if run.world.any(run.failure is not None):
+        return run.failure or SystemExit(SegformerError.exit_code)
     return Preempted(
-        f"stopped at step {run.state.step} by {signal.Signals(numbers[0]).name}; the state is in "
+        f"stopped at step {run.state.step} by {signal.Signals(signals[0]).name}; the state is in "
         f"{run.folder}; the same command continues"
     )

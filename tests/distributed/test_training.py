@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from segformer.checkpoint import load_checkpoint
+from segformer.checkpoint import list_steps, load_checkpoint
 
 STEPS = 20
 
@@ -114,3 +114,22 @@ def test_a_checkpoint_resumes_on_other_worlds_and_stages(tiny, tmp_path, run_ran
         continued = torch.tensor([line["loss"] for line in metrics(tmp_path / name)])
         assert len(continued) == STEPS - 10
         assert (continued - whole[10:]).abs().max() < 1e-4, f"{ranks} ranks, ZeRO-{stage}"
+
+
+@pytest.mark.faults
+def test_a_damaged_sample_is_one_line_of_one_rank_and_the_steps_before_it_are_kept(
+    tiny, tiny_shards, tmp_path, run_ranks
+):
+    shutil.copytree(tiny_shards, tmp_path / "damaged")
+    tar = sorted((tmp_path / "damaged").glob("train-*.tar"))[-1]
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    overrides = tiny("hit", f"data.shards={tmp_path / 'damaged'}", "engine.zero_stage=1")
+    printed = "".join(run_ranks(2, "launch/train.py", *overrides, code=2))
+    assert printed.count("DataError: ") == 1
+    assert tar.name in printed
+    assert "Traceback" not in printed
+    steps = len((tmp_path / "hit" / "metrics.jsonl").read_text().splitlines())
+    assert list_steps(tmp_path / "hit" / "checkpoints") == ([steps] if steps else [])
+    assert steps < 16 / 4, "every sample is read in the first epoch"
