@@ -8,7 +8,7 @@ seeded anew at every step from (seed, step, rank), so a resume needs no random s
 
 Stopping: SIGTERM, SIGUSR2 and Ctrl-C set a flag on whichever rank receives them, and damaged data is kept as
 an error of the rank that read it. Before the next step (or batch of an evaluation) all ranks agree to stop,
-save one checkpoint together and end: with Preempted (exit code 75), or with the error of the rank that has it.
+save one checkpoint together and end: with Preempted (exit code 75) or with the error of the rank that has it.
 A second Ctrl-C stops at once.
 """
 
@@ -209,7 +209,7 @@ def _stopping(run: Run) -> bool:
 
 
 def _stopped(run: Run) -> BaseException:
-    """Why the run ends early: its error on the rank that has one, silence beside it, or Preempted; all ranks."""
+    """Why the run ends early: its error on the rank that has one, silence on others; or Preempted."""
     signals = [number for number in run.world.gather(run.stop.signal) if number is not None]
     if run.world.any(run.failure is not None):
         return run.failure or SystemExit(SegformerError.exit_code)
