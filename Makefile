@@ -40,7 +40,9 @@ train: install
 	$(BIN)/python data_prep/shard.py data=sample
 	@set -e; \
 	gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
-	if [ $$gpus = 0 ]; then export DS_ACCELERATOR=cpu; gpus=$$(nproc); [ $$gpus -le 2 ] || gpus=2; fi; \
+	if [ $$gpus = 0 ]; then \
+		export DS_ACCELERATOR=cpu; unset CUDA_VISIBLE_DEVICES; \
+		gpus=$$(nproc); [ $$gpus -le 2 ] || gpus=2; fi; \
 	ranks=$$($(BIN)/python -c "print(max(r for r in (1, 2, 4, 8) if r <= $$gpus))"); \
 	where="--num_accelerators $$ranks"; \
 	if [ -n "$$CUDA_VISIBLE_DEVICES" ]; then \

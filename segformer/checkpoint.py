@@ -4,7 +4,7 @@
       step-00016000/
         model.safetensors        parameters and buffers by name, fp32, whole
         optimizer.safetensors    exp_avg.<parameter>, exp_avg_sq.<parameter>, fp32, whole
-        state.json               TrainState: step, order spec, digests, scores, versions
+        state.json               TrainState: step, order spec, digest of the data, best score
         MANIFEST.json            {file: {bytes, sha256}} of the files above; written last
       .tmp-step-00016000/        a save in progress; removed at the next start
 
@@ -47,7 +47,7 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     save_every: int = 1000
-    "Optimiser steps between checkpoints; one is always written at the end and when a signal stops the run."
+    "Optimiser steps between checkpoints; others are written for a new best, at a stop and at the end."
     keep_last: int = 3
     "Newest checkpoints to keep; the one with the best validation mIoU stays beside them."
 

@@ -71,10 +71,12 @@ def _loop(run: Run) -> Scores:
         last = state.step == cfg.steps
         if last or state.step % cfg.telemetry.log_every == 0:
             _log(run, losses, norm, meter)
+        due = state.step % cfg.checkpoint.save_every == 0
         if not last and state.step % cfg.eval_every == 0:
             _evaluate(run)
+            due = due or state.best_step == state.step  # the best is always on disk
             meter.reset()  # evaluation and saving don't count as training time
-        if not last and state.step % cfg.checkpoint.save_every == 0:
+        if not last and due:
             saved = _save(run)
             meter.reset()
     scores = _evaluate(run) if state.step == cfg.steps else None

@@ -160,6 +160,11 @@ def test_a_refused_start_can_be_corrected_under_the_same_name(tiny, tmp_path, ru
     assert list_steps(tmp_path / "same" / "checkpoints") == [2]
 
 
+def test_the_best_step_is_saved_also_between_the_regular_checkpoints(tiny, tmp_path, run_ranks):
+    run_ranks(1, "launch/train.py", *tiny("best", "steps=3", "eval_every=2", "checkpoint.save_every=1000"))
+    assert list_steps(tmp_path / "best" / "checkpoints") == [2, 3], "the first evaluation is the best so far"
+
+
 def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, monkeypatch, capsys):
     run_dir, overrides, _ = finished
     cfg = DatasetConfig(name="sample", classes=["background", "nucleus"])
