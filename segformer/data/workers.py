@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -82,8 +83,10 @@ class WorkerStream(Generic[_T]):
 
     def _stream(self) -> Generator[_T, None, None]:
         others = set(multiprocessing.active_children())
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)  # inherited by the fork server
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)  # inherited by what starts here
         try:
+            resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts
+            signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
             iterator = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)

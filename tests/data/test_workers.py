@@ -31,6 +31,23 @@ if __name__ == "__main__":
 """
 
 
+MASKS = """
+import multiprocessing
+from functools import partial
+from itertools import count
+from multiprocessing.forkserver import _forkserver
+from pathlib import Path
+from segformer.data.workers import WorkerStream
+
+if __name__ == "__main__":
+    stream = iter(WorkerStream([partial(count, 5)], workers=2, prefetch=2, timeout=60))
+    next(stream)
+    for pid in [_forkserver._forkserver_pid, *(child.pid for child in multiprocessing.active_children())]:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        print(next(line.split()[1] for line in status if line.startswith("SigBlk")))
+"""
+
+
 def stream(items: list[float], *, workers: int, timeout: int = 60) -> WorkerStream[None]:
     """A stream whose workers sleep for each of the items."""
     stages = [partial(iter, items), partial(map, time.sleep), partial(map, str)]
@@ -53,6 +70,17 @@ def test_signals_to_the_whole_group_reach_the_trainer_only_and_an_open_stream_le
     assert (done.returncode, done.stderr) == (0, "")
     # every worker counts from 5 on its own, so the items come in pairs
     assert done.stdout.split() == [str(5 + number // 2) for number in range(44)]
+
+
+def test_the_fork_server_and_its_workers_are_born_with_the_signals_blocked(tmp_path: Path) -> None:
+    """A fork server that dies of SIGTERM takes its workers with it, so the mask must be there from birth."""
+    script = tmp_path / "script.py"
+    script.write_text(MASKS)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    masks = [int(line, 16) for line in done.stdout.split()]
+    assert len(masks) == 3
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        assert all(mask >> (number - 1) & 1 for mask in masks), number
 
 
 def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang() -> None:
