@@ -1,8 +1,10 @@
 """Write a data set as shards: python data_prep/shard.py data=<name> root=<dir> out=<dir>
 
-root and out default to data.root and data.shards of conf/data/<name>.yaml.
+root and out default to data.root and data.shards of conf/data/<name>.yaml. A run that was ended, in any way,
+is continued by the same command.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,18 +31,23 @@ class ShardConfig:
     """Seed of the shuffle of the training split."""
     samples_per_shard: int = 256
     """Samples in one tar."""
+    long_side: int = 0
+    """Reduce images whose longer side has more pixels than this, and their masks; 0 = none."""
+    quality: int = 0
+    """Write every image as JPEG of this quality, 1 to 100; 0 = keep the bytes of its file."""
     workers: int = -1
     """Processes; -1 = one per core. The shards do not depend on it."""
 
 
 def shard(cfg: ShardConfig) -> None:
-    """Print the label map, write the shards, print what they hold."""
+    """Write the shards, print the label map with what was seen of it, and what the shards hold."""
     root, out = cfg.root or cfg.data.root, cfg.out or cfg.data.shards
     if not root:
         raise ConfigError("no source folder; give root=<folder of the data set>")
     if not out:
         raise ConfigError("no output folder; give out=<folder for the shards>")
-    print(label_map_text(cfg.data))
+    if cfg.data.task == "segmentation":
+        label_table(cfg.data)  # refuses what it cannot map before anything is read
     write_shards(
         cfg.data,
         Path(root),
@@ -48,32 +55,75 @@ def shard(cfg: ShardConfig) -> None:
         seed=cfg.seed,
         samples_per_shard=cfg.samples_per_shard,
         workers=cfg.workers,
+        long_side=cfg.long_side,
+        quality=cfg.quality,
     )
     shards = ShardSet.open(out)
+    if shards.task == "segmentation":
+        print(label_map_text(cfg.data, raw_pixels(shards)))
     print(split_text(shards))
     print(f"shards: {out}  (digest {shards.digest[:12]})")
 
 
-def label_map_text(data: DatasetConfig) -> str:
-    """Raw id -> train id and class, one line each; neighbouring ignored ids on one line."""
+def raw_pixels(shards: ShardSet) -> Counter[int]:
+    """Raw id -> pixels over all splits, before the label map."""
+    seen: Counter[int] = Counter()
+    for split in shards.content["splits"].values():
+        seen.update({int(raw): pixels for raw, pixels in split["raw_ids"].items()})
+    return seen
+
+
+def label_map_text(data: DatasetConfig, seen: Counter[int]) -> str:
+    """Raw id -> train id, class and share of the pixels, one line each; ignored ids on one line."""
     table = label_table(data)
-    raw = [int(value) for value in np.flatnonzero((table >= 0) & (table != IGNORE_INDEX))]
-    lines = [f"{value:>6} -> {table[value]:>3} {data.classes[table[value]]}" for value in raw]
-    ignored = ", ".join(str(value) for value in np.flatnonzero(table == IGNORE_INDEX))
-    return "\n".join(["label map (id in the masks -> train id):", *lines, f"ignored (-> 255): {ignored}"])
+    total = max(1, seen.total())
+
+    def share(raw: int) -> str:
+        return f"{100 * seen[raw] / total:.2f} %" if seen[raw] else "NEVER SEEN"
+
+    raw_ids = [int(raw) for raw in np.flatnonzero((table >= 0) & (table != IGNORE_INDEX))]
+    width = max(len(name) for name in data.classes)
+    lines = ["label map (id in the masks -> train id, share of all pixels):"]
+    for raw in raw_ids:
+        lines.append(f"{raw:>6} -> {table[raw]:>3} {data.classes[table[raw]]:<{width}}  {share(raw):>10}")
+    ignored = [int(raw) for raw in np.flatnonzero(table == IGNORE_INDEX)]
+    lines.append("ignored (-> 255): " + ", ".join(f"{raw} ({share(raw)})" for raw in ignored))
+    return "\n".join(lines)
 
 
 def split_text(shards: ShardSet) -> str:
-    """Images and shards per split, and each class's share of the labelled pixels."""
+    """Images and shards per split, and what each class has of the labelled pixels (or of the images)."""
     lines = []
-    width = max(len(name) for name in shards.classes)
     for name, split in shards.splits.items():
-        lines.append(f"{name}: {split.num_samples} images in {len(split.files)} shards")
-        pixels = np.array(shards.stats[name], np.float64)
-        for label, count in zip(shards.classes, pixels, strict=True):
-            share = f"{100 * count / pixels.sum():6.2f} %" if count else "never seen"
-            lines.append(f"  {label:<{width}}  {share}")
+        entry = shards.content["splits"][name]
+        left_out = f" ({entry['dropped']} left out)" if entry["dropped"] else ""
+        lines.append(f"{name}: {split.num_samples} images in {len(split.files)} shards{left_out}")
+        lines += class_images(shards, name) if shards.task == "classification" else class_shares(shards, name)
     return "\n".join(lines)
+
+
+def class_shares(shards: ShardSet, split: str) -> list[str]:
+    """Share of the labelled pixels and number of images, a line per class."""
+    width = max(len(name) for name in shards.classes)
+    pixels = np.array(shards.stats[split], np.float64)
+    images = shards.content["splits"][split]["class_images"]
+    return [
+        f"  {label:<{width}}  {100 * count / pixels.sum():6.2f} %  in {number} images"
+        if count
+        else f"  {label:<{width}}  never seen"
+        for label, count, number in zip(shards.classes, pixels, images, strict=True)
+    ]
+
+
+def class_images(shards: ShardSet, split: str) -> list[str]:
+    """Fewest and most images of a class, and the classes without any."""
+    images = shards.content["splits"][split]["class_images"]
+    lines = [f"  {min(images)} to {max(images)} images in each of {len(images)} classes"]
+    missing = [name for name, count in zip(shards.classes, images, strict=True) if not count]
+    if missing:
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        lines.append(f"  never seen: {', '.join(missing[:20])}{more}")
+    return lines
 
 
 if __name__ == "__main__":

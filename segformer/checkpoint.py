@@ -70,6 +70,8 @@ class TrainState:
     "Best validation mIoU so far; None before the first evaluation."
     best_step: int | None = None
     "Step of best_miou."
+    corrupt: list[int] = field(default_factory=list)
+    "Samples of the training split that were found corrupt and replaced."
 
 
 def save_checkpoint(

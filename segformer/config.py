@@ -170,12 +170,17 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
         raise ConfigError(f"{hydra[0]!r} is refused: hydra's own settings are fixed")
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra_compose(config_name, overrides=overrides)
+            composed = hydra_compose(config_name, overrides=[_whole(text) for text in overrides])
             _refuse_resolvers(composed)
             OmegaConf.resolve(composed)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, schema)) from error
+
+
+def _whole(override: str) -> str:
+    """`key={...}` as hydra's `++key={...}`: a dictionary takes new keys, an unknown `key` still fails."""
+    return f"++{override}" if re.match(r"[A-Za-z_.]+=\{", override) else override
 
 
 def _refuse_resolvers(config: Any) -> None:

@@ -136,7 +136,7 @@ def read_run(run: Path, step: int | None = None) -> Trained:
     if cfg.data.classes:
         classes, palette = list(cfg.data.classes), class_palette(cfg.data)
     else:  # a configuration that leaves the classes to the shards
-        shards = ShardSet.open(cfg.data.shards)
+        shards = ShardSet.open(cfg.data.shards, cfg.loader.storage)
         classes, palette = list(shards.classes), shards.palette
     return Trained(
         state=state,

@@ -16,8 +16,9 @@ import numpy as np
 
 from segformer.config import RunConfig, load_config
 from segformer.data.dataset import class_palette
-from segformer.data.loader import decode_image, decode_mask
-from segformer.data.shards import ShardReader, ShardSet
+from segformer.data.decode import decode_image, decode_mask
+from segformer.data.reader import ShardReader
+from segformer.data.shards import ShardSet
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.pictures import read_metrics, series, write_curve, write_overlays
 from segformer.predict import Predictor
@@ -111,7 +112,7 @@ def _run_config(run: Path) -> RunConfig:
 def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> list[Path]:
     """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
     predictor = Predictor.from_export(run, device)
-    split = ShardSet.open(cfg.data.shards).split(cfg.eval_split)
+    split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
     reader = ShardReader(split)
 
     def samples() -> Any:
@@ -120,7 +121,7 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> list[P
         ):
             raw = reader.read(int(sample_id))
             image = decode_image(raw.image)
-            yield raw.key, image, decode_mask(raw.mask), predictor(image)
+            yield raw.key, image, decode_mask(raw.target), predictor(image)
 
     return write_overlays(samples(), run / "overlays", classes=predictor.classes, palette=predictor.palette)
 

@@ -12,7 +12,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from segformer.checkpoint import TrainState, clean, load_checkpoint
 from segformer.config import RunConfig, frozen_difference, load_config, save_config
-from segformer.data.loader import Batch, train_batches
+from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
 from segformer.data.shards import ShardSet
 from segformer.data.transforms import Normalize
+from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
 from segformer.engine import build_engine, prepare_model, resolve_precision
 from segformer.errors import CheckpointError, ConfigError, SegformerError
@@ -50,8 +51,12 @@ class Run:
     micro_batch: int
     telemetry: Telemetry
     stop: StopFlag
+    corrupt_budget: int
+    "Corrupt samples that the run may replace."
     failure: SegformerError | None = None
     "An error that this rank has met and that the ranks have not agreed on yet."
+    replaced: dict[int, str] = field(default_factory=dict)
+    "Corrupt samples that this rank has met and why, not yet told to the others."
 
     @property
     def folder(self) -> Path:
@@ -97,9 +102,13 @@ def prepare_run_dir(cfg: RunConfig) -> None:
         raise ConfigError(f"run_dir={run_dir} can't be used: {error.strerror}; choose another one") from error
 
 
-def open_shards(cfg: RunConfig) -> ShardSet:
-    """The shards of the run, checked against its configuration."""
-    shards = ShardSet.open(cfg.data.shards)
+def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
+    """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
+    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
+    if shards.task != "segmentation":
+        raise ConfigError(
+            f"{cfg.data.shards} is a set for {shards.task}; launch/train.py trains segmentation"
+        )
     if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
         raise ConfigError(
             f"data.classes has {len(cfg.data.classes)} classes, but {cfg.data.shards} was sharded with "
@@ -122,9 +131,11 @@ def _check(cfg: RunConfig, world_size: int) -> None:
 
 
 def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -> Run:
+    if worker_count(cfg.loader, world.local_size):
+        start_server()
     world.on_main(lambda: _check(cfg, world.size))
     micro_batch = cfg.micro_batch_for(world.size)
-    shards = open_shards(cfg)
+    shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = prepare_model(build_model(cfg.model, len(shards.classes)), cfg.engine, world)
     resumed = _load(cfg, world, telemetry)
@@ -174,6 +185,7 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
         normalize=Normalize(cfg.augment).to(world.device),
         batches=iter(batches),
         state=state,
+        corrupt_budget=corrupt_budget(cfg.loader, split),
         micro_batch=micro_batch,
         telemetry=telemetry,
         stop=stop,

@@ -209,6 +209,12 @@ class Telemetry:
         if self.world.is_main:
             self._record(kind, step, values)
 
+    def replaced(self, step: int, sample_id: int, reason: str) -> None:
+        """Say that a corrupt sample was replaced, and why; rank zero."""
+        if self.world.is_main:
+            self.line(f"replaced by its neighbour: {reason}")
+            self._record("replaced", step, {"sample_id": sample_id, "reason": reason})
+
     def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         entry = {"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}
         self._metrics.write(json.dumps(entry) + "\n")

@@ -26,9 +26,10 @@ from torch import Tensor
 from segformer.checkpoint import save_checkpoint
 from segformer.config import RunConfig
 from segformer.data.loader import Batch
+from segformer.data.prepare import over_budget
 from segformer.dist import StopFlag, World, derive_seed, limit_threads
 from segformer.engine import resolve_precision, total_norm
-from segformer.errors import ConfigError, Preempted, SegformerError
+from segformer.errors import ConfigError, DataError, Preempted, SegformerError
 from segformer.evaluate import evaluate
 from segformer.metrics import Scores
 from segformer.optim import set_learning_rate
@@ -71,6 +72,7 @@ def _loop(run: Run) -> Scores:
         last = state.step == cfg.steps
         if last or state.step % cfg.telemetry.log_every == 0:
             _log(run, losses, norm, meter)
+            _tell_replaced(run)
         due = state.step % cfg.checkpoint.save_every == 0
         if not last and state.step % cfg.eval_every == 0:
             _evaluate(run)
@@ -102,6 +104,7 @@ def _fetch(run: Run) -> tuple[list[Batch], float]:
             batches.append(next(run.batches))
     except SegformerError as error:
         run.failure = error
+    run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
     return batches, time.monotonic() - start
 
 
@@ -164,6 +167,24 @@ def _log(run: Run, losses: LossSum, norm: Tensor | float | None, meter: Meter) -
         run.world.on_main(lambda: _diverged(run, means["loss"]))
 
 
+def _tell_replaced(run: Run) -> None:
+    """Bring together which corrupt samples the ranks replaced, and fail where they are too many; all ranks.
+
+    A sample counts once, whichever ranks and epochs meet it.
+    """
+    if not run.world.any(bool(run.replaced)):
+        return
+    met = {sample: reason for part in run.world.gather(run.replaced) for sample, reason in part.items()}
+    run.replaced = {}
+    state = run.state
+    for sample_id in sorted(met.keys() - set(state.corrupt)):
+        state.corrupt = sorted([*state.corrupt, sample_id])
+        run.telemetry.replaced(state.step, sample_id, met[sample_id])
+    if len(state.corrupt) > run.corrupt_budget and run.world.is_main:
+        last = met[max(met)]
+        run.failure = DataError(over_budget(len(state.corrupt), run.corrupt_budget, last))
+
+
 def _diverged(run: Run, loss: float) -> NoReturn:
     raise ConfigError(
         f"the loss is {loss} at step {run.state.step}; lower optim.lr, or look at the data; "
@@ -201,6 +222,7 @@ def _evaluate(run: Run) -> Scores | None:
 
 def _save(run: Run) -> int:
     """Write a checkpoint and return its step; all ranks."""
+    _tell_replaced(run)
     save_checkpoint(run.engine, run.state, run.cfg.checkpoint, run.folder, run.world)
     return run.state.step
 

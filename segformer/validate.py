@@ -83,7 +83,7 @@ def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
         raise ConfigError(
             f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
         )
-    shards = ShardSet.open(cfg.shards or trained.shards)
+    shards = ShardSet.open(cfg.shards or trained.shards, cfg.loader.storage)
     if list(shards.classes) != trained.classes:
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "

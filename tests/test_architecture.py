@@ -22,12 +22,17 @@ MAX_FUNCTION_LINES = 60
 
 # A module imports only modules left of it.
 ORDER = [
-    *("errors", "data.dataset", "data.shards", "data.verify", "data.sharding", "data.order"),
-    *("data.transforms", "data.workers", "data.loader"),
+    *("errors", "data.dataset", "data.decode", "data.sources", "data.archives", "data.download"),
+    *("data.pool", "data.storage", "data.index", "data.shards", "data.reader", "data.verify"),
+    *("data.workfolder", "data.packing", "data.trimming", "data.sharding", "data.order"),
+    *("data.placement", "data.transforms", "data.classification", "data.mixing", "data.prepare"),
+    *("data.workers", "data.loader"),
     *("models.ops", "models.mit", "models.head", "models.convert", "models.segformer"),
     *("losses", "optim", "dist", "telemetry", "engine", "partition", "checkpoint"),
     *("metrics", "inference", "evaluate"),
     *("config", "run", "train", "export", "validate", "predict", "pictures", "report", "job"),
+    *("doctor.memory", "doctor.scan", "doctor.source_scan", "doctor.diagnosis", "doctor.contact"),
+    *("doctor.preflight", "doctor.examine"),
 ]
 
 # Third-party package -> the modules that may import it. torch and numpy belong to everybody.
@@ -36,22 +41,24 @@ OWNERS: dict[str, set[str]] = {
     "torch.distributed": {"dist"},
     "deepspeed": {"engine", "partition"},
     "wandb": {"telemetry"},
-    "tqdm": {"telemetry", "data.sharding"},
+    "tqdm": {"telemetry", "data.pool", "data.download", "doctor.scan", "doctor.source_scan"},
     "torchmetrics": {"metrics"},
-    "webdataset": {"data.sharding", "data.workers", "data.loader"},
+    "webdataset": {"data.packing", "data.workers", "data.loader"},
     "hydra": {"config"},
     "omegaconf": {"config"},
     "yaml": {"config"},
     "safetensors": {"checkpoint", "export", "models.convert", "models.segformer", "predict"},
     "cv2": DATA | {"predict"},
-    "PIL": {"data.dataset", "predict", "pictures"},
+    "PIL": {"data.sources", "doctor.contact", "predict", "pictures"},
+    "fsspec": {"data.storage"},
+    "aiohttp": {"data.storage"},
     "matplotlib": {"pictures"},
     "submitit": set(),  # launch/slurm.py only
     "torch": set(ORDER),
     "numpy": set(ORDER),
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
-HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL")
+HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL", "fsspec", "aiohttp")
 
 BANNED_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 BANNED_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen")

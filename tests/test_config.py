@@ -178,3 +178,10 @@ def test_the_micro_batch_shares_the_global_batch_out():
         cfg.micro_batch_for(3)
     with pytest.raises(ConfigError, match="world_size=32"):
         cfg.micro_batch_for(32)
+
+
+def test_a_dictionary_is_given_whole_on_the_command_line():
+    cfg = compose(RunConfig, "config", ["data=folder", "data.classes=[a,b]", "data.label_map={7: 0, 9: 255}"])
+    assert cfg.data.label_map == {7: 0, 9: 255}
+    with pytest.raises(ConfigError, match="label_mapp is not a setting"):
+        compose(RunConfig, "config", ["data=folder", "data.label_mapp={7: 0}"])

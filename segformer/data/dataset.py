@@ -1,32 +1,32 @@
-"""A segmentation data set as people keep it: a folder of images beside a folder of masks.
+"""What a data set is: where its files lie, what its labels mean, and the limits that every image keeps.
 
-    root/<image_dir>/<key><image_suffix>     JPEG or PNG photograph
-    root/<mask_dir>/<key><mask_suffix>       PNG, one channel of raw label ids (grey, indexed or 16 bit)
+Segmentation                                            Classification
+    root/<image_dir>/<key><image_suffix>  photograph        root/<image_dir>/<class>/<name><image_suffix>
+    root/<mask_dir>/<key><mask_suffix>    PNG of raw ids
 
-`{split}` in both folder names is replaced by the split; sub-folders become part of the key. A raw id
-becomes a train id 0..K-1, or IGNORE_INDEX, through `label_map`; an empty map means raw id = train id, and
-255 is ignored unless the map says otherwise.
+`{split}` in a folder name is replaced by the split, or by what `split_dirs` gives for it; sub-folders become
+part of the key. A raw id becomes a train id 0..K-1, or IGNORE_INDEX, through `label_map`; an empty map means
+raw id = train id, and 255 is ignored unless the map says otherwise. `sources.py` lists and reads the files.
 
-Refused: pairs that do not match up, files of another format, images above MAX_PIXELS, damaged images, masks
-of another size than their image, masks with colour channels, ids that no class is known for. Nothing is
-skipped."""
+Refused: settings that contradict each other, named by their key; images above MAX_PIXELS and other formats
+than JPEG and PNG, by their header."""
 
-import io
-import os
 import re
 import struct
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError
 
 IGNORE_INDEX = 255
-MAX_CLASSES = 255
+MAX_CLASSES = 255  # of a segmentation set: masks are written with 8 bits
+MAX_IMAGE_CLASSES = 65535  # of a classification set: the index of a shard keeps 16 bits
+MAX_RAW_ID = 65535
 MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header is checked before decoding
 MAX_FILE_BYTES = 64 * 2**20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+TASKS = ("segmentation", "classification")
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -38,32 +38,48 @@ class DatasetConfig:
 
     name: str = ""
     """Short name, written into the shards."""
+    task: str = "segmentation"
+    """segmentation (a mask per image) or classification (a folder of images per class)."""
     root: str = ""
     """Source folder that data_prep/shard.py reads; training does not need it."""
     shards: str = ""
     """Folder that data_prep/shard.py writes and training reads."""
     splits: list[str] = field(default_factory=lambda: ["train", "val"])
-    """Splits to shard, by the names used in the folder names."""
+    """Splits to shard, by the names that training uses."""
+    split_dirs: dict[str, str] = field(default_factory=dict)
+    """Split -> what {split} stands for in image_dir and mask_dir; a split that is not named: its own name."""
+    split_lists: dict[str, str] = field(default_factory=dict)
+    """Split -> text file below root with one key a line; a split that is not named: every file there is."""
     image_dir: str = "images/{split}"
-    """Image folder below root."""
+    """Image folder below root; of a classification set the folder that holds the class folders."""
     mask_dir: str = "masks/{split}"
     """Mask folder below root."""
     image_suffix: str = ".jpg"
     """End of every image file name: .jpg, .jpeg or .png, or longer (_leftImg8bit.png)."""
     mask_suffix: str = ".png"
     """End of every mask file name; PNG."""
+    mask_colours: list[list[int]] = field(default_factory=list)
+    """Masks that are painted in colours: [red, green, blue] of raw id 0, 1, ...; empty = masks hold ids."""
     classes: list[str] = field(default_factory=list)
-    """Class names; the position is the train id."""
+    """Class names; the position is the train id. Classification: empty = the names of the class folders."""
+    class_dirs: list[str] = field(default_factory=list)
+    """Classification: class folders in the order of their ids; empty = those of all splits, sorted."""
     palette: list[list[int]] = field(default_factory=list)
     """One [red, green, blue] of 0-255 per class, for pictures; empty = generated colours."""
     label_map: dict[int, int] = field(default_factory=dict)
     """Raw id in the masks -> train id or 255 (ignored); empty = raw ids are train ids."""
+    drop_classes: list[str] = field(default_factory=list)
+    """Classes that min_share counts together."""
+    min_share: float = 0.0
+    """Training images in which drop_classes have less than this share of all pixels are left out; 0: none."""
     license: str = ""
     """Licence of the data, copied into the shards."""
     citation: str = ""
     """Source to cite, copied into the shards."""
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"data.task={self.task!r} is unknown; use {' or '.join(TASKS)}")
         for key in ("image_suffix", "mask_suffix"):
             suffix = getattr(self, key)
             allowed = IMAGE_SUFFIXES if key == "image_suffix" else (".png",)
@@ -71,56 +87,99 @@ class DatasetConfig:
                 raise ConfigError(
                     f"data.{key}={suffix!r} is not supported; it must end in {' or '.join(allowed)}"
                 )
-        for split in self.splits:
-            if not _SPLIT_NAME.fullmatch(split):
-                raise ConfigError(f"data.splits names {split!r}; use letters, digits, '_' and '-' only")
-        if len(self.classes) > MAX_CLASSES:
-            raise ConfigError(
-                f"data.classes has {len(self.classes)} names; masks of 8 bit hold at most {MAX_CLASSES}"
-            )
-        if len(set(self.classes)) != len(self.classes):
-            twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
-            raise ConfigError(f"data.classes names {', '.join(twice)} twice; class names must differ")
-        self._check_palette()
-        self._check_label_map()
-
-    def _check_palette(self) -> None:
+        for key in ("splits", "split_dirs", "split_lists"):
+            for split in getattr(self, key):
+                if not _SPLIT_NAME.fullmatch(split):
+                    raise ConfigError(f"data.{key} names {split!r}; use letters, digits, '_' and '-' only")
+        self._check_classes()
+        _check_colours("palette", self.palette)
+        _check_colours("mask_colours", self.mask_colours)
         if self.palette and len(self.palette) != len(self.classes):
             raise ConfigError(
                 f"data.palette has {len(self.palette)} colours for {len(self.classes)} classes; "
                 "give one [r,g,b] per class or leave it empty"
             )
-        for colour in self.palette:
-            if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-                raise ConfigError(f"data.palette holds {colour}; a colour is [red,green,blue], each 0 to 255")
+        self._check_label_map()
+        self._check_task()
+        self._check_share()
+
+    def _check_classes(self) -> None:
+        if self.task == "segmentation" and len(self.classes) > MAX_CLASSES:
+            raise ConfigError(
+                f"data.classes has {len(self.classes)} names; masks of 8 bit hold at most {MAX_CLASSES}"
+            )
+        for key in ("classes", "class_dirs"):
+            names = getattr(self, key)
+            if len(names) > MAX_IMAGE_CLASSES:
+                raise ConfigError(f"data.{key} has {len(names)} names; at most {MAX_IMAGE_CLASSES}")
+            if len(set(names)) != len(names):
+                twice = sorted({name for name in names if names.count(name) > 1})
+                raise ConfigError(f"data.{key} names {', '.join(twice)} twice; class names must differ")
+        if self.classes and self.class_dirs and len(self.classes) != len(self.class_dirs):
+            raise ConfigError(
+                f"data.classes has {len(self.classes)} names for {len(self.class_dirs)} folders of "
+                "data.class_dirs; give one name per folder or leave data.classes empty"
+            )
 
     def _check_label_map(self) -> None:
         for raw, train in self.label_map.items():
-            if not 0 <= raw <= 65535:
-                raise ConfigError(f"data.label_map has the raw id {raw}; masks hold 0 to 65535")
+            if not 0 <= raw <= MAX_RAW_ID:
+                raise ConfigError(f"data.label_map has the raw id {raw}; masks hold 0 to {MAX_RAW_ID}")
             if not 0 <= train < len(self.classes) and train != IGNORE_INDEX:
                 last = len(self.classes) - 1
                 raise ConfigError(f"data.label_map maps {raw} to {train}; use 0 to {last} or 255 (ignore)")
 
+    def _check_task(self) -> None:
+        foreign: tuple[str, ...] = ("class_dirs",)
+        if self.task == "classification":
+            foreign = ("label_map", "mask_colours", "drop_classes", "min_share")
+        for key in foreign:
+            if getattr(self, key):
+                raise ConfigError(f"data.{key} means nothing where data.task={self.task}; leave it out")
+        for name in self.class_dirs:
+            if name in ("", ".", "..") or "/" in name:
+                raise ConfigError(f"data.class_dirs names {name!r}; give the name of a folder, not a path")
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image and its mask on disk; `key` is the path below the split's folder without the suffix."""
+    def _check_share(self) -> None:
+        if not 0 <= self.min_share < 1:
+            raise ConfigError(f"data.min_share={self.min_share}; use a share of the pixels, 0 to below 1")
+        if self.min_share and not self.drop_classes:
+            raise ConfigError(
+                f"data.min_share={self.min_share} needs data.drop_classes, the classes that are counted"
+            )
+        unknown = [name for name in self.drop_classes if name not in self.classes]
+        if unknown:
+            raise ConfigError(
+                f"data.drop_classes names {', '.join(unknown)}, which data.classes does not have"
+            )
 
-    key: str
-    image: Path
-    mask: Path
+    def folder(self, kind: str, split: str) -> str:
+        """`image_dir` or `mask_dir` (kind: image or mask) of a split, below root."""
+        pattern = self.image_dir if kind == "image" else self.mask_dir
+        return pattern.replace("{split}", self.split_dirs.get(split, split))
+
+
+def _check_colours(key: str, colours: list[list[int]]) -> None:
+    for colour in colours:
+        if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+            raise ConfigError(f"data.{key} holds {colour}; a colour is [red,green,blue], each 0 to 255")
+    distinct = {tuple(colour) for colour in colours}
+    if key == "mask_colours" and len(distinct) != len(colours):
+        twice = next(colour for colour in colours if colours.count(colour) > 1)
+        raise ConfigError(f"data.mask_colours holds {twice} twice; a colour stands for one id")
+    if len(colours) > MAX_RAW_ID + 1:
+        raise ConfigError(f"data.{key} has {len(colours)} colours; at most {MAX_RAW_ID + 1}")
 
 
 def class_palette(cfg: DatasetConfig) -> np.ndarray:
     """The colours of the classes, uint8 (K, 3); Pascal VOC's bit-reversed scheme where none are given."""
     if cfg.palette:
         return np.array(cfg.palette, np.uint8)
+    index = np.arange(len(cfg.classes))
     palette = np.zeros((len(cfg.classes), 3), np.uint8)
-    for index in range(len(cfg.classes)):
-        for bit in range(8):
-            for channel in range(3):
-                palette[index, channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
     return palette
 
 
@@ -128,81 +187,12 @@ def label_table(cfg: DatasetConfig) -> np.ndarray:
     """Raw id -> train id, int16 (65536,); -1 where no class is known for a raw id."""
     if not cfg.classes:
         raise ConfigError("data.classes is empty; list the class names, in the order of their ids")
-    table = np.full(65536, -1, np.int16)
+    table = np.full(MAX_RAW_ID + 1, -1, np.int16)
     table[IGNORE_INDEX] = IGNORE_INDEX
     mapping = cfg.label_map or {index: index for index in range(len(cfg.classes))}
     for raw, train in mapping.items():
         table[raw] = train
     return table
-
-
-def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
-    """Every image of a split with its mask, sorted by key.
-
-    DataError for a missing folder, an image without mask or a mask without image, an empty split, and for
-    pictures in the image folder whose name does not end in `image_suffix`.
-    """
-    if not root.is_dir():
-        raise DataError(f"data root {str(root)!r} is not a folder; give root=<folder of the data set>")
-    image_dir = root / cfg.image_dir.format(split=split)
-    mask_dir = root / cfg.mask_dir.format(split=split)
-    for kind, folder in (("image", image_dir), ("mask", mask_dir)):
-        if not folder.is_dir():
-            raise DataError(f"{kind} folder {str(folder)!r} is missing; set data.{kind}_dir or data.splits")
-    images, others = _files(image_dir, cfg.image_suffix)
-    masks, _ = _files(mask_dir, cfg.mask_suffix)
-    if image_dir == mask_dir:
-        others = [name for name in others if not name.endswith(cfg.mask_suffix)]
-    _check_pairs(cfg, (image_dir, mask_dir), set(images), set(masks), others)
-    return [Sample(key, images[key], masks[key]) for key in sorted(images)]
-
-
-def _files(folder: Path, suffix: str) -> tuple[dict[str, Path], list[str]]:
-    """key -> path of the files that end in suffix, and the names of all other pictures."""
-    found: dict[str, Path] = {}
-    others: list[str] = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            relative = path.relative_to(folder).as_posix()
-            if name.endswith(suffix):
-                found[relative[: -len(suffix)]] = path
-            elif name.lower().endswith(IMAGE_SUFFIXES):
-                others.append(relative)
-    return found, others
-
-
-def _check_pairs(
-    cfg: DatasetConfig, folders: tuple[Path, Path], images: set[str], masks: set[str], others: list[str]
-) -> None:
-    image_dir, mask_dir = (repr(str(folder)) for folder in folders)
-    if others:
-        raise DataError(
-            f"{len(others)} pictures in {image_dir} do not end in {cfg.image_suffix!r} ({_some(others)}); "
-            "set data.image_suffix, or convert or remove them"
-        )
-    if not images and not masks:
-        raise DataError(
-            f"no file in {image_dir} ends in {cfg.image_suffix!r}: the split is empty; "
-            "set data.image_suffix or leave the split out of data.splits"
-        )
-    alone = images - masks
-    if alone:
-        raise DataError(
-            f"{len(alone)} of {len(images)} images in {image_dir} have no mask ({_some(alone)}); "
-            f"add <key>{cfg.mask_suffix} to {mask_dir} or remove them"
-        )
-    alone = masks - images
-    if alone:
-        raise DataError(
-            f"{len(alone)} of {len(masks)} masks in {mask_dir} have no image ({_some(alone)}); "
-            f"add <key>{cfg.image_suffix} to {image_dir} or remove them"
-        )
-
-
-def _some(names: set[str] | list[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 
 def image_header(data: bytes) -> tuple[str, int, int]:
@@ -238,67 +228,3 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise ValueError("JPEG without a baseline or progressive frame header")
-
-
-def load_sample(cfg: DatasetConfig, sample: Sample) -> tuple[bytes, np.ndarray]:
-    """The image file's bytes as they are, and the mask as train ids, uint8 (H, W) with IGNORE_INDEX.
-
-    Decodes the image once to make sure that it is whole. DataError names the file and what was found.
-    """
-    image = _read(sample.image)
-    height, width = _decoded(sample.image, image).shape[:2]
-    raw = _mask_ids(sample.mask, _read(sample.mask))
-    if raw.shape != (height, width):
-        raise DataError(
-            f"mask {str(sample.mask)!r} is {raw.shape[1]} x {raw.shape[0]} pixels, "
-            f"its image {width} x {height}; they must agree"
-        )
-    mask: np.ndarray = label_table(cfg)[raw]
-    if mask.min() < 0:
-        unknown = [int(value) for value in np.unique(raw[mask < 0])]
-        shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-        known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
-        raise DataError(
-            f"mask {str(sample.mask)!r} holds the ids {shown}, outside {known} and 255; "
-            "add them to data.classes or map them in data.label_map (255 = ignore)"
-        )
-    return image, mask.astype(np.uint8)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise DataError(f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{str(path)!r} cannot be read: {error.strerror}; check the file and its permissions"
-        ) from error
-
-
-def _decoded(path: Path, data: bytes) -> np.ndarray:
-    """Pixels by Pillow, which refuses a truncated file where OpenCV fills it up with grey."""
-    from PIL import Image  # heavy, and only preparing data needs it
-
-    try:
-        image_header(data)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            return np.asarray(picture)
-    except (ValueError, OSError, SyntaxError) as error:
-        raise DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it") from error
-
-
-def _mask_ids(path: Path, data: bytes) -> np.ndarray:
-    """Raw ids (H, W) of a PNG: grey of 1 to 16 bits, or the indices (not the colours) of an indexed one."""
-    pixels: np.ndarray = _decoded(path, data)
-    if data[:8] != _PNG_MAGIC or pixels.ndim != 2:
-        found = f"{pixels.ndim}-dimensional" if pixels.ndim != 3 else f"{pixels.shape[2]} channels"
-        raise DataError(
-            f"mask {str(path)!r} is not a PNG with one channel ({found}); store ids as grey or indexed PNG"
-        )
-    bits, colour_type = data[24], data[25]
-    if colour_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
-        pixels = pixels // (255 // (2**bits - 1))
-    ids: np.ndarray = pixels.astype(np.uint16)
-    return ids

@@ -1,122 +1,182 @@
-"""Write a data set as shards (the format is drawn in shards.py): folder -> out/dataset.json, tars and
-indices.
+"""Write a data set as shards (the format is drawn in shards.py): folder -> out/dataset.json, indices, tars.
 
-The bytes depend on the input, the seed and samples_per_shard only, never on the number of worker processes:
-the samples of every shard are fixed before the first one is written, and a shard is the work of one
-process. Training splits are shuffled once (seeded); splits named val... or test... keep the order of their
-keys. `out` appears complete, by one rename, or not at all.
+    list    the samples of every split; training splits are shuffled once (seeded), splits named val... or
+            test... keep the order of their keys
+    scan    only with data.min_share: which training images are left out (trimming.py)
+    write   shard by shard, in processes, into a folder beside `out` (workfolder.py, packing.py)
+    join    parts -> one index a split, class statistics, dataset.json, then `out` appears by one rename
 
-Refused: an `out` that holds something else, keys that stock webdataset would misread, and every defect of
-the source that dataset.py names."""
+The bytes depend on the input and the settings only, never on the number of processes or on how often the
+work was interrupted. A run that ends early, even by SIGKILL, leaves its finished shards; the same command
+keeps them, other settings or files start over.
+
+`out/.sources.json` holds hashes of the source files' names, sizes and times: with it the same command knows
+a finished set again without reading the source. It is no part of the set.
+
+Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
+the same `out`, and every defect of the source that sources.py names."""
 
 import hashlib
 import json
-import multiprocessing
 import os
-import shutil
-import signal
-import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from segformer.data.dataset import (
-    IGNORE_INDEX,
-    DatasetConfig,
-    Sample,
-    class_palette,
-    image_header,
-    list_samples,
-    load_sample,
+from segformer.data.dataset import DatasetConfig, class_palette
+from segformer.data.index import pack_index, parse_index
+from segformer.data.packing import (
+    Encoding,
+    ShardTask,
+    make_shard,
+    member_key,
+    source_hash,
+    stat_hash,
 )
-from segformer.data.shards import FORMAT, INDEX, VERSION, ShardSet, content_digest
-from segformer.data.verify import member_pairs
+from segformer.data.pool import advance, run
+from segformer.data.shards import FORMAT, VERSION, ShardSet, content_digest
+from segformer.data.sources import Sample, class_folders, list_samples
+from segformer.data.trimming import Listing, is_training, keep, scan
+from segformer.data.workfolder import WorkFolder, write_synced
 from segformer.errors import ConfigError, DataError
 
-# Label ids are no intensities: without row filters a mask decodes about twice as fast and is smaller.
-# CamVid masks at level 7: 4.2 KB, encoded in 1.7 ms (level 9: 3.8 KB in 12 ms).
-# OpenCV before 4.12 has no such setting.
-_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 7, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
-if hasattr(cv2, "IMWRITE_PNG_FILTER"):
-    _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+NOTE = ".sources.json"
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
-    """One shard to write; self-contained, so that any process can do it."""
+class _Job:
+    """What decides the bytes of a set."""
 
     cfg: DatasetConfig
-    split: str
-    name: str
-    samples: list[Sample]
+    encoding: Encoding
+    seed: int
+    samples_per_shard: int
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"samples_per_shard={self.samples_per_shard}; use 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed}; use 0 to 2^64 - 1")
+        if not self.cfg.splits:
+            raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
+
+    def description(self) -> dict[str, Any]:
+        """The first part of dataset.json."""
+        cfg = self.cfg
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "task": cfg.task,
+            "name": cfg.name,
+            "classes": list(cfg.classes),
+            "palette": class_palette(cfg).tolist(),
+            "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
+            "mask_colours": [list(colour) for colour in cfg.mask_colours],
+            "license": cfg.license,
+            "citation": cfg.citation,
+            "seed": self.seed,
+            "samples_per_shard": self.samples_per_shard,
+            "long_side": self.encoding.long_side,
+            "quality": self.encoding.quality,
+            "drop_classes": list(cfg.drop_classes),
+            "min_share": cfg.min_share,
+        }
+
+    def identity(self, listing: Listing) -> str:
+        """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
+        settings = asdict(replace(self.cfg, root="", shards=""))
+        names = hashlib.sha256()
+        for split, samples in listing.items():
+            names.update(
+                "\n".join([split, *(f"{sample.key}\0{sample.label}" for sample in samples)]).encode()
+            )
+        whole = [self.description(), settings, names.hexdigest(), cv2.__version__]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def write_shards(
-    cfg: DatasetConfig, root: Path, out: Path, *, seed: int, samples_per_shard: int, workers: int
+    cfg: DatasetConfig,
+    root: Path,
+    out: Path,
+    *,
+    seed: int,
+    samples_per_shard: int,
+    workers: int,
+    long_side: int = 0,
+    quality: int = 0,
 ) -> None:
     """Write every split of `cfg` from the folder `root` as shards into `out`.
 
-    workers: processes, -1 = one per core. An `out` that already holds exactly this set is left as it is; one
-    that holds anything else is refused. DataError for whatever is wrong with the source.
+    workers: processes, -1 = one per core. long_side, quality: see packing.Encoding. An `out` that already
+    holds exactly this set is left as it is; one that holds anything else is refused. DataError for whatever
+    is wrong with the source.
     """
-    if samples_per_shard < 1:
-        raise ConfigError(f"samples_per_shard={samples_per_shard}; use 1 or more")
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"seed={seed}; use 0 to 2^64 - 1")
-    tasks = _plan(cfg, root, seed=seed, samples_per_shard=samples_per_shard)
-    settings = {"seed": seed, "samples_per_shard": samples_per_shard}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _check_finished(out, tasks, _description(cfg) | settings)
-        print(f"{out} already holds exactly these shards; nothing to do")
-        return
-    temp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    temp.mkdir(parents=True)
-    try:
-        shards = _run(tasks, temp, workers)
-        content: dict[str, Any] = _description(cfg) | settings | {"splits": _splits(cfg, tasks, shards)}
-        content["digest"] = content_digest(content)
-        _write_synced(
-            temp / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-        )
-        temp.rename(out)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
-def _plan(cfg: DatasetConfig, root: Path, *, seed: int, samples_per_shard: int) -> list[_Task]:
-    tasks = []
-    for number, split in enumerate(cfg.splits):
-        samples = list_samples(cfg, root, split)
+    if cfg.task == "classification" and not cfg.classes:
+        cfg = replace(cfg, classes=class_folders(cfg, root))
+    job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
+    listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
+    for samples in listing.values():
         _check_keys(samples)
-        if not split.startswith(("val", "test")):
-            # random_raw and a stable sort: NumPy does not promise to keep Generator.permutation.
-            draws = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(len(samples))
-            samples = [samples[index] for index in np.argsort(draws, kind="stable")]
-        for shard, start in enumerate(range(0, len(samples), samples_per_shard)):
-            tasks.append(
-                _Task(cfg, split, f"{split}-{shard:06d}", samples[start : start + samples_per_shard])
-            )
-    if not tasks:
-        raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
-    return tasks
+    target = Path(os.path.realpath(out))
+    work = WorkFolder(target)
+    try:
+        if _occupied(target):
+            _check_finished(job, listing, work, workers)
+            print(f"{out} already holds exactly these shards; nothing to do")
+            return
+        with work.hold():
+            if _occupied(target):
+                raise DataError(f"{str(out)!r} has just been written by another process; run this again")
+            work.begin(job.identity(listing))
+            _write(job, listing, work, workers)
+    except OSError as error:
+        raise DataError(
+            f"shards cannot be written to {str(out)!r}: {error.strerror or error}; "
+            "make room or see to the permissions; the same command goes on with what is finished"
+        ) from error
 
 
-def _member_key(key: str) -> str:
-    """The key inside a tar: webdataset splits a file name at its first dot, so the key must have none."""
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + name.replace(".", "_")
+def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
+    scanned = scan(job.cfg, listing, _read_json(work.parts / "scan"), workers)
+    write_synced(work.parts / "scan", json.dumps(scanned).encode())
+    tasks = _plan(job, keep(listing, scanned), work)
+    results = run(
+        make_shard,
+        tasks,
+        workers=workers,
+        total=sum(len(task.samples) for task in tasks),
+        desc="sharding",
+        guard=work.guard,
+        preload=["webdataset"],
+    )
+    earlier = sum(complete for _, complete in results)
+    if earlier:
+        print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
+    notes = [note for note, _ in results]
+    content = job.description() | {"splits": {}}
+    for split in job.cfg.splits:
+        own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
+        dropped = sum(len(chunk["dropped"]) for chunk in scanned.get(split, []))
+        content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped}
+    content["digest"] = content_digest(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_synced(work.set / "dataset.json", text.encode())
+    stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
+    write_synced(work.set / NOTE, json.dumps({"scan": scanned, "shards": stats}).encode())
+    indices = [entry["index"]["file"] for entry in content["splits"].values()]
+    work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
 
 
 def _check_keys(samples: list[Sample]) -> None:
     seen: dict[str, str] = {}
     for sample in samples:
-        key = _member_key(sample.key)
+        key = member_key(sample.key)
         if not key.isprintable() or "\\" in key or key.startswith("/") or len(key.encode()) > 90:
             raise DataError(f"the name {sample.key!r} cannot be a key; use at most 90 printable characters")
         if key in seen:
@@ -126,153 +186,118 @@ def _check_keys(samples: list[Sample]) -> None:
         seen[key] = sample.key
 
 
-def _run(tasks: list[_Task], folder: Path, workers: int) -> list[dict[str, Any]]:
-    count = min(len(tasks), workers if workers >= 0 else len(os.sched_getaffinity(0)))
-    results = []
-    with tqdm(
-        total=sum(len(task.samples) for task in tasks),
-        unit="image",
-        desc="sharding",
-        leave=False,
-        disable=None,  # no bar where standard error is no terminal: an error is then the only line
-    ) as bar:
-        for result in _map(_write_shard, tasks, folder, count):
-            results.append(result)
-            bar.update(result["samples"])
-    return results
+def _plan(job: _Job, listing: Listing, work: WorkFolder) -> list[ShardTask]:
+    tasks = []
+    for number, (split, samples) in enumerate(listing.items()):
+        if is_training(split):
+            # random_raw and a stable sort: NumPy does not promise to keep Generator.permutation.
+            draws = np.random.Philox(key=np.array([job.seed, number], np.uint64)).random_raw(len(samples))
+            samples = [samples[index] for index in np.argsort(draws, kind="stable")]
+        for shard, start in enumerate(range(0, len(samples), job.samples_per_shard)):
+            own, name = samples[start : start + job.samples_per_shard], f"{split}-{shard:06d}"
+            tasks.append(ShardTask(job.cfg, job.encoding, split, name, own, work.set, work.parts))
+    return tasks
 
 
-def _map(
-    function: Callable[[_Task, Path], dict[str, Any]], tasks: list[_Task], folder: Path, workers: int
-) -> Iterator[dict[str, Any]]:
-    if workers <= 1:
-        yield from (function(task, folder) for task in tasks)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__, "webdataset"])
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            yield from pool.map(function, tasks, [folder] * len(tasks))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_shard(task: _Task, folder: Path) -> dict[str, Any]:
-    """Write one tar and its index; returns its entry of dataset.json plus the label counts of its masks."""
-    from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
-
-    cv2.setNumThreads(1)
-    source = hashlib.sha256()
-    labels = np.zeros(256, np.int64)
-    records = np.zeros(len(task.samples), INDEX)
-    tar = folder / f"{task.name}.tar"
-    with tar.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer:
-        for sample, record in zip(task.samples, records, strict=True):
-            _hash_source(source, sample)
-            image, mask = load_sample(task.cfg, sample)
-            encoded = cv2.imencode(".png", mask, _PNG)[1].tobytes()
-            counts = np.bincount(mask.reshape(-1), minlength=256)
-            suffix = "jpg" if image_header(image)[0] == "jpeg" else "image.png"
-            writer.write({"__key__": _member_key(sample.key), suffix: image, "png": encoded})
-            record["image_crc"], record["mask_crc"] = zlib.crc32(image), zlib.crc32(encoded)
-            record["height"], record["width"] = mask.shape
-            record["max_label"] = max(np.flatnonzero(counts[:IGNORE_INDEX]), default=-1)
-            labels += counts
-    keys = _index_members(tar, records)
-    packed = (
-        json.dumps({"samples": len(records), "key_bytes": len(keys)}).encode()
-        + b"\n"
-        + records.tobytes()
-        + keys
-    )
-    _write_synced(folder / f"{task.name}.idx", packed)
+def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
+    """Write the index of a split from its parts; returns the split's entry of dataset.json."""
+    parts = [parse_index(np.fromfile(_part(work, note), np.uint8)) for note in notes]
+    records = np.concatenate([part[0] for part in parts])
+    labels = np.concatenate([part[1] for part in parts])
+    keys = b"\n".join(part[2].tobytes() for part in parts)
+    sizes = [len(part[0]) for part in parts]
+    label_starts = np.cumsum([0, *(len(part[1]) for part in parts[:-1])])
+    key_starts = np.cumsum([0, *(len(part[2]) + 1 for part in parts[:-1])])
+    records["labels_end"] += np.repeat(label_starts, sizes)
+    records["key_end"] += np.repeat(key_starts, sizes)
+    index = pack_index(records, labels, keys)
+    write_synced(work.set / f"{split}.idx", index)
+    pixels, total = labels["pixels"].astype(np.int64), len(cfg.classes)
+    class_pixels = np.zeros(total, np.int64)
+    np.add.at(class_pixels, labels["label"], pixels)
+    area = int((records["height"].astype(np.int64) * records["width"]).sum())
+    raw_ids: Counter[int] = Counter()
+    for note in notes:
+        raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
+    shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
     return {
-        "file": tar.name,
         "samples": len(records),
-        "bytes": tar.stat().st_size,
-        "sha256": _synced_sha256(tar),
-        "index_sha256": hashlib.sha256(packed).hexdigest(),
-        "source_sha256": source.hexdigest(),
-        "labels": labels,
+        "class_pixels": class_pixels.tolist(),
+        "class_images": np.bincount(labels["label"], minlength=total).tolist(),
+        "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
+        "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
+        "index": {
+            "file": f"{split}.idx",
+            "bytes": len(index),
+            "sha256": hashlib.sha256(index).hexdigest(),
+        },
+        "shards": [{key: note[key] for key in shard_keys} for note in notes],
     }
 
 
-def _index_members(tar: Path, records: np.ndarray) -> bytes:
-    """Fill in where the members lie, as an independent reader of tars sees it; returns the keys, joined."""
-    keys = []
-    for number, (image, mask) in enumerate(member_pairs(tar)):
-        record = records[number]
-        record["image_offset"], record["image_size"] = image.offset_data, image.size
-        record["mask_offset"], record["mask_size"] = mask.offset_data, mask.size
-        keys.append(mask.name.removesuffix(".png"))
-    return "\n".join(keys).encode()
+def _part(work: WorkFolder, note: dict[str, Any]) -> Path:
+    return work.parts / f"{note['file'].removesuffix('.tar')}.part"
 
 
-def _hash_source(source: Any, sample: Sample) -> None:
-    """Add what a sample is on disk to the hash that tells whether a finished set is still the same."""
-    source.update(sample.key.encode())
-    for path in (sample.image, sample.mask):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check the file") from error
-        source.update(len(data).to_bytes(8, "little") + data)
+def _occupied(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
-def _check_finished(out: Path, tasks: list[_Task], description: dict[str, Any]) -> None:
-    """DataError unless `out` holds, complete, what these tasks would write."""
-    refusal = f"{str(out)!r} exists and holds something else; give another out=<folder> or remove it"
+def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
+    """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
+    out = work.out
+    refusal = "give another out=<folder> or remove it"
     if not (out / "dataset.json").is_file():
-        raise DataError(refusal)
-    content = ShardSet.open(out).content
-    shards = [shard for split in content["splits"].values() for shard in split["shards"]]
-    same = all(content.get(key) == value for key, value in description.items())
-    if not same or [shard["file"] for shard in shards] != [f"{task.name}.tar" for task in tasks]:
-        raise DataError(refusal)
-    for shard, task in zip(shards, tasks, strict=True):
-        source = hashlib.sha256()
-        for sample in task.samples:
-            _hash_source(source, sample)
-        if shard["source_sha256"] != source.hexdigest():
-            raise DataError(refusal)
+        raise DataError(f"{str(out)!r} exists and holds something else; {refusal}")
+    try:
+        content = ShardSet.open(out).content
+    except DataError as error:
+        raise DataError(f"{str(out)!r} exists and cannot be used ({error}); {refusal}") from error
+    other = [key for key, value in job.description().items() if content.get(key) != value]
+    if other:
+        raise DataError(
+            f"{str(out)!r} exists and holds something else ({', '.join(other)} differ); {refusal}"
+        )
+    note = _read_json(out / NOTE)
+    scanned = scan(job.cfg, listing, note.get("scan", {}), workers)
+    tasks = _plan(job, keep(listing, scanned), work)
+    shards = {shard["file"]: shard for split in content["splits"].values() for shard in split["shards"]}
+    same = list(shards) == [f"{task.name}.tar" for task in tasks]
+    stats: dict[str, str] = {}
+    if same:
+        known = note.get("shards", {})
+        checks = [
+            (task.samples, known.get(task.name), shards[f"{task.name}.tar"]["source_sha256"])
+            for task in tasks
+        ]
+        total = sum(len(task.samples) for task in tasks)
+        found = run(_source_stat, checks, workers=workers, total=total, desc="comparing")
+        same = None not in found
+        stats = {task.name: stat for task, stat in zip(tasks, found, strict=True) if stat is not None}
+    if not same:
+        raise DataError(f"{str(out)!r} exists and holds something else (the source differs); {refusal}")
+    if stats != note.get("shards") or scanned != note.get("scan"):
+        with suppress(OSError):  # a set that may only be read: the source is read again next time
+            write_synced(out / NOTE, json.dumps({"scan": scanned, "shards": stats}).encode())
+    if work.path.exists():  # left by a run that was killed between its last rename and its end
+        with suppress(DataError, OSError), work.hold():
+            work.remove()
 
 
-def _description(cfg: DatasetConfig) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": cfg.name,
-        "classes": list(cfg.classes),
-        "palette": class_palette(cfg).tolist(),
-        "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
-        "license": cfg.license,
-        "citation": cfg.citation,
-    }
+def _source_stat(check: tuple[Iterable[Sample], str | None, str]) -> str | None:
+    """The stat hash of the samples where they are what was sharded, None where they are not."""
+    samples, known, source = check
+    samples = list(samples)
+    stat = stat_hash(samples)
+    same = stat == known or source_hash(samples) == source
+    advance(len(samples))
+    return stat if same else None
 
 
-def _splits(cfg: DatasetConfig, tasks: list[_Task], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    splits = {}
-    for split in cfg.splits:
-        own = [shard for task, shard in zip(tasks, shards, strict=True) if task.split == split]
-        labels = sum(shard["labels"] for shard in own)
-        splits[split] = {
-            "samples": sum(shard["samples"] for shard in own),
-            "class_pixels": labels[: len(cfg.classes)].tolist(),
-            "ignored_pixels": int(labels[IGNORE_INDEX]),
-            "shards": [{key: value for key, value in shard.items() if key != "labels"} for shard in own],
-        }
-    return splits
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _synced_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object, empty where there is none: what these files hold can be found out again."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,70 +1,77 @@
-"""The shard format, and reading it.
+"""The shard format, version 2, and opening it.
 
-    out/dataset.json        classes, palette, label map, licence, splits with totals and class pixels, digest
-    out/train-000000.tar    members <key>.jpg (or <key>.image.png: the file as it was) and <key>.png (8-bit
-                            grey mask of train ids, 255 = ignore), as written; stock webdataset reads it
-    out/train-000000.idx    one line of JSON {"samples", "key_bytes"}, then one INDEX record a sample, little
-                            endian, then the keys joined by newlines
+    out/dataset.json        task, classes, palette, label map, licence; per split totals, class statistics,
+                            shards (bytes, sha256) and index (bytes, sha256); digest
+    out/train-000000.tar    members <key>.jpg (or <key>.image.png: the image) and <key>.png (8-bit grey mask
+                            of train ids, 255 = ignore) or <key>.cls (decimal class id); stock webdataset
+                            reads it
+    out/train.idx           one index a split (index.py)
 
 Every byte is covered: a crc32 per member in the index, a sha256 per tar and index in dataset.json, and
-`digest`, the sha256 of dataset.json itself without that entry. A sample id is the position of a sample in
-its split.
+`digest`, the sha256 of dataset.json itself without that entry. A sample id is the position of a sample in its
+split.
 
-Opening checks dataset.json, every index and the size of every tar; each read checks the crc; verify.py
-re-reads everything. Tars are never extracted: reading is `pread` at indexed offsets, and a short read is an
-error."""
+Opening checks dataset.json, every index and the size of every tar, in time that hardly grows with the
+samples: the index is mapped into memory, not parsed. Each read checks the crc (reader.py); verify.py re-reads
+everything. Tars are never extracted."""
 
 import hashlib
 import json
-import os
 import re
-import zlib
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segformer.data.dataset import MAX_FILE_BYTES, MAX_PIXELS
+from segformer.data.dataset import TASKS
+from segformer.data.index import is_sane, parse_index
+from segformer.data.storage import Storage, StorageConfig
 from segformer.errors import DataError
 
 FORMAT = "segformer-shards"
-VERSION = 1
-INDEX = np.dtype(
-    [
-        ("image_offset", "<i8"),
-        ("image_size", "<i8"),
-        ("mask_offset", "<i8"),
-        ("mask_size", "<i8"),
-        ("image_crc", "<u4"),
-        ("mask_crc", "<u4"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("max_label", "<i4"),
-    ]
-)
-OPEN_FILES = 64  # per process; 1,000 shards must not meet the usual limit of 1,024 descriptors
+VERSION = 2
+DESCRIPTION_LIMIT = 2**28  # bytes of dataset.json; 1 million shards need less
 
+_REQUESTS = 16  # sizes of remote shards asked for at a time
 _TAR_NAME = re.compile(r"[A-Za-z0-9_-]+-[0-9]{6}\.tar")
+_INDEX_NAME = re.compile(r"[A-Za-z0-9_-]+\.idx")
 
 
 class Split:
-    """The index of one split. Pickles as its folder and digest, so handing it to a worker is cheap."""
+    """The index of one split. Pickles as storage, name and digest: a worker maps the index again.
 
-    def __init__(self, root: Path, name: str, entry: dict[str, Any], digest: str) -> None:
-        self.root = root
+    records: INDEX (num_samples,), read-only. class_pixels: int64 (K,), images per class for classification.
+    first_ids: int64 (shards + 1,), the sample id of each shard's first sample, then num_samples.
+    """
+
+    def __init__(
+        self, storage: Storage, name: str, content: dict[str, Any], digest: str, *, verify: bool = True
+    ) -> None:
+        entry = content["splits"][name]
+        self.storage = storage
         self.name = name
         self.digest = digest
+        self.task: str = content["task"]
         self.files: list[str] = [shard["file"] for shard in entry["shards"]]
         self.sha256: list[str] = [shard["sha256"] for shard in entry["shards"]]
+        self.shard_bytes: list[int] = [shard["bytes"] for shard in entry["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in entry["shards"]]
         self.num_samples: int = sum(self.shard_sizes)
-        self.first_ids = np.cumsum([0, *self.shard_sizes])  # sample id of each shard's first sample
-        parts = [_read_index(root, shard) for shard in entry["shards"]]
-        self.records = np.concatenate([records for records, _ in parts])
-        self._keys = [keys for _, keys in parts]
+        self.first_ids = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
+        self.class_pixels = np.array(entry["class_pixels"], np.int64)
+        self.index_file: str = entry["index"]["file"]
+        self._with_label: dict[int, np.ndarray] = {}
+        self.records, self._labels, self._keys = parts = self._map(entry["index"], verify)
+        if verify and not is_sane(
+            parts,
+            shard_sizes=self.shard_sizes,
+            shard_bytes=self.shard_bytes,
+            class_pixels=self.class_pixels,
+            task=self.task,
+        ):
+            raise self._damaged("contradicts itself or dataset.json")
 
     @property
     def heights(self) -> np.ndarray:
@@ -79,7 +86,7 @@ class Split:
     @property
     def keys(self) -> list[str]:
         """The keys of all samples, by sample id."""
-        return [key for keys in self._keys for key in keys.decode().split("\n")]
+        return str(self._keys.tobytes(), "utf-8").split("\n")
 
     def shard_of(self, sample_id: int) -> int:
         """The number of the shard that holds a sample."""
@@ -87,99 +94,104 @@ class Split:
 
     def key(self, sample_id: int) -> str:
         """The key of one sample."""
-        shard = self.shard_of(sample_id)
-        keys, place = self._keys[shard], sample_id - int(self.first_ids[shard])
-        ends = [-1, *np.flatnonzero(np.frombuffer(keys, np.uint8) == ord("\n")), len(keys)]
-        return keys[ends[place] + 1 : ends[place + 1]].decode()
+        start = int(self.records["key_end"][sample_id - 1]) + 1 if sample_id else 0
+        return str(self._keys[start : int(self.records["key_end"][sample_id])].tobytes(), "utf-8")
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for messages: file and key."""
-        return f"{str(self.root / self.files[self.shard_of(sample_id)])!r}, key {self.key(sample_id)!r}"
+        return f"{self.storage.where(self.files[self.shard_of(sample_id)])!r}, key {self.key(sample_id)!r}"
 
-    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path, str, str]]:
-        return _reopen, (self.root, self.name, self.digest)
+    def labels(self, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """(label ids, pixels) of one sample, ids ascending, without 255."""
+        start = int(self.records["labels_end"][sample_id - 1]) if sample_id else 0
+        part = self._labels[start : int(self.records["labels_end"][sample_id])]
+        return part["label"], part["pixels"]
+
+    def samples_with(self, label: int) -> np.ndarray:
+        """The samples that hold a label, sorted ids, int64."""
+        if label not in self._with_label:
+            places = np.flatnonzero(self._labels["label"] == label)
+            self._with_label[label] = np.searchsorted(self.records["labels_end"], places, side="right")
+        return self._with_label[label]
+
+    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Storage, str, str]]:
+        return _reopen, (self.storage, self.name, self.digest)
+
+    def _map(self, index: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
+        name = index["file"]
+        path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"])
+        try:
+            if verify and _sha256(path) != index["sha256"]:
+                raise self._damaged("is damaged (sha256 differs from dataset.json)")
+            raw = np.asarray(np.memmap(path, np.uint8, "r"))
+        except OSError as error:
+            raise self._damaged(f"cannot be read: {error.strerror}") from error
+        except ValueError as error:  # an empty file cannot be mapped
+            raise self._damaged("is empty") from error
+        try:
+            records, labels, keys = parse_index(raw)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        if len(raw) != index["bytes"] or len(records) != self.num_samples:
+            raise self._damaged("is not the one of dataset.json")
+        return records, labels, keys
+
+    def _damaged(self, what: str) -> DataError:
+        where = self.storage.where(self.index_file)
+        return DataError(f"index {where!r} {what}; copy it again or shard the data again")
 
 
-def _reopen(root: Path, name: str, digest: str) -> Split:
-    shards = ShardSet.open(root, sizes=False)
+def _reopen(storage: Storage, name: str, digest: str) -> Split:
+    shards = ShardSet.open(storage, verify=False)
     if shards.digest != digest:
-        raise DataError(f"shards {str(root)!r} changed while they were in use; start again")
+        raise DataError(f"shards {storage.where('')!r} changed while they were in use; start again")
     return shards.split(name)
 
 
-def _read_index(root: Path, shard: dict[str, Any]) -> tuple[np.ndarray, bytes]:
-    """(records, joined keys) of one shard; DataError when the file is not what dataset.json says."""
-    path = (root / shard["file"]).with_suffix(".idx")
-    data = _read(path)
-    if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
-        raise DataError(
-            f"index {str(path)!r} is damaged (sha256 differs from dataset.json); shard the data again"
-        )
-    head, _, body = data.partition(b"\n")
-    header = json.loads(head)
-    split_at = header["samples"] * INDEX.itemsize
-    records, keys = np.frombuffer(body[:split_at], INDEX), body[split_at:]
-    image_end = records["image_offset"] + records["image_size"]
-    mask_end = records["mask_offset"] + records["mask_size"]
-    sane = (
-        header["samples"] == shard["samples"] == len(keys.split(b"\n"))
-        and len(keys) == header["key_bytes"]
-        and (records["image_offset"] >= 0).all()
-        and (records["image_size"] > 0).all()
-        and (records["mask_offset"] > image_end).all()
-        and (records["mask_size"] > 0).all()
-        and (mask_end <= shard["bytes"]).all()
-        and (mask_end - records["image_offset"] <= 2 * MAX_FILE_BYTES).all()
-        and (records["height"].astype(np.int64) * records["width"] <= MAX_PIXELS).all()
-    )
-    if not sane:
-        raise DataError(f"index {str(path)!r} contradicts itself or dataset.json; shard the data again")
-    return records, keys
-
-
 class ShardSet:
-    """A finished folder of shards: classes, palette, digest and the index of every split."""
+    """A finished folder of shards: classes, palette, digest and the index of every split.
 
-    def __init__(self, root: Path, content: dict[str, Any]) -> None:
-        self.root = root
+    stats: class pixels by split. palette: uint8 (K, 3). content: dataset.json.
+    """
+
+    def __init__(self, storage: Storage, content: dict[str, Any], *, verify: bool) -> None:
+        self.storage = storage
+        self.root = storage.root
         self.content = content
         self.digest: str = content["digest"]
+        self.task: str = content["task"]
         self.classes: list[str] = content["classes"]
-        self.palette = np.array(content["palette"], np.uint8)
+        self.palette = np.array(content["palette"], np.uint8).reshape(-1, 3)
         self.stats: dict[str, list[int]] = {
             name: entry["class_pixels"] for name, entry in content["splits"].items()
         }
+        self._verify = verify
         self._splits: dict[str, Split] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, sizes: bool = True) -> "ShardSet":
-        """Open a folder that sharding wrote; DataError when it is missing, damaged or incomplete.
+    def open(
+        cls, path: str | Path | Storage, config: StorageConfig | None = None, *, verify: bool = True
+    ) -> "ShardSet":
+        """Open what sharding wrote, at a path or URL; DataError when it is missing, damaged or incomplete.
 
-        sizes: also check that every tar exists with its size (one stat a shard).
+        config: how remote shards are read. verify: check sha256 and sense of every index and the size of
+        every tar; without it only dataset.json, and the length of an index when its split is used.
         """
-        root = Path(path)
-        if not (root / "dataset.json").is_file():
-            raise DataError(
-                f"no shards in {str(root)!r}; write them: python data_prep/shard.py data=<name> out={root}"
-            )
+        storage = Storage.at(path, config)
+        content = _description(storage)
         try:
-            content = json.loads(_read(root / "dataset.json"))
-            known = content["format"] == FORMAT and content["version"] == VERSION
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{str(root / 'dataset.json')!r} is not readable; shard the data again"
-            ) from error
-        if not known:
-            raise DataError(
-                f"{str(root / 'dataset.json')!r} is not of format {FORMAT} {VERSION}; shard the data again"
-            )
-        if content.get("digest") != content_digest(content):
-            raise DataError(
-                f"{str(root / 'dataset.json')!r} is damaged (its digest differs); shard the data again"
-            )
-        for shard in (shard for split in content["splits"].values() for shard in split["shards"]):
-            _check_tar(root, shard, sizes)
-        return cls(root, content)
+            shards = cls(storage, content, verify=verify)
+            if verify:
+                tars = [shard for entry in content["splits"].values() for shard in entry["shards"]]
+                with ThreadPoolExecutor(1 if storage.is_local else _REQUESTS) as pool:
+                    for _ in pool.map(lambda tar: check_size(storage, tar["file"], tar["bytes"]), tars):
+                        pass
+                for name in content["splits"]:
+                    shards.split(name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(storage, "is not complete") from error
+        return shards
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -190,11 +202,11 @@ class ShardSet:
         """The index of one split; DataError names those that exist."""
         if name not in self.content["splits"]:
             raise DataError(
-                f"shards {str(self.root)!r} have no split {name!r}, only "
+                f"shards {self.root!r} have no split {name!r}, only "
                 f"{', '.join(self.content['splits'])}; choose one of these or shard it too (data.splits)"
             )
         if name not in self._splits:
-            self._splits[name] = Split(self.root, name, self.content["splits"][name], self.digest)
+            self._splits[name] = Split(self.storage, name, self.content, self.digest, verify=self._verify)
         return self._splits[name]
 
 
@@ -204,93 +216,53 @@ def content_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _check_tar(root: Path, shard: dict[str, Any], sizes: bool) -> None:
-    if not _TAR_NAME.fullmatch(shard["file"]):
+def check_size(storage: Storage, name: str, size: int) -> None:
+    """DataError unless a shard is there with its size."""
+    if storage.is_local and not Path(storage.root, name).is_file():
         raise DataError(
-            f"{str(root / 'dataset.json')!r} names the shard {shard['file']!r}, which is no plain tar name"
+            f"shard {storage.where(name)!r} is missing; copy the whole folder again or shard the data again"
         )
-    path = root / shard["file"]
-    if not sizes:
-        return
-    if not path.is_file():
+    found = storage.size(name)
+    if found != size:
         raise DataError(
-            f"shard {str(path)!r} is missing; copy the whole folder again or shard the data again"
-        )
-    if path.stat().st_size != shard["bytes"]:
-        raise DataError(
-            f"shard {str(path)!r} has {path.stat().st_size} bytes instead of {shard['bytes']}; "
+            f"shard {storage.where(name)!r} has {found} bytes instead of {size}; "
             "copy it again or shard the data again"
         )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
+def _description(storage: Storage) -> dict[str, Any]:
+    """dataset.json, its digest checked."""
+    if storage.is_local and not Path(storage.root, "dataset.json").is_file():
         raise DataError(
-            f"{str(path)!r} cannot be read: {error.strerror}; copy or shard the data again"
-        ) from error
+            f"no shards in {storage.root!r}; "
+            f"write them: python data_prep/shard.py data=<name> out={storage.root}"
+        )
+    data = storage.read("dataset.json", limit=DESCRIPTION_LIMIT)
+    try:
+        content: dict[str, Any] = json.loads(data)
+        form = (content["format"], content["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(storage, "is not readable") from error
+    if form != (FORMAT, VERSION) or content.get("task") not in TASKS:
+        raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
+    if content.get("digest") != content_digest(content):
+        raise _unreadable(storage, "is damaged (its digest differs)")
+    try:
+        for split in content["splits"].values():
+            plain = _INDEX_NAME.fullmatch(split["index"]["file"])
+            for name in (shard["file"] for shard in split["shards"]):
+                plain = plain and _TAR_NAME.fullmatch(name)
+            if not plain:
+                raise _unreadable(storage, "names a shard or index that is no plain file name")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(storage, "is not complete") from error
+    return content
 
 
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """The encoded members of one sample."""
-
-    key: str
-    image: bytes
-    mask: bytes
+def _unreadable(storage: Storage, what: str) -> DataError:
+    return DataError(f"{storage.where('dataset.json')!r} {what}; copy it again or shard the data again")
 
 
-class ShardReader:
-    """Reads samples of a split by id. Opens tars when first needed; pickles without open files."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-        self._files: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # shard number -> descriptor, least recently used first
-
-    def read(self, sample_id: int) -> RawSample:
-        """One ranged read over image and mask; DataError names shard, key and offset of what is damaged."""
-        record = self.split.records[sample_id]
-        start, image_size = int(record["image_offset"]), int(record["image_size"])
-        mask_at = int(record["mask_offset"]) - start
-        length = mask_at + int(record["mask_size"])
-        data = os.pread(self._descriptor(self.split.shard_of(sample_id)), length, start)
-        if len(data) != length:
-            raise DataError(
-                f"shard {self.split.describe(sample_id)}: {len(data)} of {length} bytes at offset {start}; "
-                "copy it again"
-            )
-        image, mask = data[:image_size], data[mask_at:]
-        for member, content in (("image", image), ("mask", mask)):
-            if zlib.crc32(content) != record[f"{member}_crc"]:
-                offset = int(record[f"{member}_offset"])
-                raise DataError(
-                    f"shard {self.split.describe(sample_id)}: the {member} at offset {offset} is damaged "
-                    "(crc32 differs); copy the shard again"
-                )
-        return RawSample(self.split.key(sample_id), image, mask)
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            path = self.split.root / self.split.files[shard]
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise DataError(f"shard {str(path)!r} cannot be opened: {error.strerror}") from error
-            if len(self._files) > OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def close(self) -> None:
-        """Close the files; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
-        return ShardReader, (self.split,)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

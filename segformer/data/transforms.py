@@ -1,11 +1,8 @@
 """Augmentation of the official recipe, split where it is cheapest.
 
-In the worker, on uint8 (TrainGeometry): scale U(0.5, 2) of the size bound with the ratio kept -> random
-crop with cat_max_ratio -> flips, composed to one resampling of just the crop:
-
-    image   bilinear with half-pixel centres and repeated edges, what cv2.resize gives before the crop
-    mask    nearest, source index floor(i * source / scaled), what cv2.resize INTER_NEAREST gives
-    padding right and below, image 0 and mask 255
+In the worker, on uint8 (TrainGeometry): scale U(0.5, 2) of the size bound with the ratio kept -> rotation
+(off by default) -> random crop with cat_max_ratio -> flips, as one resampling (placement.py) -> padding right
+and below, image 0 and mask 255.
 
 On the device, batched (Normalize): photometric distortion -> normalise -> padded pixels to exactly 0, the
 mean colour. Which pixels are padding travels in the two last photometric parameters, the valid height and
@@ -14,13 +11,13 @@ width; no colour or label stands for it.
 Photometric: brightness +-32, contrast 0.5-1.5 before or after, saturation 0.5-1.5, hue +-18 of 180, each
 with probability 0.5, in the 8-bit HSV of OpenCV with its rounding (the order and the casts of
 PhotoMetricDistortion in mmsegmentation). Random numbers come from Philox(seed, epoch, sample id): ranks and
-workers cannot change them.
+workers cannot change them. An option that is off draws none.
 
 Shapes: B batch, H W image, h w crop.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -28,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from segformer.data.dataset import IGNORE_INDEX
+from segformer.data.placement import Placement, cut_mask, resample, scaled_size, turned
 from segformer.errors import ConfigError
 
 BRIGHTNESS, CONTRAST_BEFORE, SATURATION, HUE, CONTRAST_AFTER, VALID_HEIGHT, VALID_WIDTH = range(7)
@@ -48,21 +46,40 @@ class AugmentConfig:
     """Range of the random scale."""
     cat_max_ratio: float = 0.75
     """A crop is drawn again (10 tries) while one class has this share of its labelled pixels; 1 = never."""
+    class_balanced_crop: float = 0.0
+    """Probability that a crop must hold a pixel of one class of the image, drawn with weight 1 / (the pixels
+    of the class in the split): rare classes are seen more often."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     vflip: float = 0.0
     """Probability of a vertical flip."""
     rot90: float = 0.0
     """Probability of a turn by 90, 180 or 270 degrees, for images without an upright direction."""
+    rotate: float = 0.0
+    """Largest angle of a free rotation, degrees either way, 0 = none; corners that come from outside the
+    image are ignored (255)."""
+    rotate_prob: float = 0.5
+    """Probability of that rotation where `rotate` is above 0."""
+    mosaic: float = 0.0
+    """Probability that the crop is put together from four images of one shard around a random point."""
+    copy_paste: float = 0.0
+    """Probability that the pixels of one class, drawn as in class_balanced_crop, are pasted from another
+    image of the split that holds it."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur of the crop."""
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """Range of the blur's standard deviation, pixels of the crop."""
     photometric: bool = True
     """Photometric distortion on or off."""
+    photometric_strength: float = 1.0
+    """Factor on the ranges of brightness, contrast, saturation and hue, 0 to 2; 1 = the official ones."""
     mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
     """Mean of red, green, blue that is subtracted, 0-255."""
     std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
     """Standard deviation of red, green, blue to divide by, 0-255."""
 
     def __post_init__(self) -> None:
-        for name, length in (("crop", 2), ("scale", 2), ("mean", 3), ("std", 3)):
+        for name, length in (("crop", 2), ("scale", 2), ("blur_sigma", 2), ("mean", 3), ("std", 3)):
             values = getattr(self, name)
             if len(values) != length:
                 raise ConfigError(f"augment.{name}={list(values)} needs {length} values")
@@ -70,11 +87,14 @@ class AugmentConfig:
                 raise ConfigError(f"augment.{name}={list(values)}; every value must be above 0")
         if len(self.resize) not in (0, 2) or (self.resize and min(self.resize) < 1):
             raise ConfigError(f"augment.resize={list(self.resize)}; use [long side, short side] or []")
-        if self.scale[0] > self.scale[1]:
-            raise ConfigError(f"augment.scale={list(self.scale)}; use [smallest, largest]")
-        for name in ("cat_max_ratio", "hflip", "vflip", "rot90"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augment.{name}={getattr(self, name)}; use 0 to 1")
+        for name in ("scale", "blur_sigma"):
+            if getattr(self, name)[0] > getattr(self, name)[1]:
+                raise ConfigError(f"augment.{name}={list(getattr(self, name))}; use [smallest, largest]")
+        largest = dict.fromkeys(("cat_max_ratio", "class_balanced_crop", "hflip", "vflip", "rot90"), 1)
+        largest |= dict.fromkeys(("rotate_prob", "mosaic", "copy_paste", "blur"), 1)
+        for name, limit in (largest | {"rotate": 180, "photometric_strength": 2}).items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise ConfigError(f"augment.{name}={getattr(self, name)}; use 0 to {limit}")
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -84,97 +104,119 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 
 
 class TrainGeometry:
-    """Scale, crop, flip and pad as one resampling: full image and mask in, crop out."""
+    """Scale, rotate, crop, flip and pad as one resampling: full image and mask in, crop out.
 
-    def __init__(self, cfg: AugmentConfig) -> None:
+    class_pixels: pixels of each class in the split (K,), for class_balanced_crop; None = all count alike.
+    """
+
+    def __init__(self, cfg: AugmentConfig, class_pixels: np.ndarray | None = None) -> None:
         self.cfg = cfg
         self.crop = (int(cfg.crop[0]), int(cfg.crop[1]))
+        self.weights = np.ones(IGNORE_INDEX) if class_pixels is None else rarity(class_pixels)
 
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
         """image uint8 (H, W, 3), mask uint8 (H, W) -> the same of the crop, and its valid (height, width)."""
+        placement = self.place(mask, rng, self.crop)
+        image, mask = resample(image, mask, placement)
+        below, right = self.crop[0] - placement.valid[0], self.crop[1] - placement.valid[1]
+        if below or right:
+            border = (0, below, 0, right, cv2.BORDER_CONSTANT)
+            image = cv2.copyMakeBorder(image, *border, value=(0, 0, 0))
+            mask = cv2.copyMakeBorder(mask, *border, value=IGNORE_INDEX)
+        return image, mask, placement.valid
+
+    def place(
+        self,
+        mask: np.ndarray,
+        rng: np.random.Generator,
+        crop: tuple[int, int],
+        *,
+        label: int | None = None,
+        fill: bool = False,
+    ) -> Placement:
+        """Draw where a crop of this size comes from.
+
+        label: the class that the crop must hold, where the scaled image has it; None = as the config says.
+        fill: scale up as far as it takes to fill the crop, so that nothing is padded.
+        """
         cfg = self.cfg
         turns = int(rng.integers(1, 4)) if rng.random() < cfg.rot90 else 0
-        mask = np.rot90(mask, turns)
+        mask = turned(mask, turns)
         size = scaled_size(mask.shape, cfg.resize, rng.uniform(cfg.scale[0], cfg.scale[1]))
-        valid = (min(self.crop[0], size[0]), min(self.crop[1], size[1]))
-        top, left = self._corner(mask, size, valid, rng)
-        rows = nearest_indices(mask.shape[0], size[0])[top : top + valid[0]]
-        columns = nearest_indices(mask.shape[1], size[1])[left : left + valid[1]]
-        flip_x, flip_y = rng.random() < cfg.hflip, rng.random() < cfg.vflip
-        rows, columns = rows[:: -1 if flip_y else 1], columns[:: -1 if flip_x else 1]
+        if fill and (size[0] < crop[0] or size[1] < crop[1]):
+            factor = max(crop[0] / mask.shape[0], crop[1] / mask.shape[1])
+            size = scaled_size(mask.shape, [], factor)
+            size = max(crop[0], size[0]), max(crop[1], size[1])
+        angle = 0.0
+        if cfg.rotate and rng.random() < cfg.rotate_prob:
+            angle = float(rng.uniform(-cfg.rotate, cfg.rotate))
+        valid = (min(crop[0], size[0]), min(crop[1], size[1]))
+        placement = Placement(turns, size, angle, 0, 0, valid)
+        balanced = label is None and cfg.class_balanced_crop and rng.random() < cfg.class_balanced_crop
+        held = self._held_pixel(mask, placement, label, rng) if balanced or label is not None else None
+        placement = self._cut(mask, placement, held, rng)
+        flip_x, flip_y = bool(rng.random() < cfg.hflip), bool(rng.random() < cfg.vflip)
+        return replace(placement, flip_y=flip_y, flip_x=flip_x)
 
-        scale_y, scale_x = mask.shape[0] / size[0], mask.shape[1] / size[1]
-        matrix = np.array(
-            [[scale_x, 0, (left + 0.5) * scale_x - 0.5], [0, scale_y, (top + 0.5) * scale_y - 0.5]]
-        )
-        if flip_x:
-            matrix[0] = [-scale_x, 0, matrix[0, 2] + scale_x * (valid[1] - 1)]
-        if flip_y:
-            matrix[1] = [0, -scale_y, matrix[1, 2] + scale_y * (valid[0] - 1)]
-        patch = cv2.warpAffine(
-            image,
-            _unturned(matrix, turns, image.shape[:2]),
-            (valid[1], valid[0]),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        return self._padded(patch, 0), self._padded(mask[rows[:, None], columns], IGNORE_INDEX), valid
+    def _held_pixel(
+        self, mask: np.ndarray, placement: Placement, label: int | None, rng: np.random.Generator
+    ) -> tuple[int, int] | None:
+        """(row, column) in the scaled image of a random pixel of `label`, or of a class that is drawn."""
+        canvas = cut_mask(mask, replace(placement, valid=placement.size))
+        if label is None:
+            counts = cv2.calcHist([canvas], [0], None, [IGNORE_INDEX], [0, IGNORE_INDEX]).reshape(-1)
+            weights = self.weights * (counts[: len(self.weights)] > 0)
+            if not weights.any():
+                return None
+            label = draw_index(weights, rng)
+        places = np.flatnonzero(canvas.reshape(-1) == label)
+        if not len(places):
+            return None
+        row, column = divmod(int(places[rng.integers(len(places))]), canvas.shape[1])
+        return row, column
 
-    def _corner(
-        self, mask: np.ndarray, size: Sequence[int], valid: Sequence[int], rng: np.random.Generator
-    ) -> tuple[int, int]:
-        """Top left corner of the crop in the scaled image; the last drawn when no try meets cat_max_ratio."""
-        rows, columns = nearest_indices(mask.shape[0], size[0]), nearest_indices(mask.shape[1], size[1])
-        step_y, step_x = max(1, valid[0] // _SHARE_GRID), max(1, valid[1] // _SHARE_GRID)
-        top = left = 0
+    def _cut(
+        self, mask: np.ndarray, placement: Placement, held: tuple[int, int] | None, rng: np.random.Generator
+    ) -> Placement:
+        """Draw the corner, with `held` inside; the last one drawn when no try meets cat_max_ratio."""
+        height, width = placement.valid
+        lowest, highest = (0, 0), (placement.size[0] - height, placement.size[1] - width)
+        if held is not None:
+            lowest = max(0, held[0] - height + 1), max(0, held[1] - width + 1)
+            highest = min(held[0], highest[0]), min(held[1], highest[1])
+        steps = max(1, height // _SHARE_GRID), max(1, width // _SHARE_GRID)
         for _ in range(CROP_TRIES + 1):
-            top = int(rng.integers(0, size[0] - valid[0] + 1))
-            left = int(rng.integers(0, size[1] - valid[1] + 1))
+            top = int(rng.integers(lowest[0], highest[0] + 1))
+            left = int(rng.integers(lowest[1], highest[1] + 1))
+            placement = replace(placement, top=top, left=left)
             if self.cfg.cat_max_ratio >= 1:
                 break
-            grid = mask[rows[top : top + valid[0] : step_y, None], columns[left : left + valid[1] : step_x]]
+            grid = cut_mask(mask, placement, steps)
             counts = np.bincount(grid.reshape(-1), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
             if 0 < counts.max() < self.cfg.cat_max_ratio * counts.sum():
                 break
-        return top, left
-
-    def _padded(self, patch: np.ndarray, value: int) -> np.ndarray:
-        below, right = self.crop[0] - patch.shape[0], self.crop[1] - patch.shape[1]
-        if not below and not right:
-            return patch
-        return np.pad(patch, [(0, below), (0, right)] + [(0, 0)] * (patch.ndim - 2), constant_values=value)
+        return placement
 
 
-def scaled_size(shape: Sequence[int], resize: Sequence[int], scale: float) -> tuple[int, int]:
-    """(height, width) inside both bounds times `scale`, ratio kept; rounded as mmcv's rescale_size does."""
-    height, width = shape[0], shape[1]
-    if resize:
-        bounds = int(resize[0] * scale), int(resize[1] * scale)
-        factor = min(max(bounds) / max(height, width), min(bounds) / min(height, width))
-    else:
-        factor = scale
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+def rarity(class_pixels: np.ndarray) -> np.ndarray:
+    """Weight of each class where one is drawn, float64 (K,): 1 / its pixels; 0 for a class without any."""
+    pixels = np.asarray(class_pixels, np.float64)
+    return np.divide(1.0, pixels, out=np.zeros_like(pixels), where=pixels > 0)
 
 
-def nearest_indices(source: int, scaled: int) -> np.ndarray:
-    """Source index of every pixel of a row resized by cv2.INTER_NEAREST, int64 (scaled,)."""
-    indices: np.ndarray = np.floor(np.arange(scaled) * (1.0 / (scaled / source))).astype(np.int64)
-    return indices.clip(max=source - 1)
+def draw_index(weights: np.ndarray, rng: np.random.Generator) -> int:
+    """A random index with probability weights / sum of weights; at least one weight is above 0."""
+    steps = np.cumsum(weights)
+    return int(np.searchsorted(steps, rng.random() * steps[-1], side="right"))
 
 
-def _unturned(matrix: np.ndarray, turns: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The map crop -> turned image, followed by turned image -> image, for np.rot90(image, turns)."""
-    height, width = shape
-    x, y = matrix
-    if turns == 0:
-        return matrix
-    if turns == 1:  # turned[i, j] = image[j, width - 1 - i]
-        return np.stack([[0, 0, width - 1] - y, x])
-    if turns == 2:
-        return np.stack([[0, 0, width - 1] - x, [0, 0, height - 1] - y])
-    return np.stack([y, [0, 0, height - 1] - x])
+def blur(image: np.ndarray, valid: Sequence[int], cfg: AugmentConfig, rng: np.random.Generator) -> None:
+    """Where one is drawn, a Gaussian blur of the valid part of a crop, in place; edges are mirrored."""
+    if cfg.blur and rng.random() < cfg.blur:
+        part = image[: valid[0], : valid[1]]
+        part[:] = cv2.GaussianBlur(part, (0, 0), rng.uniform(cfg.blur_sigma[0], cfg.blur_sigma[1]))
 
 
 def draw_photometric(
@@ -191,7 +233,12 @@ def draw_photometric(
         return values
     chosen = rng.random(4) < 0.5
     after = bool(rng.random() < 0.5)
-    draws = (rng.uniform(-32, 32), rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5), int(rng.integers(-18, 18)))
+    low, high = 1 - 0.5 * cfg.photometric_strength, 1 + 0.5 * cfg.photometric_strength
+    light, turn = 32 * cfg.photometric_strength, round(18 * cfg.photometric_strength)
+    draws = (
+        rng.uniform(-light, light), rng.uniform(low, high), rng.uniform(low, high),
+        int(rng.integers(-turn, max(turn, 1)))
+    )  # fmt: skip
     places = (BRIGHTNESS, CONTRAST_AFTER if after else CONTRAST_BEFORE, SATURATION, HUE)
     for use, place, draw in zip(chosen, places, draws, strict=True):
         if use:
@@ -213,7 +260,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor, photometric: Tensor | None = None) -> Tensor:
         """images uint8 (B, 3, H, W), photometric float32 (B, NUM_PHOTOMETRIC) or None -> float32."""
-        pixels = images.float()
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
         if photometric is None:
             return (pixels - self.mean) / self.std
         if self.photometric:

@@ -12,7 +12,9 @@ import multiprocessing
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from multiprocessing import resource_tracker
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -32,6 +34,59 @@ def worker_place() -> tuple[int, int]:
     """(number of this worker, number of workers); (0, 1) in the trainer itself."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, and return at once.
+
+    It imports torch for more than a second: begun early, that happens beside the building of the model.
+    """
+    _context()
+    with _signals_blocked():
+        forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "segformer.data.loader"])
+    return context
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started inside is born with the trainer's signals blocked."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+class Deferred(Generic[_T]):
+    """A value that another process makes only when it asks for it.
+
+    What fails while a worker unpickles its task is a traceback; what fails in a stage is an error of the
+    stream. So a stage holds whatever must be opened again in this wrapping.
+    """
+
+    def __init__(self, value: _T) -> None:
+        self._value: _T | None = value
+        self._make: Any = None
+
+    def get(self) -> _T:
+        """The value, made when it is first asked for."""
+        if self._value is None:
+            function, arguments = self._make
+            self._value = function(*arguments)
+        return self._value
+
+    def __getstate__(self) -> Any:
+        return self._make if self._value is None else self._value.__reduce__()
+
+    def __setstate__(self, make: Any) -> None:
+        self._value, self._make = None, make
 
 
 class WorkerStream(Generic[_T]):
@@ -54,10 +109,7 @@ class WorkerStream(Generic[_T]):
         self.workers = workers
         self.timeout = timeout
         self.length = length
-        context = None
-        if workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["__main__", "segformer.data.loader"])
+        context = _context() if workers else None
         self._loader: DataLoader[Any] = DataLoader(
             webdataset.DataPipeline(*stages, _errors_as_values),
             batch_size=None,
@@ -83,13 +135,8 @@ class WorkerStream(Generic[_T]):
 
     def _stream(self) -> Generator[_T, None, None]:
         others = set(multiprocessing.active_children())
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)  # inherited by what starts here
-        try:
-            resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts
-            signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+        with _signals_blocked():
             iterator = iter(self._loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         mine = set(multiprocessing.active_children()) - others
         try:
             while (item := self._next(iterator)) is not None:

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 # Rows of the enlarged logits are made in blocks of about this size, so that a block stays in the cache of a
 # CPU core and a GPU gets enough work per launch.
 _CPU_BLOCK_BYTES = 2 << 20
-_GPU_BLOCK_BYTES = 256 << 20
+GPU_BLOCK_BYTES = 256 << 20
 _TINY = 1e-30  # below it, log(softmax) is taken by log_softmax
 
 
@@ -187,7 +187,7 @@ def bilinear_bands(maps: Tensor, size: tuple[int, int]) -> tuple[list[Band], Ten
     dtype, device = maps.dtype, maps.device
     source, target = maps.shape[2], size[0]
     matrix = bilinear_matrix(source, target, dtype=dtype, device=device)
-    budget = _CPU_BLOCK_BYTES if device.type == "cpu" else _GPU_BLOCK_BYTES
+    budget = _CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
     step = max(1, budget // (maps.shape[1] * size[1] * maps.element_size()))
     scale, slack = source / target, 1e-3  # slack: the matrix may have rounded a centre across a pixel
     bands = []

@@ -1,7 +1,10 @@
-"""A small data set of random pictures, as a folder and as shards."""
+"""Small data sets of random pictures, as folders and as shards."""
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 from segformer.data.dataset import DatasetConfig
 from segformer.data.sharding import write_shards
-from segformer.data.shards import ShardSet
+from segformer.data.shards import ShardSet, content_digest
 
 SIZES = ((40, 56), (56, 40), (48, 48), (40, 56))  # height, width; one size comes twice
 
@@ -62,3 +65,56 @@ def shard_dir(folder: Path, config: DatasetConfig, tmp_path_factory: pytest.Temp
 def shards(shard_dir: Path) -> ShardSet:
     """The opened shards."""
     return ShardSet.open(shard_dir)
+
+
+@pytest.fixture(scope="session")
+def make_classes() -> Callable[..., Path]:
+    """Write a classification set: root/<split>/<class>/<name>.jpg, a few random images a class."""
+
+    def make(root: Path, counts: dict[str, int], classes: Sequence[str] = ("cat", "dog", "owl")) -> Path:
+        rng = np.random.default_rng(11)
+        for split, count in counts.items():
+            for number in range(count):
+                folder = root / split / classes[number % len(classes)]
+                folder.mkdir(parents=True, exist_ok=True)
+                height, width = SIZES[number % len(SIZES)]
+                image = cv2.resize(rng.integers(0, 256, (7, 9, 3), np.uint8), (width, height))
+                cv2.imwrite(str(folder / f"{number:03d}.jpg"), image)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def class_config() -> DatasetConfig:
+    """The data set of `make_classes`."""
+    return DatasetConfig(name="animals", task="classification", image_dir="{split}", license="none")
+
+
+@pytest.fixture(scope="session")
+def class_shards(
+    make_classes: Callable[..., Path], class_config: DatasetConfig, tmp_path_factory: pytest.TempPathFactory
+) -> ShardSet:
+    """13 training and 6 validation images of three classes as shards. Not to be changed by a test."""
+    root = make_classes(tmp_path_factory.mktemp("animals"), {"train": 13, "val": 6})
+    out = tmp_path_factory.mktemp("shards") / "animals"
+    write_shards(class_config, root, out, seed=3, samples_per_shard=5, workers=1)
+    return ShardSet.open(out)
+
+
+def reseal(folder: Path, content: dict[str, Any] | None = None, *, tars: bool = True) -> None:
+    """Give changed shards a dataset.json that fits them: every sum and size, and its own digest."""
+    path = folder / "dataset.json"
+    content = json.loads(path.read_text()) if content is None else content
+    for split in content["splits"].values():
+        for entry in (split["index"], *(split["shards"] if tars else [])):
+            data = (folder / entry["file"]).read_bytes()
+            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content["digest"] = content_digest(content)
+    path.unlink()
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session", name="reseal")
+def _reseal() -> Callable[..., None]:
+    return reseal

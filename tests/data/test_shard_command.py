@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from segformer.config import RunConfig, compose
-from segformer.data.dataset import class_palette, list_samples
+from segformer.data.dataset import class_palette
 from segformer.data.shards import ShardSet
+from segformer.data.sources import list_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "data_prep/sample"
@@ -63,9 +66,6 @@ def test_a_fault_in_the_data_is_one_line_and_leaves_no_shards(
     if fault == "image without mask":
         mask.unlink()
     elif fault == "mask outside classes":
-        import cv2
-        import numpy as np
-
         height, width = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED).shape[:2]
         cv2.imwrite(str(mask), np.full((height, width), 77, np.uint8))
     else:
@@ -86,6 +86,44 @@ def test_the_users_own_folder_needs_nothing_but_the_command_line(
     done = run("data=folder", f"root={root}", f"out={out}", "data.classes=[sky,road,tree]", "workers=1")
     assert done.returncode == 0, done.stderr
     assert ShardSet.open(out).classes == ["sky", "road", "tree"]
+
+
+def test_the_label_map_says_what_was_seen_and_what_never(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 4, "val": 2}), tmp_path / "out"
+    done = run(
+        *("data=folder", f"root={root}", f"out={out}", "data.classes=[land,ship]", "workers=1", "quality=80"),
+        "+data.label_map={0: 0, 1: 255, 2: 0, 7: 1, 255: 255}",
+    )
+    assert done.returncode == 0, done.stderr
+    masks = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (root / "masks").rglob("*.png")]
+    pixels = np.bincount(np.concatenate([mask.reshape(-1) for mask in masks]), minlength=256)
+    share = [f"{100 * count / pixels.sum():.2f} %" for count in pixels]
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert f"0 -> 0 land {share[0]}" in lines
+    assert f"2 -> 0 land {share[2]}" in lines
+    assert "7 -> 1 ship NEVER SEEN" in lines
+    assert f"ignored (-> 255): 1 ({share[1]}), 255 ({share[255]})" in lines
+    assert lines.count("ship never seen") == 2
+    assert ShardSet.open(out).content["quality"] == 80
+
+
+def test_a_folder_of_class_folders_becomes_a_classification_set(
+    make_classes: Callable[..., Path], tmp_path: Path
+) -> None:
+    root, out = tmp_path / "set", tmp_path / "out"
+    make_classes(root / "images", {"train": 7, "val": 2})
+    done = run("data=folder", "data.task=classification", f"root={root}", f"out={out}", "workers=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:5] == [
+        "train: 7 images in 1 shards",
+        "  2 to 3 images in each of 3 classes",
+        "val: 2 images in 1 shards",
+        "  0 to 1 images in each of 3 classes",
+        "  never seen: owl",
+    ]
+    assert ShardSet.open(out).classes == ["cat", "dog", "owl"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf/data").glob("*.yaml")), ids=lambda path: path.stem)

@@ -37,9 +37,10 @@ from functools import partial
 from itertools import count
 from multiprocessing.forkserver import _forkserver
 from pathlib import Path
-from segformer.data.workers import WorkerStream
+from segformer.data.workers import WorkerStream, start_server
 
 if __name__ == "__main__":
+    start_server()
     stream = iter(WorkerStream([partial(count, 5)], workers=2, prefetch=2, timeout=60))
     next(stream)
     for pid in [_forkserver._forkserver_pid, *(child.pid for child in multiprocessing.active_children())]:
@@ -76,7 +77,9 @@ def test_the_fork_server_and_its_workers_are_born_with_the_signals_blocked(tmp_p
     """A fork server that dies of SIGTERM takes its workers with it, so the mask must be there from birth."""
     script = tmp_path / "script.py"
     script.write_text(MASKS)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
     masks = [int(line, 16) for line in done.stdout.split()]
     assert len(masks) == 3
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

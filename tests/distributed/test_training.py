@@ -133,3 +133,23 @@ def test_a_damaged_sample_is_one_line_of_one_rank_and_the_steps_before_it_are_ke
     steps = len((tmp_path / "hit" / "metrics.jsonl").read_text().splitlines())
     assert list_steps(tmp_path / "hit" / "checkpoints") == ([steps] if steps else [])
     assert steps < 16 / 4, "every sample is read in the first epoch"
+
+
+@pytest.mark.faults
+def test_a_corrupt_sample_within_the_budget_is_replaced_named_once_and_kept_in_the_state(
+    tiny, tiny_shards, tmp_path, run_ranks, metrics
+):
+    """20 steps of 4 are five epochs of 16: both ranks meet the sample, several times, and count it once."""
+    shutil.copytree(tiny_shards, tmp_path / "damaged")
+    tar = sorted((tmp_path / "damaged").glob("train-*.tar"))[-1]
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    options = (f"data.shards={tmp_path / 'damaged'}", "loader.max_corrupt=0.1")
+    outputs = run_ranks(2, "launch/train.py", *tiny("replaced", *options))
+    assert outputs[0].count("replaced by its neighbour: shard ") == 1
+    (line,) = metrics(tmp_path / "replaced", "replaced")
+    assert tar.name in line["reason"]
+    _, _, found = load_checkpoint(tmp_path / "replaced" / "checkpoints", step=STEPS)
+    assert found.corrupt == [line["sample_id"]]
+    assert len(metrics(tmp_path / "replaced")) == STEPS

@@ -1,0 +1,64 @@
+"""Measurements: python launch/bench.py bench=loader|order|start|memory [root=<folder of images and masks>]
+
+python launch/bench.py bench=loader root=../shared/data/camvid
+python launch/bench.py bench=order order.samples=10000,1000000
+
+Tables are printed and written as CSV into `out`; bench/README.md says what each column is.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this script is called bench too, and its folder comes first
+
+from bench.loader import LoaderBench  # noqa: E402
+from bench.loader import measure as measure_loader  # noqa: E402
+from bench.memory import MemoryBench  # noqa: E402
+from bench.memory import measure as measure_memory  # noqa: E402
+from bench.order import OrderBench  # noqa: E402
+from bench.order import measure as measure_order  # noqa: E402
+from bench.start import StartBench  # noqa: E402
+from bench.start import measure as measure_start  # noqa: E402
+from segformer.config import cli  # noqa: E402
+from segformer.errors import ConfigError  # noqa: E402
+
+BENCHES = ("loader", "order", "start", "memory")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """What is measured."""
+
+    bench: str = "???"
+    """loader, order, start or memory."""
+    root: str = ""
+    """Folder with images/train and masks/train for loader and memory; empty = pictures made here."""
+    out: str = "bench/results"
+    """Folder for the CSV files."""
+    loader: LoaderBench = field(default_factory=LoaderBench)
+    order: OrderBench = field(default_factory=OrderBench)
+    start: StartBench = field(default_factory=StartBench)
+    memory: MemoryBench = field(default_factory=MemoryBench)
+
+    def __post_init__(self) -> None:
+        if self.bench not in (*BENCHES, "???"):
+            raise ConfigError(f"bench={self.bench!r} is unknown; use one of {', '.join(BENCHES)}")
+
+
+def run(cfg: BenchConfig) -> None:
+    """Run the chosen measurement."""
+    out = Path(cfg.out)
+    if cfg.bench == "loader":
+        measure_loader(cfg.loader, cfg.root, out)
+    elif cfg.bench == "order":
+        measure_order(cfg.order, out)
+    elif cfg.bench == "start":
+        measure_start(cfg.start, out)
+    else:
+        measure_memory(cfg.memory, cfg.root, out)
+
+
+if __name__ == "__main__":
+    cli(BenchConfig, "bench", run)

@@ -1,0 +1,358 @@
+"""The doctor: typical mistakes are found in one pass, named with their remedy, and decide the exit code."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.config import compose
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sharding import write_shards
+from segformer.doctor.contact import choose, sheet
+from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
+from segformer.doctor.examine import DoctorConfig, Report, as_json, as_text, doctor, examine
+from segformer.errors import ConfigError
+
+CLASSES = ["sky", "road", "tree"]
+Masks = Callable[[int], np.ndarray]
+
+
+def three_classes(number: int) -> np.ndarray:
+    """Ids 0, 1, 2 in vertical stripes and a corner of 255; no two alike."""
+    mask = np.repeat(np.array([0, 1, 2], np.uint8), 16)[None].repeat(40, 0)
+    mask[: 2 + number, :3] = 255
+    return mask
+
+
+def write_set(root: Path, masks: Masks = three_classes, train: int = 5, val: int = 3) -> Path:
+    """Random JPEGs of 40 x 48 pixels with the masks of a function of their number."""
+    rng = np.random.default_rng(3)
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "masks"):
+            (root / kind / split).mkdir(parents=True)
+        for number in range(count):
+            image = cv2.resize(rng.integers(0, 256, (5, 6, 3), np.uint8), (48, 40))
+            cv2.imwrite(str(root / "images" / split / f"{number}.jpg"), image)
+            cv2.imwrite(str(root / "masks" / split / f"{number}.png"), masks(number))
+    return root
+
+
+def look(root: Path | str, tmp_path: Path, *overrides: str, pictures: int = 0) -> Report:
+    """What the doctor says of a folder, with settings of a small run."""
+    given = [
+        "data=folder",
+        "steps=10",
+        "global_batch=4",
+        "augment.crop=[32,32]",
+        f"root={root}",
+        f"out={tmp_path / 'out'}",
+        f"pictures={pictures}",
+        *([] if any("classes=" in o for o in overrides) else [f"data.classes={CLASSES}"]),
+        *overrides,
+    ]
+    return examine(compose(DoctorConfig, "doctor", given))
+
+
+def texts(report: Report, level: str) -> list[str]:
+    return [f"{verdict.about}: {verdict.text}" for verdict in report.verdicts if verdict.level == level]
+
+
+def only_failure(report: Report) -> str:
+    (text,) = texts(report, FAIL)
+    assert not report.may_start
+    return text
+
+
+def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
+    report = look(write_set(tmp_path / "set"), tmp_path, pictures=6)
+    assert report.may_start
+    assert texts(report, WARN) == []
+    train = report.source[0]
+    assert train.class_images.tolist() == [5, 5, 5]
+    assert train.class_pixels.sum() + train.ignored_pixels == 5 * 40 * 48
+    assert train.ignored_pixels == sum(3 * (2 + number) for number in range(5))
+    assert (tmp_path / "out/source.png").is_file()
+    assert any("10 steps are 8.0 epochs of 5" in text for text in texts(report, OK))
+    assert "forecast" in texts(report, OK)[-1]
+
+
+MISTAKES: list[tuple[str, Masks, list[str], str]] = [
+    (
+        "masks of 0 and 255",
+        lambda n: np.where(three_classes(n) == 1, 255, 0).astype(np.uint8),
+        ["data.classes=[background,leaf]"],
+        r"masks hold 0 and 255 only.*'\+data\.label_map=\{0: 0, 255: 1\}",
+    ),
+    (
+        "more ids than classes",
+        lambda n: np.where(three_classes(n) == 2, 7, three_classes(n)).astype(np.uint8),
+        [],
+        r"ids without a class: 7 in 8 images; 3 classes have ids 0 to 2",
+    ),
+    (
+        "ids that start at 1",
+        lambda n: np.where(three_classes(n) < 3, three_classes(n) + 1, 255).astype(np.uint8),
+        [],
+        r"ids start at 1; shift them: '\+data\.label_map=\{1: 0, 2: 1, 3: 2\}",
+    ),
+    (
+        "0 means no label",
+        lambda n: np.repeat(np.arange(4, dtype=np.uint8), 12)[None].repeat(40, 0),
+        [],
+        r"if 0 means 'no label' \(reduce_zero_label\): '\+data\.label_map=\{0: 255, 1: 0, 2: 1, 3: 2\}",
+    ),
+    (
+        "an id that the map leaves out",
+        three_classes,
+        ["+data.label_map={0: 0, 1: 1}"],
+        r"ids without a class: 2 in 8 images; add them to data\.label_map",
+    ),
+    (
+        "everything ignored",
+        three_classes,
+        ["+data.label_map={0: 255, 1: 255, 2: 255}"],
+        r"every pixel is ignored",
+    ),
+    ("one class only", lambda n: np.zeros((40, 48), np.uint8), [], r"only 'sky' is ever seen"),
+    ("no class names", three_classes, ["data.classes=[]"], r"data\.classes is empty, masks hold 0 to 2, 255"),
+]
+
+
+@pytest.mark.parametrize(
+    ("masks", "overrides", "message"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
+def test_a_mistake_with_ids_fails_with_its_remedy(
+    masks: Masks, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    report = look(write_set(tmp_path / "set", masks), tmp_path, *overrides)
+    found = texts(report, FAIL)
+    assert any(re.search(message, text) for text in found), found
+    assert not report.may_start
+
+
+def test_colour_masks_fail_with_their_colours_ready_to_copy(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set")
+    colours = np.array([[0, 0, 0], [0, 0, 255], [10, 200, 30]], np.uint8)
+    for path in root.glob("masks/*/*.png"):
+        Image.fromarray(colours[three_classes(0).clip(max=2)]).save(path)
+    text = only_failure_of(look(root, tmp_path), "label ids")
+    assert "5 masks hold colours, not label ids" in text
+    for colour in colours.tolist():
+        assert str(colour) in text
+    fixed = look(root, tmp_path, f"data.mask_colours={colours.tolist()}")
+    assert fixed.may_start, texts(fixed, FAIL)
+
+
+def only_failure_of(report: Report, consequence: str) -> str:
+    """The first failure; others may only be its consequences."""
+    found = texts(report, FAIL)
+    assert found
+    assert all(consequence in text or "files" in text for text in found)
+    return found[0]
+
+
+def test_all_defects_of_files_are_found_in_one_pass(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", train=8)
+    images, masks = root / "images/train", root / "masks/train"
+    (masks / "0.png").unlink()
+    (images / "1.jpg").unlink()
+    (images / "2.jpg").write_bytes((images / "2.jpg").read_bytes()[:300])
+    (masks / "3.png").write_bytes(b"")
+    cv2.imwrite(str(masks / "4.png"), np.zeros((40, 50), np.uint8))
+    shutil.copy(images / "5.jpg", images / "stray.png")
+    cv2.imwrite(str(masks / "6.png"), np.full((40, 48), 9, np.uint8))
+    report = look(root, tmp_path)
+    found = "\n".join(texts(report, FAIL))
+    for message in (
+        r"1 images have no mask <key>.png; .* (0)",
+        r"1 masks have no image <key>.jpg; .* (1)",
+        r"2 files cannot be used (.*2.jpg.*3.png",
+        r"1 masks have another size than their image (.*4.png' is 50 x 40 pixels, its image 48 x 40",
+        r"1 pictures do not end in '.jpg'; .* (stray.png)",
+        r"ids without a class: 9 in 1 images",
+    ):
+        pattern = message.replace("(", r"\(").replace(")", r"\)")
+        assert re.search(pattern, found), (message, found)
+
+
+def test_missing_folders_and_an_empty_look_are_failures(tmp_path: Path) -> None:
+    (tmp_path / "set/images/train").mkdir(parents=True)
+    found = "\n".join(texts(look(tmp_path / "set", tmp_path), FAIL))
+    assert "mask folder" in found
+    assert "image folder" in found
+    assert "is not a folder" in "\n".join(texts(look(tmp_path / "nowhere", tmp_path), FAIL))
+    assert "nothing to look at" in "\n".join(texts(look("-", tmp_path), FAIL))
+
+
+def test_leaks_copies_and_classes_missing_in_training_are_warnings(tmp_path: Path) -> None:
+    def masks(number: int) -> np.ndarray:
+        return np.minimum(three_classes(number), 1)
+
+    root = write_set(tmp_path / "set", masks)
+    cv2.imwrite(str(root / "masks/val/0.png"), three_classes(0))
+    shutil.copy(root / "images/train/1.jpg", root / "images/val/2.jpg")
+    shutil.copy(root / "images/train/3.jpg", root / "images/train/4.jpg")
+    report = look(root, tmp_path)
+    found = "\n".join(texts(report, WARN))
+    assert report.may_start
+    assert "train and val: 1 images are in both, byte for byte (1 = 2)" in found
+    assert "'tree' never seen in train but in val" in found
+    assert "1 images are there more than once (4 = 3)" in found
+
+
+def test_a_map_that_reduces_labels_twice_is_a_warning(tmp_path: Path) -> None:
+    report = look(write_set(tmp_path / "set"), tmp_path, "+data.label_map={0: 255, 1: 0, 2: 1, 3: 2}")
+    assert any(
+        "the masks may hold" in text or "they may hold train ids already" in text
+        for text in texts(report, WARN)
+    )
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The sound set as shards of at most 2 samples."""
+    root = write_set(tmp_path / "set")
+    cfg = DatasetConfig(name="stripes", classes=CLASSES)
+    write_shards(cfg, root, tmp_path / "shards", seed=0, samples_per_shard=2, workers=1)
+    return tmp_path / "shards"
+
+
+def test_shards_have_the_statistics_of_their_source(sharded: Path, tmp_path: Path) -> None:
+    report = look(tmp_path / "set", tmp_path, f"data.shards={sharded}", "loader.workers=2", pictures=4)
+    assert report.may_start, texts(report, FAIL)
+    for source, shards in zip(report.source, report.shards, strict=True):
+        assert source.class_pixels.tolist() == shards.class_pixels.tolist()
+        assert source.class_images.tolist() == shards.class_images.tolist()
+        assert source.ignored_pixels == shards.ignored_pixels
+        assert sorted(source.heights) == sorted(shards.heights)
+    assert (tmp_path / "out/shards.png").is_file()
+    assert any("1 ranks x 2 workers = 2 readers of 3 chunks, 3 shards" in text for text in texts(report, OK))
+
+
+def test_more_readers_than_chunks_and_a_batch_above_the_set_are_warnings(
+    sharded: Path, tmp_path: Path
+) -> None:
+    overrides = ["global_batch=8", "ranks=8", "loader.workers=4", f"data.shards={sharded}"]
+    found = "\n".join(texts(look("-", tmp_path, *overrides), WARN))
+    assert "8 ranks x 4 workers = 32 readers of 3 chunks, 3 shards: several" in found
+    assert "one step holds images more than once" in found
+    assert "3 images for 8 ranks" in found
+
+
+def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path: Path) -> None:
+    tar = next(sharded.glob("train-*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[600:620] = bytes(20)
+    tar.write_bytes(data)
+    overrides = [f"data.shards={sharded}", "data.classes=[a,b]"]
+    found = "\n".join(texts(look("-", tmp_path, *overrides), FAIL))
+    assert "1 unreadable" in found
+    assert "data.classes has 2 classes, the shards were written with 3" in found
+
+
+def test_batches_splits_and_memory_that_do_not_fit_are_failures(sharded: Path, tmp_path: Path) -> None:
+    shards = f"data.shards={sharded}"
+    assert "global_batch=4 is not divisible by world_size=3" in only_failure(
+        look("-", tmp_path, shards, "ranks=3")
+    )
+    assert "eval_split=test is not there, only train, val" in only_failure(
+        look("-", tmp_path, shards, "eval_split=test")
+    )
+    assert "lower micro_batch" in only_failure(look("-", tmp_path, shards, "gpu_gib=0.001"))
+    assert "model.num_classes=7, the data has 3 classes" in only_failure(
+        look("-", tmp_path, shards, "model.num_classes=7")
+    )
+
+
+def test_the_command_fails_in_one_line_after_the_whole_table(tmp_path: Path, root: Path) -> None:
+    write_set(tmp_path / "set", lambda number: np.full((40, 48), 9, np.uint8))
+    command = [sys.executable, "launch/doctor.py", "data=folder", f"root={tmp_path / 'set'}"]
+    command += [
+        f"out={tmp_path / 'out'}",
+        f"data.classes={CLASSES}",
+        "augment.crop=[32,32]",
+        "global_batch=4",
+    ]
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("DataError: training should not start:")
+    assert done.stderr.count("\n") == 1
+    assert "ids without a class: 9 in 8 images" in done.stdout
+    written = json.loads((tmp_path / "out/doctor.json").read_text())
+    assert written["may_start"] is False
+    assert {verdict["level"] for verdict in written["verdicts"]} == {OK, FAIL}
+
+
+def test_a_good_look_ends_quietly_and_leaves_numbers_for_machines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_set(tmp_path / "set")
+    given = ["data=folder", f"root={root}", f"out={tmp_path / 'out'}", f"data.classes={CLASSES}"]
+    doctor(compose(DoctorConfig, "doctor", [*given, "augment.crop=[32,32]", "global_batch=4", "pictures=0"]))
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "FAIL" not in printed.out
+    written = json.loads((tmp_path / "out/doctor.json").read_text())
+    assert written["may_start"] is True
+    assert written["source"]["train"]["class_images"] == [5, 5, 5]
+    assert written["memory_bytes"]["total"] == sum(
+        size for name, size in written["memory_bytes"].items() if name != "total"
+    )
+
+
+def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", {"cat": 3, "dog": 2}), ("val", {"cat": 1, "dog": 1})):
+        for name, count in counts.items():
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                cv2.imwrite(str(tmp_path / "set" / split / name / f"{number}.jpg"), image)
+    report = look(
+        tmp_path / "set",
+        tmp_path,
+        "data.task=classification",
+        "data.image_dir='{split}'",
+        "data.classes=[]",
+    )
+    assert report.may_start, texts(report, FAIL)
+    assert report.source[0].class_images.tolist() == [3, 2]
+    assert report.classes == ["cat", "dog"]
+
+
+def test_the_sheet_shows_rare_classes_first_and_every_class_in_the_legend() -> None:
+    holders = {-1: list(range(10)), 0: [0, 1], 1: [7], 2: [0, 7, 9]}
+    chosen = choose(holders, np.array([10, 1, 3]), 5)
+    assert chosen[:3] == [7, 9, 1]
+    assert len(chosen) == len(set(chosen)) == 5
+    image, mask = np.full((40, 48, 3), 255, np.uint8), three_classes(3)
+    palette = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    drawn = np.asarray(sheet([("a", image, mask), ("b", image, None)], classes=CLASSES, palette=palette))
+    for colour in palette:  # the legend has the plain colours
+        assert (drawn == colour).all(-1).sum() > 100
+
+
+def test_settings_of_the_doctor_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"ranks=0 must be 1 or more"):
+        DoctorConfig(ranks=0)
+    with pytest.raises(ConfigError, match=r"gpu_gib=0"):
+        DoctorConfig(gpu_gib=0)
+    with pytest.raises(ConfigError, match=r"steps=0"):
+        DoctorConfig(steps=0)
+
+
+def test_the_text_lists_failures_last() -> None:
+    report = Report(verdicts=[Verdict(FAIL, "a", "x"), Verdict(OK, "b", "y"), Verdict(WARN, "c", "z")])
+    assert [line[:4].strip() for line in as_text(report).splitlines()] == [OK, WARN, FAIL]
+    assert as_json(report)["may_start"] is False
