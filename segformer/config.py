@@ -259,7 +259,8 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
     """Compose the configuration from the command line and call `function` with it.
 
     A SegformerError is printed as one line and ends the process with its exit code (2; 75 after a signal);
-    any other exception keeps its traceback.
+    Ctrl-C ends it with 130 and one line (training sees to the first one itself, see dist.StopFlag); any other
+    exception keeps its traceback.
     """
     arguments = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
     main_rank = int(os.environ.get("RANK", "0")) == 0
@@ -283,3 +284,7 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
         rank = "" if main_rank else f"[rank {os.environ['RANK']}] "
         print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if main_rank:
+            print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)  # 128 + SIGINT, as shells count

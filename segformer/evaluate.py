@@ -16,6 +16,7 @@ from torch import nn
 from segformer.data.loader import LoaderConfig, eval_batches, num_eval_batches
 from segformer.data.shards import Split
 from segformer.dist import World
+from segformer.errors import SegformerError
 from segformer.inference import predict
 from segformer.metrics import Scores, SegmentationMetric
 
@@ -31,7 +32,8 @@ def evaluate(
     num_classes: int,
     batch_size: int,
     bf16: bool,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], bool],
+    failed: Callable[[SegformerError], None],
 ) -> Scores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
 
@@ -40,7 +42,10 @@ def evaluate(
         normalize: uint8 images -> model input, on the device.
         batch_size: images per forward and rank.
         bf16: run the model in bf16 autocast.
-        interrupted: asked before every batch, answers alike on all ranks; True ends the evaluation with None.
+        interrupted: asked before every batch and after the last, answers alike on all ranks; True ends the
+            evaluation with None.
+        failed: told what is wrong with the data that this rank reads. It must make `interrupted` answer True
+            on all ranks: raised here, the error would leave the others in a collective.
     """
     batches = eval_batches(
         split,
@@ -57,9 +62,13 @@ def evaluate(
     iterator = iter(batches)
     try:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
-            if interrupted is not None and interrupted():
+            if interrupted():
                 return None
-            batch = next(iterator, None)
+            try:
+                batch = next(iterator, None)
+            except SegformerError as error:
+                failed(error)
+                batch = None
             if batch is not None:
                 batch = batch.to(world.device, non_blocking=True)
                 images = batch.images
@@ -67,6 +76,8 @@ def evaluate(
                 prediction = predict(model, normalize(images, None), (images.shape[2], images.shape[3]))
             if batch is not None:
                 metric.update(prediction, batch.targets)
+        if interrupted():
+            return None
     finally:
         iterator.close()
         model.train(training)

@@ -23,12 +23,13 @@ from segformer.checkpoint import TrainState, clean, load_checkpoint
 from segformer.config import RunConfig, frozen_difference, load_config, save_config
 from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
+from segformer.data.prepare import over_budget
 from segformer.data.shards import ShardSet
 from segformer.data.transforms import Normalize
 from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
 from segformer.engine import build_engine, prepare_model, resolve_precision
-from segformer.errors import CheckpointError, ConfigError, SegformerError
+from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.losses import SegmentationLoss
 from segformer.models.segformer import build_model
 from segformer.optim import build_optimizer
@@ -57,6 +58,10 @@ class Run:
     "An error that this rank has met and that the ranks have not agreed on yet."
     replaced: dict[int, str] = field(default_factory=dict)
     "Corrupt samples that this rank has met and why, not yet told to the others."
+
+    def fail(self, error: SegformerError) -> None:
+        """Keep an error until the ranks agree to stop: raised, it would leave the others in a collective."""
+        self.failure = error
 
     @property
     def folder(self) -> Path:
@@ -130,6 +135,13 @@ def _check(cfg: RunConfig, world_size: int) -> None:
     open_shards(cfg)
 
 
+def _check_corrupt(state: TrainState, budget: int) -> None:
+    """A run that ended because of too many corrupt samples does not go on with them; rank zero."""
+    if len(state.corrupt) > budget:
+        last = f"sample {state.corrupt[-1]} of {len(state.corrupt)} in the checkpoint"
+        raise DataError(over_budget(len(state.corrupt), budget, last))
+
+
 def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -> Run:
     if worker_count(cfg.loader, world.local_size):
         start_server()
@@ -149,6 +161,8 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
             )
         model.load_state_dict(weights)
     split = shards.split(cfg.train_split)
+    budget = corrupt_budget(cfg.loader, split)
+    world.on_main(lambda: _check_corrupt(state, budget))
     spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
     order = SampleOrder(OrderSpec.from_dict(state.order_spec) if state.order_spec else spec)
     state.order_spec = order.spec.to_dict()
@@ -185,7 +199,7 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
         normalize=Normalize(cfg.augment).to(world.device),
         batches=iter(batches),
         state=state,
-        corrupt_budget=corrupt_budget(cfg.loader, split),
+        corrupt_budget=budget,
         micro_batch=micro_batch,
         telemetry=telemetry,
         stop=stop,

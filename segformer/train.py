@@ -103,7 +103,7 @@ def _fetch(run: Run) -> tuple[list[Batch], float]:
         while len(batches) * run.micro_batch * run.world.size < run.cfg.global_batch:
             batches.append(next(run.batches))
     except SegformerError as error:
-        run.failure = error
+        run.fail(error)
     run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
     return batches, time.monotonic() - start
 
@@ -207,6 +207,7 @@ def _evaluate(run: Run) -> Scores | None:
         batch_size=cfg.eval_batch,
         bf16=resolve_precision(cfg.engine, world.device) == "bf16",
         interrupted=lambda: _stopping(run),
+        failed=run.fail,
     )
     if scores is None:
         return None

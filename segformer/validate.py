@@ -15,7 +15,7 @@ from segformer.data.shards import ShardSet
 from segformer.data.transforms import AugmentConfig, Normalize
 from segformer.dist import init_world, limit_threads
 from segformer.engine import EngineConfig, resolve_precision
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, SegformerError
 from segformer.evaluate import evaluate
 from segformer.export import Trained, open_checkpoint
 from segformer.metrics import Scores
@@ -53,6 +53,7 @@ def validate(cfg: ValidateConfig) -> Scores:
         world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
         trained, shards = _open(cfg)
         start = time.monotonic()
+        failures: list[SegformerError] = []
         scores = evaluate(
             trained.build().to(world.device),
             Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(world.device),
@@ -62,10 +63,13 @@ def validate(cfg: ValidateConfig) -> Scores:
             num_classes=len(shards.classes),
             batch_size=cfg.batch,
             bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
+            interrupted=lambda: world.any(bool(failures)),
+            failed=failures.append,
         )
     finally:
         world.close()
-    assert scores is not None  # nothing interrupts it
+    if scores is None:  # said once, by the rank that met it
+        raise failures[0] if failures else SystemExit(SegformerError.exit_code)
     if world.is_main:
         split = shards.split(cfg.split)
         print(

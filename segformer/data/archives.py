@@ -1,12 +1,17 @@
-"""Unpacking what a stranger packed: zip and tar (plain or gzip) -> files below a folder, all of them or none.
+"""Unpacking what a stranger packed: zip and tar (plain or gzip) -> files below a folder.
 
-Only regular files and folders are written, with the permissions of a new file. Refused before anything is
-written: links, devices and other special members, absolute names, names with `..`, backslashes or control
-characters, a name that comes twice, encrypted members, archives that would unpack to more than MAX_RATIO
-times their size (and SMALL bytes) or than the disk has room for. A member that is shorter than its header
-says, or whose checksum is wrong, ends it. Everything goes to a folder of its own first and is then renamed
-into place, so that a crash leaves no half-written file under a final name."""
+A file of another suffix is copied there. Only regular files and folders are written, with the permissions of
+a new file. Refused before anything is written: links, devices and other special members, absolute names,
+names with `..`, backslashes or control characters, a name that comes twice, encrypted members, archives
+without a file, archives that would unpack to more than MAX_RATIO times their size (and SMALL bytes) or than
+the disk has room for, and a tar whose gzip checksum is wrong or that does not end in two blocks of zeros with
+nothing but zeros behind them. A member that is shorter than its header says, or whose checksum is wrong, ends
+it. Everything goes to a folder of its own first and is then renamed into place, file by file: a process that
+is killed leaves no half-written file under a final name. Bringing the files to the disk (os.sync) is left to
+the caller."""
 
+import gzip
+import lzma
 import os
 import shutil
 import stat
@@ -17,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from segformer.errors import DataError
 
@@ -26,6 +31,10 @@ MAX_RATIO = 20  # photographs and PNG masks hardly shrink; a bomb of zeros has a
 SMALL = 64 * 2**20  # bytes that any archive may unpack to
 MAX_MEMBERS = 5_000_000
 CHUNK = 2**20
+_DAMAGED = (
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError),
+    *(EOFError, NotImplementedError, ValueError),  # ValueError: numbers and names that don't decode
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,11 @@ class _Member:
     open: Callable[[], IO[bytes]]
 
 
-def unpack(archive: Path, target: Path) -> int:
-    """Write the files of an archive below the folder `target`, over what lies there; returns their number.
+def unpack(archive: Path, target: Path) -> list[str]:
+    """Write the files of an archive, or the file itself, below the folder `target`, over what lies there.
 
-    DataError names the archive, the member and what is wrong with it; `target` is then as it was.
+    Returns the names that this put into `target` itself, sorted. DataError names the archive, the member and
+    what is wrong with it; `target` is then as it was, unless the renaming met a folder in a file's place.
     """
     staging = target / f".unpack-{archive.name}"
     try:
@@ -50,14 +60,15 @@ def unpack(archive: Path, target: Path) -> int:
             files = _checked(archive, target, members)
             for member in files:
                 _write(archive, staging / member.name, member)
+        if not files:
+            raise tarfile.ReadError("it holds no file")
         for member in files:
             (target / member.name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / member.name, target / member.name)
-        return len(files)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every format that it tried
+        return sorted({member.name.partition("/")[0] for member in files})
+    except _DAMAGED as error:
         raise DataError(
-            f"archive {str(archive)!r} is damaged: {reason}; remove it and run this again"
+            f"archive {str(archive)!r} is damaged: {error}; remove it and run this again"
         ) from error
     except OSError as error:
         raise DataError(
@@ -72,8 +83,11 @@ def _members(archive: Path) -> Iterator[Iterator[_Member]]:
     if archive.name.endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
             yield _zip_members(archive, opened)
+    elif not archive.name.endswith(SUFFIXES):
+        yield iter([_Member(archive.name, archive.stat().st_size, lambda: archive.open("rb"))])
     else:
-        with tarfile.open(archive, "r:*") as tar:
+        mode: Literal["r:", "r:gz"] = "r:" if archive.name.endswith(".tar") else "r:gz"
+        with tarfile.open(archive, mode) as tar:
             yield _tar_members(archive, tar)
 
 
@@ -100,6 +114,24 @@ def _tar_members(archive: Path, tar: tarfile.TarFile) -> Iterator[_Member]:
         if not info.isreg() or info.issparse():
             raise _refused(archive, info.name, "is a link or a special file")
         yield _Member(info.name, info.size, lambda info=info: opened(info))  # type: ignore[misc]
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Whether the archive ends where tarfile stopped: it takes a damaged header, or none, for the end.
+
+    Reads to the end of the stream, which is where gzip compares its checksum.
+    """
+    stream = tar.fileobj
+    assert stream is not None
+    stream.seek(tar.offset)
+    length = 0
+    while chunk := stream.read(CHUNK):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(f"no valid header at byte {tar.offset}, and not the end")
+        length += len(chunk)
+    if length < 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"it breaks off at byte {tar.offset}, without the two blocks that end a tar")
 
 
 def _checked(archive: Path, target: Path, members: Iterator[_Member]) -> list[_Member]:

@@ -2,18 +2,20 @@
 
     <out>/downloads/<file>.part        what has arrived; `.part.json` holds its address, ETag and length
     <out>/downloads/<file>             all of it, of the right size and checksum; removed when unpacked
-    <out>/downloads/<file>.done        address, bytes and sha256 of what was unpacked: nothing is left to do
+    <out>/downloads/<file>.json        its address and sha256: a file of another one is not taken for it
+    <out>/downloads/<file>.done        what was unpacked, and where to: while it lies there, no more to do
 
 A transfer that breaks off goes on by a Range request, made conditional on the ETag or the date (If-Range);
 where a server gives neither, only if a checksum will tell whether the halves belong together. What may pass
 (timeouts, resets, short bodies, 408, 429, 5xx) is tried again with growing pauses, counted from the last
-attempt that brought something.
+attempt that got further than all before it; a host that is not known, before the first byte, once.
 
-Refused: other schemes than http and https (redirects included), a redirect from https to http, a length other
-than the one that is expected, a wrong checksum (the file is then removed), more bytes than the disk has room
-for."""
+Refused: other schemes than http and https (redirects included), a redirect from https to http, a certificate
+that is not valid, a length other than the one that is expected, a wrong checksum (what arrived is then
+removed), more bytes than the disk has room for."""
 
 import email.message
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -22,25 +24,29 @@ import os
 import random
 import re
 import shutil
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
+from urllib.request import Request
 
 from tqdm import tqdm
 
-from segformer.data.archives import CHUNK, SUFFIXES, unpack
+from segformer.data.archives import CHUNK, unpack
 from segformer.errors import ConfigError, DataError
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before a new attempt, half to one and a half times each
 TIMEOUT = 60.0  # seconds without a byte
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,8 +63,12 @@ class Download:
     """Folder below out that the archive is unpacked into."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.url.isprintable():
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError as error:  # brackets, or a port above 65535
+            raise ConfigError(f"url={self.url!r} is refused: {error}; see to the address") from error
+        if not known or not self.url.isprintable():
             raise ConfigError(f"url={self.url!r} is refused; give an address of http or https")
         if not _FILE_NAME.fullmatch(self.name):
             raise ConfigError(f"url={self.url!r} does not end in a plain file name")
@@ -77,9 +87,10 @@ class Download:
 class _InterruptedError(Exception):
     """A transfer broke off for a reason that may pass."""
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, tries: int = 100) -> None:
         super().__init__(reason)
         self.wait = wait  # seconds that the server asked for
+        self.tries = tries  # more of them are in vain
 
 
 def obtain(
@@ -95,20 +106,19 @@ def obtain(
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             done = folder / f"{item.name}.done"
-            if _is_done(item, done):
+            target = out / item.into
+            if _is_done(item, done, target):
                 return None
             archive = folder / item.name
             sha256 = fetch(item, archive, pauses=pauses)
-            size = archive.stat().st_size
-            target = out / item.into
+            done.unlink(missing_ok=True)
             target.mkdir(parents=True, exist_ok=True)
-            if item.name.endswith(SUFFIXES):
-                unpack(archive, target)
-            else:
-                shutil.copyfile(archive, target / item.name)
-            _write_json(done, {"url": item.url, "bytes": size, "sha256": sha256})
+            names = unpack(archive, target)
+            os.sync()  # the files before the note that says that they are there
+            _write_json(done, {**asdict(item), "sha256": sha256, "names": names})
             if not keep:
                 archive.unlink()
+                archive.with_name(f"{item.name}.json").unlink(missing_ok=True)
             return sha256
     except OSError as error:
         raise DataError(f"{str(out)!r} cannot be written: {error.strerror or error}; see to it") from error
@@ -117,44 +127,57 @@ def obtain(
 def fetch(item: Download, path: Path, *, pauses: tuple[float, ...] = PAUSES) -> str:
     """Download to `path`, which then holds all of it; returns the sha256.
 
-    A file that is there already is verified, not fetched again.
+    A file that is there already is taken where its checksum is the one that is known, or, where none is
+    known, where the note beside it names this address and its sha256; otherwise it is fetched again.
     """
     part = path.with_name(f"{path.name}.part")
     note = path.with_name(f"{path.name}.part.json")
-    if not path.exists():
-        _transfer(item, part, note, pauses)
-    arrived = path if path.exists() else part
-    with arrived.open("rb") as stream:
+    origin = path.with_name(f"{path.name}.json")
+    if path.exists():
+        sha256, wrong = _examine(item, path)
+        if not wrong and (item.checksum or _read_json(origin) == {"url": item.url, "sha256": sha256}):
+            return sha256
+    _transfer(item, part, note, pauses)
+    sha256, wrong = _examine(item, part)
+    if wrong:
+        part.unlink()
+        note.unlink(missing_ok=True)
+        raise DataError(
+            f"{item.url} is not the file that is expected: {wrong}; it was removed: run this again, or see "
+            "the page of the set for a new one"
+        )
+    _write_json(origin, {"url": item.url, "sha256": sha256})
+    os.replace(part, path)
+    note.unlink(missing_ok=True)
+    return sha256
+
+
+def _examine(item: Download, path: Path) -> tuple[str, str]:
+    """(sha256, what is not as expected or "") of a file."""
+    kind, _, digits = item.checksum.partition(":")
+    with path.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(0)
-        kind, _, digits = item.checksum.partition(":")
         got = hashlib.file_digest(stream, kind).hexdigest() if kind else ""
-    size = arrived.stat().st_size
-    if got != digits or item.size not in (None, size):
-        for stale in (arrived, note):
-            stale.unlink(missing_ok=True)
-        wrong = f"{kind} {got}, expected {digits}" if got != digits else f"{size} bytes, expected {item.size}"
-        raise DataError(
-            f"{item.url} is not the file that is expected: {wrong}; it was removed: run this again; if that "
-            "does not help, the publisher has changed the file: see the page of the set"
-        )
-    if arrived == part:
-        os.replace(part, path)
-        note.unlink(missing_ok=True)
-    return sha256
+    size = path.stat().st_size
+    if got != digits:
+        return sha256, f"{kind} {got}, expected {digits}"
+    return sha256, f"{size} bytes, expected {item.size}" if item.size not in (None, size) else ""
 
 
 def _transfer(item: Download, part: Path, note: Path, pauses: tuple[float, ...]) -> None:
     """Fill `part`, in as many attempts as it takes."""
-    failures = 0
+    failures, most = 0, part.stat().st_size if part.exists() else 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
         try:
             return _receive(item, part, note)
+        except ValueError as error:  # of urllib and of int(), from what a server sent or a host's name
+            raise DataError(f"{item.url} leads to an address or an answer that is none: {error}") from error
         except _InterruptedError as error:
             arrived = part.stat().st_size if part.exists() else 0
-            failures = 0 if arrived > before else failures + 1
-            if failures >= len(pauses):
+            failures = 0 if arrived > most else failures + 1
+            most = max(most, arrived)  # a server that always starts again brings nothing new
+            if failures >= min(len(pauses), error.tries):
                 raise DataError(
                     f"{item.url} cannot be downloaded: {error}, {failures} times in a row; "
                     f"{arrived} bytes are kept: the same command goes on from there"
@@ -171,11 +194,9 @@ def _receive(item: Download, part: Path, note: Path) -> None:
         return
     headers = {"User-Agent": "segformer-download", "Accept-Encoding": "identity"}
     if have:
-        headers["Range"] = f"bytes={have}-"
-        if if_range:
-            headers["If-Range"] = if_range
+        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": if_range} if if_range else {})
     try:
-        response = _OPENER.open(urllib.request.Request(item.url, headers=headers), timeout=TIMEOUT)
+        response = _OPENER.open(Request(item.url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
@@ -184,7 +205,10 @@ def _receive(item: Download, part: Path, note: Path) -> None:
         raise _InterruptedError(f"HTTP {error.code} {error.reason}", _retry_after(error.headers)) from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise _InterruptedError(str(reason) or type(error).__name__) from error
+        if isinstance(reason, ssl.SSLCertVerificationError | http.client.InvalidURL):
+            raise DataError(f"{item.url} cannot be downloaded: {reason}; see to the address") from error
+        tries = 2 if isinstance(reason, socket.gaierror) and not part.exists() else 100
+        raise _InterruptedError(str(reason) or type(error).__name__, tries=tries) from error
     with response:
         start, total = _extent(response, part, have, known)
         _check_room(item, part, start, total)
@@ -202,8 +226,7 @@ def _discard_unless_passing(item: Download, part: Path, error: urllib.error.HTTP
         part.unlink(missing_ok=True)
     elif error.code not in (408, 425, 429) and error.code < 500:
         raise DataError(
-            f"{item.url} cannot be downloaded: HTTP {error.code} {error.reason}; see the page of the set "
-            "for a new address"
+            f"{item.url} cannot be downloaded: HTTP {error.code} {error.reason}; see the page of the set"
         ) from error
 
 
@@ -211,13 +234,12 @@ def _extent(response: Any, part: Path, have: int, known: dict[str, Any]) -> tupl
     """(first byte of the body, length of the whole file or None), from the answer's headers."""
     length = response.headers.get("Content-Length")
     if response.status != 206:
-        return 0, int(length) if length and length.isdigit() else None
+        return 0, int(length) if length and length.isdecimal() else None
     given = response.headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", given)
     if not found or int(found[1]) != have or known.get("total") not in (None, int(found[2])):
-        part.unlink(
-            missing_ok=True
-        )  # the file changed, or the server does not understand ranges: from the start
+        # The file changed, or the server does not understand ranges: from the start.
+        part.unlink(missing_ok=True)
         raise _InterruptedError(f"asked for the bytes from {have}, the server sent {given!r}")
     return have, int(found[2])
 
@@ -236,13 +258,7 @@ def _check_room(item: Download, part: Path, start: int, total: int | None) -> No
 
 def _copy(item: Download, response: IO[bytes], part: Path, start: int, total: int | None) -> None:
     bar: tqdm[Any] = tqdm(
-        total=total,
-        initial=start,
-        unit="B",
-        unit_scale=True,
-        desc=item.name,
-        leave=False,
-        disable=None,
+        total=total, initial=start, unit="B", unit_scale=True, desc=item.name, leave=False, disable=None
     )
     at = start
     with bar, part.open("ab") as sink:
@@ -264,43 +280,32 @@ def _copy(item: Download, response: IO[bytes], part: Path, start: int, total: in
 
 def _retry_after(headers: email.message.Message) -> float:
     seconds = headers.get("Retry-After", "")
-    return min(float(seconds), 120.0) if seconds.isdigit() else 0.0
+    return min(float(seconds), 120.0) if seconds.isdecimal() else 0.0
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        scheme = urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (scheme == "http" and req.type == "https"):
-            raise DataError(
-                f"{req.full_url} redirects to {newurl!r}, which is refused; only https and http, up"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+    def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Any) -> Any:
+        del headers["URI"]  # urllib would take it in the place of a Location
+        given = headers.get("Location", "")
+        try:
+            to = urlsplit(urljoin(req.full_url, given))
+            allowed = to.scheme in ("https", req.type) and to.hostname and to.port != 0
+        except ValueError:  # brackets, or a port above 65535
+            allowed = False
+        if not allowed:
+            fp.close()
+            raise DataError(f"{req.full_url} redirects to {given!r}: refused; only https and http, up")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """A client of http and https only: urllib's own also opens file:, ftp: and data:."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _Redirects(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-_OPENER = _opener()
+_OPENER = urllib.request.OpenerDirector()  # urllib's own also opens file:, ftp: and data:
+for _handler in (
+    *(urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()),
+    *(urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(), _Redirects()),
+):
+    _OPENER.add_handler(_handler)
 
 
 @contextmanager
@@ -310,14 +315,20 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"another process downloads to {str(folder.parent)!r}; wait for it") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:  # without locks the user keeps other processes away
+                raise
         yield
 
 
-def _is_done(item: Download, done: Path) -> bool:
-    """Whether this very file was unpacked before."""
+def _is_done(item: Download, done: Path, target: Path) -> bool:
+    """Whether this very file was unpacked to `target` before, and what it put there is still there."""
     noted = _read_json(done)
-    kind, _, digits = item.checksum.partition(":")
-    return noted.get("url") == item.url and (kind != "sha256" or noted.get("sha256") == digits)
+    return (
+        (noted.get("url"), noted.get("into")) == (item.url, item.into)
+        and item.checksum in ("", noted.get("checksum"), f"sha256:{noted.get('sha256')}")
+        and all((target / name).exists() for name in noted.get("names", [".missing"]))
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,38 +93,39 @@ def member_key(key: str) -> str:
 
 def stat_hash(samples: Iterable[Sample]) -> str:
     """sha256 over names, classes, sizes and times of the source files: cheap, and enough while they rest."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.key}\0{sample.label}".encode())
-        for path in (sample.image, sample.mask):
-            if path is not None:
-                try:
-                    found = os.stat(path)
-                except OSError as error:
-                    raise _unreadable(path, error) from error
-                digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+    return _hash(samples, _size_and_time, end=b"\n")
 
 
 def source_hash(samples: Iterable[Sample]) -> str:
     """sha256 over names, classes and contents of the source files."""
+    return _hash(samples, _size_and_bytes, end=b"")
+
+
+def _hash(samples: Iterable[Sample], facts: Callable[[Path], Iterable[bytes]], end: bytes) -> str:
+    """sha256 over name and class of each sample, the facts of its files, and the end."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.key}\0{sample.label}".encode())
         for path in (sample.image, sample.mask):
             if path is not None:
                 try:
-                    data = path.read_bytes()
+                    for fact in facts(path):
+                        digest.update(fact)
                 except OSError as error:
-                    raise _unreadable(path, error) from error
-                digest.update(len(data).to_bytes(8, "little"))
-                digest.update(data)
+                    reason = f"cannot be read: {error.strerror}; check its permissions"
+                    raise DataError(f"{str(path)!r} {reason}") from error
+        digest.update(end)
     return digest.hexdigest()
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{str(path)!r} cannot be read: {error.strerror}; check the file and its permissions")
+def _size_and_time(path: Path) -> Iterable[bytes]:
+    found = os.stat(path)
+    return [f"\0{found.st_size}\0{found.st_mtime_ns}".encode()]
+
+
+def _size_and_bytes(path: Path) -> Iterable[bytes]:
+    data = path.read_bytes()
+    return [len(data).to_bytes(8, "little"), data]
 
 
 def _complete(task: ShardTask, stat: str) -> dict[str, Any] | None:
@@ -180,7 +181,7 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
         for sample, record in zip(task.samples, records, strict=True):
             loaded = load_sample(task.cfg, sample)
             raw_ids.update(loaded.raw_ids)
-            (suffix, image), mask = _encoded(sample, loaded, task.encoding)
+            (suffix, image), mask = _encoded(loaded, task.encoding)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)
             writer.write({"__key__": key, suffix: image})  # apart: the writer would sort the two by name
@@ -196,20 +197,14 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
     return records, np.concatenate(labels), raw_ids
 
 
-def _encoded(
-    sample: Sample, loaded: LoadedSample, encoding: Encoding
-) -> tuple[tuple[str, bytes], np.ndarray | None]:
+def _encoded(loaded: LoadedSample, encoding: Encoding) -> tuple[tuple[str, bytes], np.ndarray | None]:
     """((suffix, bytes) of the image, mask) as they are stored."""
     kind = image_header(loaded.image)[0]
     longest = max(loaded.height, loaded.width)
     reduce = 0 < encoding.long_side < longest
     if not reduce and not encoding.quality:
         return ("jpg" if kind == "jpeg" else "image.png", loaded.image), loaded.mask
-    try:
-        pixels = decode_image(loaded.image)
-    except DataError as error:
-        raise DataError(f"{str(sample.image)!r}: {error}; replace or remove it") from error
-    mask = loaded.mask
+    pixels, mask = decode_image(loaded.image), loaded.mask
     if reduce:
         height, width = (
             max(1, round(side * encoding.long_side / longest)) for side in (loaded.height, loaded.width)

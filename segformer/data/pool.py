@@ -5,6 +5,7 @@ parent, and end when it dies, even by SIGKILL. A task says `advance()` after eac
 the bar counts, so that images/s and the remaining time move while a large task runs. Without a terminal there
 is no bar: an error is then the only line on standard error."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -20,9 +21,10 @@ from typing import Any, TypeVar
 import cv2
 from tqdm import tqdm
 
-from segformer.errors import DataError
+from segformer.errors import ConfigError, DataError
 
 POLL_SECONDS = 0.2  # how often the bar moves
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -33,6 +35,18 @@ _guard = -1  # descriptor of the file that a worker keeps locked while it lives
 def advance(images: int = 1) -> None:
     """Count images of the running task."""
     _advance(images)
+
+
+def flock(descriptor: int, kind: int) -> bool:
+    """Whether the lock was taken. File systems without locks: True, the user keeps other processes away."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def run(
@@ -49,9 +63,11 @@ def run(
 
     total: images that all tasks count together. guard: a file that every worker process locks (shared) while
     it lives. preload: modules that are imported once, for all workers. Function, tasks and results must
-    pickle. The first error that is seen ends the run.
+    pickle. The first error that is seen ends the run. ConfigError for fewer workers than -1.
     """
     global _advance
+    if workers < -1:
+        raise ConfigError(f"workers={workers}; use -1 (one process per core) or a number from 0")
     count = min(len(tasks), workers if workers >= 0 else len(os.sched_getaffinity(0)))
     with tqdm(total=total, unit="image", desc=desc, leave=False, disable=None) as bar:
         if count > 1:
@@ -104,7 +120,7 @@ def _start(counter: Any, guard: Path | None) -> None:
     cv2.setNumThreads(1)
     if guard is not None:
         _guard = os.open(guard, os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(_guard, fcntl.LOCK_SH)
+        flock(_guard, fcntl.LOCK_SH)
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
     def count(images: int) -> None:

@@ -80,7 +80,7 @@ class SampleSource:
                 self._replaced.append(Replacement(sample_id, candidate, str(first)))
             return loaded
         assert failure is not None
-        raise DataError(f"{NEIGHBOURS} neighbouring samples are corrupt: {failure}") from failure
+        raise DataError(f"no good sample beside sample {sample_id}: {failure}") from failure
 
     def _candidates(self, sample_id: int) -> list[int]:
         """The sample, then those that follow it in its shard, round the end."""
@@ -129,7 +129,10 @@ class SampleSource:
 
 def over_budget(count: int, budget: int, last: str) -> str:
     """What ends a run with too many corrupt samples."""
-    return f"{count} corrupt samples, and loader.max_corrupt allows {budget} of this split; the last: {last}"
+    return (
+        f"{count} corrupt samples, and loader.max_corrupt allows {budget} of this split; data_prep/verify.py "
+        f"names them all; copy the shards again or raise it; the last: {last}"
+    )
 
 
 class Prepare:

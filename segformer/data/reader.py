@@ -65,7 +65,8 @@ class ShardReader:
         self.storage = split.storage
         self._chunks: OrderedDict[int, bytes] = OrderedDict()  # first sample id -> bytes, oldest use first
         self._held = 0
-        self._disk = _DiskCache(self.storage.config.cache / split.digest[:32], self.storage.config.cache_gb)
+        config = self.storage.config
+        self._disk = _DiskCache(config.cache / "parts", split.digest[:32], config.cache_gb)
         self._pool: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
@@ -172,8 +173,9 @@ class _DiskCache:
     other bytes. The limit may be passed by 1/16 of it for each process that writes.
     """
 
-    def __init__(self, folder: Path, limit_gb: float) -> None:
-        self.folder = folder
+    def __init__(self, root: Path, name: str, limit_gb: float) -> None:
+        self.root = root  # of all data sets together, for which the limit is
+        self.folder = root / name
         self.limit = int(limit_gb * 10**9)
         self._written = self.limit  # the first write looks at what earlier runs have left
 
@@ -203,12 +205,14 @@ class _DiskCache:
             (self.folder / name).unlink()
 
     def _shrink(self) -> None:
-        """Remove the parts that were used longest ago, until those left fit the limit."""
+        """Remove the parts of any data set that were used longest ago, until those left fit the limit."""
         found = []
-        for entry in os.scandir(self.folder):
-            with contextlib.suppress(OSError):  # another process removed it
-                stat = entry.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, entry.path))
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError):  # another process removed it
+                    stat = os.stat(path)
+                    found.append((stat.st_mtime_ns, stat.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit:

@@ -16,9 +16,11 @@ a finished set again without reading the source. It is no part of the set.
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
 the same `out`, and every defect of the source that sources.py names."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -47,6 +49,9 @@ from segformer.data.workfolder import WorkFolder, write_synced
 from segformer.errors import ConfigError, DataError
 
 NOTE = ".sources.json"
+
+_SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # `out` cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +125,12 @@ def write_shards(
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
     job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
+    target = Path(os.path.realpath(out))
+    if not target.name:
+        raise ConfigError(f"out={str(out)!r} has no name, a set becomes one folder; give out=/<folder>")
     listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
     for samples in listing.values():
         _check_keys(samples)
-    target = Path(os.path.realpath(out))
     work = WorkFolder(target)
     try:
         if _occupied(target):
@@ -136,9 +143,11 @@ def write_shards(
             work.begin(job.identity(listing))
             _write(job, listing, work, workers)
     except OSError as error:
+        remedy = "make room or see to the permissions; the same command goes on with what is finished"
+        if error.errno in _NO_PLACE:
+            remedy = "give another out=<folder>"
         raise DataError(
-            f"shards cannot be written to {str(out)!r}: {error.strerror or error}; "
-            "make room or see to the permissions; the same command goes on with what is finished"
+            f"shards cannot be written to {str(out)!r}: {error.strerror or error}; {remedy}"
         ) from error
 
 
@@ -179,6 +188,11 @@ def _check_keys(samples: list[Sample]) -> None:
         key = member_key(sample.key)
         if not key.isprintable() or "\\" in key or key.startswith("/") or len(key.encode()) > 90:
             raise DataError(f"the name {sample.key!r} cannot be a key; use at most 90 printable characters")
+        if _SKIPPED.match(key):
+            raise DataError(
+                f"the name {sample.key!r} cannot be a key, webdataset skips names like __x__; "
+                f"rename {key.partition('/')[0]!r}"
+            )
         if key in seen:
             raise DataError(
                 f"{sample.key!r} and {seen[key]!r} differ only by dots, which keys cannot hold; rename one"

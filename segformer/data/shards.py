@@ -120,7 +120,7 @@ class Split:
     def _map(self, index: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
         name = index["file"]
-        path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"])
+        path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
         try:
             if verify and _sha256(path) != index["sha256"]:
                 raise self._damaged("is damaged (sha256 differs from dataset.json)")

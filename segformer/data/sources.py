@@ -3,7 +3,7 @@
 `list_samples` walks the folders once with plain strings (a million files: a few seconds) and pairs image and
 mask by their key, the path below the split's folder without the suffix. `load_sample` reads one pair:
 
-    image   the file's bytes as they are, decoded once to make sure that it is whole
+    image   the file's bytes as they are, decoded as training does, to make sure that it is whole
     mask    PNG: grey of 1 to 16 bits or indices (not colours) -> raw ids; or, with `data.mask_colours`,
             colours of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
 
@@ -13,19 +13,16 @@ images outside the class folders, folders that cannot be read. Nothing is skippe
 
 import io
 import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from segformer.data.dataset import (
-    IMAGE_SUFFIXES,
-    MAX_FILE_BYTES,
-    DatasetConfig,
-    image_header,
-    label_table,
-)
+from segformer.data.dataset import IMAGE_SUFFIXES, MAX_FILE_BYTES, DatasetConfig, image_header, label_table
+from segformer.data.decode import decode_image
 from segformer.errors import DataError
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -112,14 +109,12 @@ def _list_images(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
     keys, others = find_files(folder, cfg.image_suffix)
     _check_found(cfg, folder, keys, others)
     there = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    missing = [name for name in cfg.class_dirs if name not in there]
-    if missing:
+    if missing := [name for name in cfg.class_dirs if name not in there]:
         raise DataError(
             f"{len(missing)} of {len(labels)} class folders are missing in {folder!r} ({_some(missing)}); "
             "add them (empty, if the split has no such image) or correct data.class_dirs"
         )
-    stray = [key for key in keys if key.partition("/")[0] not in labels or "/" not in key]
-    if stray:
+    if stray := [key for key in keys if key.partition("/")[0] not in labels or "/" not in key]:
         raise DataError(
             f"{len(stray)} images in {folder!r} are in no class folder ({_some(stray)}); "
             "move or remove them, or add their folder to data.class_dirs"
@@ -128,17 +123,15 @@ def _list_images(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
         listed = _listed(cfg, root, split)
         _check_listed(cfg, split, listed, keys, f"{folder}/<key>{cfg.image_suffix}")
         keys = listed
-    return [
-        Sample(key, f"{folder}/{key}{cfg.image_suffix}", label=labels[key.partition("/")[0]])
-        for key in sorted(keys)
-    ]
+    end = cfg.image_suffix
+    return [Sample(key, f"{folder}/{key}{end}", label=labels[key.partition("/")[0]]) for key in sorted(keys)]
 
 
 def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False too where its parents may not be entered
         raise DataError(f"data root {str(root)!r} is not a folder; give root=<folder of the data set>")
     folder = root / cfg.folder(kind, split)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(
             f"{kind} folder {str(folder)!r} is missing; set data.{kind}_dir, data.split_dirs or data.splits"
         )
@@ -150,30 +143,35 @@ def find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
     found: set[str] = set()
     others: list[str] = []
     cut = -len(suffix)
-    for prefix, names in _walk(folder):
-        for name in names:
-            if name.endswith(suffix) and name != suffix:
-                found.add(prefix + name[:cut])
-            elif name.lower().endswith(IMAGE_SUFFIXES):
-                others.append(prefix + name)
+    for path in _walk(folder):
+        if path.endswith(suffix) and path[:cut][-1:] not in ("", "/"):
+            found.add(path[:cut])
+        elif path.lower().endswith(IMAGE_SUFFIXES):
+            others.append(path)
     return found, others
 
 
-def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below as ("sub/folder/", its files); links are followed, except in circles."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename!r} cannot be listed: {error.strerror}; check its permissions")
-
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        for name in folders:
-            path = os.path.join(parent, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if os.path.commonpath([target, os.path.realpath(parent)]) == target:
-                    raise DataError(f"{path!r} links to a folder that it lies in; remove the link")
-        prefix = os.path.relpath(parent, folder) + "/" if parent != folder else ""
-        yield prefix, names
+def _walk(folder: str) -> Iterator[str]:
+    """Every file below, as sub/folder/name; links are followed, circles refused."""
+    stack: list[tuple[str, str, tuple[str, ...]]] = [("", os.path.realpath(folder), ())]
+    while stack:
+        prefix, real, left = stack.pop()  # left: the real folders of the links on the way here
+        path = f"{folder}/{prefix[:-1]}" if prefix else folder
+        if any(os.path.commonpath([real, place]) == real for place in left):
+            raise DataError(f"{path!r} links to a folder that it lies in; remove the link")
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = prefix + entry.name
+                    if not entry.is_dir():
+                        yield name
+                    elif entry.is_symlink():
+                        stack.append((f"{name}/", os.path.realpath(entry.path), (*left, real)))
+                    else:
+                        stack.append((f"{name}/", f"{real}/{entry.name}", left))
+        except OSError as error:
+            reason = f"cannot be listed: {error.strerror}; check its permissions"
+            raise DataError(f"{error.filename!r} {reason}") from error
 
 
 def _listed(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
@@ -189,9 +187,7 @@ def _listed(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise DataError(f"the list {str(path)!r} of the split {split} is empty; write one key a line")
-    if len(set(keys)) != len(keys):
-        seen: set[str] = set()
-        twice = [key for key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise DataError(f"the list {str(path)!r} names {_some(twice)} twice; a sample comes once")
     return set(keys)
 
@@ -219,19 +215,13 @@ def _check_found(cfg: DatasetConfig, folder: str, keys: set[str], others: list[s
 
 
 def _check_pairs(cfg: DatasetConfig, folders: tuple[str, str], images: set[str], masks: set[str]) -> None:
-    image_dir, mask_dir = (repr(folder) for folder in folders)
-    alone = images - masks
-    if alone:
-        raise DataError(
-            f"{len(alone)} of {len(images)} images in {image_dir} have no mask ({_some(alone)}); "
-            f"add <key>{cfg.mask_suffix} to {mask_dir} or remove them"
-        )
-    alone = masks - images
-    if alone:
-        raise DataError(
-            f"{len(alone)} of {len(masks)} masks in {mask_dir} have no image ({_some(alone)}); "
-            f"add <key>{cfg.image_suffix} to {image_dir} or remove them"
-        )
+    sides = ("image", folders[0], images, cfg.image_suffix), ("mask", folders[1], masks, cfg.mask_suffix)
+    for (kind, folder, keys, _), (other, place, partners, suffix) in (sides, sides[::-1]):
+        if alone := keys - partners:
+            raise DataError(
+                f"{len(alone)} of {len(keys)} {kind}s in {folder!r} have no {other} ({_some(alone)}); "
+                f"add <key>{suffix} to {place!r} or remove them"
+            )
 
 
 def _some(names: set[str] | list[str]) -> str:
@@ -242,7 +232,7 @@ def _some(names: set[str] | list[str]) -> str:
 def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     """One sample, whole and checked; DataError names the file and what was found."""
     image = read_file(sample.image)
-    height, width = decode_pixels(sample.image, image).shape[:2]
+    height, width = image_size(sample.image, image)
     if sample.mask is None:
         return LoadedSample(image, None, {}, height, width)
     raw = mask_ids(cfg, sample.mask)
@@ -254,8 +244,7 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     counts = np.bincount(raw.reshape(-1))
     raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     table = label_table(cfg)
-    unknown = [value for value in raw_ids if table[value] < 0]
-    if unknown:
+    if unknown := [value for value in raw_ids if table[value] < 0]:
         shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
         known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
         raise DataError(
@@ -273,24 +262,48 @@ def read_file(path: Path) -> bytes:
             raise DataError(f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{str(path)!r} cannot be read: {error.strerror}; check the file and its permissions"
-        ) from error
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def image_size(path: Path, data: bytes) -> tuple[int, int]:
+    """(height, width) of an image that is whole and that training can decode."""
+    if data[:8] != _PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
+        decode_pixels(path, data)
+    try:
+        _, height, width = image_header(data)
+        _check_sums(data)
+        decode_image(data)
+    except (ValueError, DataError) as error:
+        raise _damaged(path, error) from error
+    return height, width
 
 
 def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
-    """Pixels of a JPEG or PNG, as stored or in a mode of Pillow.
-
-    Pillow refuses a truncated file where OpenCV fills it up with grey.
-    """
+    """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
     from PIL import Image  # heavy, and only preparing data needs it
 
     try:
         image_header(data)
+        _check_sums(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             return np.asarray(picture if mode is None else picture.convert(mode))
     except (ValueError, OSError, SyntaxError) as error:
-        raise DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it") from error
+        raise _damaged(path, error) from error
+
+
+def _check_sums(data: bytes) -> None:
+    """ValueError for a PNG that is cut or whose chunks differ from their CRC: Pillow may not see it."""
+    at, kind = 8, b"" if data[:8] == _PNG_MAGIC else b"IEND"
+    while kind != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        crc = int.from_bytes(data[end - 4 : end], "big")
+        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != crc:
+            raise ValueError(f"it is truncated or damaged after {at} of {len(data)} bytes")
+        at, kind = end, data[at + 4 : at + 8]
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it")
 
 
 def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:

@@ -130,12 +130,17 @@ class Storage:
             return self._retry(name, lambda: self._pread(name, start, length))
         return self._retry(name, lambda: self._request(name, start, length))
 
-    def local(self, name: str, *, size: int, sha256: str) -> Path:
-        """A local path of the file: itself, or the cached copy of a remote one, verified when it is made."""
+    def local(self, name: str, *, size: int, sha256: str, verify: bool = True) -> Path:
+        """A local path of the file: itself, or the cached copy of a remote one.
+
+        A copy is verified when it is made and, with `verify`, when it is found; a damaged one is made again.
+        """
         if self.is_local:
             return Path(self.root, name)
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
+            raise DataError(f"{self.where('dataset.json')!r} has no sha256 for {name}; shard the data again")
         path = self.config.cache / "files" / sha256
-        if not path.is_file() or path.stat().st_size != size:
+        if not _is_whole(path, size, sha256 if verify else None):
             data = self.read(name, limit=size)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise DataError(
@@ -192,7 +197,8 @@ class Storage:
             tries += 1
             try:
                 return call()
-            except Exception as error:
+            except Exception as raised:
+                error = _origin(raised)
                 reason = _reason(error)
                 if reason is None:
                     raise
@@ -203,7 +209,7 @@ class Storage:
                     raise DataError(
                         f"{self.where(name)!r} cannot be read: {reason}{often}; "
                         "check the address, the permissions and the network, or copy the shards again"
-                    ) from error
+                    ) from raised
                 self._forget(name)
                 time.sleep(wait * random.uniform(0.5, 1.0))  # ranks that fail together come back apart
                 wait = min(2 * wait, LONGEST_WAIT)
@@ -212,6 +218,16 @@ class Storage:
         """Open the file anew at the next try: the handle of a network file system can be stale."""
         if name in self._files:
             os.close(self._files.pop(name))
+
+
+def _is_whole(path: Path, size: int, sha256: str | None) -> bool:
+    """Whether a file has its size and, if given, its sha256."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    if sha256 is None:
+        return True
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == sha256
 
 
 def _checked(root: str) -> str:
@@ -247,12 +263,26 @@ def _file_system(scheme: str, timeout: float) -> Any:
         ) from error
 
 
+def _origin(error: Exception) -> Exception:
+    """What made fsspec say over http that a file is not found: a 404, or any other failure of its request."""
+    cause = error.__cause__
+    request = isinstance(cause, TimeoutError | ConnectionError) or _library(cause) == "aiohttp"
+    return (
+        cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and request else error
+    )
+
+
+def _library(error: BaseException | None) -> str:
+    """The package that an exception's type comes from."""
+    return type(error).__module__.split(".")[0]
+
+
 def _reason(error: Exception) -> str | None:
     """What went wrong in a read, for the message; None for what is not a failure of reading."""
     if isinstance(error, DataError | ConfigError):
         return None
-    library = type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "gcsfs", "google", "requests")
-    if isinstance(error, OSError | asyncio.TimeoutError) or library:
+    clients = ("aiohttp", "botocore", "gcsfs", "google", "requests")
+    if isinstance(error, OSError | asyncio.TimeoutError) or _library(error) in clients:
         status = getattr(error, "status", None)
         text = getattr(error, "strerror", None) or (f"HTTP {status}" if status else str(error))
         return f"{type(error).__name__} {text}".strip()

@@ -106,8 +106,13 @@ def _check_tar(task: _Task) -> list[str]:
                 )
             if task.split is not None:
                 return defects + _content_defects(task.split, task.number, stream)
-    except (OSError, DataError) as error:  # missing: check_size has said so; unreachable: this says so
+    except DataError as error:  # missing: check_size has said so; unreachable: this says so
         defects = defects or [str(error)]
+    except OSError as error:
+        where = task.storage.where(name)
+        defects = defects or [
+            f"shard {where!r} cannot be read: {error.strerror or error}; check the disk or copy it again"
+        ]
     advance(task.shard["samples"])
     return defects
 

@@ -10,7 +10,6 @@ Every file appears by a rename after its bytes are on the disk. What belongs to 
 before anything is written."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -19,11 +18,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from segformer.data.pool import flock
 from segformer.errors import DataError
 
 ORPHAN_SECONDS = 10  # the workers of a process that was killed end within this time
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class WorkFolder:
@@ -85,7 +83,7 @@ class WorkFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process has just finished: once more
                 lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                if not _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     os.close(lock)
                     raise DataError(
                         f"another process is writing {str(self.out)!r}; wait until it has finished, or end it"
@@ -105,7 +103,7 @@ class WorkFolder:
         busy = os.open(self.guard, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             end = time.monotonic() + ORPHAN_SECONDS
-            while not _flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            while not flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if time.monotonic() > end:
                     raise DataError(
                         f"processes of an earlier run still write to {str(self.path)!r}; end them first"
@@ -113,18 +111,6 @@ class WorkFolder:
                 time.sleep(0.05)
         finally:
             os.close(busy)
-
-
-def _flock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was taken. File systems without locks: True, the user keeps other processes away."""
-    try:
-        fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
 
 
 def write_synced(path: Path, data: bytes | Iterable[bytes]) -> None:

@@ -246,12 +246,14 @@ def _classes_of(classes: Sequence[str], train: SplitScan, evaluation: SplitScan 
             )
         )
     if not verdicts:
-        rarest = int(np.argmin(train.class_images))
+        rarest = int(np.argmin(train.class_pixels))
+        share = 100 * train.class_pixels[rarest] / train.class_pixels.sum()
+        of = "images" if np.array_equal(train.class_pixels, train.class_images) else "labelled pixels"
         verdicts.append(
             Verdict(
                 OK,
                 about,
-                f"all {len(classes)} seen; the rarest is {classes[rarest]!r}, in "
+                f"all {len(classes)} seen; the rarest is {classes[rarest]!r}, {share:.3g} % of the {of}, in "
                 f"{int(train.class_images[rarest])} of {train.samples} images",
             )
         )

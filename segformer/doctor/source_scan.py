@@ -22,6 +22,7 @@ from segformer.data.sources import (
     class_folders,
     decode_pixels,
     find_files,
+    image_size,
     list_samples,
     mask_ids,
     read_file,
@@ -132,8 +133,7 @@ def _look(cfg: DatasetConfig, sample: Sample) -> _Facts:
     try:
         data = read_file(sample.image)
         facts.digest = hashlib.blake2b(data, digest_size=16).digest()
-        height, width = decode_pixels(sample.image, data).shape[:2]
-        facts.size = (int(height), int(width))
+        facts.size = image_size(sample.image, data)
     except DataError as error:
         facts.defects.append(("unreadable", str(error)))
     if sample.mask is None:

@@ -1,15 +1,24 @@
 """Downloads from a real server on loopback that breaks off, forgets and lies as it is told."""
 
+import errno
 import fcntl
+import gzip
 import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import os
+import random
+import shutil
+import signal
+import socket
+import ssl
 import subprocess
 import sys
 import tarfile
 import threading
+import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +27,11 @@ from pathlib import Path
 
 import pytest
 
-from segformer.config import compose
+import segformer.data.download as downloads
+from segformer.config import cli, compose
 from segformer.data.archives import unpack
 from segformer.data.download import Download, fetch, obtain
+from segformer.dist import StopFlag
 from segformer.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +45,8 @@ class Site:
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    """One per request, in turn: "" (none), "cut" (half of the body), an HTTP status, "ftp:..." (redirect)."""
+    """One per request, in turn: "" (none), "cut" (half of the body), "cut at <n>", an HTTP status, "ftp:..."
+    (redirect), "length <x>" (that header)."""
     etag: str = '"one"'
     ranges: bool = True
     length: bool = True
@@ -58,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         data = site.files.get(self.path.lstrip("/"))
         if ":" in fault:
             return self.answer(302, b"", {"Location": fault})
+        if fault.startswith("length"):
+            return self.answer(200, b"", {"Content-Length": fault.split()[1]})
         if fault.isdigit() or data is None:
             return self.answer(int(fault or 404), b"", {"Retry-After": "0"})
         asked = site.asked[-1].get("range", "")
@@ -68,16 +82,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        return self.answer(206 if first else 200, data[first:], headers, cut=fault == "cut")
+        end = int(fault.split()[-1]) if fault.startswith("cut at") else (len(data) - first) // 2
+        self.answer(206 if first else 200, data[first:], headers, end if fault.startswith("cut") else None)
 
-    def answer(self, code: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
+    def answer(self, code: int, body: bytes, headers: dict[str, str], end: int | None = None) -> None:
         self.send_response(code)
-        if self.site.length:
+        if self.site.length and "Content-Length" not in headers:
             self.send_header("Content-Length", str(len(body)))
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.wfile.write(body[:end])
 
 
 @pytest.fixture
@@ -107,7 +122,7 @@ def test_a_file_arrives_whole_and_its_checksum_is_compared(kind: str, site: Site
     item = Download(url=site.url(), size=len(DATA), checksum=checksum(DATA, kind))
     assert fetch(item, tmp_path / "set.bin") == hashlib.sha256(DATA).hexdigest()
     assert (tmp_path / "set.bin").read_bytes() == DATA
-    assert [path.name for path in tmp_path.iterdir()] == ["set.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.bin.json"]
 
 
 def test_a_broken_connection_goes_on_where_it_was_if_the_file_is_the_same(site: Site, tmp_path: Path) -> None:
@@ -151,6 +166,13 @@ def test_a_server_without_ranges_gives_the_file_from_the_start(site: Site, tmp_p
     site.ranges, site.faults = False, ["cut", "cut", ""]
     fetch(Download(url=site.url(), checksum=checksum(DATA)), tmp_path / "f", pauses=QUICK)
     assert (tmp_path / "f").read_bytes() == DATA
+
+
+def test_a_server_that_always_starts_again_does_not_hold_it_for_ever(site: Site, tmp_path: Path) -> None:
+    site.etag, site.faults = "", [f"cut at {size}" for size in (1000, 9000, 8000, 8500, 8000, 8500, 8000)]
+    with pytest.raises(DataError, match="3 times in a row"):
+        fetch(Download(url=site.url()), tmp_path / "f", pauses=QUICK)
+    assert len(site.asked) == 5  # the second got further than the first
 
 
 def test_a_server_that_gives_no_length_is_read_to_the_end(site: Site, tmp_path: Path) -> None:
@@ -197,14 +219,46 @@ def test_another_file_than_expected_is_refused_and_not_kept(
         ("404", "HTTP 404 Not Found; see the page"),
         ("403", "HTTP 403"),
         ("ftp://localhost/x", "redirects to 'ftp:"),
-        ("file:///etc/passwd", "HTTP 302 .* is not allowed"),
+        ("file:///etc/passwd", "redirects to 'file:"),
+        ("http://[/x.zip", r"redirects to 'http://\[/x.zip'"),
+        ("http://127.0.0.1:99999/x.zip", "redirects to 'http://127.0.0.1:99999"),
+        (f"http://{'a' * 70}.org/x.zip", "is none: .*label"),
+        ("length \N{SUPERSCRIPT TWO}", "is not the file that is expected"),
     ],
 )
 def test_what_will_not_change_is_asked_once(fault: str, message: str, site: Site, tmp_path: Path) -> None:
     site.faults = [fault] * 9
-    with pytest.raises(DataError, match=message):
-        fetch(Download(url=site.url()), tmp_path / "f", pauses=QUICK)
+    with pytest.raises(DataError, match=message) as caught:
+        fetch(Download(url=site.url(), size=len(DATA)), tmp_path / "f", pauses=QUICK)
     assert len(site.asked) == 1
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "arrived", "tries"),
+    [
+        (ssl.SSLCertVerificationError(1, "self-signed certificate"), False, 1),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), False, 2),
+        (socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), True, 3),
+        (TimeoutError("timed out"), False, 3),
+    ],
+)
+def test_what_hardly_passes_is_not_tried_for_long(
+    reason: OSError, arrived: bool, tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Nowhere:
+        def open(self, request: downloads.Request, timeout: float) -> None:
+            asked.append(request.full_url)
+            raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(downloads, "_OPENER", Nowhere())
+    if arrived:
+        (tmp_path / "f.part").write_bytes(b"x")
+    with pytest.raises(DataError, match=str(reason.strerror or reason)):
+        fetch(Download(url="https://example.org/x.zip"), tmp_path / "f", pauses=QUICK)
+    assert len(asked) == tries
 
 
 def test_a_redirect_within_http_is_followed(site: Site, tmp_path: Path) -> None:
@@ -224,6 +278,9 @@ def test_no_server_is_an_error_after_the_attempts(tmp_path: Path) -> None:
         {"url": "ftp://example.org/x.zip"},
         {"url": "file:///etc/x.zip"},
         {"url": "http://example.org/"},
+        {"url": "http://[/x.zip"},
+        {"url": "http://example.org:99999/x.zip"},
+        {"url": "http://example.org:0/x.zip"},
         {"url": "http://example.org/.x"},
         {"url": "http://example.org/a%2F..%2Fb"},
         {"url": "http://example.org/x.zip\n"},
@@ -300,6 +357,81 @@ def test_a_new_checksum_fetches_the_file_again(site: Site, tmp_path: Path) -> No
     assert (tmp_path / "top.txt").read_bytes() == b"new"
 
 
+def test_the_same_file_into_another_folder_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    site.files["set.zip"] = zipped(FILES)
+    for into in ("a", "b"):
+        assert obtain(Download(url=site.url("set.zip"), into=into), tmp_path) is not None
+        assert (tmp_path / into / "top.txt").is_file()
+
+
+def test_what_was_unpacked_and_then_removed_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    site.files |= {"set.zip": zipped(FILES)}
+    items = [Download(url=site.url("set.zip")), Download(url=site.url(), into="plain")]
+    for item in items:
+        obtain(item, tmp_path)
+    shutil.rmtree(tmp_path / "set")
+    (tmp_path / "plain/set.bin").unlink()
+    for item in items:
+        assert obtain(item, tmp_path) is not None
+    assert (tmp_path / "set/list.txt").is_file()
+    assert (tmp_path / "plain/set.bin").read_bytes() == DATA
+
+
+def test_a_checksum_that_was_not_compared_is_not_taken_for_done(site: Site, tmp_path: Path) -> None:
+    obtain(Download(url=site.url()), tmp_path)
+    with pytest.raises(DataError, match=r"md5 .* expected 0000"):
+        obtain(Download(url=site.url(), checksum="md5:" + "0" * 32), tmp_path)
+    known = Download(url=site.url(), checksum=checksum(DATA))  # the sha256 was computed then
+    assert obtain(known, tmp_path) is None
+
+
+def test_an_archive_of_another_address_is_not_taken_for_this_one(site: Site, tmp_path: Path) -> None:
+    site.files |= {"set.zip": zipped(FILES), "new/set.zip": zipped({"top.txt": b"new"})}
+    obtain(Download(url=site.url("set.zip")), tmp_path, keep=True)
+    obtain(Download(url=site.url("new/set.zip")), tmp_path, keep=True)
+    assert (tmp_path / "top.txt").read_bytes() == b"new"
+    assert obtain(Download(url=site.url("new/set.zip"), into="x"), tmp_path, keep=True) is not None
+    assert len(site.asked) == 2  # the one that was kept is of this address
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_archive_of_unknown_origin_is_taken_only_by_its_checksum(
+    known: bool, site: Site, tmp_path: Path
+) -> None:
+    site.files["set.zip"] = zipped(FILES)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads/set.zip").write_bytes(
+        site.files["set.zip"] if known else zipped({"top.txt": b"?"})
+    )
+    item = Download(url=site.url("set.zip"), checksum=checksum(site.files["set.zip"]) if known else "")
+    assert obtain(item, tmp_path) is not None
+    assert (tmp_path / "top.txt").read_bytes() == FILES["top.txt"]
+    assert len(site.asked) == (0 if known else 1)
+
+
+def test_the_files_are_on_the_disk_before_the_note_that_says_so(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.files["set.zip"] = zipped(FILES)
+    seen: list[tuple[bool, bool]] = []
+    note = tmp_path / "downloads/set.zip.done"
+    monkeypatch.setattr(os, "sync", lambda: seen.append(((tmp_path / "top.txt").exists(), note.exists())))
+    obtain(Download(url=site.url("set.zip")), tmp_path)
+    assert seen == [(True, False)]
+    assert note.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_no_obstacle(
+    number: int, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert obtain(Download(url=site.url()), tmp_path) is not None
+
+
 def test_two_downloads_into_one_folder_do_not_run_at_once(site: Site, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     with (tmp_path / "downloads/.lock").open("w") as lock:
@@ -372,6 +504,31 @@ def twice() -> bytes:
     return buffer.getvalue()
 
 
+def damaged_lzma() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x", random.Random(0).randbytes(5000))
+    data = bytearray(buffer.getvalue())
+    data[39:43] = b"\xff" * 4  # the filter's properties, behind the local header
+    return bytes(data)
+
+
+SPARE = {f"{n}": b"x" * 600 for n in range(4)}  # a header and two blocks each
+HEADER = 3 * tarfile.BLOCKSIZE  # of the second member
+
+
+def bad_header(mode: str) -> bytes:
+    data = bytearray(tarred(SPARE))
+    data[HEADER + 150] ^= 1
+    return gzip.compress(data) if mode == "w:gz" else bytes(data)
+
+
+def bad_gzip_crc() -> bytes:
+    data = bytearray(tarred(SPARE, "w:gz"))
+    data[-8] ^= 1
+    return bytes(data)
+
+
 HOSTILE: dict[str, tuple[str, bytes, str]] = {
     "zip: parent": ("a.zip", zip_entry("a/../../x", lambda info: None), "leads out"),
     "zip: absolute": ("a.zip", zip_entry("/x", lambda info: None), "absolute"),
@@ -390,6 +547,21 @@ HOSTILE: dict[str, tuple[str, bytes, str]] = {
     "tar: pipe": ("a.tar", special(tarfile.FIFOTYPE), "link or a special"),
     "tar: twice": ("a.tar", twice(), "comes twice"),
     "tar: truncated": ("a.tar", tarred({"x": bytes(5000)})[:3000], "is damaged|header says"),
+    "tar: header flipped": ("a.tar", bad_header("w"), "no valid header at byte 1536"),
+    "tar: header of zeros": (
+        "a.tar",
+        tarred(SPARE)[:HEADER] + bytes(512) + tarred(SPARE)[HEADER + 512 :],
+        "not the end",
+    ),
+    "tar: cut at a member": ("a.tar", tarred(SPARE)[:HEADER], "breaks off at byte 1536"),
+    "tar: one block at the end": ("a.tar", tarred(SPARE)[: 12 * 512 + 512], "breaks off at byte 6144"),
+    "tar: only zeros": ("a.tar", bytes(10240), "holds no file"),
+    "tar: other compression": ("a.tar", lzma.compress(tarred(SPARE)), "is damaged"),
+    "tgz: header flipped": ("a.tgz", bad_header("w:gz"), "no valid header at byte 1536"),
+    "tgz: cut at a member": ("a.tgz", gzip.compress(tarred(SPARE)[:HEADER]), "breaks off at byte 1536"),
+    "tgz: checksum": ("a.tgz", bad_gzip_crc(), "is damaged: CRC check failed"),
+    "zip: damaged lzma": ("a.zip", damaged_lzma(), "is damaged"),
+    "zip: no file": ("a.zip", zipped({}), "holds no file"),
     "tar: file as folder": ("a.tar", tarred({"x": b"1", "x/y": b"2"}), "cannot be unpacked"),
     "tgz: truncated": ("a.tgz", tarred({"x": os.urandom(5000)}, "w:gz")[:3000], "is damaged"),
     "tgz: bomb": ("a.tgz", tarred({f"{n}": bytes(10**7) for n in range(7)}, "w:gz"), "above the limit"),
@@ -445,6 +617,12 @@ def test_a_set_behind_a_registration_is_one_line_that_says_where_to_get_it(tmp_p
         assert part in done.stderr
 
 
+def test_a_wrong_address_is_one_line(tmp_path: Path) -> None:
+    done = run("data=ade20k", f"out={tmp_path}", 'download.files=[{url:"http://[/x.zip"}]')
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "Invalid IPv6 URL" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def schema() -> Iterator[type]:
     """DownloadConfig of the script."""
@@ -464,3 +642,32 @@ def test_every_data_set_says_where_it_comes_from(path: Path, schema: type) -> No
     assert cfg.data.name == path.stem
     assert cfg.download.page
     assert cfg.download.files or cfg.download.missing
+
+
+def test_two_files_of_one_name_are_refused(schema: type) -> None:
+    files = "download.files=[{url:'http://a.org/x.zip'},{url:'http://b.org/x.zip'}]"
+    with pytest.raises(ConfigError, match=r"two addresses of the file name 'x\.zip'"):
+        compose(schema, "download", ["data=ade20k", files])
+
+
+def test_ctrl_c_is_one_line_and_130(
+    schema: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["download.py", "data=ade20k"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        cli(schema, "download", lambda cfg: signal.default_int_handler(signal.SIGINT, None))
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_ctrl_c_in_training_only_sets_the_flag(schema: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(cfg: object) -> None:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append(stop.signal)
+
+    seen: list[int | None] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "data=ade20k"])
+    cli(schema, "download", train)
+    assert seen == [signal.SIGINT]

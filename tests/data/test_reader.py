@@ -9,7 +9,9 @@ from servers import FileServer, serving
 
 from segformer.data import reader as reader_module
 from segformer.data import storage
+from segformer.data.dataset import DatasetConfig
 from segformer.data.reader import CHUNK, CorruptSampleError, RawSample, ShardReader
+from segformer.data.sharding import write_shards
 from segformer.data.shards import ShardSet, Split
 from segformer.data.storage import StorageConfig
 from segformer.errors import DataError
@@ -92,7 +94,7 @@ def test_the_disk_cache_serves_the_second_reader_and_survives_damage(
         asked = len(tar_requests(server))
         assert all_samples(split) == first
         assert len(tar_requests(server)) == asked, "the second reader asks for nothing"
-        parts = sorted((tmp_path / "cache" / split.digest[:32]).iterdir())
+        parts = sorted((tmp_path / "cache" / "parts" / split.digest[:32]).iterdir())
         assert len(parts) == asked
         data = bytearray(parts[0].read_bytes())
         data[700] ^= 1  # the first member begins at 512
@@ -110,13 +112,27 @@ def test_the_disk_cache_keeps_to_its_limit(
     monkeypatch.setattr(reader_module, "CHUNK", 1)
     with serving(shard_dir) as server:
         split = remote(server, cache_gb=10_000 / 1e9, memory_mb=0)
-        folder = tmp_path / "cache" / split.digest[:32]
+        folder = tmp_path / "cache" / "parts" / split.digest[:32]
         reader, largest = ShardReader(split), 0
         for sample_id in range(split.num_samples):
             reader.read(sample_id)
             largest = max(largest, sum(path.stat().st_size for path in folder.iterdir()))
         assert 5_000 < largest <= 10_000 * (1 + 1 / reader_module.CACHE_SHARE)
         reader.close()
+
+
+def test_the_limit_of_the_disk_cache_is_for_all_data_sets_together(
+    shard_dir: Path, tmp_path: Path, config: DatasetConfig, folder: Path
+) -> None:
+    other = tmp_path / "other"
+    write_shards(config, folder, other, seed=4, samples_per_shard=8, workers=1)
+    limit = 30_000
+    settings = StorageConfig(cache_dir=str(tmp_path / "cache"), cache_gb=limit / 1e9)
+    for root in (shard_dir, other):
+        with serving(root) as server:
+            all_samples(ShardSet.open(server.url, settings).split("train"))
+    parts = [path for path in (tmp_path / "cache" / "parts").rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in parts) <= limit * (1 + 1 / reader_module.CACHE_SHARE)
 
 
 def test_a_flaky_server_loses_and_reorders_nothing(

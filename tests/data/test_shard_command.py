@@ -48,6 +48,8 @@ def test_the_command_shows_the_label_map_and_counts_and_ends_with_the_place(tmp_
         (["data=camvid"], "ConfigError: no source folder; give root="),
         (["data=sample", "root=nowhere"], "DataError: data root 'nowhere' is not a folder"),
         (["data=folder", "root=.", "out=o", "classes=[a]"], "ConfigError"),
+        (["data=sample", "out=/"], "ConfigError: out='/' has no name"),
+        (["data=sample", "out=o", "workers=-2"], "ConfigError: workers=-2; use -1"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message: str) -> None:
@@ -55,6 +57,20 @@ def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("file/x", "Not a directory"), ("file/x/y", "Not a directory"), ("n" * 300, "too long")],
+)
+def test_a_place_that_cannot_be_is_not_promised_to_go_on(out: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("data=sample", f"out={tmp_path / out}", "workers=1")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("DataError: shards cannot be written to ")
+    assert reason in done.stderr
+    assert done.stderr.endswith("; give another out=<folder>\n")
 
 
 @pytest.mark.parametrize("fault", ["image without mask", "mask outside classes", "empty split"])

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -140,6 +142,48 @@ def test_names_that_differ_only_by_dots_are_refused(
         )
 
 
+@leaves_files_open
+@pytest.mark.parametrize("name", ["__x__", "____", "a/__x__", "__x", "__x__y"])
+def test_names_that_stock_webdataset_skips_are_refused(
+    name: str, make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 2}), tmp_path / "out"
+    cfg = replace(config, splits=["train"])
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        (root / kind / "train" / name).mkdir(parents=True)
+        (root / kind / f"train/001{end}").rename(root / kind / "train" / name / f"001{end}")
+    if name in ("__x__", "____"):
+        with pytest.raises(DataError, match=rf"the name '{name}/001' cannot be a key, webdataset skips"):
+            write(cfg, root, out)
+        return
+    write(cfg, root, out)
+    found = webdataset.WebDataset(str(out / "train-000000.tar"), shardshuffle=False)
+    assert sorted(sample["__key__"] for sample in found) == sorted(["000", f"{name}/001"])
+
+
+def test_a_file_that_is_named_like_the_words_of_webdataset_is_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 1})
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        (root / kind / f"train/000{end}").rename(root / kind / f"train/__x__{end}")
+    with pytest.raises(DataError, match=r"'__x__' cannot be a key"):
+        write(replace(config, splits=["train"]), root, tmp_path / "out")
+
+
+def test_the_source_hash_is_over_names_classes_and_bytes(
+    folder: Path, shards: ShardSet, config: DatasetConfig
+) -> None:
+    entry = shards.content["splits"]["val"]["shards"][0]
+    digest = hashlib.sha256()
+    for sample in list_samples(config, folder, "val")[: entry["samples"]]:
+        digest.update(f"{sample.key}\0{sample.label}".encode())
+        for kind, end in (("images", "jpg"), ("masks", "png")):
+            data = (folder / kind / "val" / f"{sample.key}.{end}").read_bytes()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    assert entry["source_sha256"] == digest.hexdigest()
+
+
 def test_a_finished_set_is_left_alone_and_says_so(
     folder: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +246,11 @@ def test_wrong_settings_are_refused(folder: Path, config: DatasetConfig, tmp_pat
         write_shards(
             replace(config, splits=[]), folder, tmp_path / "out", seed=0, samples_per_shard=1, workers=1
         )
+    with pytest.raises(ConfigError, match=r"workers=-2; use -1"):
+        write(config, folder, tmp_path / "out", workers=-2)
+    with pytest.raises(ConfigError, match=r"out='/' has no name"):
+        write(config, folder, Path("/"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_raw_ids_are_counted_before_the_label_map(
@@ -404,6 +453,58 @@ def test_a_kept_shard_whose_source_or_file_changed_is_written_again(
     assert "2 of 4 shards were complete already and are kept" in capsys.readouterr().out
     write(config, interrupted, tmp_path / "undisturbed")
     assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
+WITHOUT_LOCKS = """
+import errno
+import fcntl
+import sys
+from pathlib import Path
+
+def refuse(descriptor, kind):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = refuse  # in the worker processes too: they run this file once more
+
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sharding import write_shards
+
+if __name__ == "__main__":
+    cfg = DatasetConfig(name="random", classes=["sky", "road", "tree"], license="none")
+    write_shards(cfg, Path(sys.argv[1]), Path(sys.argv[2]), seed=3, samples_per_shard=8, workers=2)
+"""
+
+
+def test_file_systems_without_locks_work_too(folder: Path, shard_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(WITHOUT_LOCKS)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py"), str(folder), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "out") == hashes(shard_dir)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_lock_counts_as_taken_only_where_there_are_none(
+    code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "lock").open("w") as one, (tmp_path / "lock").open("w") as other:
+        assert pool.flock(one.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not pool.flock(other.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+        def refuse(descriptor: int, kind: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        if code == errno.EIO:
+            with pytest.raises(OSError, match="Input/output error"):
+                pool.flock(other.fileno(), fcntl.LOCK_SH)
+        else:
+            assert pool.flock(other.fileno(), fcntl.LOCK_SH)
 
 
 def _end_at_the_second(number: int) -> int:

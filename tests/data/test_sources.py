@@ -2,6 +2,8 @@ import io
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -14,11 +16,13 @@ import pytest
 from PIL import Image
 
 from segformer.data.dataset import DatasetConfig
+from segformer.data.decode import decode_image
 from segformer.data.sources import Sample, class_folders, list_samples, load_sample
 from segformer.errors import DataError
 
 IDS = np.array([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1]], np.uint8)
 COLOURS = [[0, 0, 0], [200, 10, 10], [10, 200, 255]]
+CLASSES = DatasetConfig(task="classification", image_dir="{split}", image_suffix=".JPEG")
 
 
 def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
@@ -217,6 +221,52 @@ def test_wrong_input_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cut", [1, 4, 11, 12, 13, 16, 20, 500])
+def test_an_image_that_training_cannot_decode_is_refused(
+    cut: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow reads a PNG that lacks up to 22 bytes, OpenCV does not, and says so on standard error."""
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: it is truncated"):
+        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+    assert capfd.readouterr().err == ""
+
+
+def test_an_image_with_fewer_rows_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(4, 3, 8, packed(IDS, 8)[:-5]))
+    with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: image cannot be decoded"):
+        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+
+
+def test_a_jpeg_that_opencv_fills_up_is_refused(tmp_path: Path) -> None:
+    """Pillow still looks at JPEGs: it sees broken data that OpenCV decodes to something."""
+    path, small = tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    data = cv2.imencode(".jpg", cv2.resize(small, (64, 48)))[1].tobytes()
+    refused = []
+    for at in range(600, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 128
+        path.write_bytes(changed)
+        try:
+            decode_image(bytes(changed))
+            load_sample(CLASSES, Sample("a", str(path), label=0))
+        except DataError as error:
+            refused += ["broken data stream" in str(error)]
+    assert any(refused)
+
+
+def test_a_flipped_bit_in_a_mask_is_refused(pair: Callable[[bytes], Sample], config: DatasetConfig) -> None:
+    whole = png(4, 3, 8, packed(IDS, 8))
+    for at in range(8, len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        with pytest.raises(DataError, match=r"m.png'"):
+            load_sample(config, pair(bytes(damaged)))
+
+
 @pytest.fixture
 def listed(tmp_path: Path) -> Callable[[str], DatasetConfig]:
     """Two folders of x, y and z, and a list of the training split with the given text."""
@@ -280,14 +330,70 @@ def test_linked_sub_folders_are_read_and_circles_refused(
         list_samples(config, root, "train")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed_is_an_error(
+def test_circles_of_several_links_are_refused(
     make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
 ) -> None:
     root = make_folder(tmp_path / "set", {"train": 2})
-    (root / "images/train/closed").mkdir(mode=0)
-    with pytest.raises(DataError, match="cannot be listed: Permission denied"):
+    for kind in ("images", "masks"):
+        for name, other in (("a", "b"), ("b", "a")):
+            (root / kind / "train" / name).mkdir()
+            (root / kind / "train" / name / "onward").symlink_to(f"../{other}")
+    with pytest.raises(DataError, match=r"(a|b)/onward/onward' links to a folder that it lies in"):
         list_samples(config, root, "train")
+
+
+def test_a_link_into_a_folder_beside_it_is_no_circle(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 1})
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        for name in ("a/deep", "ab", "c"):
+            (root / kind / "train" / name).mkdir(parents=True)
+        (root / kind / f"train/000{end}").rename(root / kind / f"train/a/deep/000{end}")
+        (root / kind / "train/ab/link").symlink_to("../a")
+        (root / kind / "train/c/link").symlink_to("../ab/link")
+    keys = ["a/deep/000", "ab/link/deep/000", "c/link/deep/000"]
+    assert [sample.key for sample in list_samples(config, root, "train")] == keys
+
+
+CLOSED = """
+import os
+import sys
+from pathlib import Path
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sources import list_samples
+from segformer.errors import DataError
+if os.geteuid() == 0:
+    try:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    except OSError:
+        sys.exit(77)
+try:
+    list_samples(DatasetConfig(classes=["a"]), Path("."), "train")
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process without the rights of root; it starts in a folder whose parents it may not enter."""
+    root = make_folder(tmp_path / "set", {"train": 2})
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)
+    (root / "images/train/closed").mkdir(mode=0)
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("this root cannot become another user")
+    assert "'images/train/closed' cannot be listed: Permission denied" in done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -299,9 +405,6 @@ def class_tree(tmp_path: Path) -> Path:
         cv2.imwrite(str(path.with_suffix(".jpeg")), np.zeros((5, 7, 3), np.uint8))
         path.with_suffix(".jpeg").rename(path)
     return tmp_path
-
-
-CLASSES = DatasetConfig(task="classification", image_dir="{split}", image_suffix=".JPEG")
 
 
 def test_class_folders_give_the_labels_of_all_splits_alike(class_tree: Path) -> None:

@@ -62,6 +62,7 @@ def test_every_read_succeeds_where_half_of_the_requests_fail_in_four_ways(
         source = Storage.at(server.url, quick(tmp_path))
         for start in range(0, 2400, 100):
             assert source.read_range("a.tar", start, 100) == CONTENT[start : start + 100]
+            assert source.size("a.tar") == len(CONTENT)
         assert all(server.done[fault] for fault in FAULTS)
 
 
@@ -74,6 +75,14 @@ def test_a_server_that_never_recovers_ends_in_one_error_after_retry_seconds(
         with pytest.raises(DataError, match=r"a.tar' cannot be read: .*tries in \d s\); check the address"):
             source.read_range("a.tar", 0, 100)
         assert len(server.requests) > 1
+
+
+def test_a_port_that_nobody_serves_is_tried_again_and_named_as_what_it_is(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        url = server.url
+    source = Storage.at(url, quick(tmp_path, retry_seconds=1))
+    with pytest.raises(DataError, match=r"a.tar' cannot be read: ClientConnectorError .*2 tries"):
+        source.size("a.tar")
 
 
 def test_a_missing_file_is_an_error_at_once(folder: Path, tmp_path: Path) -> None:
@@ -148,6 +157,10 @@ def test_a_remote_file_is_kept_and_verified(folder: Path, tmp_path: Path) -> Non
         assert path.read_bytes() == CONTENT
         assert source.local("a.tar", size=len(CONTENT), sha256=sha256) == path
         assert len(server.requests) == before, "the second time it comes from the cache"
+        path.write_bytes(bytes(len(CONTENT)))
+        assert source.local("a.tar", size=len(CONTENT), sha256=sha256).read_bytes() == CONTENT, "it heals"
+        with pytest.raises(DataError, match="has no sha256"):
+            source.local("a.tar", size=len(CONTENT), sha256="../" + "0" * 61)
         with pytest.raises(DataError, match="sha256 differs"):
             source.local("a.tar", size=len(CONTENT), sha256="0" * 64)
     assert path.stat().st_mode & 0o077 == 0

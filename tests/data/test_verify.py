@@ -1,9 +1,12 @@
+import errno
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -71,6 +74,20 @@ def test_every_defect_is_named_with_file_and_key(copy: Path) -> None:
     assert find_defects(copy, workers=2) == found
     with pytest.raises(DataError, match=r"^6 defects in the shards, the first: index .*val.idx' is damaged"):
         verify(copy)
+
+
+def test_a_shard_that_cannot_be_read_is_named(shard_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.file_digest
+
+    def fail(stream: Any, name: str) -> Any:
+        if str(stream.name).endswith(".tar"):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    found = find_defects(shard_dir)
+    assert len(found) == 5
+    assert f"shard {str(shard_dir / 'train-000000.tar')!r} cannot be read: Input/output error; " in found[0]
 
 
 def test_a_damaged_description_is_the_one_defect(copy: Path) -> None:

@@ -19,6 +19,16 @@ def losses(metrics, run_dir):
     return torch.tensor([line["loss"] for line in lines])
 
 
+def damage(shards, copy, *names):
+    """Copy shards and flip one bit in the middle of some of the tars; returns their paths."""
+    shutil.copytree(shards, copy)
+    for name in names:
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+    return [copy / name for name in names]
+
+
 def state(run_dir, step=STEPS):
     model, optimizer, _ = load_checkpoint(run_dir / "checkpoints", step=step)
     return model | optimizer
@@ -120,11 +130,7 @@ def test_a_checkpoint_resumes_on_other_worlds_and_stages(tiny, tmp_path, run_ran
 def test_a_damaged_sample_is_one_line_of_one_rank_and_the_steps_before_it_are_kept(
     tiny, tiny_shards, tmp_path, run_ranks
 ):
-    shutil.copytree(tiny_shards, tmp_path / "damaged")
-    tar = sorted((tmp_path / "damaged").glob("train-*.tar"))[-1]
-    data = bytearray(tar.read_bytes())
-    data[len(data) // 2] ^= 1
-    tar.write_bytes(data)
+    (tar,) = damage(tiny_shards, tmp_path / "damaged", "train-000002.tar")
     overrides = tiny("hit", f"data.shards={tmp_path / 'damaged'}", "engine.zero_stage=1")
     printed = "".join(run_ranks(2, "launch/train.py", *overrides, code=2))
     assert printed.count("DataError: ") == 1
@@ -140,11 +146,7 @@ def test_a_corrupt_sample_within_the_budget_is_replaced_named_once_and_kept_in_t
     tiny, tiny_shards, tmp_path, run_ranks, metrics
 ):
     """20 steps of 4 are five epochs of 16: both ranks meet the sample, several times, and count it once."""
-    shutil.copytree(tiny_shards, tmp_path / "damaged")
-    tar = sorted((tmp_path / "damaged").glob("train-*.tar"))[-1]
-    data = bytearray(tar.read_bytes())
-    data[len(data) // 2] ^= 1
-    tar.write_bytes(data)
+    (tar,) = damage(tiny_shards, tmp_path / "damaged", "train-000002.tar")
     options = (f"data.shards={tmp_path / 'damaged'}", "loader.max_corrupt=0.1")
     outputs = run_ranks(2, "launch/train.py", *tiny("replaced", *options))
     assert outputs[0].count("replaced by its neighbour: shard ") == 1
@@ -153,3 +155,28 @@ def test_a_corrupt_sample_within_the_budget_is_replaced_named_once_and_kept_in_t
     _, _, found = load_checkpoint(tmp_path / "replaced" / "checkpoints", step=STEPS)
     assert found.corrupt == [line["sample_id"]]
     assert len(metrics(tmp_path / "replaced")) == STEPS
+
+
+@pytest.mark.faults
+def test_a_damaged_validation_image_costs_no_training_and_is_one_line(tiny, tiny_shards, tmp_path, run_ranks):
+    (tar,) = damage(tiny_shards, tmp_path / "damaged", "val-000000.tar")
+    overrides = tiny("hit", f"data.shards={tmp_path / 'damaged'}", "eval_every=5")
+    printed = "".join(run_ranks(2, "launch/train.py", *overrides, code=2))
+    assert printed.count("DataError: ") == 1
+    assert tar.name in printed
+    assert "Traceback" not in printed
+    assert list_steps(tmp_path / "hit" / "checkpoints") == [5]
+
+
+@pytest.mark.faults
+def test_a_run_with_too_many_corrupt_samples_does_not_go_on_when_it_is_repeated(
+    tiny, tiny_shards, tmp_path, run_ranks
+):
+    damage(tiny_shards, tmp_path / "damaged", "train-000000.tar", "train-000001.tar")
+    overrides = tiny(
+        "many", f"data.shards={tmp_path / 'damaged'}", "loader.max_corrupt=0.1", "loader.workers=2"
+    )
+    for _ in range(2):
+        printed = "".join(run_ranks(2, "launch/train.py", *overrides, code=2))
+        assert printed.count("DataError: 2 corrupt samples, and loader.max_corrupt allows 1") == 1
+        assert "Traceback" not in printed

@@ -85,6 +85,35 @@ def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
     assert "forecast" in texts(report, OK)[-1]
 
 
+def test_the_rarest_class_is_the_one_with_the_fewest_pixels(tmp_path: Path) -> None:
+    """Every image holds both classes; `ship` has 4 of 40 x 48 pixels, 20 of them are ignored in each."""
+
+    def masks(number: int) -> np.ndarray:
+        mask = np.zeros((40, 48), np.uint8)
+        mask[3, 4:8] = 1
+        mask[20, :20] = 255
+        return mask
+
+    report = look(write_set(tmp_path / "set", masks), tmp_path, "data.classes=[background,ship]")
+    (found,) = [text for text in texts(report, OK) if text.startswith("train: classes")]
+    share = f"{100 * 4 / (40 * 48 - 20):.3g}"
+    assert found.endswith(
+        f"all 2 seen; the rarest is 'ship', {share} % of the labelled pixels, in 5 of 5 images"
+    )
+
+
+def test_an_image_that_training_cannot_decode_is_a_failure(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set")
+    for path in sorted(root.glob("images/*/*.jpg")):
+        cv2.imwrite(str(path.with_suffix(".png")), cv2.imread(str(path)))
+        path.unlink()
+    image = root / "images/train/0.png"
+    image.write_bytes(image.read_bytes()[:-14])
+    found = only_failure(look(root, tmp_path, "data.image_suffix=.png"))
+    assert "1 files cannot be used" in found
+    assert "images/train/0.png' is not a whole JPEG or PNG" in found
+
+
 MISTAKES: list[tuple[str, Masks, list[str], str]] = [
     (
         "masks of 0 and 255",
@@ -328,6 +357,8 @@ def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
     )
     assert report.may_start, texts(report, FAIL)
     assert report.source[0].class_images.tolist() == [3, 2]
+    rarest = "train: classes: all 2 seen; the rarest is 'dog', 40 % of the images, in 2 of 5 images"
+    assert rarest in texts(report, OK)
     assert report.classes == ["cat", "dog"]
 
 
