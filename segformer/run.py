@@ -24,7 +24,7 @@ from segformer.config import RunConfig, frozen_difference, load_config, save_con
 from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
 from segformer.data.prepare import over_budget
-from segformer.data.shards import ShardSet
+from segformer.data.shards import ShardSet, Split
 from segformer.data.transforms import Normalize
 from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
@@ -176,19 +176,6 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
     )
     if resumed is not None:
         restore_optimizer(engine, moments, state.step)
-    batches = train_batches(
-        split,
-        order,
-        cfg.augment,
-        cfg.loader,
-        seed=cfg.seed,
-        rank=world.rank,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        global_batch=cfg.global_batch,
-        micro_batch=micro_batch,
-        start_step=state.step,
-    )
     _announce(cfg, world, telemetry, shards, model, state)
     return Run(
         cfg=cfg,
@@ -197,12 +184,33 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
         engine=engine,
         criterion=SegmentationLoss(cfg.loss, len(shards.classes)).to(world.device),
         normalize=Normalize(cfg.augment).to(world.device),
-        batches=iter(batches),
+        batches=_batches(cfg, world, split, order, state.step),
         state=state,
         corrupt_budget=budget,
         micro_batch=micro_batch,
         telemetry=telemetry,
         stop=stop,
+    )
+
+
+def _batches(
+    cfg: RunConfig, world: World, split: Split, order: SampleOrder, start_step: int
+) -> Iterator[Batch]:
+    """This rank's micro batches from an optimiser step on."""
+    return iter(
+        train_batches(
+            split,
+            order,
+            cfg.augment,
+            cfg.loader,
+            seed=cfg.seed,
+            rank=world.rank,
+            world_size=world.size,
+            local_world_size=world.local_size,
+            global_batch=cfg.global_batch,
+            micro_batch=cfg.micro_batch_for(world.size),
+            start_step=start_step,
+        )
     )
 
 
