@@ -1,5 +1,6 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
 # make test    the tests (under 15 minutes on two cores)
+# make test-slow   the tests marked slow: compilers, the README as a new user runs it (about 10 minutes more)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test lint clean
+.PHONY: help install install-dev train test test-slow lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -4
@@ -51,7 +52,10 @@ train: install
 	set -x; $(BIN)/deepspeed --log_level warning $$where --master_port $$port launch/train.py experiment=sample
 
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
-"""Measurements: python launch/bench.py bench=loader|order|start|memory [root=<folder of images and masks>]
+"""Measurements: python launch/bench.py bench=loader|order|start|memory|peers|kernels [root=<pictures>]
 
 python launch/bench.py bench=loader root=../shared/data/camvid
 python launch/bench.py bench=order order.samples=10000,1000000
+python launch/bench.py bench=peers device=cuda
+python launch/bench.py bench=kernels kernels.batch=8
 
 Tables are printed and written as CSV into `out`; bench/README.md says what each column is.
 """
@@ -13,18 +15,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this script is called bench too, and its folder comes first
 
+from bench.kernels import KernelsBench  # noqa: E402
+from bench.kernels import measure as measure_kernels  # noqa: E402
 from bench.loader import LoaderBench  # noqa: E402
 from bench.loader import measure as measure_loader  # noqa: E402
 from bench.memory import MemoryBench  # noqa: E402
 from bench.memory import measure as measure_memory  # noqa: E402
 from bench.order import OrderBench  # noqa: E402
 from bench.order import measure as measure_order  # noqa: E402
+from bench.peers import PeersBench  # noqa: E402
+from bench.peers import measure as measure_peers  # noqa: E402
 from bench.start import StartBench  # noqa: E402
 from bench.start import measure as measure_start  # noqa: E402
 from segformer.config import cli  # noqa: E402
 from segformer.errors import ConfigError  # noqa: E402
 
-BENCHES = ("loader", "order", "start", "memory")
+BENCHES = ("loader", "order", "start", "memory", "peers", "kernels")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,15 +38,19 @@ class BenchConfig:
     """What is measured."""
 
     bench: str = "???"
-    """loader, order, start or memory."""
+    """loader, order, start, memory, peers or kernels."""
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here."""
     out: str = "bench/results"
     """Folder for the CSV files."""
+    device: str = "cpu"
+    """cpu or cuda, for peers."""
     loader: LoaderBench = field(default_factory=LoaderBench)
     order: OrderBench = field(default_factory=OrderBench)
     start: StartBench = field(default_factory=StartBench)
     memory: MemoryBench = field(default_factory=MemoryBench)
+    peers: PeersBench = field(default_factory=PeersBench)
+    kernels: KernelsBench = field(default_factory=KernelsBench)
 
     def __post_init__(self) -> None:
         if self.bench not in (*BENCHES, "???"):
@@ -56,8 +66,12 @@ def run(cfg: BenchConfig) -> None:
         measure_order(cfg.order, out)
     elif cfg.bench == "start":
         measure_start(cfg.start, out)
-    else:
+    elif cfg.bench == "memory":
         measure_memory(cfg.memory, cfg.root, out)
+    elif cfg.bench == "peers":
+        measure_peers(cfg.peers, cfg.device, out)
+    else:
+        measure_kernels(cfg.kernels, out)
 
 
 if __name__ == "__main__":

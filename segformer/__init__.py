@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
-    from segformer.models.segformer import VARIANTS, MiTClassifier, ModelConfig, SegFormer, build_model
+    from segformer.models.segformer import MiTClassifier, SegFormer, build_model
+    from segformer.models.variants import VARIANTS, ModelConfig
 
 __version__ = "0.1.0"
 
@@ -20,9 +21,9 @@ _HOME = {
     "ConfigError": "segformer.errors",
     "DataError": "segformer.errors",
     "SegformerError": "segformer.errors",
-    "VARIANTS": "segformer.models.segformer",
+    "VARIANTS": "segformer.models.variants",
     "MiTClassifier": "segformer.models.segformer",
-    "ModelConfig": "segformer.models.segformer",
+    "ModelConfig": "segformer.models.variants",
     "SegFormer": "segformer.models.segformer",
     "build_model": "segformer.models.segformer",
 }

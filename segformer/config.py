@@ -34,7 +34,7 @@ from segformer.data.transforms import AugmentConfig
 from segformer.engine import EngineConfig, check_batch
 from segformer.errors import ConfigError, Preempted, SegformerError
 from segformer.losses import LossConfig
-from segformer.models.segformer import ModelConfig
+from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig
 from segformer.telemetry import TelemetryConfig
 

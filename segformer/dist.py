@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from segformer.errors import ConfigError, SegformerError
+from segformer.models.layers import BatchNorm
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _T = TypeVar("_T")
@@ -178,80 +179,27 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch norm over all ranks' batches; forward and backward each do their sums over the ranks.
-
-    With n values a channel over all ranks and z = (x - mean) / sqrt(var + eps): dx = weight / sqrt(var + eps)
-    * (dy - sum(dy) / n - z * sum(dy * z) / n). The gradients of weight and bias stay local sums, because the
-    engine averages parameter gradients over the ranks.
-    """
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = x.float()
-        # Two passes, two collectives: the one-pass variance E[x^2] - E[x]^2 loses digits in fp32.
-        sums = torch.cat([values.sum((0, 2, 3)), values.new_tensor([values.numel() / values.shape[1]])])
-        dist.all_reduce(sums)
-        count = sums[-1]
-        mean = sums[:-1] / count
-        centred = values - mean[:, None, None]
-        square_sums = centred.square().sum((0, 2, 3))
-        dist.all_reduce(square_sums)
-        variance = square_sums / count
-        inverse_std = torch.rsqrt(variance + eps)
-        normalised = centred * inverse_std[:, None, None]
-        ctx.save_for_backward(normalised, inverse_std, weight, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        y = normalised * weight.float()[:, None, None] + bias.float()[:, None, None]
-        return y.to(x.dtype), mean, variance, count
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)  # all ranks
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        normalised, inverse_std, weight, count = ctx.saved_tensors
-        dy = grad.float()
-        grad_bias = dy.sum((0, 2, 3))
-        grad_weight = (dy * normalised).sum((0, 2, 3))
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)
-        mean_dy, mean_dyz = (sums / count)[:, :, None, None]
-        scale = (weight.float() * inverse_std)[:, None, None]
-        grad_x = scale * (dy - mean_dy - normalised * mean_dyz)
-        return grad_x.to(grad.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)  # all ranks
+        return total
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d over the batches of all ranks, on any device and with unequal batches.
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Give every batch norm below `model` the statistics of all ranks' batches, however unequal they are.
 
     torch.nn.SyncBatchNorm refuses CPU tensors in training, and the tests of this system run on gloo ranks.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, H, W) with the statistics of all ranks; in eval mode, with the running ones."""
-        if not self.training:
-            return super().forward(input)
-        y, mean, variance, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return y
-
-
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace every nn.BatchNorm2d below `model` by one over all ranks, with the same tensors."""
-    if torch.cuda.is_available():
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for name, child in model.named_children():
-        if type(child) is nn.BatchNorm2d:
-            twin = SyncBatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum)
-            twin._parameters, twin._buffers = child._parameters, child._buffers
-            setattr(model, name, twin)
-        else:
-            synchronise_batch_norm(child)
-    return model
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.reduce = _SumOverRanks.apply

@@ -168,11 +168,11 @@ def build_engine(
     return engine
 
 
-def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> nn.Module:
+def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     """Put the model on the rank's device, with synchronised batch norm where there are several ranks."""
     if cfg.sync_batchnorm and world.size > 1:
-        model = synchronise_batch_norm(model)
-    return model.to(world.device)
+        synchronise_batch_norm(model)
+    model.to(world.device)
 
 
 def total_norm(engine: Any) -> Tensor | None:

@@ -1,9 +1,9 @@
 """Evaluation: every validation image once over all ranks, one confusion matrix, the scores.
 
-Protocol: images are taken whole and unscaled, logits are brought to the label's size in fp32
-(inference.py). The batches of a rank hold images of one size only; ranks may have different numbers of
-batches. Under ZeRO-3 each forward is a collective, so a rank that has run out repeats a forward that doesn't
-count until all are done.
+Protocol: images are taken whole and unscaled, logits are brought to the label's size in fp32, tile by tile
+(models/ops/argmax.py). The batches of a rank hold images of one size only; ranks may have different numbers
+of batches. Under ZeRO-3 each forward is a collective, so a rank that has run out repeats a forward that
+doesn't count until all are done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from segformer.data.loader import LoaderConfig, eval_batches, num_eval_batches
 from segformer.data.shards import Split
 from segformer.dist import World
 from segformer.errors import SegformerError
-from segformer.inference import predict
 from segformer.metrics import Scores, SegmentationMetric
 
 
@@ -73,9 +72,9 @@ def evaluate(
                 batch = batch.to(world.device, non_blocking=True)
                 images = batch.images
             with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-                prediction = predict(model, normalize(images, None), (images.shape[2], images.shape[3]))
+                logits = model(normalize(images, None))
             if batch is not None:
-                metric.update(prediction, batch.targets)
+                metric.update(logits, batch.targets)
         if interrupted():
             return None
     finally:

@@ -2,7 +2,7 @@
 
     <out>/model.safetensors   fp32 parameters and buffers under the names of Hugging Face's files
     <out>/config.json         a SegformerConfig, and beside its keys one section "segformer":
-                              {variant, folded, norm_profile, decoder_dim, num_classes, classes, palette,
+                              {variant, norm_profile, decoder_dim, num_classes, classes, palette,
                                mean, std, shards, digest (of the shards), step, scores, weights_sha256,
                                exact_in_transformers, note}
 
@@ -14,32 +14,26 @@ read is executed. Refuses a damaged or foreign export, an output folder with oth
 that don't fit.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from segformer.checkpoint import load_model_state
 from segformer.config import RunConfig, load_config
-from segformer.data.dataset import class_palette
+from segformer.data.dataset import DatasetConfig, class_palette
 from segformer.data.shards import ShardSet
-from segformer.errors import CheckpointError, ConfigError, SegformerError
-from segformer.models.convert import load_hf_directory, to_hf
-from segformer.models.segformer import VARIANTS, ModelConfig, SegFormer, build_model, load_strict
-
-MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-_NOTES = {
-    True: "transformers computes the same logits: it uses LayerNorm eps 1e-5 everywhere, as this model does",
-    False: "exact in segformer only: transformers uses LayerNorm eps 1e-5 everywhere, whatever its config "
-    "says, and its logits differ slightly",
-}
+from segformer.errors import CheckpointError, ConfigError
+from segformer.models.card import Card
+from segformer.models.convert import Weights, read_weights
+from segformer.models.files import CONFIG_FILE
+from segformer.models.save import write_hf
+from segformer.models.segformer import SegFormer, build_model, check_strict, load_strict
+from segformer.models.sizes import find_sizes
+from segformer.models.variants import ModelConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -192,134 +186,56 @@ def write_export(
             f"{num_classes} classes, but {len(classes)} names and {len(palette)} colours; give as many"
         )
     architecture = replace(model, pretrained="", num_classes=None)
-    load_strict(build_model(architecture, num_classes), state, source="the state to export")
-    weights = save(
-        {name: tensor.contiguous() for name, tensor in to_hf(state).items()}, metadata={"format": "pt"}
+    with torch.device("meta"):
+        network = build_model(architecture, num_classes)
+    check_strict(network, state, source="the state to export")
+    card = Card(
+        classes=list(classes),
+        palette=[list(map(int, colour)) for colour in palette],
+        mean=list(map(float, mean)),
+        std=list(map(float, std)),
     )
-    exact = model.norm_profile == "hf"
-    section = {
-        **{key: getattr(model, key) for key in ("variant", "folded", "norm_profile", "decoder_dim")},
-        "num_classes": num_classes,
-        "classes": list(classes),
-        "palette": [list(map(int, colour)) for colour in palette],
-        "mean": list(map(float, mean)),
-        "std": list(map(float, std)),
-        **extra,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "exact_in_transformers": exact,
-        "note": _NOTES[exact],
-    }
-    config = {**_hf_config(model, classes), "segformer": section}
-    _write_files(out, weights, json.dumps(config, indent=2).encode("utf-8"))
+    weights = Weights(
+        source="the state to export",
+        state=state,
+        sizes=find_sizes(state),
+        format="ours",
+        norm_profile=model.norm_profile,
+        card=card,
+    )
+    write_hf(weights, out, section=extra, dropout=model.dropout, drop_path_rate=model.drop_path_rate)
     return out
 
 
-def _write_files(out: Path, weights: bytes, config: bytes) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder")
-    others = sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) if out.is_dir() else []
-    if set(others) - {MODEL_FILE, CONFIG_FILE}:
-        raise ConfigError(
-            f"out={out} holds other files ({', '.join(others[:3])}); give a new folder or an old export"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # The weights first: a crash in between leaves a pair that weights_sha256 refuses.
-        _replace_file(out / MODEL_FILE, weights)
-        _replace_file(out / CONFIG_FILE, config)
-    except OSError as error:
-        raise ConfigError(f"out={out} can't be written: {error.strerror}; choose another folder") from error
-
-
-def _hf_config(model: ModelConfig, classes: list[str]) -> dict[str, Any]:
-    """The keys of transformers' SegformerConfig."""
-    variant = VARIANTS[model.variant]
-    names = {str(k): name for k, name in enumerate(classes)}
-    return {
-        "model_type": "segformer",
-        "architectures": ["SegformerForSemanticSegmentation"],
-        "num_channels": 3,
-        "num_encoder_blocks": len(variant.depths),
-        "hidden_sizes": list(variant.embed_dims),
-        "depths": list(variant.depths),
-        "num_attention_heads": list(variant.num_heads),
-        "sr_ratios": list(variant.sr_ratios),
-        "mlp_ratios": list(variant.mlp_ratios),
-        "patch_sizes": [7, 3, 3, 3],
-        "strides": [4, 2, 2, 2],
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "classifier_dropout_prob": model.dropout,
-        "drop_path_rate": model.drop_path_rate,
-        "decoder_hidden_size": model.decoder_dim or variant.decoder_dim,
-        "layer_norm_eps": 1e-5,
-        "reshape_last_stage": True,
-        "semantic_loss_ignore_index": 255,
-        "id2label": names,
-        "label2id": {name: int(k) for k, name in names.items()},
-    }
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def read_export(folder: Path) -> Trained:
-    """The model that `write_export` wrote to `folder`.
+    """The model that `write_export` or `SegFormer.save_pretrained` wrote to `folder`.
 
     Raises:
         CheckpointError: the folder is not an export of this project, or is damaged.
     """
-    state, config = load_hf_directory(folder)
-    section = config.get("segformer")
-    if not isinstance(section, dict):
+    weights = read_weights(folder)
+    section, card = weights.section, weights.card
+    if section is None:
         raise CheckpointError(
-            f'{folder / CONFIG_FILE} has no section "segformer": its classes and normalisation are unknown; '
-            "give an export of this project (to train from other weights, use model.pretrained=...)"
+            f'{folder / CONFIG_FILE} has no section "segformer": it is no export of this project; make one: '
+            f"python launch/convert.py source={folder} out=... to=ours (to train from it, "
+            "model.pretrained=... takes it as it is)"
         )
-    digest = hashlib.sha256((folder / MODEL_FILE).read_bytes()).hexdigest()
-    if section.get("weights_sha256") != digest:
+    if weights.sizes.kind != "segmentation" or card.mean is None or card.std is None:
         raise CheckpointError(
-            f"{folder / MODEL_FILE} is damaged or of another export (sha256); export the run again"
+            f"{folder} is no segmentation model ({weights.sizes.kind}): it can't predict masks"
         )
-    try:
-        trained = Trained(
-            state=state,
-            model=ModelConfig(
-                variant=section["variant"],
-                folded=section["folded"],
-                norm_profile=section["norm_profile"],
-                decoder_dim=section["decoder_dim"],
-            ),
-            classes=_listed(section["classes"], str),
-            palette=[_listed(colour, _byte, 3) for colour in section["palette"]],
-            mean=_listed(section["mean"], float, 3),
-            std=_listed(section["std"], float, 3),
-            shards=section.get("shards", ""),
-            digest=section.get("digest", ""),
-            step=section.get("step"),
-            scores=section.get("scores"),
-        )
-        if len(trained.palette) != len(trained.classes):
-            raise ValueError(f"{len(trained.classes)} classes, but {len(trained.palette)} colours")
-        return trained
-    except (KeyError, TypeError, ValueError, SegformerError) as error:
-        raise CheckpointError(f'{folder / CONFIG_FILE}: section "segformer" is damaged ({error})') from error
-
-
-def _byte(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value <= 255:
-        raise ValueError(f"{value!r} is not from 0 to 255")
-    return value
-
-
-def _listed(values: Any, kind: Callable[[Any], Any], length: int | None = None) -> list[Any]:
-    if not isinstance(values, list) or (length is not None and len(values) != length):
-        raise ValueError(f"{values!r} is not a list" + (f" of {length}" if length else ""))
-    return [kind(value) for value in values]
+    classes = card.classes or [f"class {k}" for k in range(weights.sizes.num_classes or 0)]
+    generated = class_palette(DatasetConfig(classes=[str(k) for k in range(len(classes))]))
+    return Trained(
+        state=weights.state,
+        model=weights.config(),
+        classes=classes,
+        palette=card.palette or generated.tolist(),
+        mean=card.mean,
+        std=card.std,
+        shards=section.get("shards", ""),
+        digest=section.get("digest", ""),
+        step=section.get("step"),
+        scores=section.get("scores"),
+    )

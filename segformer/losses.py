@@ -8,7 +8,7 @@ size.
     lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
 
 Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
-entropies do it in blocks of rows (models.ops.upsampled_cross_entropy), the others hold one image at a time
+entropies do it in blocks of rows (models.upsampled_cross_entropy), the others hold one image at a time
 and form it again in the backward pass.
 
 Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError
-from segformer.models import ops
+from segformer.models.ops.cross_entropy import upsampled_cross_entropy
+from segformer.models.ops.reference import upsample_to
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +79,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
-    total, _ = ops.upsampled_cross_entropy(
+    total, _ = upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, class_weights=class_weights, label_smoothing=label_smoothing
     )
     return total / num_pixels(target, average)
@@ -89,7 +90,7 @@ def ohem_cross_entropy(
 ) -> Tensor:
     """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
     with torch.no_grad():
-        _, losses = ops.upsampled_cross_entropy(logits, target, IGNORE_INDEX)
+        _, losses = upsampled_cross_entropy(logits, target, IGNORE_INDEX)
         valid = target != IGNORE_INDEX
         hardest = losses[valid].sort(descending=True).values
         bound = -math.log(max(threshold, 1e-30))
@@ -97,7 +98,7 @@ def ohem_cross_entropy(
             count = max(1, math.ceil(min_kept * len(hardest)))
             bound = min(bound, float(hardest[count - 1]))
         kept = (valid & (losses >= bound)).to(losses.dtype)
-    total, _ = ops.upsampled_cross_entropy(
+    total, _ = upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, pixel_weights=kept, class_weights=class_weights
     )
     return total / kept.sum().clamp(min=1)
@@ -112,7 +113,7 @@ def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, tar
     def one(image: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(image.device.type, enabled=False):
             image = image.to(torch.promote_types(image.dtype, torch.float32))
-            enlarged = ops.upsample_to(image[None], (labels.shape[0], labels.shape[1]))[0]
+            enlarged = upsample_to(image[None], (labels.shape[0], labels.shape[1]))[0]
             valid = labels != IGNORE_INDEX
             return function(enlarged[:, valid].log_softmax(dim=0), labels[valid].long())
 

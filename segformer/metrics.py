@@ -9,7 +9,7 @@ and left out of the means, as in mmsegmentation's nan_to_num=None evaluation. Co
 over ranks and batches are exact and do not depend on their order. Refuses labels that are neither a class nor
 255.
 
-Shapes: B batch, H W label size, K classes.
+Shapes: B batch, h w logits, H W label, K classes.
 """
 
 import math
@@ -22,6 +22,7 @@ from torchmetrics import Metric
 
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import DataError
+from segformer.models.ops.argmax import upsample_confusion
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,19 +87,19 @@ class SegmentationMetric(Metric):
         zeros = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("confusion", default=zeros, dist_reduce_fx="sum")
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count prediction and target, (B, H, W) integers. DataError for a label that is no class nor 255."""
-        valid = target != IGNORE_INDEX
-        label = target[valid].long()
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Count what logits (B, K, h, w), enlarged to target (B, H, W) of integers, choose for each label.
+
+        DataError for a label that is no class nor 255.
+        """
+        label = target[target != IGNORE_INDEX]
         if label.numel() and (int(label.max()) >= self.num_classes or int(label.min()) < 0):
             wrong = sorted(set(label.unique().tolist()) - set(range(self.num_classes)))
             raise DataError(
                 f"the target holds labels {wrong[:6]}, but the model has {self.num_classes} classes (0 to "
                 f"{self.num_classes - 1}, 255 to ignore); check the label map of the data set"
             )
-        cells = label * self.num_classes + prediction[valid].long()
-        counts = torch.bincount(cells, minlength=self.num_classes**2)
-        self.confusion += counts.reshape(self.num_classes, self.num_classes)
+        self.confusion += upsample_confusion(logits, target, IGNORE_INDEX)
 
     def compute(self) -> Scores:
         """The scores of everything counted so far, on all ranks."""

@@ -31,7 +31,7 @@ from segformer.dist import StopFlag, World, derive_seed
 from segformer.engine import build_engine, prepare_model, resolve_precision
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.losses import SegmentationLoss
-from segformer.models.segformer import build_model
+from segformer.models.segformer import SegFormer, build_model
 from segformer.optim import build_optimizer
 from segformer.partition import restore_optimizer
 from segformer.telemetry import Telemetry
@@ -149,7 +149,8 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
     micro_batch = cfg.micro_batch_for(world.size)
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    model = prepare_model(build_model(cfg.model, len(shards.classes)), cfg.engine, world)
+    model = build_model(cfg.model, len(shards.classes))
+    prepare_model(model, cfg.engine, world)
     resumed = _load(cfg, world, telemetry)
     state = TrainState(data_digest=shards.digest)
     if resumed is not None:
@@ -229,7 +230,7 @@ def _load(
 
 
 def _announce(
-    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
+    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: SegFormer, state: TrainState
 ) -> None:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     precision = resolve_precision(cfg.engine, world.device)
@@ -250,3 +251,5 @@ def _announce(
     )
     if state.step:
         telemetry.line(f"continuing from step {state.step}")
+    elif model.pretrained:
+        telemetry.line(f"weights of {model.pretrained}")

@@ -27,10 +27,18 @@ ORDER = [
     *("data.workfolder", "data.packing", "data.trimming", "data.sharding", "data.order"),
     *("data.placement", "data.transforms", "data.classification", "data.mixing", "data.prepare"),
     *("data.workers", "data.loader"),
-    *("models.ops", "models.mit", "models.head", "models.convert", "models.segformer"),
+    "models.variants",
+    *("models.kernels.grid", "models.kernels.bilinear", "models.kernels.sweep", "models.kernels.depthwise"),
+    *("models.kernels.resize", "models.kernels.cross_entropy", "models.kernels.argmax"),
+    *("models.ops.dispatch", "models.ops.reference", "models.ops.linear", "models.ops.prenorm"),
+    *("models.ops.attention", "models.ops.depthwise", "models.ops.ffn", "models.ops.resize"),
+    *("models.ops.decode", "models.ops.cross_entropy", "models.ops.argmax", "models.ops.suite"),
+    *("models.layers", "models.mit", "models.head"),
+    *("models.names", "models.files", "models.card", "models.sizes", "models.remap", "models.convert"),
+    *("models.save", "models.segformer"),
     *("losses", "optim", "dist", "telemetry", "engine", "partition", "checkpoint"),
     *("metrics", "inference", "evaluate"),
-    *("config", "run", "train", "export", "validate", "predict", "pictures", "report", "job"),
+    *("config", "run", "train", "export", "conversion", "validate", "predict", "pictures", "report", "job"),
     *("doctor.memory", "doctor.scan", "doctor.source_scan", "doctor.diagnosis", "doctor.contact"),
     *("doctor.preflight", "doctor.examine"),
 ]
@@ -46,22 +54,31 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data.packing", "data.workers", "data.loader"},
     "hydra": {"config"},
     "omegaconf": {"config"},
-    "yaml": {"config"},
-    "safetensors": {"checkpoint", "export", "models.convert", "models.segformer", "predict"},
+    "yaml": {"config", "conversion"},
+    "safetensors": {"checkpoint", "models.files", "models.save"},
     "cv2": DATA | {"predict"},
     "PIL": {"data.sources", "doctor.contact", "predict", "pictures"},
     "fsspec": {"data.storage"},
     "aiohttp": {"data.storage"},
     "matplotlib": {"pictures"},
     "submitit": set(),  # launch/slurm.py only
+    "triton": {module for module in ORDER if module.startswith("models.kernels.")},
     "torch": set(ORDER),
     "numpy": set(ORDER),
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
 HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL", "fsspec", "aiohttp")
 
+KERNELS = "segformer.models.kernels"  # need Triton, which a machine without a GPU lacks
+
 BANNED_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
-BANNED_CALLS = ("torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen")
+BANNED_CALLS = (
+    *("torch.load", "torch.serialization.load", "torch.serialization.add_safe_globals"),
+    *("torch.serialization.safe_globals", "yaml.load", "yaml.unsafe_load", "yaml.full_load"),
+    *("os.system", "os.popen"),
+)
+# The one place that reads .pth files; each of its calls must say weights_only=True, literally.
+SAFE_LOAD = "models.files"
 BUILTIN_CALLS = ("eval", "exec")
 BANNED_NAMES = ("utils", "helpers", "common", "misc")
 
@@ -158,7 +175,10 @@ def check_places(module: str, text: str) -> list[str]:
         at = f"{module}:{imported.line}: {imported.name}"
         if top in HEAVY and imported.where == "top":
             found.append(f"{at} is heavy; import it inside the function that needs it")
-        if imported.where == "function" and (top in sys.stdlib_module_names or top == "segformer"):
+        if imported.name.startswith(f"{KERNELS}.") and not module.startswith("models.kernels."):
+            if imported.where != "function":
+                found.append(f"{at} needs Triton; import it where a tensor is on a GPU")
+        elif imported.where == "function" and (top in sys.stdlib_module_names or top == "segformer"):
             found.append(f"{at} belongs to the top of the file")
     return found
 
@@ -204,6 +224,8 @@ def check_banned(module: str, text: str) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
+        if module == SAFE_LOAD and name == "torch.load" and loads_weights_only(node):
+            continue
         if name in (*BANNED_CALLS, *BUILTIN_CALLS) or name.split(".")[-1] == "instantiate":
             found.append(f"{module}:{node.lineno}: {name}() is banned")
         method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
@@ -214,6 +236,16 @@ def check_banned(module: str, text: str) -> list[str]:
             if keyword.arg in ("shell", "allow_pickle") and on:
                 found.append(f"{module}:{node.lineno}: {keyword.arg}=True is banned")
     return found
+
+
+def loads_weights_only(call: ast.Call) -> bool:
+    """torch.load(..., weights_only=True), the value written out."""
+    return any(
+        keyword.arg == "weights_only"
+        and isinstance(keyword.value, ast.Constant)
+        and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def is_text(call: ast.Call) -> bool:
@@ -290,9 +322,15 @@ PLANTED: list[tuple[Check, str, str]] = [
     (check_scripts_unimported, "train", "import data_prep.shard"),
     (check_sizes, "losses", "\n" * (MAX_FILE_LINES + 1)),
     (check_sizes, "losses", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
+    (check_places, "models.ops.depthwise", "from segformer.models.kernels import depthwise"),
     (check_documented, "losses", "x = 1"),
     (check_documented, "data.utils", '"""Documented."""'),
     (check_banned, "checkpoint", "import torch\ntorch.load('x')"),
+    (check_banned, "checkpoint", "import torch\ntorch.load('x', weights_only=True)"),
+    (check_banned, SAFE_LOAD, "import torch\ntorch.load('x')"),
+    (check_banned, SAFE_LOAD, "import torch\ntorch.load('x', weights_only=False)"),
+    (check_banned, SAFE_LOAD, "import torch\ntorch.load('x', weights_only=wanted)"),
+    (check_banned, SAFE_LOAD, "import torch\ntorch.serialization.add_safe_globals([X])"),
     (check_banned, "checkpoint", "from torch import load"),
     (check_banned, "checkpoint", "import pickle"),
     (check_banned, "config", "import yaml\nyaml.load(f)"),
@@ -315,6 +353,7 @@ INNOCENT: list[tuple[Check, str, str]] = [
     (check_owners, "dist", "import torch.distributed as d"),
     (check_places, "engine", "def f():\n    import deepspeed"),
     (check_places, "engine", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
+    (check_banned, SAFE_LOAD, "import torch\ntorch.load('x', weights_only=True)"),
     (check_banned, "data.loader", "header.decode('utf-8')\nmodel.eval()\nrun(['ls'], shell=False)"),
     (check_clean, "README.md", "runs/sample https://pypi.org/x localhost http://localhost:80 net/work/x"),
 ]

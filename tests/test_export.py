@@ -15,7 +15,8 @@ from segformer.checkpoint import CheckpointConfig, TrainState, write_checkpoint
 from segformer.config import RunConfig, compose, save_config
 from segformer.errors import CheckpointError, ConfigError
 from segformer.export import ExportConfig, Trained, export, open_checkpoint, read_export, write_export
-from segformer.models.segformer import ModelConfig, SegFormer, build_model
+from segformer.models.segformer import SegFormer, build_model
+from segformer.models.variants import ModelConfig
 from segformer.predict import Predictor
 
 CLASSES = ["background", "leaf", "stem"]

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from segformer.inference import logits_at, predict
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 
 
 class Halves(nn.Module):

@@ -10,6 +10,11 @@ from segformer.errors import DataError
 from segformer.metrics import Scores, SegmentationMetric
 
 
+def chosen(prediction, classes=5):
+    """Logits (B, K, H, W) whose argmax is the prediction (B, H, W)."""
+    return torch.nn.functional.one_hot(prediction.long(), classes).permute(0, 3, 1, 2).float()
+
+
 def batches(classes=5, count=3):
     torch.manual_seed(0)
     for _ in range(count):
@@ -22,7 +27,7 @@ def test_confusion_equals_a_loop_over_pixels_and_batches():
     metric = SegmentationMetric(5)
     expected = [[0] * 5 for _ in range(5)]
     for prediction, target in batches():
-        metric.update(prediction, target)
+        metric.update(chosen(prediction), target)
         for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist(), strict=True):
             if t != 255:
                 expected[t][p] += 1
@@ -33,7 +38,7 @@ def test_confusion_equals_a_loop_over_pixels_and_batches():
 def test_scores_equal_set_operations_on_the_pixels():
     prediction, target = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     metric = SegmentationMetric(5)
-    metric.update(prediction, target)
+    metric.update(chosen(prediction), target)
     scores = metric.compute()
     valid = target != 255
     for k in range(5):
@@ -44,6 +49,15 @@ def test_scores_equal_set_operations_on_the_pixels():
     assert scores.aacc == pytest.approx((prediction == target)[valid].float().mean().item())
     assert scores.miou == pytest.approx(sum(scores.iou) / 5)
     assert scores.macc == pytest.approx(sum(scores.acc) / 5)
+
+
+def test_logits_of_a_lower_resolution_are_enlarged_before_they_are_compared():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 5, 4, 3), torch.randint(0, 5, (2, 14, 11), dtype=torch.uint8)
+    metric, enlarged = SegmentationMetric(5), SegmentationMetric(5)
+    metric.update(logits, target)
+    enlarged.update(torch.nn.functional.interpolate(logits, (14, 11), mode="bilinear"), target)
+    assert torch.equal(metric.confusion, enlarged.confusion)
 
 
 def test_absent_classes_are_none_and_outside_the_means():
@@ -60,7 +74,7 @@ def test_absent_classes_are_none_and_outside_the_means():
 def test_counts_beyond_the_integers_of_float32_stay_exact():
     metric = SegmentationMetric(2)
     metric.confusion += torch.tensor([[2**40 + 1, 0], [0, 3]])
-    metric.update(torch.zeros(1, 1, 1, dtype=torch.uint8), torch.zeros(1, 1, 1, dtype=torch.uint8))
+    metric.update(chosen(torch.zeros(1, 1, 1), 2), torch.zeros(1, 1, 1, dtype=torch.uint8))
     assert metric.compute().confusion == [[2**40 + 2, 0], [0, 3]]
 
 
@@ -69,7 +83,8 @@ def score_one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     metric = SegmentationMetric(5)
-    metric.update(*list(batches())[rank])
+    prediction, target = list(batches())[rank]
+    metric.update(chosen(prediction), target)
     Path(folder, f"{rank}.json").write_text(json.dumps(metric.compute().to_dict()), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
@@ -78,7 +93,7 @@ def test_two_ranks_compute_the_scores_of_both_their_batches(tmp_path):
     torch.multiprocessing.spawn(score_one_rank, (str(tmp_path),), nprocs=2)
     metric = SegmentationMetric(5)
     for prediction, target in list(batches())[:2]:
-        metric.update(prediction, target)
+        metric.update(chosen(prediction), target)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == metric.compute().to_dict()
 
@@ -87,19 +102,19 @@ def test_reset_starts_from_zero():
     metric = SegmentationMetric(5)
     for prediction, target in batches():
         metric.reset()
-        metric.update(prediction, target)
+        metric.update(chosen(prediction), target)
     assert metric.confusion.sum() == (target != 255).sum()
 
 
 def test_a_label_outside_the_classes_is_refused_and_named():
     target = torch.tensor([[[0, 1, 7, 255]]], dtype=torch.uint8)
     with pytest.raises(DataError, match=r"labels \[7\], but the model has 3 classes \(0 to 2, 255"):
-        SegmentationMetric(3).update(torch.zeros_like(target), target)
+        SegmentationMetric(3).update(chosen(torch.zeros_like(target), 3), target)
 
 
 def test_an_ignored_batch_counts_nothing():
     metric = SegmentationMetric(3)
-    metric.update(torch.zeros(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 255))
+    metric.update(chosen(torch.zeros(1, 2, 2), 3), torch.full((1, 2, 2), 255))
     scores = metric.compute()
     assert scores.iou == [None, None, None]
     assert scores.miou != scores.miou  # NaN: nothing was measured

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from segformer.errors import ConfigError
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig, build_optimizer, lr_factor, parameter_groups, set_learning_rate
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.export import write_export
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 from segformer.predict import PredictConfig, Predictor, overlay, predict, read_image
 
 PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]

@@ -13,7 +13,8 @@ from segformer.checkpoint import CheckpointConfig, TrainState, write_checkpoint
 from segformer.config import RunConfig, compose, save_config
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 from segformer.pictures import (
     PANEL,
     comparison,

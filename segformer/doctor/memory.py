@@ -5,7 +5,7 @@
     optimizer    AdamW's two moments, 8 P; ZeRO-1 to 3: (8 + 4) P / R, with DeepSpeed's copy of the weights
     buckets      DeepSpeed's buffers for reducing gradients; their size does not depend on the model
     activations  what autograd keeps between forward and backward, counted on a forward of fake tensors
-    loss         the gradient of the logits and the blocks of enlarged logits (models/ops.py)
+    loss         the gradient of the logits and the blocks of enlarged logits (models/ops/cross_entropy.py)
 
 P parameters, R ranks. Weights are fp32 at any precision here (engine.py), bf16 halves most activations. Not
 counted: the CUDA context and library workspaces (0.5 to 1.5 GiB), the allocator's fragmentation, and what
@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from segformer.models.ops import GPU_BLOCK_BYTES
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.ops.dispatch import GPU_BLOCK_BYTES
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 
 BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, elements
 PREFETCH = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, elements

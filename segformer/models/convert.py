@@ -1,183 +1,186 @@
-"""Names of SegFormer parameters in other people's files <-> ours, strict both ways.
+"""Weights of any format <-> ours: what a file holds, found from its names and shapes.
 
-Ours are the names of the original repository under `backbone.` and `decode_head.` (segmentation) or
-`backbone.` and `head.` (ImageNet classifier). Files written by Hugging Face transformers name the same
-tensors differently and keep key and value apart where we have one `kv` (first C rows k, next C rows v).
-transformers 5 renames its modules in memory and maps names when it saves and loads, so this module converts
-files, never live modules.
+    read_weights(path) -> Weights
+        files.py reads, names.py renames, sizes.py finds the variant, card.py knows what stands beside;
+        save.py writes
 
-    Hugging Face                                                   ours
-    segformer.encoder.patch_embeddings.{i}.proj | layer_norm       backbone.patch_embed{s}.proj | norm
-    segformer.encoder.block.{i}.{j}.layer_norm_1 | layer_norm_2    backbone.block{s}.{j}.norm1 | norm2
-      .attention.self.query                                          .attn.q
-      .attention.self.key, .attention.self.value                     .attn.kv
-      .attention.self.sr | layer_norm                                .attn.sr | norm
-      .attention.output.dense                                        .attn.proj
-      .mlp.dense1 | dwconv.dwconv | dense2                           .mlp.fc1 | dwconv.dwconv | fc2
-    segformer.encoder.layer_norm.{i}                               backbone.norm{s}
-    decode_head.linear_c.{i}.proj                                  decode_head.linear_c{s}.proj
-    decode_head.linear_fuse | batch_norm                           decode_head.linear_fuse.conv | bn
-    decode_head.classifier                                         decode_head.linear_pred
-    classifier                                                     head
-with s = i + 1. Refuses, with CheckpointError, a name that is not in this table and half a key/value pair.
+Formats and the LayerNorm epsilons that they are run with, as norm_profile:
+
+    hf        transformers: 1e-5 everywhere, whatever the config says                              hf
+    nvlabs    NVlabs/SegFormer .pth, segmentation or ImageNet encoder                              original
+    smp       segmentation_models_pytorch, Segformer with a mit_b* encoder                         original
+    mmseg     mmsegmentation, MixVisionTransformer; its decode head is another network             mmseg
+    ours      an export: hf names, and a section "segformer" in config.json             as the section says
+    run       a checkpoint of a training run: our names                       unknown here; config.yaml has it
+
+Refuses, with CheckpointError, everything that files.py and names.py refuse, sizes that are none of VARIANTS,
+the decode head of mmsegmentation (unless the encoder alone is asked for), and an export whose weights have
+another sha256 sum than its config.json says.
 """
 
-import json
-import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from segformer.errors import CheckpointError
+from segformer.errors import CheckpointError, ConfigError
+from segformer.models.card import Card, card_of_hf, card_of_meta, card_of_section, check_hf_config
+from segformer.models.files import Contents, read_contents, sha256_of
+from segformer.models.names import TITLES, detect, foreign_head, listed, to_ours
+from segformer.models.remap import map_classes, resolve_class_map
+from segformer.models.sizes import Sizes, find_sizes
+from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 
-# One row per module: (Hugging Face, ours). {i} stands for stage - 1 in the first and {s} for stage in the
-# second.
-_HF_MODULES = (
-    ("segformer.encoder.patch_embeddings.{i}.proj", "backbone.patch_embed{s}.proj"),
-    ("segformer.encoder.patch_embeddings.{i}.layer_norm", "backbone.patch_embed{s}.norm"),
-    ("segformer.encoder.block.{i}.{j}.layer_norm_1", "backbone.block{s}.{j}.norm1"),
-    ("segformer.encoder.block.{i}.{j}.layer_norm_2", "backbone.block{s}.{j}.norm2"),
-    ("segformer.encoder.block.{i}.{j}.attention.self.query", "backbone.block{s}.{j}.attn.q"),
-    ("segformer.encoder.block.{i}.{j}.attention.self.sr", "backbone.block{s}.{j}.attn.sr"),
-    ("segformer.encoder.block.{i}.{j}.attention.self.layer_norm", "backbone.block{s}.{j}.attn.norm"),
-    ("segformer.encoder.block.{i}.{j}.attention.output.dense", "backbone.block{s}.{j}.attn.proj"),
-    ("segformer.encoder.block.{i}.{j}.mlp.dense1", "backbone.block{s}.{j}.mlp.fc1"),
-    ("segformer.encoder.block.{i}.{j}.mlp.dwconv.dwconv", "backbone.block{s}.{j}.mlp.dwconv.dwconv"),
-    ("segformer.encoder.block.{i}.{j}.mlp.dense2", "backbone.block{s}.{j}.mlp.fc2"),
-    ("segformer.encoder.layer_norm.{i}", "backbone.norm{s}"),
-    ("decode_head.linear_c.{i}.proj", "decode_head.linear_c{s}.proj"),
-    ("decode_head.linear_fuse", "decode_head.linear_fuse.conv"),
-    ("decode_head.batch_norm", "decode_head.linear_fuse.bn"),
-    ("decode_head.classifier", "decode_head.linear_pred"),
-    ("classifier", "head"),
-)
-_HF_PAIR = "segformer.encoder.block.{i}.{j}.attention.self"
-_OUR_PAIR = "backbone.block{s}.{j}.attn.kv"
-_SHOWN = 6  # names listed in an error before "and N more"
+PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    """A regular expression whose groups i, s, j are the numbers in `template`."""
-    return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(template)))
+@dataclass(kw_only=True, slots=True)
+class Weights:
+    """A model as a file holds it."""
 
+    source: str
+    "Where it was read."
+    state: dict[str, Tensor]
+    "Parameters and buffers under our names, fp32, on the CPU."
+    sizes: Sizes
+    format: str
+    "ours, run, hf, hf5, nvlabs, smp or mmseg."
+    norm_profile: str | None
+    "LayerNorm epsilons that it is run with; None where the file does not say."
+    card: Card = field(default_factory=Card)
+    section: dict[str, Any] | None = None
+    'The section "segformer" of an export.'
+    dropped: list[str] = field(default_factory=list)
+    "Names in the file that have no place here and compute nothing, or were not asked for."
+    notes: list[str] = field(default_factory=list)
+    "What else a user should know."
 
-_FROM_HF = [(_pattern(theirs), ours) for theirs, ours in _HF_MODULES]
-_TO_HF = [(_pattern(ours), theirs) for theirs, ours in _HF_MODULES]
-_HF_PAIR_PATTERN = _pattern(_HF_PAIR)
-_OUR_PAIR_PATTERN = _pattern(_OUR_PAIR)
+    @property
+    def title(self) -> str:
+        """The format in words."""
+        return {"ours": "export of this project", "run": "checkpoint of a run", **TITLES}[self.format]
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, buffers left out."""
+        return sum(t.numel() for name, t in self.state.items() if not name.endswith(_BUFFERS))
 
-def _fill(template: str, found: re.Match[str]) -> str:
-    """Put the numbers of a match into the other side's template; stages count from 0 in theirs, 1 in ours."""
-    numbers = {name: int(value) for name, value in found.groupdict().items()}
-    if "i" in numbers:
-        numbers["s"] = numbers["i"] + 1
-    elif "s" in numbers:
-        numbers["i"] = numbers["s"] - 1
-    return template.format(**numbers)
+    def config(self, norm_profile: str | None = None, ops: str = "fused") -> ModelConfig:
+        """How to build the network; CheckpointError where nothing says which epsilons it has."""
+        profile = norm_profile or self.norm_profile
+        if profile is None:
+            raise CheckpointError(
+                f"{self.source} does not say its LayerNorm epsilons; give norm_profile (model.norm_profile "
+                "in the config.yaml of the run), or export the run and give the export"
+            )
+        usual = VARIANTS[self.sizes.variant].decoder_dim
+        decoder_dim = self.sizes.decoder_dim if self.sizes.decoder_dim != usual else None
+        return ModelConfig(variant=self.sizes.variant, norm_profile=profile, decoder_dim=decoder_dim, ops=ops)
 
+    def encoder(self) -> "Weights":
+        """The encoder alone; the head is added to `dropped`."""
+        head = [name for name in self.state if not name.startswith("backbone.")]
+        state = {name: tensor for name, tensor in self.state.items() if name not in head}
+        sizes = Sizes(variant=self.sizes.variant, kind="encoder", num_classes=None, decoder_dim=None)
+        card = replace(self.card, classes=None, palette=None)
+        dropped = [*self.dropped, *head]
+        return replace(self, state=state, sizes=sizes, card=card, section=None, dropped=dropped)
 
-def _rename(module: str, rows: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in rows:
-        if found := pattern.fullmatch(module):
-            return _fill(template, found)
-    return None
-
-
-def listed(names: list[str]) -> str:
-    """The first few names for an error message, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(sorted(names)[:_SHOWN]) + more
-
-
-def from_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under Hugging Face file names -> under ours.
-
-    Raises CheckpointError naming every tensor without a place here, and every key without its value or
-    reverse.
-    """
-    out: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        module, _, parameter = name.rpartition(".")
-        parent, _, part = module.rpartition(".")
-        found = _HF_PAIR_PATTERN.fullmatch(parent) if part in ("key", "value") else None
-        if found:
-            pairs.setdefault(f"{_fill(_OUR_PAIR, found)}.{parameter}", {})[part] = tensor
-        elif renamed := _rename(module, _FROM_HF):
-            out[f"{renamed}.{parameter}"] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} of {len(state)} tensors have no place in a SegFormer of Hugging Face names: "
-            f"{listed(unknown)}; check that the file is a SegFormer saved by transformers"
+    def mapped(
+        self,
+        class_map: Mapping[Any, Any],
+        *,
+        target_classes: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "Weights":
+        """The model with its class layer resized by `class_map`, see remap.py; ConfigError where it can't."""
+        if self.sizes.kind != "segmentation" or self.sizes.num_classes is None:
+            raise ConfigError(f"class_map: {self.source} has no segmentation head ({self.sizes.kind})")
+        sources, names = resolve_class_map(
+            class_map,
+            num_classes=self.sizes.num_classes,
+            source_classes=self.card.classes,
+            target_classes=target_classes,
         )
-    for name, pair in pairs.items():
-        if len(pair) != 2:
-            raise CheckpointError(f"{name}: the file has only the {next(iter(pair))} half; it is incomplete")
-        out[name] = torch.cat([pair["key"], pair["value"]])
-    return out
+        return replace(
+            self,
+            state=map_classes(self.state, sources, generator),
+            sizes=replace(self.sizes, num_classes=len(sources)),
+            card=replace(self.card, classes=names, palette=None),
+            section=None,
+        )
 
 
-def to_hf(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names -> under Hugging Face file names; the inverse of `from_hf`, bit for bit.
+def read_weights(path: str | Path, *, encoder_only: bool = False) -> Weights:
+    """Read any file or directory of weights: format, sizes and epsilons are found, not asked for.
 
-    Raises CheckpointError naming every tensor that has no place there.
+    The tensors are complete and of the right shapes as far as the sizes can be read from them; loading them
+    into a network checks the rest. Raises CheckpointError for every reason in the module docstrings.
     """
-    out: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for name, tensor in state.items():
-        module, _, parameter = name.rpartition(".")
-        if found := _OUR_PAIR_PATTERN.fullmatch(module):
-            parent = _fill(_HF_PAIR, found)
-            key, value = tensor.chunk(2)
-            out[f"{parent}.key.{parameter}"] = key.clone()
-            out[f"{parent}.value.{parameter}"] = value.clone()
-        elif renamed := _rename(module, _TO_HF):
-            out[f"{renamed}.{parameter}"] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(f"tensors that no Hugging Face SegFormer has: {listed(unknown)}")
-    return out
-
-
-def load_hf_directory(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read config.json and model.safetensors of a Hugging Face or export directory.
-
-    Returns (tensors on the CPU under our names, the parsed config). Raises CheckpointError for a missing or
-    damaged file and for every reason that `from_hf` has.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no directory with config.json and model.safetensors")
+    contents = read_contents(path)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json; give an export or transformers model") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds a {type(config).__name__}, not an object")
-    return load_hf_file(folder / "model.safetensors"), config
-
-
-def load_hf_file(path: str | Path) -> dict[str, Tensor]:
-    """Read one safetensors file under Hugging Face names -> tensors on the CPU under our names."""
-    file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; expected the weights in safetensors format")
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; it may be truncated") from None
-    try:
-        return from_hf(state)
+        naming = detect(contents.state)
+        if (head := foreign_head(contents.state, naming)) and not encoder_only:
+            raise CheckpointError(
+                f"its decode head ({len(head)} tensors: {listed(head)}) is that of mmsegmentation, another "
+                "network (Conv, BatchNorm and ReLU per level), and can't be converted; take its encoder "
+                "alone, with launch/convert.py encoder_only=true"
+            )
+        state, dropped = to_ours(contents.state, naming)
+        sizes = find_sizes(state)
+        weights = Weights(
+            source=str(path),
+            state={name: _fp32(tensor) for name, tensor in state.items()},
+            sizes=sizes,
+            format="run" if contents.is_run else naming.format,
+            norm_profile=None if contents.is_run else PROFILES[naming.format],
+            dropped=dropped,
+        )
+        _read_card(weights, contents)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise CheckpointError(f"{contents.file}: {error}") from None
+    if naming.wrapper:
+        weights.notes.append(f"the prefix {naming.wrapper!r} was taken off every name")
+    kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
+    if kinds != {"float32"}:
+        weights.notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
+    return weights.encoder() if encoder_only else weights
+
+
+def _read_card(weights: Weights, contents: Contents) -> None:
+    """Fill in card, section and norm_profile from what stands beside the tensors."""
+    config, meta, sizes = contents.config, contents.meta, weights.sizes
+    if config is not None and weights.format in ("hf", "hf5"):
+        check_hf_config(config, sizes.variant)
+        weights.card = card_of_hf(config, contents.preprocessor, sizes.num_classes)
+    elif config is None:
+        weights.card = card_of_meta(meta, sizes.num_classes)
+    profile = meta.get("norm_profile")  # in the header of our safetensors
+    if profile in NORM_PROFILES:
+        weights.norm_profile = profile
+    section = config.get("segformer") if config is not None else meta.get("segformer")
+    if section is None:
+        return
+    if config is not None and "transformers_version" in config:
+        weights.notes.append("transformers has saved it since; what its export said is left out")
+        weights.norm_profile = "hf"
+        return
+    if config is not None:
+        weights.format = "ours"
+        if not isinstance(section, dict) or section.get("weights_sha256") != sha256_of(contents.file):
+            raise CheckpointError("is damaged or of another export (sha256); export it again")
+    try:
+        weights.card = card_of_section(section, sizes.num_classes)
+        if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (sizes.variant, True):
+            raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
+        weights.norm_profile, weights.section = section["norm_profile"], section
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f'the section "segformer" beside it is damaged ({error})') from None
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

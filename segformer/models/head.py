@@ -9,8 +9,9 @@ Folded:      nothing non-linear stands before the BatchNorm, and a 1x1 convoluti
 
 Both forms have the same parameters (W_i, b_i, F) and the same function; the folded one needs a third of the
 operations of the as-written one for B2 (40.8 against 116.9 G for the whole model at 512 x 512, 150 classes)
-and never holds the concatenation. The BatchNorm is called as a module, so that it can be replaced by a
-synchronised one.
+and never holds the concatenation. It also takes the BatchNorm as a scale and a shift per channel (norm.py):
+in training they are applied in the blocks that ReLU and prediction work on, in eval mode they are folded
+into the projections.
 
 Shapes: B batch, C_i channels of stage i, D decoder_dim, H W map of the first stage, K classes.
 """
@@ -18,10 +19,12 @@ Shapes: B batch, C_i channels of stage i, D decoder_dim, H W map of the first st
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer.models import ops
+from segformer.models.layers import BatchNorm
+from segformer.models.ops.decode import decode_rows, fold_projections
+from segformer.models.ops.reference import upsample_to
+from segformer.models.ops.suite import Ops
 
 
 class LinearEmbed(nn.Module):
@@ -38,7 +41,11 @@ class FuseConv(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False)
-        self.bn = nn.BatchNorm2d(dim, eps=1e-5, momentum=0.1)
+        self.bn = BatchNorm(dim, eps=1e-5, momentum=0.1)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Initialise as the original: kaiming normal by fan-out, norm 1 and 0."""
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
 
@@ -51,12 +58,12 @@ class AllMLPHead(nn.Module):
         decoder_dim: int,
         num_classes: int,
         *,
+        ops: Ops,
         dropout: float = 0.1,
-        folded: bool = True,
     ) -> None:
         super().__init__()
+        self.ops = ops
         self.dropout = dropout
-        self.folded = folded
         self.linear_c1 = LinearEmbed(embed_dims[0], decoder_dim)
         self.linear_c2 = LinearEmbed(embed_dims[1], decoder_dim)
         self.linear_c3 = LinearEmbed(embed_dims[2], decoder_dim)
@@ -67,35 +74,67 @@ class AllMLPHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """4 maps (B, C_i, H_i, W_i) in channels-last memory -> logits (B, K, H_1, W_1), likewise."""
         stages = [stage.permute(0, 2, 3, 1) for stage in reversed(maps)]  # c4, c3, c2, c1 as (B, H, W, C)
-        fused = self._fuse_folded(stages) if self.folded else self._fuse_as_written(stages)
-        hidden = F.relu(self.linear_fuse.bn(fused.permute(0, 3, 1, 2)), inplace=True).permute(0, 2, 3, 1)
-        weight, bias = self.linear_pred.weight.flatten(1), self.linear_pred.bias
-        assert bias is not None
-        rate = self.dropout if self.training else 0.0
-        return ops.channel_dropout_linear(hidden, weight, bias, rate).permute(0, 3, 1, 2)
+        decode = self._decode_as_written if self.ops.name == "reference" else self._decode_folded
+        return decode(stages).permute(0, 3, 1, 2)
 
     def _projections(self) -> list[nn.Linear]:
         return [stage.proj for stage in (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)]
 
-    def _fuse_folded(self, stages: list[Tensor]) -> Tensor:
+    def _keep(self, batch: int) -> Tensor | None:
+        """What Dropout2d multiplies the channels of each image by: (B, D) of 0 or 1 / (1 - rate), or None."""
+        if not self.training or self.dropout == 0:
+            return None
+        keep = self.linear_pred.weight.new_empty(batch, self.linear_pred.in_channels)
+        return keep.bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+
+    def _decode_folded(self, stages: list[Tensor]) -> Tensor:
         projections = self._projections()
-        weights, bias = ops.fold_projections(
+        weights, offset = fold_projections(
             [proj.weight for proj in projections],
             [proj.bias for proj in projections],
             self.linear_fuse.conv.weight.flatten(1),
         )
-        # A resize keeps constants, so the bias is added where the map is smallest.
-        offsets = [bias.to(stages[0].dtype), None, None, None]
+        bn, weight, bias = self.linear_fuse.bn, self.linear_pred.weight.flatten(1), self.linear_pred.bias
+        assert bias is not None
+        if not bn.training:
+            scale, shift = bn.scale_shift()
+            weights, offset = [part * scale[:, None] for part in weights], offset * scale + shift
+        keep = self._keep(len(stages[0]))
+        if keep is None and not bn.training and _rows_alone(stages[0]):
+            return decode_rows(stages, weights, offset, weight, bias)
+        dtype = stages[0].dtype
+        # A resize keeps constants, so the offset is added where the map is smallest.
         projected = [
-            F.linear(stage, weight.to(stage.dtype), offset)
-            for stage, weight, offset in zip(stages, weights, offsets, strict=True)
+            self.ops.linear(stage, part.to(dtype), offset.to(dtype) if index == 0 else None)
+            for index, (stage, part) in enumerate(zip(stages[:-1], weights[:-1], strict=True))
         ]
-        return ops.upsample_sum(projected[-1], projected[:-1])
+        fused = self.ops.project_sum(stages[-1], weights[-1].to(dtype), projected)
+        if bn.training:
+            logits, *moments = self.ops.norm_relu_linear(fused, bn.terms(), keep, weight, bias)
+            bn.track(*moments)
+            return logits
+        hidden = fused.relu()
+        return self.ops.linear(hidden if keep is None else hidden * keep[:, None, None], weight, bias)
 
-    def _fuse_as_written(self, stages: list[Tensor]) -> Tensor:
+    def _decode_as_written(self, stages: list[Tensor]) -> Tensor:
         size = (stages[-1].shape[1], stages[-1].shape[2])
         enlarged = [
-            ops.upsample_to(proj(stage).permute(0, 3, 1, 2), size)
+            upsample_to(proj(stage).permute(0, 3, 1, 2), size)
             for proj, stage in zip(self._projections(), stages, strict=True)
         ]
-        return self.linear_fuse.conv(torch.cat(enlarged, dim=1)).permute(0, 2, 3, 1)
+        hidden = self.linear_fuse.bn(self.linear_fuse.conv(torch.cat(enlarged, dim=1))).relu()
+        keep = self._keep(len(hidden))
+        if keep is not None:
+            hidden = hidden * keep[:, :, None, None]
+        return self.linear_pred(hidden).permute(0, 2, 3, 1)
+
+
+def _rows_alone(maps: Tensor) -> bool:
+    """Whether the head runs band by band: on a CPU, in full precision, without gradients, not compiled."""
+    return (
+        maps.device.type == "cpu"
+        and maps.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )

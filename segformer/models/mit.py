@@ -16,9 +16,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from segformer.errors import DataError
-from segformer.models import ops
+from segformer.models.layers import Linear
+from segformer.models.ops.suite import Ops
 
 # (kernel, stride, padding) of the four patch embeddings
 PATCH_GEOMETRY = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
@@ -62,50 +64,52 @@ class OverlapPatchEmbed(nn.Module):
 class EfficientSelfAttention(nn.Module):
     """Attention whose keys and values come from sr_ratio x sr_ratio times fewer tokens."""
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, ops)
+        self.kv = Linear(dim, 2 * dim, ops)
+        self.proj = Linear(dim, dim, ops)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        reduced = tokens
+    def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
+        """`norm`, then attention, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
+        reduction = (self.sr.weight, self.sr.bias) if self.sr_ratio > 1 else None
+        query, reduced = self.ops.attention_inputs(
+            tokens, size, (norm.weight, norm.bias, norm.eps), (self.q.weight, self.q.bias), reduction
+        )
         if self.sr_ratio > 1:
-            reduced = self.norm(ops.reduce_tokens(tokens, size, self.sr.weight, self.sr.bias))  # (B, M, C)
-        return self.proj(ops.attend(self.q(tokens), self.kv(reduced), self.num_heads))
+            reduced = self.norm(reduced)
+        return self.proj(self.ops.attend(query, self.kv(reduced), self.num_heads))
 
 
 class DWConv(nn.Module):
-    """Depthwise 3x3 convolution on tokens; it carries the positional information of the network."""
+    """The parameters of the depthwise 3x3 convolution; a module of its own because files name it dwconv."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        return ops.depthwise_conv(tokens, size, self.dwconv.weight, self.dwconv.bias)
-
 
 class MixFFN(nn.Module):
-    """Linear, depthwise convolution, GELU, Linear."""
+    """Linear, depthwise 3x3 convolution (which carries the positional information), GELU, Linear."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, ops: Ops) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.ops = ops
+        self.fc1 = Linear(dim, hidden_dim, ops)
         self.dwconv = DWConv(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.act = nn.GELU()
+        self.fc2 = Linear(hidden_dim, dim, ops)
 
-    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        return self.fc2(self.act(self.dwconv(self.fc1(tokens), size)))
+    def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
+        """`norm`, then Mix-FFN, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
+        layers = (self.fc1, self.dwconv.dwconv, self.fc2)
+        parts = [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
+        return self.ops.mix_ffn(tokens, size, (norm.weight, norm.bias, norm.eps), parts)
 
 
 class Block(nn.Module):
@@ -121,18 +125,19 @@ class Block(nn.Module):
         drop_path: float,
         norm_eps: float,
         reduction_norm_eps: float,
+        ops: Ops,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, reduction_norm_eps)
+        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, reduction_norm_eps, ops)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = MixFFN(dim, mlp_ratio * dim)
+        self.mlp = MixFFN(dim, mlp_ratio * dim, ops)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        tokens = self.drop_path(tokens, self.attn(self.norm1(tokens), size))
-        return self.drop_path(tokens, self.mlp(self.norm2(tokens), size))
+        tokens = self.drop_path(tokens, self.attn(tokens, size, self.norm1))
+        return self.drop_path(tokens, self.mlp(tokens, size, self.norm2))
 
 
 class MixTransformer(nn.Module):
@@ -140,7 +145,8 @@ class MixTransformer(nn.Module):
 
     `norm_eps` is the epsilon of block and stage norms, `embed_norm_eps` that of the norms after the patch
     embeddings and after the reduction; the original has 1e-6 and 1e-5. Stochastic depth grows linearly from 0
-    in the first block to `drop_path_rate` in the last.
+    in the first block to `drop_path_rate` in the last. In training the blocks of the stages (1 to 4) in
+    `checkpointing` keep their inputs only and run again in the backward pass.
     """
 
     def __init__(
@@ -151,6 +157,8 @@ class MixTransformer(nn.Module):
         sr_ratios: Sequence[int],
         mlp_ratios: Sequence[int],
         *,
+        ops: Ops,
+        checkpointing: Sequence[int] = (),
         drop_path_rate: float = 0.1,
         norm_eps: float = 1e-6,
         embed_norm_eps: float = 1e-5,
@@ -158,6 +166,7 @@ class MixTransformer(nn.Module):
         super().__init__()
         self.embed_dims = tuple(embed_dims)
         self.sr_ratios = tuple(sr_ratios)
+        self.checkpointing = frozenset(checkpointing)
         last = max(sum(depths) - 1, 1)
         index, in_dim = 0, 3
         for stage, dim in enumerate(embed_dims):
@@ -171,6 +180,7 @@ class MixTransformer(nn.Module):
                     drop_path=drop_path_rate * (index + offset) / last,
                     norm_eps=norm_eps,
                     reduction_norm_eps=embed_norm_eps,
+                    ops=ops,
                 )
                 for offset in range(depths[stage])
             )
@@ -194,8 +204,12 @@ class MixTransformer(nn.Module):
                     f"images of {images.shape[2]} x {images.shape[3]} pixels are too small: stage {stage} "
                     f"reduces a map of {size[0]} x {size[1]} by {sr_ratio}; use sides of 32 pixels or more"
                 )
+            again = stage in self.checkpointing and self.training and torch.is_grad_enabled()
             for block in self.get_submodule(f"block{stage}").children():
-                tokens = block(tokens, size)
+                if again:
+                    tokens = checkpoint(block, tokens, size, use_reentrant=False)
+                else:
+                    tokens = block(tokens, size)
             tokens = self.get_submodule(f"norm{stage}")(tokens)
             maps = tokens.unflatten(1, size).permute(0, 3, 1, 2)  # a view
             outputs.append(maps)

@@ -11,82 +11,24 @@ architecture with CheckpointError.
 Shapes: B batch, K classes, H W image.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.convert import listed, load_hf_directory, load_hf_file
-from segformer.models.head import AllMLPHead
+from segformer.models.card import Card
+from segformer.models.convert import Weights, read_weights
+from segformer.models.head import AllMLPHead, FuseConv
 from segformer.models.mit import MixTransformer, init_encoder_weights
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Variant:
-    """The sizes of one SegFormer."""
-
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    decoder_dim: int
-    num_heads: tuple[int, ...] = (1, 2, 5, 8)
-    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
-
-
-_WIDE = (64, 128, 320, 512)
-
-VARIANTS = {
-    "b0": Variant(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), decoder_dim=256),
-    "b1": Variant(embed_dims=_WIDE, depths=(2, 2, 2, 2), decoder_dim=256),
-    "b2": Variant(embed_dims=_WIDE, depths=(3, 4, 6, 3), decoder_dim=768),
-    "b3": Variant(embed_dims=_WIDE, depths=(3, 4, 18, 3), decoder_dim=768),
-    "b4": Variant(embed_dims=_WIDE, depths=(3, 8, 27, 3), decoder_dim=768),
-    "b5": Variant(embed_dims=_WIDE, depths=(3, 6, 40, 3), decoder_dim=768),
-}
-
-# (block and stage norms, norms after patch embedding and after reduction). transformers uses 1e-5 everywhere
-# whatever its config says; mmsegmentation 1e-6 everywhere.
-NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """Which network to build."""
-
-    variant: str = "b0"
-    """Size of the network: b0, b1, b2, b3, b4 or b5."""
-    num_classes: int | None = None
-    """Classes predicted; null takes the number of the data set."""
-    decoder_dim: int | None = None
-    """Channels of the decode head; null takes the variant's (256 for b0 and b1, 768 above)."""
-    folded: bool = True
-    """Run the decode head folded (same function and parameters, a third of the work) or as written."""
-    norm_profile: str = "original"
-    """LayerNorm epsilons: original, hf (to compare with transformers) or mmseg."""
-    drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, growing linearly from 0 in the first."""
-    dropout: float = 0.1
-    """Share of channels of the decode head dropped per image before the prediction, in training."""
-    pretrained: str = ""
-    """Export or Hugging Face directory, or its safetensors file, to start from; empty starts from random
-    weights. The encoder is always loaded, the head where the file has one with the same number of classes."""
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"model.variant={self.variant} is unknown; use one of {', '.join(VARIANTS)}")
-        if self.norm_profile not in NORM_PROFILES:
-            raise ConfigError(
-                f"model.norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}"
-            )
-        for name in ("num_classes", "decoder_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name}={value} must be 1 or more, or null")
-        for name in ("drop_path_rate", "dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f"model.{name}={value} must be at least 0 and below 1")
+from segformer.models.names import listed
+from segformer.models.ops.suite import SUITES
+from segformer.models.save import write_hf
+from segformer.models.sizes import find_sizes
+from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 
 
 class SegFormer(nn.Module):
@@ -95,12 +37,65 @@ class SegFormer(nn.Module):
     def __init__(self, backbone: MixTransformer, decode_head: AllMLPHead, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.card = Card()  # names and colours of the classes, normalisation: what a file said
+        self.pretrained = ""  # in words, what was loaded from where
         self.backbone = backbone
         self.decode_head = decode_head
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalised -> logits (B, K, ceil(H / 4), ceil(W / 4))."""
         return self.decode_head(self.backbone(images))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        num_classes: int | None = None,
+        class_map: Mapping[Any, Any] | None = None,
+        ops: str = "fused",
+        norm_profile: str | None = None,
+        encoder_only: bool = False,
+    ) -> "SegFormer":
+        """The model of a file or directory of any known format (docs/weights.md), in evaluation mode.
+
+        Args:
+            path: export, Hugging Face directory, .pth of NVlabs or SMP, or the encoder of any of them.
+            num_classes: needed where the file has only an encoder; the head is then random.
+            class_map: target class -> class of the file, or None for a fresh one; see models/remap.py.
+            ops: fused or reference.
+            norm_profile: LayerNorm epsilons, in place of those that the format is run with.
+            encoder_only: leave the head of the file out.
+
+        Raises:
+            CheckpointError: the file can't be read, is damaged or of another network.
+            ConfigError: the number of classes is missing or differs, or the class map doesn't fit.
+        """
+        weights = read_weights(path, encoder_only=encoder_only)
+        if class_map is not None:
+            weights = weights.mapped(class_map)
+        classes = weights.sizes.num_classes if weights.sizes.kind == "segmentation" else num_classes
+        if classes is None:
+            raise ConfigError(f"{path} has no segmentation head; give num_classes for a fresh one")
+        if num_classes not in (None, classes):
+            raise ConfigError(
+                f"{path} has {classes} classes, num_classes={num_classes}; give class_map, such as "
+                f"{{k: None for k in range({num_classes})}} for {num_classes} fresh ones"
+            )
+        model = build_model(weights.config(norm_profile, ops), classes)
+        _load(model, weights, keep_head=weights.sizes.kind == "segmentation")
+        model.card = weights.card
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path, card: Card | None = None) -> None:
+        """Write a directory that `from_pretrained`, the commands of launch/ and transformers load.
+
+        `card` says what the classes are called and how images were normalised; without, it is what a file
+        said that the model was loaded from, or nothing, and the normalisation of ImageNet.
+        Raises ConfigError where `path` holds other files or can't be written.
+        """
+        weights = replace(_weights_of(self, self.backbone), card=card or self.card)
+        write_hf(weights, Path(path), section={}, dropout=self.decode_head.dropout)
 
 
 class MiTClassifier(nn.Module):
@@ -117,6 +112,26 @@ class MiTClassifier(nn.Module):
         """Images (B, 3, H, W), normalised -> class scores (B, K)."""
         return self.head(self.backbone(images)[-1].mean(dim=(2, 3)))
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, ops: str = "fused", norm_profile: str | None = None
+    ) -> "MiTClassifier":
+        """The ImageNet classifier of a file or directory of any known format, in evaluation mode.
+
+        Raises CheckpointError where it can't be read, is damaged or no classifier.
+        """
+        weights = read_weights(path)
+        if weights.sizes.kind != "classification" or weights.sizes.num_classes is None:
+            raise CheckpointError(f"{path} holds no classifier ({weights.sizes.kind}); use SegFormer")
+        model = cls(build_encoder(weights.config(norm_profile, ops)), weights.sizes.num_classes)
+        load_strict(model, weights.state, source=str(path))
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path, card: Card | None = None) -> None:
+        """Write a directory that `from_pretrained` and transformers load; see SegFormer.save_pretrained."""
+        weights = replace(_weights_of(self, self.backbone), card=card or Card())
+        write_hf(weights, Path(path), section={})
+
 
 def build_encoder(cfg: ModelConfig) -> MixTransformer:
     """The encoder of `cfg.variant` with random weights."""
@@ -128,6 +143,8 @@ def build_encoder(cfg: ModelConfig) -> MixTransformer:
         variant.num_heads,
         variant.sr_ratios,
         variant.mlp_ratios,
+        ops=SUITES[cfg.ops],
+        checkpointing=cfg.checkpointing,
         drop_path_rate=cfg.drop_path_rate,
         norm_eps=norm_eps,
         embed_norm_eps=embed_norm_eps,
@@ -150,31 +167,82 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
         cfg.decoder_dim or variant.decoder_dim,
         num_classes,
         dropout=cfg.dropout,
-        folded=cfg.folded,
+        ops=SUITES[cfg.ops],
     )
     model = SegFormer(build_encoder(cfg), head, num_classes)
     if cfg.pretrained:
-        load_pretrained(model, cfg.pretrained)
+        model.pretrained = load_pretrained(model, cfg.pretrained)
     return model
 
 
-def load_pretrained(model: SegFormer, path: str | Path) -> None:
+def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give a model built on the meta device its memory on `device` and new random weights.
+
+        with torch.device("meta"):
+            model = build_model(ModelConfig(variant="b5_w4"), 150)  # 1.3 billion parameters, no memory
+
+    The weights have the distributions of a model built directly, drawn in another order.
+    """
+    model.to_empty(device=device)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+    for module in model.modules():
+        if isinstance(module, MixTransformer):
+            module.apply(init_encoder_weights)
+        elif isinstance(module, FuseConv):
+            module.initialise()
+        elif isinstance(module, MiTClassifier):
+            init_encoder_weights(module.head)
+
+
+def load_pretrained(model: SegFormer, path: str | Path) -> str:
     """Load the encoder of a file into `model`, and its decode head where that has as many classes.
 
-    `path` is a directory with config.json and model.safetensors, or a safetensors file with Hugging Face
-    names. The head of an ImageNet classifier is left out. Raises CheckpointError naming what is missing or of
-    another shape.
+    `path` is a file or directory of any format that `read_weights` knows. The head of an ImageNet classifier
+    is left out. Returns in words what was loaded. Raises CheckpointError naming what is missing or of another
+    shape.
     """
-    state = load_hf_directory(path)[0] if Path(path).is_dir() else load_hf_file(path)
-    predictor = state.get("decode_head.linear_pred.weight")
-    keep_head = predictor is not None and predictor.shape[0] == model.num_classes
-    wanted = ("backbone.", "decode_head.") if keep_head else ("backbone.",)
-    load_strict(
-        model,
-        {name: tensor for name, tensor in state.items() if name.startswith(wanted)},
-        source=str(path),
-        prefixes=wanted,
+    weights = read_weights(path)
+    sizes = weights.sizes
+    keep_head = sizes.kind == "segmentation" and sizes.num_classes == model.num_classes
+    _load(model, weights, keep_head=keep_head)
+    what = f"{sizes.variant} of {path} ({weights.title}): encoder"
+    if keep_head:
+        what += " and head"
+    else:
+        there = f", which has {sizes.num_classes} classes there," if sizes.kind == "segmentation" else ""
+        what += f"; the head{there} is new, for {model.num_classes} classes"
+    own = _profile_of(model.backbone)
+    if weights.norm_profile not in (own, None):
+        what += f"; LayerNorm epsilons are those of {own}, the weights had those of {weights.norm_profile}"
+    return what
+
+
+def _load(model: SegFormer, weights: Weights, *, keep_head: bool) -> None:
+    prefixes = ("backbone.", "decode_head.") if keep_head else ("backbone.",)
+    state = {name: tensor for name, tensor in weights.state.items() if name.startswith(prefixes)}
+    source = f"{weights.source}, which is {weights.sizes.variant},"
+    load_strict(model, state, source=source, prefixes=prefixes)
+
+
+def _weights_of(model: nn.Module, backbone: MixTransformer) -> Weights:
+    """A model as `read_weights` would find it in an export."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return Weights(
+        source="the model",
+        state=state,
+        sizes=find_sizes(state),
+        format="ours",
+        norm_profile=_profile_of(backbone),
     )
+
+
+def _profile_of(backbone: MixTransformer) -> str | None:
+    eps = {name: norm.eps for name, norm in backbone.named_modules() if isinstance(norm, nn.LayerNorm)}
+    found = (eps["norm1"], eps["patch_embed1.norm"])
+    return next((name for name, pair in NORM_PROFILES.items() if pair == found), None)
 
 
 def load_strict(
@@ -185,6 +253,14 @@ def load_strict(
 
     Raises CheckpointError naming every tensor that is missing, unexpected or of another shape.
     """
+    check_strict(model, state, source=source, prefixes=prefixes)
+    model.load_state_dict(state, strict=False)
+
+
+def check_strict(
+    model: nn.Module, state: dict[str, Tensor], *, source: str, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """What `load_strict` refuses, without loading; `model` may be on the meta device."""
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     problems = []
     if missing := [name for name in own if name not in state]:
@@ -200,4 +276,3 @@ def load_strict(
         problems.append(f"{len(other)} of another shape: {listed(other)}")
     if problems:
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}; check model.variant")
-    model.load_state_dict(state, strict=False)

@@ -131,7 +131,7 @@ def test_the_command_measures_the_order_and_names_what_it_does_not_know(root: Pa
     assert rows[0]["command"].startswith("python launch/bench.py")
     wrong = run("bench=speed")
     assert wrong.returncode == 2
-    assert "use one of loader, order, start, memory" in wrong.stderr
+    assert "use one of loader, order, start, memory, peers" in wrong.stderr
 
 
 def test_settings_are_checked(bench: Any) -> None:

@@ -1,4 +1,4 @@
-"""Each rank's share of a batch through SyncBatchNorm2d: `batch_norm_ranks.py <folder>`."""
+"""Each rank's share of a batch through a synchronised BatchNorm: `batch_norm_ranks.py <folder>`."""
 
 import sys
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from segformer.dist import init_world, synchronise_batch_norm
+from segformer.models.layers import BatchNorm
 
 world = init_world()
 folder = Path(sys.argv[1])
 data = torch.load(folder / "input.pt", weights_only=True)
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.BatchNorm2d(6, momentum=0.3))
+model = torch.nn.Sequential(BatchNorm(6, momentum=0.3))
 synchronise_batch_norm(model)
 bounds = [0, *data["shares"]]
 mine = slice(bounds[world.rank], bounds[world.rank + 1])

@@ -5,7 +5,8 @@ import torch
 
 from segformer.doctor.memory import Forecast, activation_bytes, forecast, state_bytes
 from segformer.losses import LossConfig, SegmentationLoss
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig, build_optimizer
 
 MODEL = ModelConfig(variant="b0")
@@ -52,7 +53,9 @@ def test_activations_grow_with_batch_and_area_and_shrink_in_bf16() -> None:
     batches = [measured((128, 128), batch) for batch in (1, 2, 4)]
     assert batches[2] - batches[1] == pytest.approx(2 * (batches[1] - batches[0]), rel=1e-3)
     assert measured((256, 256), 1) - batches[0] == pytest.approx(3 * (batches[1] - batches[0]), rel=0.05)
-    assert 0.5 * batches[2] < measured((128, 128), 4, bf16=True) < 0.75 * batches[2]
+    assert (
+        0.5 * batches[2] < measured((128, 128), 4, bf16=True) < 0.9 * batches[2]
+    )  # the residual stream stays fp32
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 
 from segformer.data.transforms import NUM_PHOTOMETRIC, AugmentConfig, Normalize, draw_photometric, sample_rng
 from segformer.losses import LossConfig, SegmentationLoss
-from segformer.models.segformer import ModelConfig, build_model
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from segformer.models.head import AllMLPHead
+from segformer.models.ops.suite import SUITES
 
 DIMS = (32, 64, 160, 256)
 SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
@@ -13,10 +14,10 @@ SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
 def heads(dtype=torch.float32, dropout=0.0) -> tuple[AllMLPHead, AllMLPHead]:
     """Folded and as written, with the same random parameters and running statistics."""
     torch.manual_seed(0)
-    folded = AllMLPHead(DIMS, 64, 19, dropout=dropout, folded=True).to(dtype)
+    folded = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=SUITES["fused"]).to(dtype)
     folded.linear_fuse.bn.running_mean.normal_()
     folded.linear_fuse.bn.running_var.uniform_(0.5, 2)
-    written = AllMLPHead(DIMS, 64, 19, dropout=dropout, folded=False).to(dtype)
+    written = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=SUITES["reference"]).to(dtype)
     written.load_state_dict(folded.state_dict())
     return folded, written
 
@@ -78,18 +79,29 @@ def test_written_form_is_concat_c4_to_c1_fuse_norm_relu_predict():
     torch.testing.assert_close(written(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_replaced_batch_norm_is_called():
-    head = heads()[0]
-    calls = []
+def test_dropout_drops_whole_channels_of_an_image_and_rescales_the_rest():
+    for head in heads(torch.float64, dropout=0.4):
+        head.linear_pred.weight.data.copy_(torch.eye(64)[:19, :, None, None])  # class k shows channel k
+        head.linear_pred.bias.data.zero_()
+        torch.manual_seed(2)
+        dropped = head(maps(SIZES[0], torch.float64))
+        head.dropout = 0.0
+        hidden = head(maps(SIZES[0], torch.float64))
+        factor = (dropped.sum((2, 3)) / hidden.sum((2, 3))).detach()
+        assert 0 < (factor == 0).sum() < factor.numel()
+        torch.testing.assert_close(factor[factor != 0], torch.full_like(factor[factor != 0], 1 / 0.6))
 
-    class Counting(torch.nn.BatchNorm2d):
-        def forward(self, x):
-            calls.append(x.shape)
-            return super().forward(x)
 
-    head.linear_fuse.bn = Counting(64)
-    head(maps(SIZES[0]))
-    assert calls == [(2, 64, 16, 16)]
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_without_gradients_equal_those_with(training):
+    """Without gradients the eval form runs band by band."""
+    head = heads()[0].train(training)
+    head.linear_fuse.bn.momentum = 0.0
+    inputs = maps(SIZES[1])
+    with torch.no_grad():
+        alone = head(inputs)
+    assert relative(alone, head(inputs)) < 1e-6
+    assert alone.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_dropout_acts_in_training_only():
@@ -113,7 +125,7 @@ def test_bfloat16_logits_of_the_folded_form_are_no_further_from_float64_than_the
 
 def test_initial_weights_are_those_of_the_original():
     torch.manual_seed(0)
-    head = AllMLPHead((64, 128, 320, 512), 768, 150)
+    head = AllMLPHead((64, 128, 320, 512), 768, 150, ops=SUITES["fused"])
     assert head.linear_fuse.conv.weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.01)
     bound = 512**-0.5  # torch's default: uniform in +-1 / sqrt(fan_in)
     assert head.linear_c4.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)

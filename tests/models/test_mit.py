@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from segformer.models.mit import Block, DropPath
-from segformer.models.segformer import ModelConfig, build_encoder
+from segformer.models.ops.suite import SUITES
+from segformer.models.segformer import build_encoder
+from segformer.models.variants import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1)
 
 @pytest.mark.parametrize("sr_ratio", [1, 4])
 def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio):
-    block = Block(64, 2, sr_ratio, 4, drop_path=0.1, norm_eps=1e-6, reduction_norm_eps=1e-5)
+    block = Block(
+        64, 2, sr_ratio, 4, drop_path=0.1, norm_eps=1e-6, reduction_norm_eps=1e-5, ops=SUITES["fused"]
+    )
     tokens = torch.randn(2, 16 * 24, 64)
     with torch.profiler.profile(record_shapes=True) as profile:
         block(tokens, (16, 24))

@@ -1,31 +1,24 @@
 """SegFormer as a whole: the same function as transformers' port, the published sizes, any image size."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.models.convert import load_hf_directory, to_hf
-from segformer.models.segformer import (
-    VARIANTS,
-    MiTClassifier,
-    ModelConfig,
-    build_encoder,
-    build_model,
-    load_strict,
-)
+from segformer.models.convert import read_weights
+from segformer.models.names import from_ours
+from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialise, load_strict
+from segformer.models.variants import VARIANTS, ModelConfig
 
-# Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: those of the official checkpoints.
-PARAMETERS = {
-    "b0": (3_319_392, 3_752_694, 3_719_027, 3_576_392),
-    "b1": (13_151_424, 13_715_798, 13_682_131, 13_664_424),
-    "b2": (24_196_288, 27_461_974, 27_361_235, 24_709_288),
-    "b3": (44_072_128, 47_337_814, 47_237_075, 44_585_128),
-    "b4": (60_842_688, 64_108_374, 64_007_635, 61_355_688),
-    "b5": (81_443_008, 84_708_694, 84_607_955, 81_956_008),
-}
+OFFICIAL = ["b0", "b1", "b2", "b3", "b4", "b5"]
+# Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: of b0 to b5 those of the official
+# checkpoints.
+PARAMETERS = json.loads((Path(__file__).parent / "parameters.json").read_text())
 
 
 def hf_model(name: str, num_classes: int) -> SegformerForSemanticSegmentation:
@@ -56,13 +49,13 @@ def hf_model(name: str, num_classes: int) -> SegformerForSemanticSegmentation:
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", OFFICIAL)
 def test_logits_equal_transformers_within_1e_4_at_512x512_and_333x497(variant, tmp_path):
     torch.manual_seed(0)
     theirs = hf_model(variant, 150)
     theirs.save_pretrained(tmp_path)
     ours = build_model(ModelConfig(variant=variant, norm_profile="hf"), 150).eval()
-    load_strict(ours, load_hf_directory(tmp_path)[0], source=str(tmp_path))
+    load_strict(ours, read_weights(tmp_path).state, source=str(tmp_path))
     for size in ((512, 512), (333, 497)):
         images = torch.randn(1, 3, *size)
         with torch.no_grad():
@@ -72,7 +65,7 @@ def test_logits_equal_transformers_within_1e_4_at_512x512_and_333x497(variant, t
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameter_counts_equal_the_official_checkpoints(variant):
+def test_parameter_counts_equal_the_golden_file(variant):
     cfg = ModelConfig(variant=variant)
     with torch.device("meta"):
         models = (
@@ -81,13 +74,73 @@ def test_parameter_counts_equal_the_official_checkpoints(variant):
             build_model(cfg, 19),
             MiTClassifier(build_encoder(cfg)),
         )
-    assert tuple(sum(p.numel() for p in model.parameters()) for model in models) == PARAMETERS[variant]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == PARAMETERS[variant]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_golden_file_is_the_sum_over_the_layers(variant):
+    """Counted from the sizes alone, layer by layer."""
+    sizes, total, inputs = VARIANTS[variant], 0, 3
+    for stage, dim in enumerate(sizes.embed_dims):
+        kernel, ratio, hidden = (7, 3, 3, 3)[stage], sizes.sr_ratios[stage], 4 * dim
+        norm, square = 2 * dim, dim * dim + dim
+        block = 2 * norm + 4 * square + (ratio * ratio * dim * dim + dim + norm if ratio > 1 else 0)
+        block += dim * hidden + hidden + 9 * hidden + hidden + hidden * dim + dim
+        total += kernel * kernel * inputs * dim + dim + norm + sizes.depths[stage] * block + norm
+        inputs = dim
+    width = sizes.decoder_dim
+    head = sum(dim * width + width for dim in sizes.embed_dims) + 4 * width * width + 2 * width
+    heads = [head + classes * (width + 1) for classes in (150, 19)]
+    expected = [total, total + heads[0], total + heads[1], total + 1000 * (sizes.embed_dims[-1] + 1)]
+    assert PARAMETERS[variant] == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_head_of_attention_has_64_channels_in_all_variants_but_b0(variant):
+    sizes = VARIANTS[variant]
+    per_head = {dim / heads for dim, heads in zip(sizes.embed_dims, sizes.num_heads, strict=True)}
+    assert per_head == {32.0 if variant == "b0" else 64.0}
+
+
+def test_a_model_of_1_3_billion_parameters_is_built_on_the_meta_device_without_memory():
+    program = """
+import torch
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+with torch.device("meta"):
+    build_model(ModelConfig(variant="b0"), 2)
+    before = resident()
+    model = build_model(ModelConfig(variant="b5_w4"), 150)
+print(sum(p.numel() for p in model.parameters()), resident() - before)
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    parameters, grown = map(int, answer.stdout.split())
+    assert parameters == PARAMETERS["b5_w4"][1]
+    assert grown < 50 << 20
+
+
+def test_initialise_gives_a_meta_model_the_distributions_of_one_built_directly():
+    torch.manual_seed(0)
+    direct = build_model(ModelConfig(), 150)
+    with torch.device("meta"):
+        model = build_model(ModelConfig(), 150)
+    initialise(model)
+    for (name, got), expected in zip(model.state_dict().items(), direct.state_dict().values(), strict=True):
+        if expected.numel() > 400 and expected.unique().numel() > 1:
+            assert got.std().item() == pytest.approx(expected.std().item(), rel=0.15), name
+            assert abs(got.mean() - expected.mean()) < 0.2 * expected.std(), name
+        elif expected.unique().numel() == 1:
+            assert torch.equal(got, expected), name
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_gradients_reach_every_parameter(folded):
     torch.manual_seed(0)
-    model = build_model(ModelConfig(folded=folded, drop_path_rate=0.0), 3)
+    model = build_model(ModelConfig(ops="fused" if folded else "reference", drop_path_rate=0.0), 3)
     # 64 x 64: with a single reduced token, as at 32 x 32, softmax is constant and q and k have no gradient
     logits = model(torch.randn(2, 3, 64, 64))
     logits.square().mean().backward()
@@ -140,6 +193,8 @@ def test_norm_profile_sets_every_layer_norm(profile, block, embed):
         ({"drop_path_rate": 1.0}, "model.drop_path_rate=1.0 must be"),
         ({"dropout": -0.1}, "model.dropout=-0.1 must be"),
         ({"num_classes": 0}, "model.num_classes=0 must be"),
+        ({"ops": "fast"}, "model.ops=fast is unknown; use one of fused, reference"),
+        ({"checkpointing": [0, 1, 5]}, r"model.checkpointing has \[0, 5\]; give stages from 1 to 4"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong, message):
@@ -159,7 +214,7 @@ def export(tmp_path):
 
     torch.manual_seed(1)
     model = build_model(ModelConfig(), 4)
-    save_file(to_hf(model.state_dict()), tmp_path / "model.safetensors")
+    save_file(from_ours(model.state_dict(), "hf"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "segformer"}), encoding="utf-8")
     return tmp_path, model.state_dict()
 

@@ -1,0 +1,87 @@
+"""How fast the arithmetic and the memory of a device are, and the shortest time that work can take on it.
+
+CPU: measured in the run that uses it, several times, and the fastest counts: the faster of two ways to a
+large matrix product (the BLAS behind matmul, and the convolution library on a 1x1 convolution of a
+channels-last map, which on some processors is twice as fast), and a stream triad a = b + s * c on arrays that
+no cache holds. GPU: the data sheet; a device that isn't listed has no roofline.
+
+A bound is the larger of operations / peak and bytes / bandwidth. A layer that finds its input in a cache
+moves fewer bytes than macs.py counts, so the second term speaks of large maps and GPUs rather than of CPUs.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bench.macs import Work
+
+REPEATS = 8
+SIDE = 2048  # of the matrices
+TRIAD = 48 * 2**20  # elements of each array: 192 MiB in float32
+
+# TFLOP/s of dense bf16 matrix products and TB/s of memory, by the name of the device. Sources: NVIDIA H100
+# Tensor Core GPU and H200 Tensor Core GPU data sheets (numbers with sparsity, halved here), NVIDIA A100
+# Tensor Core GPU data sheet. float32 at full precision doesn't use the matrix units and is not listed.
+SHEET = {
+    "NVIDIA H200": (989.4, 4.8),
+    "NVIDIA H100 80GB HBM3": (989.4, 3.35),
+    "NVIDIA H100 PCIe": (756.5, 2.0),
+    "NVIDIA H100 NVL": (835.5, 3.9),
+    "NVIDIA A100-SXM4-80GB": (312.0, 2.039),
+    "NVIDIA A100-SXM4-40GB": (312.0, 1.555),
+    "NVIDIA A100 80GB PCIe": (312.0, 1.935),
+}
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Floating-point operations and bytes per second, and where they are from."""
+
+    flops: float
+    bandwidth: float
+    source: str
+
+    def best(self, other: "Peaks") -> "Peaks":
+        """The faster of two measurements of one device; what runs beside a measurement only slows it."""
+        return Peaks(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth), self.source)
+
+    def bound(self, work: Work, precision: str) -> float:
+        """The shortest time of `work`, seconds; a multiply-accumulate is two operations."""
+        return max(2 * work.macs / self.flops, BYTES[precision] * work.elements / self.bandwidth)
+
+
+def peaks(device: torch.device, precision: str, *, side: int = SIDE, triad: int = TRIAD) -> Peaks | None:
+    """The peaks of a device at fp32 or bf16; None where they are not known."""
+    if device.type == "cpu":
+        return measured(side, triad) if precision == "fp32" else None
+    sheet = SHEET.get(torch.cuda.get_device_name(device))
+    if precision != "bf16" or sheet is None:
+        return None
+    return Peaks(sheet[0] * 1e12, sheet[1] * 1e12, "data sheet")
+
+
+def measured(side: int, triad: int) -> Peaks:
+    """The fastest of REPEATS products of matrices of `side`, and of triads of `triad` elements."""
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    maps = left.view(1, 1, side, side).permute(0, 3, 1, 2)  # side channels, channels-last
+    kernels = right[:, :, None, None].contiguous(memory_format=torch.channels_last)
+    first, second, out = torch.rand(triad), torch.rand(triad), torch.empty(triad)
+    with torch.inference_mode():
+        product = _fastest(lambda: left @ right)
+        convolution = _fastest(lambda: F.conv2d(maps, kernels))
+        stream = _fastest(lambda: torch.add(first, second, alpha=3.0, out=out))
+    return Peaks(2 * side**3 / min(product, convolution), 3 * 4 * triad / stream, "measured")
+
+
+def _fastest(call: Callable[[], torch.Tensor]) -> float:
+    best = float("inf")
+    call()
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - began)
+    return best

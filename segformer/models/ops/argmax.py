@@ -1,0 +1,82 @@
+"""Classes of bilinearly enlarged logits, without ever holding the enlarged logits.
+
+    upsample_argmax      the class of every pixel
+    upsample_confusion   the confusion matrix against a label image
+
+In tiles that stay in the cache; on CUDA the Triton kernels of kernels/argmax.py.
+
+Shapes: B batch, K classes, h w logits, H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from segformer.models.ops.dispatch import register, use_triton
+from segformer.models.ops.resize import Enlargement
+
+
+def _compute_argmax(logits: Tensor, height: int, width: int) -> Tensor:
+    if use_triton(logits):
+        from segformer.models.kernels import argmax
+
+        return argmax.upsample_argmax(logits, (height, width))
+    enlargement = Enlargement(logits, (height, width))
+    out = _empty_labels(logits, height, width)
+    for labels, image in zip(out, logits.permute(0, 2, 1, 3), strict=True):
+        small = image.contiguous()  # (h, K, w)
+        for row, column in enlargement.tiles():
+            labels[row.rows, column.rows] = enlargement.tile(small, row, column).argmax(dim=1)
+    return out
+
+
+def _empty_labels(logits: Tensor, height: int, width: int) -> Tensor:
+    dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
+    return torch.empty(logits.shape[0], height, width, dtype=dtype, device=logits.device)
+
+
+_argmax = register(
+    "upsample_argmax(Tensor logits, int height, int width) -> Tensor", _compute_argmax, _empty_labels
+)
+
+
+def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """argmax over classes of logits (B, K, h, w) enlarged to `size` -> (B, *size), the first one of equals.
+
+    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one tile at a time, in
+    float32 whatever autocast says.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return _argmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), *size)
+
+
+def _compute_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    if use_triton(logits):
+        from segformer.models.kernels import argmax
+
+        return argmax.upsample_confusion(logits, target, ignore_index)
+    classes = logits.shape[1]
+    predicted = _argmax(logits, target.shape[1], target.shape[2])
+    counted = target != ignore_index
+    pairs = target[counted].long() * classes + predicted[counted].long()
+    return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def _fake_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    classes = logits.shape[1]
+    return torch.empty(classes, classes, dtype=torch.int64, device=logits.device)
+
+
+_confusion = register(
+    "upsample_confusion(Tensor logits, Tensor target, int ignore_index) -> Tensor",
+    _compute_confusion,
+    _fake_confusion,
+)
+
+
+def upsample_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """confusion[t, p]: pixels of target (B, H, W) of class t whose enlarged logits (B, K, h, w) choose p.
+
+    (K, K) int64; pixels of `ignore_index` left out. Every other target must be below K.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return _confusion(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, ignore_index)

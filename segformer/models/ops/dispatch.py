@@ -1,0 +1,48 @@
+"""How operations are registered with torch.library, the size of their blocks, what goes to Triton kernels."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Large intermediate results are made in blocks of about this size, so that a block stays in the cache of a
+# CPU and a GPU gets enough work per launch.
+CPU_BLOCK_BYTES = 2 << 20
+GPU_BLOCK_BYTES = 256 << 20
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register segformer::<schema> for CPU and CUDA and return it; torch.compile then calls it whole.
+
+    compute: the operation; fake: its result's shape, for tracing; backward and setup_context: as in
+    torch.library.register_autograd. torch.library.custom_op does the same, but imports torch._dynamo at the
+    first call, which takes a second or more.
+    """
+    name = "segformer::" + schema.partition("(")[0]
+    torch.library.define(name, "(" + schema.partition("(")[2], tags=(torch.Tag.needs_exact_strides,))
+    torch.library.impl(name, ("cpu", "cuda"), compute)
+    torch.library.register_fake(name, fake)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+    return getattr(torch.ops.segformer, name.partition("::")[2]).default
+
+
+@cache
+def _triton_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether `tensor` is on an NVIDIA GPU, of a type that the kernels know, and Triton is installed."""
+    return tensor.is_cuda and tensor.dtype in FLOATS and _triton_there()

@@ -1,0 +1,96 @@
+"""LayerNorm and Mix-FFN (Linear, 3x3 depthwise convolution, GELU, Linear), of which only the input is kept.
+
+The normalised tokens and the two hidden tensors, each four times as wide as the tokens, are formed again in
+the backward pass, some hidden channels at a time: one more matmul of the first Linear for most of what
+autograd would keep of a block. torch.compile gets the plain composition and decides itself what to keep.
+
+Shapes: B batch, C channels, E hidden channels, H W map, N = H * W tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from segformer.models.ops.depthwise import depthwise_gelu, depthwise_gelu_backward
+from segformer.models.ops.dispatch import CPU_BLOCK_BYTES
+from segformer.models.ops.linear import linear, linear_backward
+from segformer.models.ops.prenorm import Norm, compute_dtype, normalise, normalise_backward
+
+
+def _forward(values: Tensor, size: tuple[int, int], parameters: list[Tensor]) -> Tensor:
+    weight1, bias1, kernel, offset, weight2, bias2 = parameters
+    dtype = values.dtype
+    hidden = linear(values, weight1.to(dtype), bias1.to(dtype))
+    return linear(depthwise_gelu(hidden, size, kernel, offset), weight2.to(dtype), bias2.to(dtype))
+
+
+class _MixFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, size: tuple[int, int], eps: float, *parameters: Tensor) -> Tensor:
+        ctx.size, ctx.eps, dtype = size, eps, compute_dtype(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            gamma, beta = parameters[:2]
+            values, mean, inverse = normalise(tokens, (gamma, beta, eps), dtype)
+            ctx.save_for_backward(tokens, mean, inverse, *parameters)
+            return _forward(values, size, list(parameters[2:]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, mean, inverse, *parameters = ctx.saved_tensors
+        norm, parameters = (*parameters[:2], ctx.eps), parameters[2:]
+        found = [torch.empty_like(parameter) for parameter in parameters]
+        with torch.autocast(tokens.device.type, enabled=False):
+            values = normalise(tokens, norm, grad.dtype)[0]
+            inner, step = torch.zeros_like(values), _channels_at_once(values, len(parameters[1]))
+            for first in range(0, len(parameters[1]), step):
+                part = slice(first, first + step)
+                inner += _part_backward(values, grad, ctx.size, parameters, found, part)
+            inner, gamma, beta = normalise_backward(inner, tokens, norm, mean, inverse)
+        return inner, None, None, gamma, beta, *found
+
+
+def _channels_at_once(values: Tensor, hidden_dim: int) -> int:
+    """How many hidden channels the backward pass forms at once: on a CPU, tensors of about one block."""
+    if values.device.type != "cpu":
+        return hidden_dim
+    pixels = values.numel() // values.shape[-1]
+    return max(16, 2 * CPU_BLOCK_BYTES // (pixels * values.element_size()))
+
+
+def _part_backward(
+    values: Tensor,
+    grad: Tensor,
+    size: tuple[int, int],
+    parameters: list[Tensor],
+    found: list[Tensor],
+    part: slice,
+) -> Tensor:
+    """The share of some hidden channels in the gradient of values; writes those of the parameters to `found`.
+
+    A depthwise convolution keeps channels apart, so hidden channels only meet in the sum that is returned.
+    """
+    weight1, bias1, kernel, offset = (parameter[part] for parameter in parameters[:4])
+    weight1, bias1, weight2 = (x.to(values.dtype) for x in (weight1, bias1, parameters[4][:, part]))
+    hidden = linear(values, weight1, bias1)
+    active = depthwise_gelu(hidden, size, kernel, offset)
+    grad, found[4][:, part], found[5][:] = linear_backward(grad, active, weight2.contiguous())
+    del active
+    grad, found[2][part], found[3][part] = depthwise_gelu_backward(grad, hidden, *size, kernel, offset)
+    del hidden
+    grad, found[0][part], found[1][part] = linear_backward(grad, values, weight1)
+    return grad
+
+
+def mix_ffn(tokens: Tensor, size: tuple[int, int], norm: Norm, parameters: list[Tensor]) -> Tensor:
+    """LayerNorm and Mix-FFN of tokens (B, N, C) of a map of `size` -> (B, N, C).
+
+    parameters: weight (E, C) and bias of the first Linear, weight (E, 1, 3, 3) and bias of the convolution,
+    weight (C, E) and bias of the second Linear. In the autocast type where there is one.
+    """
+    gamma, beta, eps = norm
+    if torch.compiler.is_compiling():
+        return _forward(normalise(tokens, norm, compute_dtype(tokens))[0], size, parameters)
+    return _MixFFN.apply(tokens, size, eps, gamma, beta, *parameters)

@@ -1,0 +1,99 @@
+"""The sizes of every SegFormer, and the configuration that chooses one.
+
+b0 to b5 are those of the code and weights of NVlabs/SegFormer: the MLP ratio is 4 in every stage (Table 6 of
+the paper prints 8, 8, 4, 4). b6, b5_w2 and b5_w4 are ours, for models that need ZeRO-3: the same rules, heads
+of 64 channels, wider. Refuses unknown variants and settings with ConfigError.
+"""
+
+from dataclasses import dataclass, field
+
+from segformer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """The sizes of one SegFormer."""
+
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    decoder_dim: int
+    num_heads: tuple[int, ...] = (1, 2, 5, 8)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
+
+
+_WIDE = (64, 128, 320, 512)
+
+VARIANTS = {
+    "b0": Variant(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2), decoder_dim=256),
+    "b1": Variant(embed_dims=_WIDE, depths=(2, 2, 2, 2), decoder_dim=256),
+    "b2": Variant(embed_dims=_WIDE, depths=(3, 4, 6, 3), decoder_dim=768),
+    "b3": Variant(embed_dims=_WIDE, depths=(3, 4, 18, 3), decoder_dim=768),
+    "b4": Variant(embed_dims=_WIDE, depths=(3, 8, 27, 3), decoder_dim=768),
+    "b5": Variant(embed_dims=_WIDE, depths=(3, 6, 40, 3), decoder_dim=768),
+    # b3's depths, twice as wide
+    "b6": Variant(
+        embed_dims=(128, 256, 640, 1024), depths=(3, 4, 18, 3), decoder_dim=1024, num_heads=(2, 4, 10, 16)
+    ),
+    # b5's depths, twice and four times as wide
+    "b5_w2": Variant(
+        embed_dims=(128, 256, 640, 1024), depths=(3, 6, 40, 3), decoder_dim=1536, num_heads=(2, 4, 10, 16)
+    ),
+    "b5_w4": Variant(
+        embed_dims=(256, 512, 1280, 2048), depths=(3, 6, 40, 3), decoder_dim=2048, num_heads=(4, 8, 20, 32)
+    ),
+}
+
+# (block and stage norms, norms after patch embedding and after reduction). transformers uses 1e-5 everywhere
+# whatever its config says; mmsegmentation 1e-6 everywhere.
+NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
+
+
+OPS = ("fused", "reference")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which network to build."""
+
+    variant: str = "b0"
+    """Size of the network: b0 to b5, or one of the wider b6, b5_w2, b5_w4."""
+    num_classes: int | None = None
+    """Classes predicted; null takes the number of the data set."""
+    decoder_dim: int | None = None
+    """Channels of the decode head; null takes the variant's (256 for b0 and b1, 768 above)."""
+    ops: str = "fused"
+    """fused: folded head and fused operations (same function and parameters, a third of the work of b2);
+    reference: the network as the paper writes it, one library call at a time."""
+    norm_profile: str = "original"
+    """LayerNorm epsilons: original, hf (to compare with transformers) or mmseg."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block, growing linearly from 0 in the first."""
+    dropout: float = 0.1
+    """Share of channels of the decode head dropped per image before the prediction, in training."""
+    checkpointing: list[int] = field(default_factory=list)
+    """Stages (1 to 4) whose blocks are run again in the backward pass instead of kept: less memory, about a
+    third more time in those stages."""
+    pretrained: str = ""
+    """File or directory of weights of any known format (docs/weights.md) to start from; empty starts from
+    random weights. The encoder is always loaded, the head where the file has one with as many classes."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"model.variant={self.variant} is unknown; use one of {', '.join(VARIANTS)}")
+        if self.norm_profile not in NORM_PROFILES:
+            raise ConfigError(
+                f"model.norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}"
+            )
+        if self.ops not in OPS:
+            raise ConfigError(f"model.ops={self.ops} is unknown; use one of {', '.join(OPS)}")
+        if wrong := sorted(set(self.checkpointing) - {1, 2, 3, 4}):
+            raise ConfigError(f"model.checkpointing has {wrong}; give stages from 1 to 4, as [1,2]")
+        for name in ("num_classes", "decoder_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{name}={value} must be 1 or more, or null")
+        for name in ("drop_path_rate", "dropout"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"model.{name}={value} must be at least 0 and below 1")

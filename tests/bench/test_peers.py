@@ -1,0 +1,301 @@
+"""The comparison with peers: equal functions, operations as published, and rows that mean what they say."""
+
+import csv
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from segformer.errors import ConfigError, SegformerError
+from segformer.models.variants import VARIANTS
+
+# Published multiply-accumulates at 512 x 512 with 150 classes (arXiv 2105.15203).
+PUBLISHED = {"b0": 8.4, "b1": 15.9, "b2": 62.3, "b3": 79.0, "b4": 95.6, "b5": 111.5}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Import a module of bench/ by its name."""
+    monkeypatch.syspath_prepend(str(root))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.fixture
+def rules(bench: Any) -> Callable[..., Any]:
+    """Rules of a run as short as can be."""
+
+    def make(**changed: Any) -> Any:
+        given = {"device": CPU, "precision": "fp32", "num_classes": 5, "threads": 1, "rounds": 1}
+        given |= {"turn_seconds": 0, "cell_seconds": 60, "deadline": math.inf, "memory": False}
+        return bench("contest").Rules(**given | {"compile_mode": "default"} | changed)
+
+    return make
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_the_original_equals_transformers_with_the_same_weights(
+    mode: str, bench: Any, tmp_path: Path
+) -> None:
+    contenders = bench("contenders")
+    contenders.write_weights("b0", 19, tmp_path / "b0")
+    data = contenders.batch_of(contenders.Cell(mode, "b0", (97, 131), 2), 2, 19, CPU)
+    found = []
+    for name in ("transformers", "original"):
+        contender = contenders.build(name, "b0", 19, tmp_path / "b0")
+        out = contenders.step_of(contender.model, contender.run, mode, data, "fp32")()
+        found.append((out, contender))
+    (theirs, peer), (ours, original) = found
+    assert theirs.abs().max() > 0.1
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    if mode == "training":
+        norms = [contenders.gradient_norm(contender.model) for contender in (peer, original)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_stochastic_depth_of_the_original_keeps_the_mean(bench: Any) -> None:
+    torch.manual_seed(0)
+    block = bench("original").Block(8, 1, 1, 4, 0.25, (1e-6, 1e-5)).train()
+    kept = block._skip(torch.ones(4000, 3, 8))
+    assert set(kept.unique().tolist()) == {0.0, float(torch.ones(()) / 0.75)}
+    assert kept.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(kept, kept[:, :1, :1].expand_as(kept)), "a branch is dropped for a whole sample"
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_operations_are_the_published_ones_and_those_that_are_counted(variant: str, bench: Any) -> None:
+    work = bench("macs").work(variant, (512, 512), 150, folded=False, training=False)
+    assert work.macs / 1e9 == pytest.approx(PUBLISHED[variant], abs=0.05)
+    with torch.device("meta"):
+        model = bench("original").Original(VARIANTS[variant], 150).eval()
+        images = torch.empty(1, 3, 512, 512)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
+    assert 2 * work.macs == counter.get_total_flops()
+
+
+def test_b5_at_640_has_the_published_operations(bench: Any) -> None:
+    work = bench("macs").work("b5", (640, 640), 150, folded=False, training=False)
+    assert work.macs / 1e9 == pytest.approx(183.1, abs=0.05)
+
+
+def grouped_backward(grad: Any, _: Any, weight: Any, *rest: Any, **__: Any) -> int:
+    """Operations of both gradients of a convolution; the counter's own formula ignores groups."""
+    asked = rest[-1]  # for the gradients of input, weight and bias
+    return (asked[0] + asked[1]) * 2 * math.prod(grad) * math.prod(weight[1:])
+
+
+def test_operations_of_a_training_step_are_those_that_are_counted(bench: Any) -> None:
+    model = bench("original").Original(VARIANTS["b0"], 19)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: grouped_backward}
+    ) as counter:
+        model(torch.randn(2, 3, 97, 131)).sum().backward()
+    work = bench("macs").work("b0", (97, 131), 19, batch=2, folded=False, training=True)
+    assert 2 * work.macs == counter.get_total_flops()
+
+
+def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -> None:
+    variant, sides = VARIANTS["b2"], (128, 64, 32, 16)
+    with torch.device("meta"):
+        encoder = bench("original").Original(variant, 150).eval().backbone
+        folded = [torch.empty(variant.decoder_dim, dim) for dim in variant.embed_dims]
+        fuse = torch.empty(variant.decoder_dim, variant.decoder_dim)
+        predict, images = torch.empty(150, variant.decoder_dim), torch.empty(3, 3, 512, 512)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        maps = encoder(images)
+        projected = [F.linear(m.flatten(2).transpose(1, 2), w) for m, w in zip(maps, folded, strict=True)]
+        F.linear(projected[0], predict)
+    assert [m.shape[-1] for m in maps] == list(sides)
+    work = bench("macs").work
+    assert (
+        2 * work("b2", (512, 512), 150, batch=3, folded=True, training=False).macs
+        == counter.get_total_flops()
+    )
+    # Training multiplies the weights too, once for the three images, and so do its two gradients.
+    with FlopCounterMode(display=False) as products:
+        for weight in folded:
+            fuse @ weight
+    leading = 2 * 3 * 128 * 128 * 64 * 7 * 7 * 3  # the gradient of the images, which is not formed
+    whole = 3 * (counter.get_total_flops() + products.get_total_flops()) - leading
+    assert 2 * work("b2", (512, 512), 150, batch=3, folded=True, training=True).macs == whole
+
+
+def test_the_bound_is_the_larger_of_arithmetic_and_memory(bench: Any) -> None:
+    roofline, macs = bench("roofline"), bench("macs")
+    limits = roofline.Peaks(flops=1e12, bandwidth=1e11, source="measured")
+    assert limits.bound(macs.Work(10**12, 10), "fp32") == pytest.approx(2)
+    assert limits.bound(macs.Work(10, 10**11), "fp32") == pytest.approx(4)
+    assert limits.bound(macs.Work(10, 10**11), "bf16") == pytest.approx(2)
+    assert roofline.peaks(CPU, "bf16") is None
+    found = roofline.peaks(CPU, "fp32", side=256, triad=10**6)
+    assert found.source == "measured"
+    assert 1e8 < found.flops < 1e15
+    assert 1e7 < found.bandwidth < 1e14
+
+
+def test_a_short_run_gives_every_row_its_numbers_and_a_picture(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, roofline = bench("peers"), bench("roofline")
+    limits = roofline.Peaks(1e11, 1e10, "measured")
+    monkeypatch.setattr(peers, "peaks", lambda *_: limits)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)  # takes a minute
+    names = ["fused", "reference", "transformers", "original", "fused+compile", "smp"]
+    cells = ["inference/b0/64x64/1", "training/b0/64x64/2"]
+    cfg = peers.PeersBench(
+        cells=cells, contenders=names, rounds=2, turn_seconds=0, threads=1, memory=False,
+        picture=str(tmp_path / "pictures/peers.png"),
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    rows = peers.measure(cfg, "cpu", tmp_path)
+    assert torch.get_num_threads() == before
+    with (tmp_path / "peers.csv").open(newline="") as stream:
+        written = list(csv.DictReader(stream))
+    assert [(row["mode"], row["contender"]) for row in written] == [
+        (mode, name) for mode in ("inference", "training") for name in names
+    ]
+    assert written[0].keys() >= {*rows[0], "command", "commit", "date", "hardware", "versions"}
+    for row in rows:
+        if row["contender"] == "smp" and row["note"]:
+            assert row["note"].startswith("segmentation_models_pytorch cannot be imported")
+            continue
+        assert not row["note"]
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        assert all(math.isfinite(value) for value in numbers)
+        assert row["ms_min"] <= row["ms_median"] <= row["ms_max"]
+        for other in ("times_fused", "times_compiled"):
+            assert row[f"{other}_min"] <= row[other] <= row[f"{other}_max"]
+        assert row["roofline_share"] == pytest.approx(row["bound_ms"] / row["ms_median"], rel=0.01)
+        assert row["gflop_per_s"] == pytest.approx(1e3 * row["gflop"] / row["ms_median"], rel=0.01)
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_median"], rel=0.01)
+        assert row["difference"] <= 1e-5
+        assert (row["gradient_difference"] is None) == (row["mode"] == "inference")
+        assert row["rounds"] == 2
+    assert rows[0]["times_fused"] == 1
+    assert (tmp_path / "pictures/peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peak_memory_of_a_training_step_holds_the_gradients(bench: Any, rules: Any, tmp_path: Path) -> None:
+    contenders, contest = bench("contenders"), bench("contest")
+    contenders.write_weights("b0", 5, tmp_path / "b0")
+    cell = contenders.Cell.parse("training/b0/64x64/1")
+    _, (entry,) = contest.hold(cell, ["fused"], tmp_path / "b0", rules(memory=True))
+    assert entry.weights_mib == pytest.approx(
+        4 * 3_715_445 / 2**20, rel=0.01
+    )  # 3,719,027 - 14 x 257 parameters
+    assert 0.95 * entry.weights_mib < entry.peak_mib < 400
+
+
+def test_a_contender_that_computes_something_else_ends_the_run(
+    bench: Any, rules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contenders, contest = bench("contenders"), bench("contest")
+    contenders.write_weights("b0", 5, tmp_path / "b0")
+
+    def build(name: str, *arguments: Any, **options: Any) -> Any:
+        contender = contenders.build(name, *arguments, **options)
+        if name == "fused":
+            contender.model.decode_head.linear_pred.bias.data[0] += 0.01
+        return contender
+
+    monkeypatch.setattr(contest, "build", build)
+    cell = contenders.Cell.parse("inference/b0/64x64/1")
+    with pytest.raises(SegformerError, match=r"fused: logits or loss differ by .* nothing was timed"):
+        contest.hold(cell, ["fused", "original"], tmp_path / "b0", rules())
+
+
+def fake(bench: Any, name: str, most: int) -> Any:
+    """An entry whose steps run out of memory above `most` images."""
+
+    def logits(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.sum((2, 3))
+
+    contenders = bench("contenders")
+    functions = contenders.Functions(logits, lambda images, target: logits(images).sum())
+    contender = contenders.Contender(name, torch.nn.Linear(1, 1), functions, functions)
+    return bench("contest").Entry(name, contender=contender)
+
+
+def test_the_largest_batch_is_that_of_ours_and_transformers(bench: Any, rules: Any) -> None:
+    contest = bench("contest")
+    cell = bench("contenders").Cell.parse("inference/b0/32x32/max")
+    entries = [fake(bench, "fused", 100), fake(bench, "transformers", 11), fake(bench, "original", 2)]
+    assert contest.largest_batch(cell, entries, rules()) == 8
+    assert contest.largest_batch(cell, entries[2:], rules()) == 2
+
+
+def test_a_contender_without_memory_or_time_keeps_a_row_with_the_reason(bench: Any, rules: Any) -> None:
+    contest, contenders = bench("contest"), bench("contenders")
+    cell = contenders.Cell.parse("inference/b0/32x32/4")
+    data = contenders.batch_of(cell, 4, 5, CPU)
+    entries = [fake(bench, "original", 2), fake(bench, "fused+compile", 9), fake(bench, "fused", 9)]
+    for entry in entries:
+        contest._warm(cell, entry, data, rules(deadline=0.0))
+    contest.take_turns(entries, rules(rounds=3))
+    assert [entry.note for entry in entries] == [
+        "out of memory",
+        "left out: the time limit of peers.minutes",
+        "",
+    ]
+    assert [len(entry.seconds) for entry in entries] == [0, 0, 3]
+
+
+def test_turns_rotate_and_end_at_the_time_limit_after_three_rounds(bench: Any, rules: Any) -> None:
+    contest, order = bench("contest"), []
+    entries = [contest.Entry(name, contender=SimpleNamespace(model=torch.nn.Linear(1, 1))) for name in "abc"]
+    for entry in entries:
+        entry.step = lambda name=entry.name: order.append(name)
+    contest.take_turns(entries, rules(rounds=9, cell_seconds=0))
+    assert "".join(order[::2]) == "abcbcacab", "every second step is the one that is not timed"
+    assert [len(entry.seconds) for entry in entries] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_cells_of_the_lists_can_be_read(device: str, bench: Any) -> None:
+    peers, parse = bench("peers"), bench("contenders").Cell.parse
+    cells = peers._cells(peers.PeersBench(cells=["accept", "all", peers.ACCEPT[device][0]]), device)
+    assert [str(cell) for cell in cells] == list(peers.ALL[device])
+    assert all(parse(str(cell)) == cell for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cells": ["training/b2"]}, "peers.cells has 'training/b2'; write"),
+        ({"cells": ["training/b9/64x64/1"]}, "'training/b9/64x64/1', which is unknown"),
+        ({"cells": ["speed/b0/64x64/1"]}, "modes inference, training"),
+        ({"cells": ["inference/b0/16x64/1"]}, "sides of 32 pixels or more"),
+        ({"cells": []}, "the number of cells must be 1 or more"),
+        ({"contenders": ["mmseg"]}, "peers.contenders has mmseg; use fused, "),
+        ({"precision": "fp8"}, "peers.precision=fp8 is unknown"),
+        ({"rounds": 0}, "rounds and the number of cells must be 1 or more"),
+        ({"minutes": -1}, "must not be negative"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], message: str, bench: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench("peers").PeersBench(**wrong)
+
+
+def test_a_device_that_is_not_there_is_refused(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = bench("peers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, cells, message in (
+        ("tpu", ["accept"], "device=tpu is unknown"),
+        ("cuda", ["accept"], "torch sees no GPU"),
+        ("cpu", ["training/b0/64x64/max"], "sought on a GPU only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            peers.measure(peers.PeersBench(cells=cells), device, tmp_path)

@@ -1,0 +1,107 @@
+"""torch.compile: no graph breaks, no surprise recompilations, and the gradients of the eager network."""
+
+import re
+
+import pytest
+import torch
+import torch._dynamo
+
+from segformer.losses import LossConfig, SegmentationLoss
+from segformer.models.head import AllMLPHead
+from segformer.models.mit import MixTransformer
+from segformer.models.ops.suite import SUITES
+from segformer.models.segformer import SegFormer
+from segformer.models.variants import OPS
+
+
+class Step(torch.nn.Module):
+    """Encoder, head and loss as one module."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        dims, ops = (8, 16, 40, 64), SUITES[form]
+        encoder = MixTransformer(
+            dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=ops, drop_path_rate=0.1
+        )
+        self.model = SegFormer(encoder, AllMLPHead(dims, 16, 8, ops=ops, dropout=0.0), 8)
+        for block in self.model.backbone.children():
+            for module in block.modules():
+                if hasattr(module, "rate"):
+                    module.rate = 0.0
+        self.criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 8)
+
+    def forward(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.criterion(self.model(images), target)[0]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(height: int = 64, width: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 3, height, width), torch.randint(0, 8, (2, height, width))
+
+
+def compare_gradients(compiled: Step, eager: Step) -> None:
+    """Every parameter's gradient points the same way, except those that are zero but for rounding.
+
+    A constant before the batch norm has no effect: norm4 and the projections of the head have such a bias.
+    """
+    zero = re.compile(r"model\.(backbone\.norm4|decode_head\.linear_c\d\.proj)\.bias")
+    for (name, left), right in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        assert left.grad.isfinite().all(), name
+        if not zero.fullmatch(name):
+            cosine = torch.cosine_similarity(left.grad.flatten(), right.grad.flatten(), dim=0)
+            assert cosine > 0.99, name
+            assert left.grad.norm().item() == pytest.approx(right.grad.norm().item(), rel=0.1), name
+
+
+@pytest.mark.parametrize("form", OPS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(form, bf16):
+    eager, compiled = Step(form), Step(form)
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)  # fullgraph: a break is an error
+    losses = []
+    for step in (eager, graph):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = step(*batch())
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
+    compare_gradients(compiled, eager)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # Inductor's
+@pytest.mark.parametrize("bf16", [False, True])
+def test_inductor_gives_the_loss_and_gradients_of_the_eager_step(bf16):
+    """With the loss inside the graph: Inductor once returned zero gradients there, with a right loss."""
+    eager, compiled = Step("fused"), Step("fused")
+    graph = torch.compile(compiled, fullgraph=True)
+    losses = []
+    for step in (eager, graph):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = step(*batch())
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
+    compare_gradients(compiled, eager)
+
+
+def test_batches_of_one_shape_compile_once_and_evaluation_sizes_at_most_twice():
+    model = Step("fused").model.eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(torch.randn(2, 3, 64, 96))
+        assert counter.frame_count == 1
+        for height, width in ((64, 128), (96, 96), (333, 97)):
+            images = torch.randn(1, 3, height, width)
+            torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count <= 4

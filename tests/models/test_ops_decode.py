@@ -1,0 +1,163 @@
+"""Operations of the decode head, each against the library calls that define it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segformer.models.ops import decode, reference, resize
+from segformer.models.ops.decode import decode_rows, fold_projections, norm_relu_linear
+from segformer.models.ops.resize import Enlargement, bilinear_matrix, project_sum, row_bands
+
+RESIZES = [
+    ((9, 13), (35, 50)),
+    ((16, 16), (64, 64)),
+    ((3, 5), (11, 20)),
+    ((8, 8), (8, 8)),
+    ((1, 2), (7, 9)),
+    ((12, 9), (5, 4)),
+]
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(got, expected, inputs):
+    """Values and gradients with respect to `inputs` agree in float64."""
+    torch.testing.assert_close(got, expected)
+    cotangent = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad(value, inputs, cotangent, retain_graph=True) for value in (got, expected)
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few rows, so that small tensors have several."""
+    for module in (resize, decode):
+        monkeypatch.setattr(module, "band_rows", lambda device, row_bytes: max(1, 1000 // row_bytes))
+    monkeypatch.setattr(resize, "_TILE_COLUMNS", 7)
+
+
+def test_fold_projections_is_the_projection_followed_by_its_slice_of_the_fuse_weight():
+    weights, biases, fuse = [values(4, 3), values(4, 5)], [values(4), values(4)], values(4, 8)
+    inputs = [values(7, 3), values(7, 5)]
+    projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+    folded, bias = fold_projections(weights, biases, fuse)
+    got = inputs[0] @ folded[0].t() + inputs[1] @ folded[1].t() + bias
+    assert_same(got, F.linear(torch.cat(projected, -1), fuse), (*weights, *biases, fuse, *inputs))
+
+
+def test_folded_weights_stay_float32_under_autocast():
+    weights, biases, fuse = [torch.randn(4, 3)], [torch.randn(4)], torch.randn(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded, bias = fold_projections(weights, biases, fuse)
+    assert folded[0].dtype == bias.dtype == torch.float32
+    torch.testing.assert_close(folded[0], fuse @ weights[0])
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(("source", "target"), [(9, 35), (16, 64), (8, 8), (1, 7), (12, 5), (275, 1100)])
+def test_bands_of_rows_are_the_whole_matrix(source, target, step):
+    matrix = bilinear_matrix(source, target, dtype=torch.float32, device=torch.device("cpu"))
+    rebuilt = torch.zeros_like(matrix)
+    for band in row_bands(matrix, step):
+        rebuilt[band.rows, band.source] = band.matrix
+    assert torch.equal(rebuilt, matrix)
+
+
+@pytest.mark.parametrize(("source", "target"), RESIZES)
+def test_tiles_are_the_resize_of_torch_and_its_transpose(source, target, small_blocks):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, *source, dtype=torch.float64, requires_grad=True)
+    expected = F.interpolate(logits, target, mode="bilinear", align_corners=False)[0]
+    cotangent = torch.randn_like(expected)
+    small = logits[0].detach().transpose(0, 1).contiguous()
+    enlargement = Enlargement(logits, target)
+    got, grad = torch.full_like(expected, torch.nan), torch.zeros_like(small)
+    for row, column in enlargement.tiles():
+        got[:, row.rows, column.rows] = enlargement.tile(small, row, column).transpose(0, 1)
+        part = cotangent[:, row.rows, column.rows].transpose(0, 1).contiguous()
+        enlargement.add_transposed(grad, part, row, column)
+    torch.testing.assert_close(got, expected)
+    (want,) = torch.autograd.grad(expected, logits, cotangent)
+    torch.testing.assert_close(grad.transpose(0, 1), want[0])
+
+
+def test_project_sum_adds_the_resized_maps_to_the_projected_one(small_blocks):
+    maps, weight = values(2, 7, 9, 3), values(4, 3)
+    others = [values(2, 4, 5, 4), values(2, 2, 3, 4), values(2, 1, 2, 4)]
+    expected = maps @ weight.t()
+    for other in others:
+        resized = F.interpolate(other.permute(0, 3, 1, 2), (7, 9), mode="bilinear", align_corners=False)
+        expected = expected + resized.permute(0, 2, 3, 1)
+    for form in (project_sum, reference.project_sum):
+        assert_same(form(maps, weight, others), expected, (maps, weight, *others))
+
+
+def test_the_sum_is_registered_as_torch_library_asks():
+    base, others = torch.randn(2, 7, 9, 4, requires_grad=True), [torch.randn(2, 4, 5, 4, requires_grad=True)]
+    torch.library.opcheck(torch.ops.segformer.upsample_sum.default, (base, others))
+
+
+def norm_problem():
+    """maps, weight and bias of norm and prediction, channel factors of a dropout."""
+    torch.manual_seed(0)
+    maps = (values(3, 5, 7, 16).detach() * 3 + 40).requires_grad_()  # far from 0: digits would be lost
+    keep = torch.empty(3, 16, dtype=torch.float64).bernoulli_(0.6).div_(0.6)
+    return maps, values(16), values(16), keep, values(6, 16), values(6)
+
+
+@pytest.mark.parametrize("form", [norm_relu_linear, reference.norm_relu_linear])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_norm_relu_linear_is_batch_norm_relu_dropout2d_and_a_1x1_convolution(form, dropped, small_blocks):
+    maps, gamma, beta, keep, weight, bias = norm_problem()
+    norm = torch.nn.BatchNorm2d(16).double()
+    hidden = F.batch_norm(
+        maps.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, gamma, beta, True, 1.0, 1e-5
+    ).relu()
+    if dropped:
+        hidden = hidden * keep[:, :, None, None]
+    expected = F.conv2d(hidden, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    inputs = (maps, gamma, beta, weight, bias)
+    got, mean, variance, count = form(
+        maps, (gamma, beta, 1e-5, None), keep if dropped else None, weight, bias
+    )
+    assert_same(got, expected, inputs)
+    torch.testing.assert_close(mean, norm.running_mean)
+    torch.testing.assert_close(variance * count / (count - 1), norm.running_var)
+    assert count.item() == 3 * 5 * 7
+
+
+def test_norm_relu_linear_keeps_its_input_and_nothing_else_of_that_size():
+    maps, gamma, beta, _, weight, bias = norm_problem()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm_relu_linear(maps, (gamma, beta, 1e-5, None), None, weight, bias)
+    large = [t for t in kept if t.numel() >= maps.numel()]
+    assert [t.untyped_storage().data_ptr() for t in large] == [maps.untyped_storage().data_ptr()]
+
+
+def test_norm_relu_linear_in_bfloat16_has_statistics_in_float32():
+    maps, gamma, beta, _, weight, bias = (part.detach().float() for part in norm_problem())
+    with torch.autocast("cpu", torch.bfloat16):
+        got, mean, *_ = norm_relu_linear(maps.bfloat16(), (gamma, beta, 1e-5, None), None, weight, bias)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(mean, maps.bfloat16().float().mean((0, 1, 2)))
+
+
+def test_decode_rows_is_the_sum_of_enlarged_projections_relu_and_prediction(small_blocks):
+    torch.manual_seed(0)
+    sizes, dims = [(1, 2), (2, 3), (4, 5), (7, 9)], (6, 5, 4, 3)
+    stages = [torch.randn(2, *size, dim) for size, dim in zip(sizes, dims, strict=True)]
+    projections, offset = [torch.randn(8, dim) for dim in dims], torch.randn(8)
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    hidden = offset
+    for stage, projection in zip(stages, projections, strict=True):
+        maps = (stage @ projection.t()).permute(0, 3, 1, 2)
+        hidden = hidden + F.interpolate(maps, (7, 9), mode="bilinear").permute(0, 2, 3, 1)
+    expected = hidden.relu() @ weight.t() + bias
+    with torch.no_grad():
+        torch.testing.assert_close(decode_rows(stages, projections, offset, weight, bias), expected)

@@ -1,0 +1,144 @@
+"""Cross entropy, argmax and confusion of enlarged logits against interpolate and the library's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segformer.models.ops import reference, resize
+from segformer.models.ops.argmax import upsample_argmax, upsample_confusion
+from segformer.models.ops.cross_entropy import upsampled_cross_entropy
+
+RESIZES = [((9, 13), (35, 50)), ((16, 16), (64, 64)), ((8, 8), (8, 8)), ((1, 2), (7, 9)), ((12, 9), (5, 4))]
+
+
+def assert_same(got, expected, inputs):
+    """Values and gradients with respect to `inputs` agree."""
+    torch.testing.assert_close(got, expected)
+    cotangent = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(value, inputs, cotangent) for value in (got, expected)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 3 rows and 7 columns, so that small images have many."""
+    monkeypatch.setattr(resize, "band_rows", lambda device, row_bytes: 3)
+    monkeypatch.setattr(resize, "_TILE_COLUMNS", 7)
+
+
+@pytest.mark.parametrize(("source", "target"), RESIZES)
+@pytest.mark.parametrize("classes", [1, 2, 150, 300])
+def test_upsample_argmax_is_the_argmax_of_the_enlarged_logits(source, target, classes, small_tiles):
+    torch.manual_seed(0)
+    logits = torch.randn(2, classes, *source, dtype=torch.float64)
+    got = upsample_argmax(logits, target)
+    assert torch.equal(got.long(), F.interpolate(logits, target, mode="bilinear").argmax(1))
+    assert got.dtype == (torch.uint8 if classes <= 256 else torch.int64)
+
+
+@pytest.mark.parametrize("classes", [2, 300])
+def test_upsample_confusion_counts_target_against_argmax_without_the_ignored(classes):
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, classes, 5, 6), torch.randint(0, classes, (2, 17, 23))
+    target[0, :4] = 999
+    predicted = F.interpolate(logits, (17, 23), mode="bilinear").argmax(1)
+    expected = torch.zeros(classes, classes, dtype=torch.int64)
+    for truth, guess in zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True):
+        if truth != 999:
+            expected[truth, guess] += 1
+    assert torch.equal(upsample_confusion(logits, target, 999), expected)
+
+
+@pytest.mark.parametrize("op", ["argmax", "confusion", "cross_entropy"])
+def test_operations_are_registered_as_torch_library_asks(op):
+    logits, target = torch.randn(2, 5, 4, 6, requires_grad=True), torch.randint(0, 5, (2, 16, 24))
+    if op == "argmax":
+        torch.library.opcheck(torch.ops.segformer.upsample_argmax.default, (logits.detach(), 16, 24))
+    elif op == "confusion":
+        torch.library.opcheck(torch.ops.segformer.upsample_confusion.default, (logits.detach(), target, 255))
+    else:
+        inputs = (logits, target, None, torch.rand(5), 0.1, 255, True)
+        torch.library.opcheck(torch.ops.segformer.upsampled_cross_entropy.default, inputs)
+
+
+def problem(dtype=torch.float64, classes=5):
+    """Logits (2, K, 9, 13), labels (2, 35, 50) with ignored pixels, class weights and pixel weights."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, classes, 9, 13, dtype=dtype)).requires_grad_()
+    target = torch.randint(0, classes, (2, 35, 50), dtype=torch.uint8)
+    target[0, :9] = 255
+    target[1, 20:, 7] = 255
+    return logits, target, torch.rand(classes, dtype=dtype), torch.rand(2, 35, 50, dtype=dtype)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_upsampled_cross_entropy_is_cross_entropy_of_interpolate(smoothing, weighted, masked, small_tiles):
+    logits, target, class_weights, pixel_weights = problem()
+    kwargs = {
+        "class_weights": class_weights if weighted else None,
+        "pixel_weights": pixel_weights if masked else None,
+        "label_smoothing": smoothing,
+    }
+    total, losses = upsampled_cross_entropy(logits, target, 255, **kwargs)
+    expected, each = reference.upsampled_cross_entropy(logits, target, 255, **kwargs)
+    torch.testing.assert_close(losses, each)
+    assert_same(total, expected, (logits,))
+
+
+def test_upsampled_cross_entropy_gradient_is_the_numerical_one():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (1, 7, 10), dtype=torch.uint8)
+    target[0, 2] = 255
+    assert torch.autograd.gradcheck(lambda z: upsampled_cross_entropy(z, target, 255)[0], (logits,))
+
+
+@pytest.mark.parametrize("target_size", [(36, 52), (33, 49), (34, 51), (9, 13), (5, 6), (100, 14)])
+def test_upsampled_cross_entropy_takes_any_label_size(target_size):
+    logits = problem()[0]
+    target = torch.randint(0, 5, (2, *target_size), dtype=torch.uint8)
+    total, _ = upsampled_cross_entropy(logits, target, 255)
+    assert_same(total, reference.upsampled_cross_entropy(logits, target, 255)[0], (logits,))
+
+
+def test_upsampled_cross_entropy_is_finite_and_right_where_the_probability_underflows():
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[0, 1, :, 0] = 300.0
+    logits.requires_grad_()
+    target = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    total, _ = upsampled_cross_entropy(logits, target, 255)
+    assert_same(total, reference.upsampled_cross_entropy(logits, target, 255)[0], (logits,))
+
+
+def test_upsampled_cross_entropy_is_formed_in_float32_under_bfloat16_autocast():
+    logits, target, *_ = problem(torch.float32)
+    expected, _ = upsampled_cross_entropy(logits, target, 255)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = upsampled_cross_entropy(logits, target, 255)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, expected)
+    (grad,) = torch.autograd.grad(upsampled_cross_entropy(logits.bfloat16(), target, 255)[0], logits)
+    assert grad.dtype == torch.float32
+
+
+def test_upsampled_cross_entropy_never_holds_the_enlarged_logits():
+    """The largest tensor made for 150 classes at 256 x 256 is the gradient of the logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    logits = torch.randn(2, 150, 64, 64)
+    with Largest() as largest:
+        upsampled_cross_entropy(logits, torch.zeros(2, 256, 256, dtype=torch.uint8), 255)
+    assert largest.numel <= 2 * 150 * 64 * 64
