@@ -21,7 +21,8 @@ from segformer.errors import ConfigError
 from segformer.export import read_run
 from segformer.models.card import Card, colours
 from segformer.models.convert import PROFILES, Weights, read_weights
-from segformer.models.names import TITLES, WRITTEN, listed
+from segformer.models.names import TITLES, WRITTEN, listed, printable
+from segformer.models.remap import check_distinct
 from segformer.models.save import write_hf, write_pth
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model, check_strict
 from segformer.models.sizes import find_sizes
@@ -53,6 +54,8 @@ class ConvertConfig:
     "Seed of fresh rows of the class layer."
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}")
         if self.to not in ("ours", *WRITTEN):
             raise ConfigError(f"to={self.to} is unknown; use one of ours, {', '.join(WRITTEN)}")
         if self.norm_profile is not None and self.norm_profile not in NORM_PROFILES:
@@ -111,14 +114,18 @@ def check_network(weights: Weights) -> None:
 
 
 def _keep_apart(source: Path, out: Path) -> None:
-    places = {source.resolve(), source.resolve().parent} if source.is_file() else {source.resolve()}
-    if out.resolve() in places:
+    try:
+        places = {source.resolve(), source.resolve().parent} if source.is_file() else {source.resolve()}
+        same = out.resolve() in places
+    except (OSError, ValueError, RuntimeError):  # too long, closed to us, links in a circle
+        return  # whoever reads or writes it says so
+    if same:
         raise ConfigError(f"out={out} is where the source lies; choose another place")
 
 
 def _read(cfg: ConvertConfig) -> Weights:
     source = Path(cfg.source)
-    if (source / "config.yaml").is_file() and (source / "checkpoints").is_dir():
+    if _is_run(source):
         trained = read_run(source)
         card = Card(classes=trained.classes, palette=trained.palette, mean=trained.mean, std=trained.std)
         weights = Weights(
@@ -136,6 +143,13 @@ def _read(cfg: ConvertConfig) -> Weights:
     if cfg.norm_profile is not None:
         weights = replace(weights, norm_profile=cfg.norm_profile)
     return weights
+
+
+def _is_run(source: Path) -> bool:
+    try:
+        return (source / "config.yaml").is_file() and (source / "checkpoints").is_dir()
+    except (OSError, ValueError):
+        return False  # reading it says why
 
 
 def _mapping(given: Any) -> dict[Any, Any] | None:
@@ -159,6 +173,7 @@ def _named(given: Any) -> tuple[list[str] | None, list[list[int]] | None]:
         raise ConfigError(
             "classes must be a list of names, or a file with such a list, alone or as `classes:`"
         )
+    check_distinct(names, "classes")
     try:
         return names, None if palette is None else colours(palette, len(names))
     except (TypeError, ValueError) as error:
@@ -169,11 +184,43 @@ def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        if path.endswith(".json"):
+            return json.loads(text, object_pairs_hook=_once)
+        _check_once(yaml.compose(text, yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={path} {error}") from None
     except OSError as error:
-        raise ConfigError(f"{key}={path} can't be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{key}={path} can't be read: {error.strerror}; give a YAML or JSON file") from None
+    except RecursionError:
+        raise ConfigError(f"{key}={path} is nested too deeply; give a plain list or mapping") from None
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{key}={path} is no YAML or JSON: {' '.join(str(error).split())}") from None
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The mapping of `pairs`; ConfigError, of which Python would say nothing, where a key comes twice."""
+    content: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ConfigError(f"has {printable(str(key))} twice; give each key once")
+        content[key] = value
+    return content
+
+
+def _check_once(root: yaml.Node | None) -> None:
+    """Raise ConfigError where a mapping of a YAML file has a key twice; safe_load would keep the last."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias is the same node again
+        if isinstance(node, yaml.MappingNode):
+            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            waiting += [value for _, value in node.value]
+        else:
+            waiting += node.value
 
 
 def _report(weights: Weights) -> None:
@@ -235,4 +282,4 @@ def _few(names: list[str] | None) -> str:
     if not names:
         return "not named"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return ", ".join(map(printable, names[:_SHOWN])) + more

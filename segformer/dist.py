@@ -203,3 +203,5 @@ def synchronise_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.reduce = _SumOverRanks.apply
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{type(module).__name__} can't be synchronised; use models.layers.BatchNorm")

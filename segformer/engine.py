@@ -11,7 +11,7 @@ Choices, each for a reason:
   fp32. Its `bf16` mode casts BatchNorm's parameters but not its buffers, which fails, and at stage 0 it is
   not AdamW (its first update was measured at 0.744 x lr).
 - torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
-  The loss stays outside the compiled function (losses.py says why).
+  The loss stays outside the compiled function: losses other than cross entropy ask the data for its classes.
 - No scheduler is given: optim.py sets the lr before each step.
 """
 
@@ -41,7 +41,7 @@ class EngineConfig:
     precision: str = "auto"
     "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
     compile: bool | None = None
-    "torch.compile the model; null means on GPUs only."
+    "torch.compile the model; null means on GPUs, below ZeRO-3."
     sync_batchnorm: bool = True
     "Batch norm over the micro batches of all ranks; false changes what is learnt with the number of ranks."
     grad_clip: float = 0.0
@@ -57,6 +57,11 @@ class EngineConfig:
         if self.precision not in PRECISIONS:
             raise ConfigError(
                 f"engine.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "engine.compile=true needs engine.zero_stage=2 or below: at 3 parameters are not there when "
+                "the model is traced; use engine.compile=false"
             )
         if self.grad_clip < 0:
             raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
@@ -162,7 +167,7 @@ def build_engine(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    compile_model = torch.cuda.is_available() if cfg.compile is None else cfg.compile
+    compile_model = cfg.zero_stage < 3 and torch.cuda.is_available() if cfg.compile is None else cfg.compile
     if compile_model:
         engine.compile()
     return engine

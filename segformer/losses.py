@@ -8,7 +8,7 @@ size.
     lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
 
 Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
-entropies do it in blocks of rows (models.upsampled_cross_entropy), the others hold one image at a time
+entropies do it in blocks of rows (models/ops/cross_entropy.py), the others hold one image at a time
 and form it again in the backward pass.
 
 Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),

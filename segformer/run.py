@@ -12,7 +12,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,11 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
     micro_batch = cfg.micro_batch_for(world.size)
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    model = build_model(cfg.model, len(shards.classes))
-    prepare_model(model, cfg.engine, world)
     resumed = _load(cfg, world, telemetry)
+    # A run that goes on has its weights, and doesn't need the file that it started from.
+    network = cfg.model if resumed is None else replace(cfg.model, pretrained="")
+    model = build_model(network, len(shards.classes))
+    prepare_model(model, cfg.engine, world)
     state = TrainState(data_digest=shards.digest)
     if resumed is not None:
         weights, moments, state = resumed

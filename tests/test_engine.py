@@ -74,6 +74,12 @@ def test_auto_precision_is_fp32_on_a_cpu():
     assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
 
 
+def test_compiling_at_stage_3_is_refused_and_not_the_default():
+    with pytest.raises(ConfigError, match=r"engine\.compile=true needs engine\.zero_stage=2 or below"):
+        EngineConfig(zero_stage=3, compile=True)
+    assert EngineConfig(zero_stage=3).compile is None
+
+
 @pytest.mark.parametrize("bad", [{"zero_stage": 4}, {"precision": "fp8"}, {"grad_clip": -1.0}])
 def test_nonsense_is_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"engine\.{next(iter(bad))}"):

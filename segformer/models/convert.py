@@ -28,7 +28,7 @@ from torch import Tensor
 
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.card import Card, card_of_hf, card_of_meta, card_of_section, check_hf_config
-from segformer.models.files import Contents, read_contents, sha256_of
+from segformer.models.files import Contents, read_contents, reason_of, sha256_of
 from segformer.models.names import TITLES, detect, foreign_head, listed, to_ours
 from segformer.models.remap import map_classes, resolve_class_map
 from segformer.models.sizes import Sizes, find_sizes
@@ -52,6 +52,10 @@ class Weights:
     norm_profile: str | None
     "LayerNorm epsilons that it is run with; None where the file does not say."
     card: Card = field(default_factory=Card)
+    dropout: float | None = None
+    "Share of channels dropped in the decode head, in training; None where the file does not say."
+    drop_path_rate: float | None = None
+    "Stochastic depth of the last block, in training; None where the file does not say."
     section: dict[str, Any] | None = None
     'The section "segformer" of an export.'
     dropped: list[str] = field(default_factory=list)
@@ -79,7 +83,11 @@ class Weights:
             )
         usual = VARIANTS[self.sizes.variant].decoder_dim
         decoder_dim = self.sizes.decoder_dim if self.sizes.decoder_dim != usual else None
-        return ModelConfig(variant=self.sizes.variant, norm_profile=profile, decoder_dim=decoder_dim, ops=ops)
+        config = ModelConfig(
+            variant=self.sizes.variant, norm_profile=profile, decoder_dim=decoder_dim, ops=ops
+        )
+        rates = {"dropout": self.dropout, "drop_path_rate": self.drop_path_rate}
+        return replace(config, **{key: rate for key, rate in rates.items() if rate is not None})  # type: ignore[arg-type]
 
     def encoder(self) -> "Weights":
         """The encoder alone; the head is added to `dropped`."""
@@ -143,6 +151,8 @@ def read_weights(path: str | Path, *, encoder_only: bool = False) -> Weights:
         _read_card(weights, contents)
     except CheckpointError as error:
         raise CheckpointError(f"{contents.file}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{contents.file} can't be read: {reason_of(error)}; copy it again") from None
     if naming.wrapper:
         weights.notes.append(f"the prefix {naming.wrapper!r} was taken off every name")
     kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
@@ -159,6 +169,9 @@ def _read_card(weights: Weights, contents: Contents) -> None:
         weights.card = card_of_hf(config, contents.preprocessor, sizes.num_classes)
     elif config is None:
         weights.card = card_of_meta(meta, sizes.num_classes)
+    if config is not None:
+        weights.dropout = _rate(config.get("classifier_dropout_prob"))
+        weights.drop_path_rate = _rate(config.get("drop_path_rate"))
     profile = meta.get("norm_profile")  # in the header of our safetensors
     if profile in NORM_PROFILES:
         weights.norm_profile = profile
@@ -180,6 +193,11 @@ def _read_card(weights: Weights, contents: Contents) -> None:
         weights.norm_profile, weights.section = section["norm_profile"], section
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f'the section "segformer" beside it is damaged ({error})') from None
+
+
+def _rate(value: Any) -> float | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < 1 else None
 
 
 def _fp32(tensor: Tensor) -> Tensor:

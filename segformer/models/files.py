@@ -10,7 +10,8 @@
 Which of the two a file is follows from its first bytes. torch files are read with weights_only=True: a pickle
 that would call anything else than the builders of tensors is refused. Refuses also what is truncated or
 damaged (crc32 of every record), a web page or a Git LFS pointer saved under the name of the weights, shards
-that lie outside the directory, tensors that are not finite, and entries that are no dense tensors.
+that lie outside the directory, tensors that are not finite, tensors without data or with less of it than
+their shape says, and entries that are no dense tensors.
 """
 
 import hashlib
@@ -58,7 +59,15 @@ class Contents:
 
 def read_contents(path: str | Path) -> Contents:
     """Read a directory or file of weights; CheckpointError for every reason in the module docstring."""
-    source = Path(path)
+    try:
+        return _read(Path(path))
+    except (OSError, ValueError, RecursionError) as error:  # names that are too long, places closed to us
+        raise CheckpointError(
+            f"{path} can't be read: {reason_of(error)}; give a file or directory of weights that you may read"
+        ) from None
+
+
+def _read(source: Path) -> Contents:
     if not source.exists():
         raise CheckpointError(
             f"{source} does not exist; give a file or directory of weights (nothing is downloaded)"
@@ -98,6 +107,12 @@ def read_json(file: Path) -> dict[str, Any] | None:
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{file} holds a {type(parsed).__name__}, not an object")
     return parsed
+
+
+def reason_of(error: Exception) -> str:
+    """Why reading or writing failed, on one line."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return " ".join((text or str(error)).split()) or type(error).__name__
 
 
 def sha256_of(file: Path) -> str:
@@ -226,16 +241,25 @@ def _unwrap(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _check_tensors(state: dict[str, Tensor], file: Path) -> None:
-    odd, wrong = [], []
+    odd, hollow, wrong = [], [], []
     for name, tensor in state.items():
         counter = name.endswith("num_batches_tracked")
         if tensor.layout != torch.strided or not (tensor.dtype in _FLOATS or counter):
             odd.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+        elif tensor.device.type != "cpu":
+            hollow.append(f"{name} (on {tensor.device.type})")
+        elif tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            hollow.append(f"{name} {tuple(tensor.shape)}")
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             wrong.append(name)
     if odd:
         raise CheckpointError(
             f"{file}: {len(odd)} tensors are not in plain floating point: {listed(odd)}; save it unquantised"
+        )
+    if hollow:
+        raise CheckpointError(
+            f"{file}: {len(hollow)} tensors have no data, or less than their shapes say: {listed(hollow)}; "
+            "save a model that is on the CPU, and its tensors with .contiguous()"
         )
     if wrong:
         raise CheckpointError(f"{file}: {len(wrong)} tensors hold NaN or infinity: {listed(wrong)}")

@@ -9,7 +9,7 @@ Folded:      nothing non-linear stands before the BatchNorm, and a 1x1 convoluti
 
 Both forms have the same parameters (W_i, b_i, F) and the same function; the folded one needs a third of the
 operations of the as-written one for B2 (40.8 against 116.9 G for the whole model at 512 x 512, 150 classes)
-and never holds the concatenation. It also takes the BatchNorm as a scale and a shift per channel (norm.py):
+and never holds the concatenation. It also takes the BatchNorm as a scale and a shift per channel (layers.py):
 in training they are applied in the blocks that ReLU and prediction work on, in eval mode they are folded
 into the projections.
 

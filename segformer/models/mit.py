@@ -38,7 +38,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return residual + branch
         keep = 1 - self.rate
-        scale = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        scale = residual.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
         return torch.addcmul(residual, branch, scale)
 
     def extra_repr(self) -> str:

@@ -123,9 +123,14 @@ class Naming:
     "What stands before every name and means nothing, such as `module.`."
 
 
+def printable(name: str) -> str:
+    """The name as it is, or escaped where printing it would do more than show it."""
+    return name if name.isprintable() else repr(name)
+
+
 def listed(names: Iterable[str]) -> str:
     """The first few names for a message, and how many more there are."""
-    ordered = [name if name.isprintable() else repr(name) for name in sorted(names)]
+    ordered = [printable(name) for name in sorted(names)]
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
     return ", ".join(ordered[:_SHOWN]) + more
 

@@ -7,8 +7,8 @@
 One class of the file may serve several targets; classes that no target names are left out. Fresh rows are
 drawn as torch initialises the layer, uniform in +- 1 / sqrt(decoder_dim). Everything else of the model stays.
 
-Refuses, with ConfigError: a target left out or named twice, a source that the file does not have, names where
-the file has none.
+Refuses, with ConfigError: a target left out or named twice, target classes of one name, a source that the
+file does not have, names where the file has none.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from segformer.errors import ConfigError
-from segformer.models.names import listed
+from segformer.models.names import listed, printable
 
 PREDICTOR = "decode_head.linear_pred"
 
@@ -40,6 +40,8 @@ def resolve_class_map(
     """
     if not isinstance(class_map, Mapping) or not class_map:
         raise ConfigError("class_map must be a mapping: target class -> class of the file, or null")
+    if target_classes:
+        check_distinct(target_classes, "the target")
     names: list[str] | None
     by_name = not all(isinstance(key, int) and not isinstance(key, bool) for key in class_map)
     if by_name:
@@ -62,6 +64,12 @@ def resolve_class_map(
     if names is None and source_classes:
         names = [f"class {k}" if s is None else source_classes[s] for k, s in enumerate(sources)]
     return sources, names
+
+
+def check_distinct(names: Sequence[str], where: str) -> None:
+    """Raise ConfigError where several classes have one name."""
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{where} has several classes named {listed(twice)}; give each its own name")
 
 
 def map_classes(
@@ -104,4 +112,4 @@ def _source_of(value: Any, num_classes: int, classes: Sequence[str] | None) -> i
 
 def _shown(names: Sequence[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
+    return ", ".join(map(printable, names[:8])) + more

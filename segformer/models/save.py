@@ -5,8 +5,8 @@
     write_pth(weights, out, format)   one .pth: nvlabs and mmseg {"state_dict", "meta"}, smp the bare state
 
 Every file appears whole or not at all: written beside its place, synced, renamed. Refuses, with ConfigError,
-a folder with other files, a .pth that exists, a place that can't be written, and a model that the target
-can't hold.
+a folder with other files or a model that we did not write, a .pth that exists, a place that can't be written,
+and a model that the target can't hold.
 """
 
 import contextlib
@@ -17,16 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from segformer.errors import ConfigError
+from segformer.errors import CheckpointError, ConfigError
 from segformer.models.card import hf_config
 from segformer.models.convert import Weights
-from segformer.models.files import CONFIG_FILE, MODEL_FILE, PREPROCESSOR_FILE, sha256_of
+from segformer.models.files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PREPROCESSOR_FILE,
+    read_json,
+    reason_of,
+    sha256_of,
+)
 from segformer.models.names import TITLES, from_ours
 
+_MARK = "norm_profile"  # in the header of every model.safetensors that we write
 _NO_PLACE: dict[str, dict[str, str]] = {  # kind of model -> why the format can't hold it
     "nvlabs": {},
     "smp": {"classification": "its models segment"},
@@ -48,16 +56,18 @@ def write_hf(
     out: Path,
     *,
     section: dict[str, Any] | None,
-    dropout: float = 0.1,
-    drop_path_rate: float = 0.1,
+    dropout: float | None = None,
+    drop_path_rate: float | None = None,
 ) -> list[Path]:
     """Write a directory that transformers loads; returns its files.
 
     With `section`, its further entries, it is an export: config.json says everything that building the same
     network here takes. Without, it is a directory of transformers only, which runs with eps 1e-5.
-    Raises ConfigError where `out` holds other files or can't be written.
+    `dropout` and `drop_path_rate` are those of the weights, or 0.1, where they are None. Raises ConfigError
+    where `out` holds other files or a model that is not ours, or can't be written.
     """
     sizes = weights.sizes
+    rates = weights.config("hf")
     for what, values in (("names", weights.card.classes), ("colours", weights.card.palette)):
         if values is not None and len(values) != sizes.num_classes:
             raise ConfigError(
@@ -71,8 +81,8 @@ def write_hf(
         decoder_dim=sizes.decoder_dim,
         classes=weights.card.classes,
         num_classes=sizes.num_classes,
-        dropout=dropout,
-        drop_path_rate=drop_path_rate,
+        dropout=rates.dropout if dropout is None else dropout,
+        drop_path_rate=rates.drop_path_rate if drop_path_rate is None else drop_path_rate,
     )
     named = from_ours(weights.state, "hf", bare=sizes.kind == "encoder")  # as transformers does
 
@@ -80,7 +90,7 @@ def write_hf(
         contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
         file.touch()
         mode = file.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
-        save_file(contiguous, file, {"format": "pt", "norm_profile": profile})
+        save_file(contiguous, file, {"format": "pt", _MARK: profile})
         file.chmod(mode)
         if section is not None:
             config["segformer"] = {
@@ -131,7 +141,11 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         if card.classes:
             meta |= {"CLASSES": card.classes, "PALETTE": card.palette}
         content = {"state_dict": named, "meta": meta}
-    if out.exists():
+    try:
+        exists = out.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out={out} can't be written: {reason_of(error)}; choose another name") from None
+    if exists:
         raise ConfigError(f"out={out} exists; give a new name, or delete it")
     _write_together(out.parent, {out.name: lambda file: torch.save(content, file)})
     return [out]
@@ -164,17 +178,37 @@ def _architecture(weights: Weights) -> dict[str, Any]:
 
 
 def _claim_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out} is a file; give a folder")
     ours = {MODEL_FILE, CONFIG_FILE, PREPROCESSOR_FILE}
     try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"out={out} is a file; give a folder")
         present = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    except OSError as error:
-        raise ConfigError(f"out={out} can't be read: {error.strerror}; choose another folder") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out={out} can't be read: {reason_of(error)}; choose another folder") from None
     if others := [name for name in present if name not in ours and not name.startswith(".")]:
         raise ConfigError(
             f"out={out} holds other files ({', '.join(others[:3])}); give a new folder or an old export"
         )
+    if (models := [name for name in present if name in ours]) and not _is_ours(out):
+        raise ConfigError(
+            f"out={out} holds a model that this project has not written ({', '.join(models)}); give a new "
+            "folder or an old export, or delete it"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """The weights in `folder` bear our mark, or its config.json is that of an export as we wrote it."""
+    try:
+        with safe_open(folder / MODEL_FILE, framework="pt") as opened:
+            if _MARK in (opened.metadata() or {}):
+                return True
+    except (SafetensorError, OSError):
+        pass  # missing or damaged: the description decides
+    try:
+        config = read_json(folder / CONFIG_FILE) or {}
+    except CheckpointError:
+        return False
+    return isinstance(config.get("segformer"), dict) and "transformers_version" not in config
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -200,13 +234,13 @@ def _write_together(
         for name in writers:
             temporary[name].replace(folder / name)
         _sync(folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        with contextlib.suppress(OSError):
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        # RuntimeError: torch.save on a full disk; ValueError: a name with a NUL
+        with contextlib.suppress(OSError, ValueError):
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise ConfigError(
-            f"out={folder} can't be written: {reason}; choose another folder, or free space"
+            f"out={folder} can't be written: {reason_of(error)}; choose another folder, or free space"
         ) from None
 
 

@@ -23,7 +23,7 @@ from segformer.errors import CheckpointError, ConfigError
 from segformer.models.card import Card
 from segformer.models.convert import Weights, read_weights
 from segformer.models.head import AllMLPHead, FuseConv
-from segformer.models.mit import MixTransformer, init_encoder_weights
+from segformer.models.mit import DropPath, MixTransformer, init_encoder_weights
 from segformer.models.names import listed
 from segformer.models.ops.suite import SUITES
 from segformer.models.save import write_hf
@@ -95,7 +95,13 @@ class SegFormer(nn.Module):
         Raises ConfigError where `path` holds other files or can't be written.
         """
         weights = replace(_weights_of(self, self.backbone), card=card or self.card)
-        write_hf(weights, Path(path), section={}, dropout=self.decode_head.dropout)
+        write_hf(
+            weights,
+            Path(path),
+            section={},
+            dropout=self.decode_head.dropout,
+            drop_path_rate=_drop_path_rate_of(self.backbone),
+        )
 
 
 class MiTClassifier(nn.Module):
@@ -104,6 +110,7 @@ class MiTClassifier(nn.Module):
     def __init__(self, backbone: MixTransformer, num_classes: int = 1000) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.card = Card()  # as in SegFormer
         self.backbone = backbone
         self.head = nn.Linear(backbone.embed_dims[-1], num_classes)
         init_encoder_weights(self.head)
@@ -125,12 +132,13 @@ class MiTClassifier(nn.Module):
             raise CheckpointError(f"{path} holds no classifier ({weights.sizes.kind}); use SegFormer")
         model = cls(build_encoder(weights.config(norm_profile, ops)), weights.sizes.num_classes)
         load_strict(model, weights.state, source=str(path))
+        model.card = weights.card
         return model.eval()
 
     def save_pretrained(self, path: str | Path, card: Card | None = None) -> None:
         """Write a directory that `from_pretrained` and transformers load; see SegFormer.save_pretrained."""
-        weights = replace(_weights_of(self, self.backbone), card=card or Card())
-        write_hf(weights, Path(path), section={})
+        weights = replace(_weights_of(self, self.backbone), card=card or self.card)
+        write_hf(weights, Path(path), section={}, drop_path_rate=_drop_path_rate_of(self.backbone))
 
 
 def build_encoder(cfg: ModelConfig) -> MixTransformer:
@@ -243,6 +251,11 @@ def _profile_of(backbone: MixTransformer) -> str | None:
     eps = {name: norm.eps for name, norm in backbone.named_modules() if isinstance(norm, nn.LayerNorm)}
     found = (eps["norm1"], eps["patch_embed1.norm"])
     return next((name for name, pair in NORM_PROFILES.items() if pair == found), None)
+
+
+def _drop_path_rate_of(backbone: MixTransformer) -> float:
+    rates = [module.rate for module in backbone.modules() if isinstance(module, DropPath)]
+    return round(rates[-1], 12)  # that of the last block, without what its ramp rounded
 
 
 def load_strict(

@@ -138,6 +138,7 @@ def test_class_names_come_from_a_list_or_a_data_config(nvlabs: Path, tmp_path: P
     [
         ({"classes": ["a"]}, "classes has 1 names, but the model has 3 classes"),
         ({"classes": "nowhere.yaml"}, "classes=nowhere.yaml can't be read"),
+        ({"classes": ["a", "b", "a"]}, "classes has several classes named a; give each its own name"),
         ({"classes": [1, 2, 3]}, "classes must be a list of names"),
         ({"classes": {"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}}, "its palette can't be used"),
         ({"class_map": "nowhere.yaml"}, "class_map=nowhere.yaml can't be read"),
@@ -161,6 +162,44 @@ def test_broken_yaml_is_one_line(nvlabs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"map\.yaml is no YAML or JSON") as caught:
         run(nvlabs, tmp_path / "out", class_map=str(tmp_path / "map.yaml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["class_map", "classes"])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.yaml", "[" * 20_000, "is nested too deeply"),
+        ("x.json", "[" * 20_000, "is nested too deeply"),
+        ("x.yaml", "sky: 1\ncar: 2\nsky: 0\n", "has sky twice; give each key once"),
+        ("x.yaml", "0: 1\n0: 0\n", "has 0 twice"),
+        ("x.json", '{"sky": 1, "car": 2, "sky": 0}', "has sky twice"),
+        ("x.yaml", "!!int ''", "is no YAML or JSON"),
+    ],
+    ids=["deep yaml", "deep json", "twice", "number twice", "twice json", "no number"],
+)
+def test_a_file_that_cannot_be_meant_is_one_line(
+    nvlabs: Path, tmp_path: Path, key: str, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(nvlabs, tmp_path / "out", **{key: str(tmp_path / name)})
+    assert str(caught.value).startswith(f"{key}={tmp_path}/{name} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_with_a_merge_is_still_read(nvlabs: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("base: &b {name: x}\n<<: *b\nname: y\nclasses: [a, b, c]\n")
+    run(nvlabs, tmp_path / "out", classes=str(tmp_path / "x.yaml"))
+    assert read_weights(tmp_path / "out").card.classes == ["a", "b", "c"]
+
+
+def test_class_names_are_printed_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build_model(ModelConfig(), 3).state_dict()
+    torch.save({"state_dict": state, "meta": {"CLASSES": ["a\x1b[2J", "b\nc", "d"]}}, tmp_path / "x.pth")
+    run(tmp_path / "x.pth", tmp_path / "out")
+    assert "classes    'a\\x1b[2J', 'b\\nc', d" in capsys.readouterr().out.splitlines()
 
 
 def test_the_source_is_never_written_over(nvlabs: Path, tmp_path: Path) -> None:
@@ -208,8 +247,10 @@ def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tm
         (b"<!DOCTYPE html><html></html>", [], "CheckpointError: {file} is a web page saved under this name"),
         (b"", ["to=onnx"], "ConfigError: to=onnx is unknown; use one of ours, hf, nvlabs, smp, mmseg"),
         (b"", ["class_mapp={0:1}"], "ConfigError: class_mapp is not a setting"),
+        (b"", ["seed=99999999999999999999999"], "ConfigError: seed=99999999999999999999999 must be from 0"),
+        (b"", [f"source={'x' * 300}"], f"CheckpointError: {'x' * 300} can't be read: File name too long"),
     ],
-    ids=["web page", "target", "misspelt"],
+    ids=["web page", "target", "misspelt", "seed", "long"],
 )
 def test_a_mistake_is_one_line_and_code_2(
     root: Path, tmp_path: Path, content: bytes, arguments: list[str], message: str

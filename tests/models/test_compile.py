@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo.testing
 
 from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models.head import AllMLPHead
@@ -93,7 +93,11 @@ def test_inductor_gives_the_loss_and_gradients_of_the_eager_step(bf16):
     compare_gradients(compiled, eager)
 
 
-def test_batches_of_one_shape_compile_once_and_evaluation_sizes_at_most_twice():
+def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thrice():
+    """One graph per size seen first, one that is dynamic in a side, one in both; others need no compilation.
+
+    A side that is no multiple of 32 costs a graph of its own for each way in which the stages round.
+    """
     model = Step("fused").model.eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
@@ -101,7 +105,7 @@ def test_batches_of_one_shape_compile_once_and_evaluation_sizes_at_most_twice():
         for _ in range(3):
             compiled(torch.randn(2, 3, 64, 96))
         assert counter.frame_count == 1
-        for height, width in ((64, 128), (96, 96), (333, 97)):
-            images = torch.randn(1, 3, height, width)
+        for height, width in ((64, 128), (96, 96), (128, 64), (192, 96), (96, 224), (160, 128), (320, 352)):
+            images = torch.randn(2, 3, height, width)
             torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-    assert counter.frame_count <= 4
+    assert counter.frame_count <= 3

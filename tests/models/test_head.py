@@ -104,6 +104,24 @@ def test_logits_without_gradients_equal_those_with(training):
     assert alone.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_of_any_memory_layout_give_the_same_logits_and_gradients(training, batch):
+    head = heads(torch.float64)[0].train(training)
+    head.linear_fuse.bn.momentum = 0.0
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        inputs = [x[:batch].clone(memory_format=layout) for x in maps(SIZES[1], torch.float64)]
+        with torch.no_grad():
+            alone = head(inputs)
+        inputs = [x.requires_grad_() for x in inputs]
+        logits = head(inputs)
+        torch.testing.assert_close(alone, logits)
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), [*head.parameters(), *inputs])])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-9, rtol=1e-7)
+
+
 def test_dropout_acts_in_training_only():
     head = heads(dropout=0.5)[0]
     inputs = maps(SIZES[0])

@@ -1,5 +1,7 @@
 """The encoder: stochastic depth, initial weights, memory layout."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -56,20 +58,36 @@ def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("sr_ratio", [1, 4])
-def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio):
-    block = Block(
-        64, 2, sr_ratio, 4, drop_path=0.1, norm_eps=1e-6, reduction_norm_eps=1e-5, ops=SUITES["fused"]
-    )
-    tokens = torch.randn(2, 16 * 24, 64)
-    with torch.profiler.profile(record_shapes=True) as profile:
-        block(tokens, (16, 24))
-    copies = [
+def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio, threads):
+    """The backward pass forms the patches again and turns their gradient back; where nothing is reduced, it
+    puts the gradients of keys and values together."""
+    eps = {"norm_eps": 1e-6, "reduction_norm_eps": 1e-5}
+    block = Block(64, 2, sr_ratio, 4, drop_path=0.1, ops=SUITES["fused"], **eps)
+    tokens = torch.randn(2, 32 * 24, 64, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.profiler.profile(record_shapes=True) as forward:
+            out = block(tokens, (32, 24))
+        with torch.profiler.profile(record_shapes=True) as backward:
+            out.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    patches = [2, 8, 6, 4, 4, 64]
+    assert copies(forward, tokens.numel()) == ([patches] if sr_ratio > 1 else [])
+    again = [patches, [2, 8, 4, 6, 4 * 64]] if sr_ratio > 1 else [[2, 768, 2, 2, 32]]
+    assert copies(backward, tokens.numel()) == again
+
+
+def copies(profile: torch.profiler.profile, least: int) -> list[list[int]]:
+    """Shapes of copied tensors of `least` numbers and more."""
+    return [
         event.input_shapes[0]
         for event in profile.events()
-        if event.name == "aten::copy_" and event.input_shapes[0] and event.input_shapes[0][0] == len(tokens)
+        if event.name == "aten::copy_" and math.prod(event.input_shapes[0]) >= least
     ]
-    assert copies == ([[2, 4, 6, 4, 4 * 64]] if sr_ratio > 1 else [])
 
 
 def test_no_module_of_the_encoder_holds_buffers(b1):

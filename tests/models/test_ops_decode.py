@@ -112,8 +112,13 @@ def norm_problem():
 
 @pytest.mark.parametrize("form", [norm_relu_linear, reference.norm_relu_linear])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_norm_relu_linear_is_batch_norm_relu_dropout2d_and_a_1x1_convolution(form, dropped, small_blocks):
+@pytest.mark.parametrize("strided", [False, True])
+def test_norm_relu_linear_is_batch_norm_relu_dropout2d_and_a_1x1_convolution(
+    form, dropped, strided, small_blocks
+):
     maps, gamma, beta, keep, weight, bias = norm_problem()
+    if strided:
+        maps = maps.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
     norm = torch.nn.BatchNorm2d(16).double()
     hidden = F.batch_norm(
         maps.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, gamma, beta, True, 1.0, 1e-5

@@ -142,3 +142,12 @@ def test_upsampled_cross_entropy_never_holds_the_enlarged_logits():
     with Largest() as largest:
         upsampled_cross_entropy(logits, torch.zeros(2, 256, 256, dtype=torch.uint8), 255)
     assert largest.numel <= 2 * 150 * 64 * 64
+
+
+def test_a_second_derivative_of_the_cross_entropy_is_refused():
+    logits, target, *_ = problem()
+    (grad,) = torch.autograd.grad(
+        upsampled_cross_entropy(logits, target, 255)[0] ** 2, logits, create_graph=True
+    )
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|once_differentiable"):
+        grad.square().sum().backward()

@@ -35,7 +35,7 @@ def _empty_labels(logits: Tensor, height: int, width: int) -> Tensor:
 
 
 _argmax = register(
-    "upsample_argmax(Tensor logits, int height, int width) -> Tensor", _compute_argmax, _empty_labels
+    "upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _compute_argmax, _empty_labels
 )
 
 

@@ -27,7 +27,8 @@ def _patches(tokens: Tensor, size: tuple[int, int], ratio: int) -> Tensor:
     batch, _, channels = tokens.shape
     rows, columns = size[0] // ratio, size[1] // ratio
     maps = tokens.reshape(batch, *size, channels)[:, : rows * ratio, : columns * ratio]
-    patches = maps.reshape(batch, rows, ratio, columns, ratio * channels).transpose(2, 3)
+    # Views of any strides up to the one copy: torch.compile needs no case for sizes that divide evenly.
+    patches = maps.unflatten(2, (columns, ratio)).unflatten(1, (rows, ratio)).transpose(2, 3)
     return patches.reshape(batch, rows * columns, ratio * ratio * channels)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from segformer.models.ops.dispatch import register, use_triton
 from segformer.models.ops.resize import Enlargement
@@ -130,9 +131,22 @@ def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     ctx.mark_non_differentiable(losses, grad)
 
 
+class _Scale(torch.autograd.Function):
+    """The gradient times that of the sum; its own derivative, which needs the logits, is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, grad_total: Tensor) -> Tensor:
+        return grad * grad_total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        raise NotImplementedError("the fused cross entropy has no second derivative; use model.ops=reference")
+
+
 def _scale_grad(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return grad * grad_total, None, None, None, None, None, None
+    return _Scale.apply(grad, grad_total), None, None, None, None, None, None
 
 
 _cross_entropy = register(

@@ -155,7 +155,7 @@ def norm_relu_linear(
     batch, height, width, dim = maps.shape
     seen = weight[None] if keep is None else weight * keep[:, None]
     with torch.autocast(maps.device.type, enabled=False):
-        out, *moments = _NormReluLinear.apply(maps.reshape(batch, -1, dim), *norm, seen, bias)
+        out, *moments = _NormReluLinear.apply(maps.reshape(batch, -1, dim).contiguous(), *norm, seen, bias)
     return out.unflatten(1, (height, width)), *moments
 
 

@@ -70,8 +70,8 @@ def _fake_backward(
 
 
 depthwise_gelu_backward = register(
-    "depthwise_gelu_backward(Tensor grad, Tensor tokens, int height, int width, Tensor weight, Tensor bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    "depthwise_gelu_backward(Tensor grad, Tensor tokens, SymInt height, SymInt width, Tensor weight, "
+    "Tensor bias) -> (Tensor, Tensor, Tensor)",
     _compute_backward,
     _fake_backward,
 )
@@ -89,7 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _depthwise_gelu = register(
-    "depthwise_gelu(Tensor tokens, int height, int width, Tensor weight, Tensor bias) -> Tensor",
+    "depthwise_gelu(Tensor tokens, SymInt height, SymInt width, Tensor weight, Tensor bias) -> Tensor",
     _compute,
     _fake,
     backward=_differentiate,

@@ -177,7 +177,7 @@ def _fake_backward(grad: Tensor, heights: list[int], widths: list[int]) -> list[
 
 
 _upsample_sum_backward = register(
-    "upsample_sum_backward(Tensor grad, int[] heights, int[] widths) -> Tensor[]",
+    "upsample_sum_backward(Tensor grad, SymInt[] heights, SymInt[] widths) -> Tensor[]",
     _compute_backward,
     _fake_backward,
 )
