@@ -2,8 +2,8 @@
 
 On CPUs torch sends fp32 matrix products to MKL and convolutions to oneDNN. A 1x1 convolution on channels-last
 memory is the same product: on two AMD EPYC cores, MKL reaches 200 GFLOP/s and oneDNN 440 (forward) and 350
-(backward) for the shapes of SegFormer. So in fp32 on several threads of a CPU
-`linear` is that convolution, without a copy.
+(backward) for the shapes of SegFormer. So in fp32 on several threads of a CPU `linear` is that convolution,
+without a copy. On one thread it stays with MKL: oneDNN rounds differently for each batch size there.
 
 Shapes: B batch, C D channels.
 """
