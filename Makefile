@@ -1,6 +1,6 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
 # make test    the tests (under 15 minutes on two cores)
-# make test-slow   the tests marked slow: compilers, the README as a new user runs it (about 10 minutes more)
+# make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (15 minutes more)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
 

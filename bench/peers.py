@@ -25,11 +25,11 @@ import torch
 
 from bench.contenders import COMPILED, EAGER, NAMES, Cell, write_weights
 from bench.contest import Entry, Rules, hold
-from bench.macs import work
 from bench.picture import draw
 from bench.record import conditions, spread, table, write_csv
 from bench.roofline import Peaks, peaks
 from segformer.errors import ConfigError
+from segformer.models.macs import work
 
 # The cells of the acceptance criteria, the most important first, and the larger set.
 ACCEPT = {

@@ -6,7 +6,8 @@ channels-last map, which on some processors is twice as fast), and a stream tria
 no cache holds. GPU: the data sheet; a device that isn't listed has no roofline.
 
 A bound is the larger of operations / peak and bytes / bandwidth. A layer that finds its input in a cache
-moves fewer bytes than macs.py counts, so the second term speaks of large maps and GPUs rather than of CPUs.
+moves fewer bytes than models/macs.py counts, so the second term speaks of large maps and GPUs rather than of
+CPUs.
 """
 
 import time
@@ -16,23 +17,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.macs import Work
+from segformer.meter import PEAK_FLOPS
+from segformer.models.macs import Work
 
 REPEATS = 8
 SIDE = 2048  # of the matrices
 TRIAD = 48 * 2**20  # elements of each array: 192 MiB in float32
 
-# TFLOP/s of dense bf16 matrix products and TB/s of memory, by the name of the device. Sources: NVIDIA H100
-# Tensor Core GPU and H200 Tensor Core GPU data sheets (numbers with sparsity, halved here), NVIDIA A100
-# Tensor Core GPU data sheet. float32 at full precision doesn't use the matrix units and is not listed.
-SHEET = {
-    "NVIDIA H200": (989.4, 4.8),
-    "NVIDIA H100 80GB HBM3": (989.4, 3.35),
-    "NVIDIA H100 PCIe": (756.5, 2.0),
-    "NVIDIA H100 NVL": (835.5, 3.9),
-    "NVIDIA A100-SXM4-80GB": (312.0, 2.039),
-    "NVIDIA A100-SXM4-40GB": (312.0, 1.555),
-    "NVIDIA A100 80GB PCIe": (312.0, 1.935),
+# Bytes of memory per second by the name of the device, from the sources of PEAK_FLOPS (dense bf16 products).
+# float32 at full precision doesn't use the matrix units and is not listed.
+BANDWIDTH = {
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H100 NVL": 3.9e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100 80GB PCIe": 1.935e12,
 }
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -58,10 +59,10 @@ def peaks(device: torch.device, precision: str, *, side: int = SIDE, triad: int 
     """The peaks of a device at fp32 or bf16; None where they are not known."""
     if device.type == "cpu":
         return measured(side, triad) if precision == "fp32" else None
-    sheet = SHEET.get(torch.cuda.get_device_name(device))
-    if precision != "bf16" or sheet is None:
+    name = torch.cuda.get_device_name(device)
+    if precision != "bf16" or name not in BANDWIDTH:
         return None
-    return Peaks(sheet[0] * 1e12, sheet[1] * 1e12, "data sheet")
+    return Peaks(PEAK_FLOPS[name], BANDWIDTH[name], "data sheet")
 
 
 def measured(side: int, triad: int) -> Peaks:

@@ -1,9 +1,11 @@
-"""Measurements: python launch/bench.py bench=loader|order|start|memory|peers|kernels [root=<pictures>]
+"""Measurements: python launch/bench.py bench=<name> [root=<pictures>]
 
 python launch/bench.py bench=loader root=../shared/data/camvid
 python launch/bench.py bench=order order.samples=10000,1000000
 python launch/bench.py bench=peers device=cuda
 python launch/bench.py bench=kernels kernels.batch=8
+python launch/bench.py bench=trainers trainers.seeds=[0]
+python launch/bench.py bench=stages stages.variants=[b0]
 
 Tables are printed and written as CSV into `out`; bench/README.md says what each column is.
 """
@@ -25,12 +27,16 @@ from bench.order import OrderBench  # noqa: E402
 from bench.order import measure as measure_order  # noqa: E402
 from bench.peers import PeersBench  # noqa: E402
 from bench.peers import measure as measure_peers  # noqa: E402
+from bench.stages import StagesBench  # noqa: E402
+from bench.stages import measure as measure_stages  # noqa: E402
 from bench.start import StartBench  # noqa: E402
 from bench.start import measure as measure_start  # noqa: E402
+from bench.trainers import TrainersBench  # noqa: E402
+from bench.trainers import measure as measure_trainers  # noqa: E402
 from segformer.config import cli  # noqa: E402
 from segformer.errors import ConfigError  # noqa: E402
 
-BENCHES = ("loader", "order", "start", "memory", "peers", "kernels")
+BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,9 +44,10 @@ class BenchConfig:
     """What is measured."""
 
     bench: str = "???"
-    """loader, order, start, memory, peers or kernels."""
+    """loader, order, start, memory, peers, kernels, trainers or stages."""
     root: str = ""
-    """Folder with images/train and masks/train for loader and memory; empty = pictures made here."""
+    """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
+    trainers a folder with val, too; empty = data_prep/sample."""
     out: str = "bench/results"
     """Folder for the CSV files."""
     device: str = "cpu"
@@ -51,6 +58,8 @@ class BenchConfig:
     memory: MemoryBench = field(default_factory=MemoryBench)
     peers: PeersBench = field(default_factory=PeersBench)
     kernels: KernelsBench = field(default_factory=KernelsBench)
+    trainers: TrainersBench = field(default_factory=TrainersBench)
+    stages: StagesBench = field(default_factory=StagesBench)
 
     def __post_init__(self) -> None:
         if self.bench not in (*BENCHES, "???"):
@@ -70,6 +79,10 @@ def run(cfg: BenchConfig) -> None:
         measure_memory(cfg.memory, cfg.root, out)
     elif cfg.bench == "peers":
         measure_peers(cfg.peers, cfg.device, out)
+    elif cfg.bench == "trainers":
+        measure_trainers(cfg.trainers, cfg.root, out)
+    elif cfg.bench == "stages":
+        measure_stages(cfg.stages, out)
     else:
         measure_kernels(cfg.kernels, out)
 

@@ -1,45 +1,47 @@
-"""Checkpoints: the canonical state of a run, written atomically, verified when read, for any world and stage.
+"""Checkpoints: saved while training goes on, the newest good one found again, old ones deleted.
 
     runs/x/checkpoints/
-      step-00016000/
-        model.safetensors        parameters and buffers by name, fp32, whole
-        optimizer.safetensors    exp_avg.<parameter>, exp_avg_sq.<parameter>, fp32, whole
-        state.json               TrainState: step, order spec, digest of the data, best score
-        MANIFEST.json            {file: {bytes, sha256}} of the files above; written last
-      .tmp-step-00016000/        a save in progress; removed at the next start
+      step-00016000/             a committed folder (commit.py) of the files of snapshot.py
+      step-00016500/
 
-Save: every rank takes part in gathering the tensors, rank zero writes: files, fsync each, MANIFEST, fsync,
-fsync the folder, rename to step-*, fsync the parent. A crash at any point leaves the old checkpoints and
-perhaps a .tmp folder. Load: newest first; a checkpoint whose manifest, sizes or sha256 disagree is renamed
-bad-* and the next older one is tried. Where there are checkpoints but no good one, loading stops: training
-never restarts silently from scratch.
+    checkpointer = Checkpointer(cfg.checkpoint, folder, world, warn=..., failed=...)      # all ranks, always
+    checkpointer.settle()                                    # so that memory never holds two copies
+    checkpointer.save(gather_model(engine), gather_optimizer(engine, world), ema, state)  # goes on at once
+    checkpointer.save(..., last=True)                        # is on the disk when it returns
+    checkpointer.finish()                                    # before a run ends without a last save
 
-Because tensors are stored whole and by name, a run resumes at any world size and ZeRO stage. There is no
-pickle. DeepSpeed's own checkpoints do none of this: they need the same world size, and `latest` can point to
-a torn one.
+Save: every rank takes part in gathering the tensors; rank zero checks that they are finite and hands them to
+a thread, which writes. The thread never calls a collective: its outcome is learnt at the next save, settle or
+finish, by all ranks together. A save that fails (a full disk) costs nothing but itself: older checkpoints
+stay and the run goes on, until max_failures saves in a row have failed. The thread outlives an error of the
+main thread, so that a save that was handed over is finished before the process ends.
+
+Load: newest first; a checkpoint whose manifest, sizes or sha256 disagree is renamed bad-* and the next older
+one is tried. Where there are checkpoints but no good one, loading stops: training never restarts silently
+from scratch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import load, save
 from torch import Tensor
 
+from segformer.commit import clean as clean
+from segformer.commit import commit, delete, set_aside
 from segformer.dist import World
 from segformer.errors import CheckpointError, ConfigError
-from segformer.partition import gather_model, gather_optimizer
+from segformer.snapshot import Loaded as Loaded
+from segformer.snapshot import TrainState as TrainState
+from segformer.snapshot import check_finite, decode_state, read_files, step_name, writers_of
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,41 +51,179 @@ class CheckpointConfig:
     save_every: int = 1000
     "Optimiser steps between checkpoints; others are written for a new best, at a stop and at the end."
     keep_last: int = 3
-    "Newest checkpoints to keep; the one with the best validation mIoU stays beside them."
+    "Newest checkpoints to keep; the one with the best validation score stays beside them."
+    keep_every: int = 0
+    "Checkpoints of every multiple of so many steps stay for ever; 0: none."
+    background: bool = True
+    "Write in a thread while training goes on; needs host memory for one copy of the saved tensors."
+    max_failures: int = 3
+    "Saves in a row that may fail (a full disk) before the run ends; older checkpoints stay."
 
     def __post_init__(self) -> None:
-        if self.save_every < 1 or self.keep_last < 1:
-            raise ConfigError("checkpoint.save_every and checkpoint.keep_last must be 1 or more")
+        for name, least in (("save_every", 1), ("keep_last", 1), ("keep_every", 0), ("max_failures", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more")
+        if self.keep_every % self.save_every:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
+                f"checkpoint.save_every={self.save_every}: other steps are not saved"
+            )
 
 
-@dataclass(kw_only=True, slots=True)
-class TrainState:
-    """Everything a resume needs beside the tensors; the position in the data is step x global_batch."""
+@dataclass(slots=True)
+class _Write:
+    """A save in the writer's hands."""
 
-    step: int = 0
-    "Optimiser steps done."
-    order_spec: dict[str, Any] = field(default_factory=dict)
-    "The frozen sample order (data.order.OrderSpec)."
-    data_digest: str = ""
-    "Digest of the shards that the order refers to."
-    best_miou: float | None = None
-    "Best validation mIoU so far; None before the first evaluation."
-    best_step: int | None = None
-    "Step of best_miou."
-    corrupt: list[int] = field(default_factory=list)
-    "Samples of the training split that were found corrupt and replaced."
+    step: int
+    thread: threading.Thread = field(init=False)
+    failure: str = ""
+    "Why the disk did not take it."
+    bug: BaseException | None = None
+    complaints: list[str] = field(default_factory=list)
+    "What could not be deleted afterwards."
 
 
-def save_checkpoint(
-    engine: Any, state: TrainState, cfg: CheckpointConfig, folder: Path, world: World
-) -> Path:
-    """Write the run's state as folder/step-*, commit it, remove what `cfg` no longer keeps; all ranks.
+class Checkpointer:
+    """Saves a run while it goes on; one on every rank, every method called by all of them.
 
-    Raises:
-        CheckpointError: a tensor is not finite, or the disk is full; older checkpoints stay as they are.
+    The ranks wait for a long write in rounds of `round_s` seconds, each of which begins with `progress`: one
+    long collective would meet the group's timeout.
+
+    `warn` prints a line, `failed` records (step, reason) of a save that failed; rank zero, main thread.
     """
-    model, optimizer = gather_model(engine), gather_optimizer(engine, world)
-    return world.on_main(lambda: write_checkpoint(model, optimizer, state, cfg, folder))
+
+    last_saved: int | None = None
+    "The newest step that this object has committed, as far as the ranks have learnt."
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        folder: Path,
+        world: World,
+        *,
+        warn: Callable[[str], None],
+        failed: Callable[[int, str], None],
+        progress: Callable[[], None] = lambda: None,
+        round_s: float = 5.0,
+    ) -> None:
+        self._progress, self._round_s = progress, round_s
+        self._cfg, self._folder, self._world = cfg, folder, world
+        self._warn, self._failed = warn, failed
+        self._write: _Write | None = None  # this and what follows: rank zero only
+        self._failures, self._failure = 0, ""
+
+    def save(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        ema: dict[str, Tensor],
+        state: TrainState,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Save the run's state, {} for tensors off rank zero, {} for `ema` without averaging; all ranks.
+
+        The tensors belong to the writer from now on, the state is copied. Waits for the save before this
+        one, and for this one only where `last` is set or checkpoint.background is not.
+
+        Raises:
+            CheckpointError: a tensor is not finite; the last of checkpoint.max_failures saves in a row
+                failed; with `last`, this save failed. Older checkpoints are as they were.
+        """
+        self.settle()
+        self._world.on_main(lambda: self._start(model, optimizer, ema, state))  # all ranks
+        if last:
+            self.finish()
+        elif not self._cfg.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one, and agree on how it went; all ranks.
+
+        Raises:
+            CheckpointError: it failed, the last of checkpoint.max_failures in a row.
+        """
+        self._settle(final=False)
+
+    def finish(self) -> None:
+        """As `settle`, at the end of a run, where no failure can be made good any more; all ranks.
+
+        Raises:
+            CheckpointError: the newest save failed.
+        """
+        self._settle(final=True)
+
+    def _settle(self, *, final: bool) -> None:
+        settled = False
+        while not settled:
+            self._progress()
+            settled, self.last_saved = self._world.on_main(lambda: self._join(final))  # all ranks
+
+    def _start(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        ema: dict[str, Tensor],
+        state: TrainState,
+    ) -> None:
+        """Check the tensors and hand them over; rank zero."""
+        check_finite((model, optimizer, ema), state.step)
+        write = _Write(state.step)
+        job = partial(
+            _write, write, writers_of(model, optimizer, ema, state), self._folder, self._cfg, state.best_step
+        )
+        # No daemon: the interpreter waits for it also where the main thread ends with an error.
+        write.thread = threading.Thread(target=job, name=f"checkpoint {state.step}", daemon=False)
+        write.thread.start()
+        self._write = write
+
+    def _join(self, final: bool) -> tuple[bool, int | None]:
+        """Wait a while; whether nothing is in flight any more, and the newest committed step; rank zero."""
+        write = self._write
+        if write is not None:
+            write.thread.join(self._round_s)
+            if write.thread.is_alive():
+                return False, self.last_saved
+            self._write = None
+            self._take(write)
+        count = f"{self._failures} of {self._cfg.max_failures} failures in a row"
+        if self._failure and (final or self._failures >= self._cfg.max_failures):
+            newest = "the one it started from" if self.last_saved is None else f"step {self.last_saved}"
+            raise CheckpointError(f"{self._failure}; {count}, the newest checkpoint is {newest}")
+        if write is not None and write.failure:
+            self._warn(f"{write.failure}; older checkpoints stay and training goes on ({count})")
+        return True, self.last_saved
+
+    def _take(self, write: _Write) -> None:
+        """Count the outcome of a write that has ended; rank zero."""
+        if write.bug is not None:
+            raise write.bug
+        for complaint in write.complaints:
+            self._warn(complaint)
+        self._failure = write.failure
+        if write.failure:
+            self._failures += 1
+            with contextlib.suppress(OSError):  # what it records in may be on the same full disk
+                self._failed(write.step, write.failure)
+        else:
+            self._failures, self.last_saved = 0, write.step
+
+
+def _write(
+    write: _Write,
+    writers: Mapping[str, Callable[[Path], object]],
+    folder: Path,
+    cfg: CheckpointConfig,
+    best_step: int | None,
+) -> None:
+    """What the thread does; its outcome is left in `write`."""
+    try:
+        commit(folder, step_name(write.step), writers)
+        write.complaints = _prune(folder, cfg, write.step, best_step)
+    except CheckpointError as error:
+        write.failure = str(error)  # not the error itself: the frames of its traceback keep the tensors
+    except BaseException as error:  # the main thread raises it
+        write.bug = error
 
 
 def write_checkpoint(
@@ -92,97 +232,32 @@ def write_checkpoint(
     state: TrainState,
     cfg: CheckpointConfig,
     folder: Path,
+    ema: dict[str, Tensor] | None = None,
 ) -> Path:
-    """The part of `save_checkpoint` that rank zero does alone."""
-    for name, value in (model | optimizer).items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise CheckpointError(f"not saving step {state.step}: {name} is not finite; lower optim.lr")
-    final = folder / f"step-{state.step:08d}"
-    temporary = folder / f".tmp-{final.name}"
-    written = (save(model), save(optimizer), json.dumps(asdict(state), indent=1).encode())
-    contents = dict(zip(FILES, written, strict=True))
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, data in contents.items():
-            _write_durable(temporary / name, data)
-        _write_durable(temporary / MANIFEST, _manifest(contents))
-        _sync_folder(temporary)
-        if final.exists():  # the same step again: the new one holds the same state
-            _delete(final)
-        temporary.rename(final)
-        _sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} can't be written: {error.strerror}; free space and start again"
-        ) from error
-    _prune(folder, cfg.keep_last, state.best_step)
-    return final
+    """Write one checkpoint, commit it, remove what `cfg` no longer keeps; without threads or other ranks.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or the disk is full; older checkpoints stay as they are.
+    """
+    check_finite((model, optimizer, ema or {}), state.step)
+    path = commit(folder, step_name(state.step), writers_of(model, optimizer, ema or {}, state))
+    _prune(folder, cfg, state.step, state.best_step)
+    return path
 
 
-def _manifest(contents: dict[str, bytes]) -> bytes:
-    entries = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in contents.items()
-    }
-    return json.dumps(entries, indent=1).encode()
-
-
-def _write_durable(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(folder: Path, keep_last: int, best_step: int | None) -> None:
-    for step in list_steps(folder)[:-keep_last]:
-        if step != best_step:
-            _delete(folder / f"step-{step:08d}")
-
-
-def _delete(path: Path) -> None:
-    """First out of sight, so that no half-deleted checkpoint is ever read; `clean` removes what stays."""
-    doomed = path.with_name(f".del-{path.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def _prune(folder: Path, cfg: CheckpointConfig, newest: int, best_step: int | None) -> list[str]:
+    """Delete what is not kept, after `newest` has been committed; what can't be deleted, as lines."""
+    steps = list_steps(folder)
+    kept = {newest, best_step, *steps[-cfg.keep_last :]}
+    if cfg.keep_every:
+        kept |= {step for step in steps if step % cfg.keep_every == 0}
+    return delete(folder / step_name(step) for step in steps if step not in kept)
 
 
 def list_steps(folder: Path) -> list[int]:
     """Steps of the committed checkpoints in `folder`, ascending."""
-    return sorted(int(path.name[5:]) for path in folder.glob("step-*") if path.name[5:].isdigit())
-
-
-def read_checkpoint(path: Path) -> dict[str, bytes]:
-    """The verified contents of one checkpoint folder by file name.
-
-    Raises:
-        CheckpointError: a file is missing, or the manifest is not exactly the one of these files.
-    """
-    try:
-        contents = {name: (path / name).read_bytes() for name in FILES}
-        manifest = (path / MANIFEST).read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} is incomplete: {Path(error.filename).name}: {error.strerror}"
-        ) from error
-    if manifest != _manifest(
-        contents
-    ):  # no parsing: a flipped bit anywhere, in the manifest too, is a difference
-        raise CheckpointError(
-            f"{path} is damaged: its files do not match the sizes and sha256 sums of {MANIFEST}"
-        )
-    return contents
+    found = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match and match[0] == step_name(int(match[1])))
 
 
 def load_checkpoint(
@@ -191,14 +266,17 @@ def load_checkpoint(
     step: int | None = None,
     quarantine: bool = False,
     warn: Callable[[str], None] = print,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState] | None:
-    """(model, optimizer, state) of the newest good checkpoint in `folder`, or of `step`; None without any.
+    verify: bool = True,
+) -> Loaded | None:
+    """The newest good checkpoint in `folder`, or that of `step`; None without any.
 
     A damaged checkpoint is passed over with a warning and, where `quarantine` is set, renamed bad-*: a run
-    does that once, when it starts; who only reads a run leaves it as it is.
+    does that once, when it starts; who only reads a run leaves it as it is. Without `verify` only presence
+    and sizes are looked at: for ranks that follow rank zero's choice.
 
     Raises:
-        CheckpointError: `step` is missing or damaged, or there are checkpoints but none is good.
+        CheckpointError: `step` is missing or damaged, or there are checkpoints but none is good, or one was
+            written by another version of this program.
     """
     steps = list_steps(folder)
     if step is not None and step not in steps:
@@ -206,37 +284,29 @@ def load_checkpoint(
     if not steps and not list(folder.glob("bad-*")):
         return None
     for candidate in [step] if step is not None else reversed(steps):
-        path = folder / f"step-{candidate:08d}"
+        path = folder / step_name(candidate)
         try:
-            contents = read_checkpoint(path)
+            model, optimizer, ema, text = read_files(path, digests=verify)
         except CheckpointError as error:
             if step is not None:
                 raise
             warn(f"{error}; trying the one before it")
             if quarantine:
-                _set_aside(path)
+                set_aside(path)
             continue
-        state = TrainState(**json.loads(contents["state.json"]))
-        return load(contents["model.safetensors"]), load(contents["optimizer.safetensors"]), state
+        return Loaded(model, optimizer, ema, decode_state(path, text))
     raise CheckpointError(
         f"no checkpoint in {folder} is good; restore one, or delete the folder to start from scratch"
     )
 
 
-def _set_aside(path: Path) -> None:
-    names = (f"bad-{path.name}" + (f".{count}" if count else "") for count in itertools.count())
-    path.rename(next(target for name in names if not (target := path.with_name(name)).exists()))
-
-
-def clean(folder: Path) -> None:
-    """Remove what interrupted saves and deletions left behind; rank zero, at start."""
-    for pattern in (".tmp-*", ".del-*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def load_model_state(run_dir: Path, step: int | None = None) -> tuple[dict[str, Tensor], TrainState]:
+def load_model_state(
+    run_dir: Path, step: int | None = None, *, averaged: bool = True
+) -> tuple[dict[str, Tensor], TrainState]:
     """Parameters and buffers of a run's newest good checkpoint (or of `step`), and the state they belong to.
+
+    Where the run averages its weights, those are the parameters, unless `averaged` is off; buffers are
+    always the model's.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -244,5 +314,6 @@ def load_model_state(run_dir: Path, step: int | None = None) -> tuple[dict[str, 
     loaded = load_checkpoint(run_dir / "checkpoints", step=step)
     if loaded is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first, or name another run")
-    model, _, state = loaded
-    return model, state
+    if unknown := sorted(loaded.ema.keys() - loaded.model.keys()):
+        raise CheckpointError(f"{run_dir}: the averaged weights have {unknown[0]}, which the model has not")
+    return (loaded.model | loaded.ema if averaged else loaded.model), loaded.state

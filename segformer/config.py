@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segformer.checkpoint import CheckpointConfig
+from segformer.data.classification import ClassificationAugment
 from segformer.data.dataset import DatasetConfig
 from segformer.data.loader import LoaderConfig
 from segformer.data.transforms import AugmentConfig
@@ -36,11 +37,13 @@ from segformer.errors import ConfigError, Preempted, SegformerError
 from segformer.losses import LossConfig
 from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig
+from segformer.profiling import ProfileConfig
 from segformer.telemetry import TelemetryConfig
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FROZEN = (
     *("seed", "steps", "global_batch", "train_split", "data", "augment", "model", "loss", "optim"),
+    "classification",
     *("engine.grad_clip", "engine.sync_batchnorm"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -72,24 +75,32 @@ class RunConfig:
     "Split that is evaluated."
     train_split: str = "train"
     "Split that is trained on."
+    max_skipped: int = 3
+    "Steps in a row whose loss or gradient is not finite before the run goes back to a checkpoint, or ends."
     overlays: int = 8
     "Validation images drawn with target and prediction at the end of the run."
     data: DatasetConfig = field(default_factory=DatasetConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    classification: ClassificationAugment = field(default_factory=ClassificationAugment)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
-        for key in ("steps", "global_batch", "eval_every", "eval_batch"):
+        for key in ("steps", "global_batch", "eval_every", "eval_batch", "max_skipped"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} must be 1 or more")
+        if self.profile.steps and self.profile.steps[0] > self.steps:
+            raise ConfigError(
+                f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
+            )
         if self.micro_batch is not None:
             if self.micro_batch < 1:
                 raise ConfigError(f"micro_batch={self.micro_batch} must be 1 or more, or null")

@@ -29,7 +29,7 @@ from segformer.models.sizes import find_sizes
 from segformer.models.variants import NORM_PROFILES
 
 _SHOWN = 5  # class names printed
-_CARRIED = ("shards", "digest", "step", "scores")
+_CARRIED = ("view", "shards", "digest", "step", "scores")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,8 +1,9 @@
 """Ranks: who this process is, the few collectives that training needs, synchronised batch norm, seeds.
 
 Owns torch.distributed. Launchers describe the world by environment variables (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT: `deepspeed`, `torchrun` and our Slurm entry all set them); with none of them set the
-process is a world of one. A partly set environment is refused.
+MASTER_ADDR, MASTER_PORT: `deepspeed`, `torchrun` and our Slurm entry all set them; in a job step of `srun`
+they are made from Slurm's own); with none of them set the process is a world of one. A partly set environment
+is refused.
 
 Control messages (flags, small objects) travel over gloo on the CPU also where tensors travel over NCCL, so
 that agreeing on a stop never makes the host wait for the device.
@@ -16,10 +17,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import re
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -107,6 +110,70 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK and the like for a task of an `srun` job step of several tasks; {} outside of one.
+
+    A batch script is no such step, although Slurm describes it by some of the same variables: it has no
+    SLURM_STEP_ID of a number. The port follows from the job and step, so that steps on one node differ.
+
+    Raises:
+        ConfigError: Slurm's variables are incomplete.
+    """
+    if not environment.get("SLURM_STEP_ID", "").isdigit() or environment.get("SLURM_STEP_NUM_TASKS") in (
+        None,
+        "1",
+    ):
+        return {}
+    names = {
+        "RANK": "SLURM_PROCID",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
+    }
+    try:
+        found = {name: environment[source] for name, source in names.items()}
+        nodes, job = environment["SLURM_STEP_NODELIST"], int(environment["SLURM_JOB_ID"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"this looks like a step of srun, but {error} is missing or no number") from error
+    found["LOCAL_WORLD_SIZE"] = _tasks_on_node(
+        found["LOCAL_WORLD_SIZE"], int(environment.get("SLURM_NODEID", "0"))
+    )
+    first = environment.get("MASTER_ADDR") or _first_host(nodes)
+    port = 20000 + (job * 131 + int(environment["SLURM_STEP_ID"])) % 40000
+    return found | {"MASTER_ADDR": first, "MASTER_PORT": environment.get("MASTER_PORT", str(port))}
+
+
+def _tasks_on_node(text: str, node: int) -> str:
+    """The tasks of a node from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
+    counts: list[str] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text} can't be read")
+        counts += [found.group(1)] * int(found.group(2) or 1)
+    return counts[min(node, len(counts) - 1)]
+
+
+def _first_host(nodes: str) -> str:
+    """The first node of a list like "gpu[03-05,9],cpu1"; Slurm itself unfolds it, where its tool is there."""
+    try:
+        unfolded = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        )
+        return unfolded.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+        if found is None:
+            raise ConfigError(f"SLURM_STEP_NODELIST={nodes} can't be read") from None
+        return found.group(1) + (found.group(2) or "")
+
+
+def _sees_own_gpu_only(local_rank: int) -> bool:
+    """Whether Slurm gave this task one GPU, which every task then knows as the first (--gpus-per-task=1)."""
+    of_slurm = os.environ.get("SLURM_LOCALID") == str(local_rank) and "TORCHELASTIC_RUN_ID" not in os.environ
+    return torch.cuda.device_count() == 1 and of_slurm
+
+
 def init_world(timeout_s: float = 600.0) -> World:
     """Join the process group that the environment describes; a world of one when it describes none.
 
@@ -114,6 +181,8 @@ def init_world(timeout_s: float = 600.0) -> World:
         ConfigError: some, but not all, of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; or
             there are GPUs, but fewer than ranks.
     """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        os.environ.update(slurm_environment(os.environ))
     missing = [name for name in _ENVIRONMENT if name not in os.environ]
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         os.environ.update(
@@ -127,12 +196,14 @@ def init_world(timeout_s: float = 600.0) -> World:
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        index = 0 if _sees_own_gpu_only(local_rank) else local_rank
+        if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own, there are {torch.cuda.device_count()}; "
                 "start as many ranks as GPUs (or set CUDA_VISIBLE_DEVICES to nothing, for the CPU)"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", index)
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed chooses its device by it
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

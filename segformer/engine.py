@@ -10,6 +10,11 @@ Choices, each for a reason:
 - bf16 is DeepSpeed's `torch_autocast`: parameters, gradients, optimiser state and batch-norm buffers stay
   fp32. Its `bf16` mode casts BatchNorm's parameters but not its buffers, which fails, and at stage 0 it is
   not AdamW (its first update was measured at 0.744 x lr).
+- Offloading leaves AdamW what it is, on the CPU: DeepSpeed's own CPU optimiser compiles an extension, too.
+- DeepSpeed's buckets are given the size of the model, at most 2^25 elements (128 MiB): its default of 5e8
+  elements takes 4 to 8 GB whatever the model is.
+- A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimisers look at the
+  norm themselves, at stage 0 it is done here.
 - torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
   The loss stays outside the compiled function: losses other than cross entropy ask the data for its classes.
 - No scheduler is given: optim.py sets the lr before each step.
@@ -17,18 +22,23 @@ Choices, each for a reason:
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from segformer.dist import World, synchronise_batch_norm
 from segformer.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
+BUCKET = 2**25
+"Largest bucket of gradients or parameters that is sent at once, elements."
 OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
 
 
@@ -38,6 +48,10 @@ class EngineConfig:
 
     zero_stage: int = 1
     "DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the ranks."
+    offload_optimizer: bool = False
+    "Keep gradients' averages, optimiser state and fp32 weights in the host's memory; ZeRO-1 to 3. Slow."
+    offload_parameters: bool = False
+    "Keep the partitioned parameters in the host's memory, too; ZeRO-3 only."
     precision: str = "auto"
     "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
     compile: bool | None = None
@@ -63,6 +77,12 @@ class EngineConfig:
                 "engine.compile=true needs engine.zero_stage=2 or below: at 3 parameters are not there when "
                 "the model is traced; use engine.compile=false"
             )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ConfigError("engine.offload_parameters=true needs engine.zero_stage=3")
+        if self.timeout_s < 1:
+            raise ConfigError(f"engine.timeout_s={self.timeout_s} must be 1 or more")
         if self.grad_clip < 0:
             raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
 
@@ -79,8 +99,36 @@ def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
     return cfg.precision
 
 
+def _zero_config(cfg: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if not cfg.zero_stage:
+        return zero
+    # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
+    zero["overlap_comm"] = torch.cuda.is_available()
+    zero["reduce_bucket_size"] = bucket_elements(num_parameters)
+    if cfg.zero_stage < 3:
+        zero["allgather_bucket_size"] = bucket_elements(num_parameters)
+    pinned = torch.cuda.is_available()
+    if cfg.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if cfg.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return zero
+
+
+def bucket_elements(num_parameters: int) -> int:
+    """Elements of DeepSpeed's buckets for a model of so many parameters; even, as ZeRO-1 and 2 demand."""
+    return min(num_parameters + num_parameters % 2, BUCKET)
+
+
 def deepspeed_config(
-    cfg: EngineConfig, *, global_batch: int, micro_batch: int, world_size: int, precision: str
+    cfg: EngineConfig,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    world_size: int,
+    precision: str,
+    num_parameters: int,
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: a pure function of its arguments.
 
@@ -88,24 +136,22 @@ def deepspeed_config(
         ConfigError: the global batch is not a multiple of micro_batch x world_size, or engine.extra collides.
     """
     check_batch(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
-    zero: dict[str, Any] = {"stage": cfg.zero_stage}
-    if cfg.zero_stage:
-        # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
-        zero["overlap_comm"] = torch.cuda.is_available()
+    zero = _zero_config(cfg, num_parameters)
     derived: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": global_batch // (micro_batch * world_size),
-        "gradient_clipping": cfg.grad_clip,
+        "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,  # at stage 0: take_step
         "steps_per_print": 10**9,
         "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
     extra = dict(cfg.extra)
     zero_extra = extra.pop("zero_optimization", {})
     if not isinstance(zero_extra, dict):
         raise ConfigError(f"engine.extra.zero_optimization={zero_extra!r} must be a mapping")
-    taken = sorted((set(extra) & (set(derived) | OWN)) | ({"stage"} & set(zero_extra)))
+    taken = sorted((set(extra) & (set(derived) | OWN)) | (OWN_ZERO & set(zero_extra)))
     if taken:
         raise ConfigError(
             f"engine.extra sets {', '.join(taken)}, which other settings decide; remove it there"
@@ -149,7 +195,12 @@ def build_engine(
     """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
     precision = resolve_precision(cfg, world.device)
     config = deepspeed_config(
-        cfg, global_batch=global_batch, micro_batch=micro_batch, world_size=world.size, precision=precision
+        cfg,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        world_size=world.size,
+        precision=precision,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
@@ -158,6 +209,7 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
+    logger.addFilter(_not_said_by_us)
     if world.device.type == "cpu":
         # On a CPU every start would compile a shared-memory extension (30-55 s, needs ninja and a compiler)
         # that gloo does without. The table of extensions is private: deepspeed is pinned below 0.20.
@@ -173,6 +225,11 @@ def build_engine(
     return engine
 
 
+def _not_said_by_us(record: logging.LogRecord) -> bool:
+    """DeepSpeed's line about a step that was not taken: the run says it itself, with rank and samples."""
+    return "OVERFLOW!" not in record.getMessage()
+
+
 def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     """Put the model on the rank's device, with synchronised batch norm where there are several ranks."""
     if cfg.sync_batchnorm and world.size > 1:
@@ -180,9 +237,23 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     model.to(world.device)
 
 
-def total_norm(engine: Any) -> Tensor | None:
-    """Norm of the averaged gradients after the last backward at stage 0; None where ZeRO computes it."""
+def take_step(engine: Any, grad_clip: float) -> tuple[float | None, bool]:
+    """The optimiser's step after the last backward: (norm of the averaged gradients, whether it was taken).
+
+    It is not taken where a gradient is not finite; all ranks decide alike, because the norm is that of the
+    averages. The norm is the one before clipping, None where DeepSpeed does not tell it.
+    """
     if engine.zero_optimization_stage() > 0:
-        return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm), bool(engine.was_step_applied())
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    total = float(norm)
+    finite = math.isfinite(total)
+    if not finite:  # AdamW passes over parameters without a gradient
+        engine.optimizer.zero_grad(set_to_none=True)
+    elif grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    engine.step()
+    return total, finite

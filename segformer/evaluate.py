@@ -1,23 +1,26 @@
-"""Evaluation: every validation image once over all ranks, one confusion matrix, the scores.
+"""Evaluation: every validation image once over all ranks, one table of counts, the scores.
 
-Protocol: images are taken whole and unscaled, logits are brought to the label's size in fp32, tile by tile
-(models/ops/argmax.py). The batches of a rank hold images of one size only; ranks may have different numbers
-of batches. Under ZeRO-3 each forward is a collective, so a rank that has run out repeats a forward that
-doesn't count until all are done.
+Protocol of segmentation: images are taken whole and unscaled, logits are brought to the label's size in fp32,
+tile by tile (models/ops/argmax.py). Of classification: the short side to eval_resize, then the centre.
+
+The batches of a rank hold images of one size only; ranks may have different numbers of batches. Under ZeRO-3
+each forward is a collective, so a rank that has run out repeats a forward that doesn't count until all are
+done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from segformer.data.loader import LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.classification import ClassificationAugment
+from segformer.data.loader import Batch, LoaderConfig, eval_batches, num_eval_batches
 from segformer.data.shards import Split
 from segformer.dist import World
 from segformer.errors import SegformerError
-from segformer.metrics import Scores, SegmentationMetric
+from segformer.metrics import AnyScores, ClassificationMetric, SegmentationMetric
 
 
 @torch.no_grad()
@@ -33,11 +36,14 @@ def evaluate(
     bf16: bool,
     interrupted: Callable[[], bool],
     failed: Callable[[SegformerError], None],
-) -> Scores | None:
+    view: ClassificationAugment | None = None,
+    watch: Callable[[Batch, Tensor], None] | None = None,
+) -> AnyScores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
 
     Args:
-        model: (B, 3, H, W) float -> (B, K, H/4, W/4) logits; left in the mode it came in.
+        model: (B, 3, H, W) float -> logits, (B, K, H/4, W/4) of segmentation and (B, K) of classification;
+            left in the mode it came in.
         normalize: uint8 images -> model input, on the device.
         batch_size: images per forward and rank.
         bf16: run the model in bf16 autocast.
@@ -45,7 +51,39 @@ def evaluate(
             evaluation with None.
         failed: told what is wrong with the data that this rank reads. It must make `interrupted` answer True
             on all ranks: raised here, the error would leave the others in a collective.
+        view: how the images of a classification set are cut; None for segmentation.
+        watch: shown every batch of this rank and its logits, once they are counted.
     """
+    iterator = _batches(split, loader, world, batch_size, view)
+    metric = (SegmentationMetric if view is None else ClassificationMetric)(num_classes).to(world.device)
+    training = model.training
+    model.eval()
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
+    try:
+        for _ in range(max(num_eval_batches(split, world.size, batch_size))):
+            if interrupted():
+                return None
+            batch = _next(iterator, failed)
+            if batch is not None:
+                batch = batch.to(world.device, non_blocking=True)
+                images = batch.images
+            with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+                logits = model(normalize(images, None))
+            if batch is not None:
+                _count(metric, batch, logits, failed)
+                if watch is not None:
+                    watch(batch, logits)
+        if interrupted():
+            return None
+    finally:
+        iterator.close()
+        model.train(training)
+    return metric.compute()
+
+
+def _batches(
+    split: Split, loader: LoaderConfig, world: World, batch_size: int, view: ClassificationAugment | None
+) -> Generator[Batch, None, None]:
     batches = eval_batches(
         split,
         loader,
@@ -53,31 +91,26 @@ def evaluate(
         world_size=world.size,
         local_world_size=world.local_size,
         batch_size=batch_size,
+        augment=view,
     )
-    metric = SegmentationMetric(num_classes).to(world.device)
-    training = model.training
-    model.eval()
-    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
-    iterator = iter(batches)
+    return iter(batches)
+
+
+def _next(batches: Iterator[Batch], failed: Callable[[SegformerError], None]) -> Batch | None:
     try:
-        for _ in range(max(num_eval_batches(split, world.size, batch_size))):
-            if interrupted():
-                return None
-            try:
-                batch = next(iterator, None)
-            except SegformerError as error:
-                failed(error)
-                batch = None
-            if batch is not None:
-                batch = batch.to(world.device, non_blocking=True)
-                images = batch.images
-            with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
-                logits = model(normalize(images, None))
-            if batch is not None:
-                metric.update(logits, batch.targets)
-        if interrupted():
-            return None
-    finally:
-        iterator.close()
-        model.train(training)
-    return metric.compute()
+        return next(batches, None)
+    except SegformerError as error:
+        failed(error)
+        return None
+
+
+def _count(
+    metric: SegmentationMetric | ClassificationMetric,
+    batch: Batch,
+    logits: Tensor,
+    failed: Callable[[SegformerError], None],
+) -> None:
+    try:
+        metric.update(logits, batch.targets)
+    except SegformerError as error:
+        failed(error)

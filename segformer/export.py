@@ -3,10 +3,11 @@
     <out>/model.safetensors   fp32 parameters and buffers under the names of Hugging Face's files
     <out>/config.json         a SegformerConfig, and beside its keys one section "segformer":
                               {variant, norm_profile, decoder_dim, num_classes, classes, palette,
-                               mean, std, shards, digest (of the shards), step, scores, weights_sha256,
-                               exact_in_transformers, note}
+                               mean, std, view (of a classifier), shards, digest (of the shards), step,
+                               scores, weights_sha256, exact_in_transformers, note}
 
-`SegformerForSemanticSegmentation.from_pretrained(out)` loads it. transformers runs every LayerNorm with eps
+`SegformerForSemanticSegmentation.from_pretrained(out)` loads it, or `SegformerForImageClassification`, which
+config.json names as well. transformers runs every LayerNorm with eps
 1e-5, so its logits are those of our model only for norm_profile=hf; config.json says which case it is.
 
 `open_checkpoint` reads an export or the newest checkpoint of a run into the same `Trained`. Nothing that is
@@ -15,6 +16,7 @@ that don't fit.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from segformer.checkpoint import load_model_state
 from segformer.config import RunConfig, load_config
+from segformer.data.classification import ClassificationAugment
 from segformer.data.dataset import DatasetConfig, class_palette
 from segformer.data.shards import ShardSet
 from segformer.errors import CheckpointError, ConfigError
@@ -31,9 +34,22 @@ from segformer.models.card import Card
 from segformer.models.convert import Weights, read_weights
 from segformer.models.files import CONFIG_FILE
 from segformer.models.save import write_hf
-from segformer.models.segformer import SegFormer, build_model, check_strict, load_strict
+from segformer.models.segformer import (
+    MiTClassifier,
+    SegFormer,
+    build_classifier,
+    build_model,
+    check_strict,
+    load_strict,
+)
 from segformer.models.sizes import find_sizes
 from segformer.models.variants import ModelConfig
+
+_SCORES = ("miou", "macc", "aacc", "iou", "top1", "top5")  # what an export keeps of an evaluation
+BUILDERS: dict[str, Callable[[ModelConfig, int], SegFormer | MiTClassifier]] = {
+    "segmentation": build_model,
+    "classification": build_classifier,
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,6 +80,8 @@ class Trained:
     "Subtracted from each channel of an RGB image of 0 to 255."
     std: list[float]
     "Divides each channel after that."
+    view: list[int] | None = None
+    "A classifier's: [side of the square it is shown, short side of the image before that is cut out]."
     shards: str = ""
     "Folder of the shards it was trained on, as its configuration names it."
     digest: str = ""
@@ -73,9 +91,15 @@ class Trained:
     scores: dict[str, Any] | None = None
     "Validation scores at that step, where they were measured."
 
-    def build(self) -> SegFormer:
+    @property
+    def task(self) -> str:
+        """segmentation or classification."""
+        return "segmentation" if self.view is None else "classification"
+
+    def build(self) -> SegFormer | MiTClassifier:
         """The network with its weights, in evaluation mode on the CPU."""
-        model = build_model(self.model, len(self.classes))
+        build = BUILDERS[self.task]
+        model = build(self.model, len(self.classes))
         load_strict(model, self.state, source="the checkpoint")
         return model.eval()
 
@@ -94,7 +118,7 @@ def export(cfg: ExportConfig) -> Path:
         mean=trained.mean,
         std=trained.std,
         out=out,
-        extra={key: getattr(trained, key) for key in ("shards", "digest", "step", "scores")},
+        extra={key: getattr(trained, key) for key in ("view", "shards", "digest", "step", "scores")},
     )
     print(f"exported step {trained.step} of {run} to {out}")
     return out
@@ -127,18 +151,22 @@ def read_run(run: Path, step: int | None = None) -> Trained:
         )
     cfg = load_config(run / "config.yaml", RunConfig)
     state, train_state = load_model_state(run, step)
-    if cfg.data.classes:
-        classes, palette = list(cfg.data.classes), class_palette(cfg.data)
+    named = cfg.data.classes or cfg.data.class_dirs
+    if named:
+        classes, palette = list(named), class_palette(replace(cfg.data, classes=named))
     else:  # a configuration that leaves the classes to the shards
         shards = ShardSet.open(cfg.data.shards, cfg.loader.storage)
         classes, palette = list(shards.classes), shards.palette
+    classifies = cfg.data.task == "classification"
+    augment = cfg.classification if classifies else cfg.augment
     return Trained(
         state=state,
         model=replace(cfg.model, pretrained="", num_classes=None),
         classes=classes,
         palette=palette.tolist(),
-        mean=list(cfg.augment.mean),
-        std=list(cfg.augment.std),
+        mean=list(augment.mean),
+        std=list(augment.std),
+        view=[cfg.classification.size, cfg.classification.eval_resize] if classifies else None,
         shards=cfg.data.shards,
         digest=train_state.data_digest,
         step=train_state.step,
@@ -155,7 +183,7 @@ def _scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
         except ValueError:
             continue  # the line that a crash tore
         if row.get("kind") in ("eval", "final") and row.get("step") == step:
-            found = {key: row[key] for key in ("miou", "macc", "aacc", "iou") if key in row}
+            found = {key: row[key] for key in _SCORES if key in row}
     return found
 
 
@@ -174,7 +202,7 @@ def write_export(
     """Write model.safetensors and config.json to the folder `out`, replacing an older export there.
 
     Args:
-        state: parameters and buffers under our names.
+        state: parameters and buffers under our names, of a segmentation model or a classifier.
         extra: further entries of the "segformer" section, such as digest, step and scores.
 
     Raises:
@@ -186,8 +214,9 @@ def write_export(
             f"{num_classes} classes, but {len(classes)} names and {len(palette)} colours; give as many"
         )
     architecture = replace(model, pretrained="", num_classes=None)
+    sizes = find_sizes(state)
     with torch.device("meta"):
-        network = build_model(architecture, num_classes)
+        network = BUILDERS.get(sizes.kind, build_model)(architecture, num_classes)
     check_strict(network, state, source="the state to export")
     card = Card(
         classes=list(classes),
@@ -198,7 +227,7 @@ def write_export(
     weights = Weights(
         source="the state to export",
         state=state,
-        sizes=find_sizes(state),
+        sizes=sizes,
         format="ours",
         norm_profile=model.norm_profile,
         card=card,
@@ -221,12 +250,14 @@ def read_export(folder: Path) -> Trained:
             f"python launch/convert.py source={folder} out=... to=ours (to train from it, "
             "model.pretrained=... takes it as it is)"
         )
-    if weights.sizes.kind != "segmentation" or card.mean is None or card.std is None:
+    if weights.sizes.kind not in BUILDERS or card.mean is None or card.std is None:
         raise CheckpointError(
-            f"{folder} is no segmentation model ({weights.sizes.kind}): it can't predict masks"
+            f"{folder} holds an encoder without a head, which predicts nothing; give an export of a "
+            "trained model"
         )
     classes = card.classes or [f"class {k}" for k in range(weights.sizes.num_classes or 0)]
-    generated = class_palette(DatasetConfig(classes=[str(k) for k in range(len(classes))]))
+    numbers = [str(k) for k in range(len(classes))]
+    generated = class_palette(DatasetConfig(task=weights.sizes.kind, classes=numbers))
     return Trained(
         state=weights.state,
         model=weights.config(),
@@ -234,8 +265,23 @@ def read_export(folder: Path) -> Trained:
         palette=card.palette or generated.tolist(),
         mean=card.mean,
         std=card.std,
+        view=_view(folder, section) if weights.sizes.kind == "classification" else None,
         shards=section.get("shards", ""),
         digest=section.get("digest", ""),
         step=section.get("step"),
         scores=section.get("scores"),
     )
+
+
+def _view(folder: Path, section: dict[str, Any]) -> list[int]:
+    """The view of a classifier's export, or the usual one where `save_pretrained` has left it out."""
+    usual = ClassificationAugment()
+    try:
+        size, short = map(int, section.get("view") or (usual.size, usual.eval_resize))
+        ClassificationAugment(size=size, eval_resize=short)
+    except (TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f'{folder / CONFIG_FILE} is damaged: its section "segformer" says view={section.get("view")!r}; '
+            "export it again"
+        ) from error
+    return [size, short]

@@ -3,6 +3,7 @@ size.
 
     cross_entropy       pixel-wise cross entropy: class weights, label smoothing, ignore label 255
     ohem_cross_entropy  the same over the hard pixels only (online hard example mining)
+    boundary_cross_entropy  the same, the pixels near the boundary of a class weighted up
     focal               cross entropy times (1 - p_t)^gamma (Lin et al. 2017)
     dice                1 - soft Dice, mean over the classes present (Milletari et al. 2016)
     lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
@@ -12,7 +13,10 @@ entropies do it in blocks of rows (models/ops/cross_entropy.py), the others hold
 and form it again in the backward pass.
 
 Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
-`valid` by the number of the others (transformers), at least 1. Class weights do not enter the divisor.
+`valid` by the number of the others (transformers), at least 1. Class and boundary weights do not enter the
+divisor.
+
+`soft_cross_entropy` is the loss of classification, on targets that mixup and label smoothing made.
 
 Shapes: B batch, K classes, h w logits, H W target.
 """
@@ -50,6 +54,11 @@ class LossConfig:
     """Share of the labelled pixels that ohem_cross_entropy keeps at least (the hardest ones)."""
     focal_gamma: float = 2.0
     """Exponent of focal: how strongly easy pixels lose weight."""
+    boundary_radius: int = 3
+    """boundary_cross_entropy: pixels at most this far from one of another class, along rows and columns, are
+    the boundary; pixels of the label map."""
+    boundary_weight: float = 1.0
+    """boundary_cross_entropy: such a pixel weighs 1 + this, any other 1."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.terms) - set(LOSSES)):
@@ -61,6 +70,11 @@ class LossConfig:
         for name in ("label_smoothing", "ohem_threshold", "ohem_min_kept"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"loss.{name}={getattr(self, name)} must be between 0 and 1")
+        for name in ("focal_gamma", "boundary_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must not be negative")
+        if self.boundary_radius < 1:
+            raise ConfigError(f"loss.boundary_radius={self.boundary_radius} must be 1 or more")
 
 
 def num_pixels(target: Tensor, average: str) -> Tensor:
@@ -81,6 +95,43 @@ def cross_entropy(
     """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
     total, _ = upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, class_weights=class_weights, label_smoothing=label_smoothing
+    )
+    return total / num_pixels(target, average)
+
+
+@torch.no_grad()
+def near_boundary(target: Tensor, radius: int) -> Tensor:
+    """Which pixels of target (B, H, W) have one of another class at most `radius` rows and columns away.
+
+    Ignored pixels are not near a boundary, and what lies beside them is not near one because of them. Bool.
+    """
+    valid = target != IGNORE_INDEX
+    label = target.to(torch.float32)  # whole numbers up to 255 are exact, and every device pools it
+    highest = _window_max(label.masked_fill(~valid, -1.0), radius)
+    lowest = -_window_max(-label, radius)  # 255 is above every class
+    return valid & (highest != lowest)
+
+
+def _window_max(values: Tensor, radius: int) -> Tensor:
+    """Largest of the (2 radius + 1)^2 values around each of (B, H, W): by columns, then by rows."""
+    side = 2 * radius + 1
+    by_column = F.max_pool2d(values[:, None], (side, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(by_column, (1, side), stride=1, padding=(0, radius))[:, 0]
+
+
+def boundary_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    radius: int,
+    weight: float,
+    average: str = "all",
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy in which a pixel that is `near_boundary` counts 1 + weight times."""
+    pixel_weights = 1 + weight * near_boundary(target, radius).to(torch.float32)
+    total, _ = upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, pixel_weights=pixel_weights, class_weights=class_weights
     )
     return total / num_pixels(target, average)
 
@@ -130,7 +181,9 @@ def focal(logits: Tensor, target: Tensor, *, gamma: float, average: str = "all")
 
     def total(log_probability: Tensor, label: Tensor) -> Tensor:
         hit = log_probability.gather(0, label[None])
-        return -((1 - hit.exp()).clamp(min=0) ** gamma * hit).sum()
+        # Above 0, because the slope of x^gamma is infinite at 0 for gamma < 1.
+        missed = (-hit.expm1()).clamp(min=torch.finfo(hit.dtype).tiny)
+        return -(missed**gamma * hit).sum()
 
     return _per_image(total, logits, target).sum() / num_pixels(target, average)
 
@@ -165,6 +218,16 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
     return _per_image(one, logits, target).mean()
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of -sum_k t_k log softmax(z)_k: logits (B, K), targets (B, K) whose rows sum to 1.
+
+    A float32 scalar (float64 for float64), whatever autocast says.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+        return -(targets * log_probability).sum(dim=1).mean()
+
+
 Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None], Tensor]
 
 LOSSES: dict[str, Term] = {
@@ -173,6 +236,14 @@ LOSSES: dict[str, Term] = {
     ),
     "ohem_cross_entropy": lambda logits, target, cfg, weights: ohem_cross_entropy(
         logits, target, threshold=cfg.ohem_threshold, min_kept=cfg.ohem_min_kept, class_weights=weights
+    ),
+    "boundary_cross_entropy": lambda logits, target, cfg, weights: boundary_cross_entropy(
+        logits,
+        target,
+        radius=cfg.boundary_radius,
+        weight=cfg.boundary_weight,
+        average=cfg.average,
+        class_weights=weights,
     ),
     "focal": lambda logits, target, cfg, _: focal(logits, target, gamma=cfg.focal_gamma, average=cfg.average),
     "dice": lambda logits, target, cfg, _: dice(logits, target),

@@ -7,11 +7,24 @@ Official SegFormer recipe (NVlabs, `custom_keys` of its configs): AdamW, base lr
     norm       encoder LayerNorms                 1x      no
     head       everything in decode_head          10x     yes (BatchNorm and biases too)
 
-    lr(step) = base x warm-up(step) x decay(step)
+With no_decay=norms_and_biases (DeiT) every 1-d parameter is without decay: those of the encoder are `norm`,
+those of the head `head_norm`.
+
+With layer_decay below 1 (BEiT; Swin of SimMIM) the lr of an encoder parameter is multiplied by
+layer_decay ** (L - layer), and its group is named after its layer, backbone.07 or norm.07. Layers are counted
+along the depth, d_s being the blocks of the stages before stage s and L one more than all blocks:
+
+    patch_embed<s>   d_s          the last block before it; 0 for the first
+    block<s>.<j>     d_s + j + 1
+    norm<s>          d_(s+1)      the last block of its stage
+    head             L            its lr is not decayed
+
+    lr(step) = base x warm-up(step) x (floor + (1 - floor) x decay(step))
     poly     : decay = (1 - step / steps) ** power
     cosine   : decay = (1 + cos(pi step / steps)) / 2
     constant : decay = 1
     warm-up  : for step < warmup_steps, a straight line from warmup_start to 1
+    floor    : min_lr_factor
 
 `step` counts optimiser steps from 0; the first step runs at lr(0). There is no scheduler object: whoever
 resumes at a step has its lr, so nothing about it needs to be saved.
@@ -20,6 +33,9 @@ resumes at a step has its lr, so nothing about it needs to be saved.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +44,8 @@ from torch import nn
 from segformer.errors import ConfigError
 
 SCHEDULES = ("poly", "cosine", "constant")
+NO_DECAY = ("norms", "norms_and_biases")
+_LAYER = re.compile(r"backbone\.(patch_embed|block|norm)(\d+)\.(?:(\d+)\.)?")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,7 +57,11 @@ class OptimConfig:
     head_lr_factor: float = 10.0
     "Learning rate of decode_head over that of the encoder."
     weight_decay: float = 0.01
-    "Decoupled weight decay of every group but the encoder's norms."
+    "Decoupled weight decay of every group that `no_decay` does not spare."
+    no_decay: str = "norms"
+    "norms spares the encoder's LayerNorms (official), norms_and_biases every 1-d parameter (DeiT)."
+    layer_decay: float = 1.0
+    "Factor on the encoder's lr for each layer further from the head, above 0 to 1; 1 = one lr for all."
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     "Decay rates of AdamW's first and second moments."
     eps: float = 1e-8
@@ -52,13 +74,25 @@ class OptimConfig:
     "Optimiser steps of linear warm-up; 0 for none."
     warmup_start: float = 1e-6
     "Share of the lr at step 0 of the warm-up."
+    min_lr_factor: float = 0.0
+    "Share of the lr that poly and cosine fall to instead of 0."
+    ema: float = 0.0
+    "Decay of the averaged weights, as min(ema, (1 + t) / (10 + t)) at step t; 0 = no average is kept."
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"optim.schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}"
             )
-        if self.lr <= 0:
+        if self.no_decay not in NO_DECAY:
+            raise ConfigError(f"optim.no_decay={self.no_decay!r} is unknown; use {' or '.join(NO_DECAY)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
+        if not 0 <= self.min_lr_factor <= 1:
+            raise ConfigError(f"optim.min_lr_factor={self.min_lr_factor} must be between 0 and 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"optim.ema={self.ema} must be at least 0 and below 1")
+        if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
@@ -75,34 +109,71 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "constant": 1.0,
     }[cfg.schedule]
+    decay = cfg.min_lr_factor + (1 - cfg.min_lr_factor) * decay
     if step < cfg.warmup_steps:
         decay *= cfg.warmup_start + (1 - cfg.warmup_start) * step / cfg.warmup_steps
     return decay
 
 
+def encoder_depths(names: Iterable[str]) -> list[int]:
+    """Blocks of each stage of the encoder whose parameters have these names."""
+    blocks = {match.group(2, 3) for name in names if (match := _LAYER.match(name)) and match[1] == "block"}
+    stages = Counter(int(stage) for stage, _ in blocks)
+    return [stages[stage] for stage in sorted(stages)]
+
+
+def encoder_layer(name: str, depths: Sequence[int]) -> int:
+    """Layer of an encoder parameter for layer_decay, from 0 (first patch embedding) to sum(depths)."""
+    match = _LAYER.match(name)
+    assert match is not None, name
+    kind, stage = match[1], int(match[2])
+    before = sum(depths[: stage - 1])
+    if kind == "block":
+        return before + int(match[3]) + 1
+    return before + depths[stage - 1] if kind == "norm" else before
+
+
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, object]]:
-    """The groups of the table above that have members: name, params, base_lr, lr, weight_decay."""
+    """The groups described above that have members: name, params, base_lr, lr, weight_decay."""
     norms = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.LayerNorm)
         for parameter in module.parameters(recurse=False)
     }
-    members: dict[str, list[nn.Parameter]] = {"backbone": [], "norm": [], "head": []}
-    for name, parameter in model.named_parameters():
+    named = dict(model.named_parameters())
+    depths = encoder_depths(named)
+    members: dict[str, list[nn.Parameter]] = {}
+    factors: dict[str, float] = {}
+    for name, parameter in named.items():
+        flat = len(getattr(parameter, "ds_shape", parameter.shape)) == 1  # ZeRO-3 keeps the shape there
+        spared = flat if cfg.no_decay == "norms_and_biases" else id(parameter) in norms
         if name.startswith(("decode_head.", "head.")):
-            members["head"].append(parameter)
+            group, factor = "head_norm" if spared else "head", cfg.head_lr_factor
         else:
-            members["norm" if id(parameter) in norms else "backbone"].append(parameter)
-    groups = []
-    for name, parameters in members.items():
-        lr = cfg.lr * (cfg.head_lr_factor if name == "head" else 1.0)
-        decay = 0.0 if name == "norm" else cfg.weight_decay
-        if parameters:
-            groups.append(
-                {"name": name, "params": parameters, "base_lr": lr, "lr": lr, "weight_decay": decay}
-            )
-    return groups
+            group, factor = "norm" if spared else "backbone", 1.0
+            if cfg.layer_decay < 1:
+                layer = encoder_layer(name, depths)
+                group, factor = f"{group}.{layer:02d}", cfg.layer_decay ** (sum(depths) + 1 - layer)
+        members.setdefault(group, []).append(parameter)
+        factors[group] = factor
+    return [
+        {
+            "name": group,
+            "params": members[group],
+            "base_lr": cfg.lr * factors[group],
+            "lr": cfg.lr * factors[group],
+            "weight_decay": 0.0 if "norm" in group else cfg.weight_decay,
+        }
+        for group in sorted(members, key=_reading_order)
+    ]
+
+
+def _reading_order(group: str) -> tuple[int, str, int]:
+    """Encoder before head, each layer's decayed parameters before its spared ones."""
+    kinds = ("backbone", "norm", "head", "head_norm")
+    kind, _, layer = group.partition(".")
+    return int(kind.startswith("head")), layer, kinds.index(kind)
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:

@@ -15,7 +15,7 @@ Reads private attributes of DeepSpeed 0.19 (`_hp_mapping`, `grad_position`, ...)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,22 +44,71 @@ def gather_model(engine: Any) -> dict[str, Tensor]:
 def gather_optimizer(engine: Any, world: World) -> dict[str, Tensor]:
     """AdamW's moments as `exp_avg.<parameter>`, whole, on the CPU of rank zero; elsewhere {}. All ranks."""
     state: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        part = _locate(engine, parameter)
-        for moment in MOMENTS:
-            whole = torch.zeros(_shape(parameter).numel(), device=world.device)
-            if part is not None:
-                whole[part.of_parameter].copy_(
-                    _adamw(engine).state[part.flat][moment].flatten()[part.of_flat]
-                )
-            if engine.zero_optimization_stage() > 0:
-                world.sum(whole)
+    for moment in MOMENTS:
+        states = _adamw(engine).state
+        held = {  # zeros before the first step that was taken
+            flat: states[flat][moment] if flat in states else torch.zeros_like(flat)
+            for flat in flat_tensors(engine)
+        }
+        for name, whole in whole_values(engine, held, world):
             if world.is_main:
-                state[f"{moment}.{name}"] = _to_cpu(whole.view(_shape(parameter)))
+                state[f"{moment}.{name}"] = _to_cpu(whole)
     return state
 
 
-def restore_optimizer(engine: Any, state: dict[str, Tensor], step: int) -> None:
+def whole_values(engine: Any, held: dict[Tensor, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole value on the device) of one tensor per parameter, one after the other; all ranks.
+
+    held: for each of `flat_tensors`, values of the same shape: a moment, or an average of the weights.
+    """
+    for name, parameter in engine.module.named_parameters():
+        part = _locate(engine, parameter)
+        whole = torch.zeros(_shape(parameter).numel(), device=world.device)
+        if part is not None:
+            whole[part.of_parameter].copy_(held[part.flat].flatten()[part.of_flat])
+        if engine.zero_optimization_stage() > 0:
+            world.sum(whole)
+        yield name, whole.view(_shape(parameter))
+
+
+def keep_own(engine: Any, values: Mapping[str, Tensor], held: dict[Tensor, Tensor]) -> None:
+    """The way back: copy whole values by parameter into what this rank holds; no communication."""
+    for name, parameter in engine.module.named_parameters():
+        part = _locate(engine, parameter)
+        if part is not None:
+            own = values[name].flatten()[part.of_parameter]
+            held[part.flat].view(-1)[part.of_flat].copy_(own)
+
+
+def write_model(engine: Any, state: Mapping[str, Tensor]) -> None:
+    """Set parameters and saved buffers of the engine, and the optimiser's fp32 weights; all ranks.
+
+    state: whole values by name, the same on all ranks.
+    """
+    if engine.zero_optimization_stage() > 0:
+        keep_own(engine, state, {flat: flat.data for flat in flat_tensors(engine)})
+    show_model(engine, ((name, state[name]) for name, _ in engine.module.named_parameters()))
+    for name, buffer in _saved_buffers(engine.module):
+        buffer.copy_(state[name])
+
+
+@torch.no_grad()
+def show_model(engine: Any, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Set the parameters that forward uses, and not the optimiser's weights; all ranks, in the same order."""
+    parameters = dict(engine.module.named_parameters())
+    for name, value in values:
+        parameter = parameters[name]
+        if engine.zero_optimization_stage() < 3:
+            parameter.data.copy_(value)
+            continue
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if engine.global_rank == 0:
+                parameter.data.copy_(value)
+
+
+def restore_optimizer(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
     """Put whole moments back into the engine's partitions; every rank keeps its own part, no communication.
 
     DeepSpeed's own setters need states that AdamW makes only at its first step, and for ZeRO-3 they fail
@@ -72,18 +121,14 @@ def restore_optimizer(engine: Any, state: dict[str, Tensor], step: int) -> None:
             f"the optimiser state does not fit the model: {_difference(wanted, set(state))}"
         )
     optimizer = _adamw(engine)
-    for flat in _flat_tensors(engine):
+    for flat in flat_tensors(engine):
         counter = torch.tensor(
             float(step), device=flat.device if optimizer.param_groups[0].get("fused") else "cpu"
         )
         optimizer.state[flat] = {"step": counter, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
-    for name, parameter in names.items():
-        part = _locate(engine, parameter)
-        if part is None:
-            continue
-        for moment in MOMENTS:
-            value = state[f"{moment}.{name}"].flatten()[part.of_parameter]
-            optimizer.state[part.flat][moment].view(-1)[part.of_flat].copy_(value)
+    for moment in MOMENTS:
+        held = {flat: optimizer.state[flat][moment] for flat in flat_tensors(engine)}
+        keep_own(engine, {name: state[f"{moment}.{name}"] for name in names}, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +144,7 @@ def _adamw(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
-def _flat_tensors(engine: Any) -> list[Tensor]:
+def flat_tensors(engine: Any) -> list[Tensor]:
     """What AdamW steps: the parameters, or the flat fp32 partitions of a ZeRO stage."""
     stage = engine.zero_optimization_stage()
     if stage == 0:

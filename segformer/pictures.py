@@ -1,6 +1,6 @@
 """The pictures of a run: the curve of its training, and what the model sees beside what it should see.
 
-    curve.png       loss (each log line, and smoothed), validation mIoU on the right axis, learning rate below
+    curve.png       loss (each log line, and smoothed), validation score at the right, learning rate below
     overlays/*.jpg  image | target | prediction, with the colours of the classes that occur in either
 
 Both are drawn for a phone as well: text is at least 1/45 of a picture's width. metrics.jsonl may end in a
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segformer.data.dataset import IGNORE_INDEX
+from segformer.drawing import overlay
 from segformer.errors import ConfigError
-from segformer.predict import overlay
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-LOSS, MIOU, RATE, INK, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#1F2933", "#E4E7EB"
+LOSS, SCORE, RATE, INK, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#1F2933", "#E4E7EB"
 PANEL = 480  # long side of one of the three pictures, pixels
 GAP, FONT = 16, 36
 
@@ -50,6 +50,14 @@ def series(rows: list[dict[str, Any]], kinds: tuple[str, ...], key: str) -> tupl
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     steps, values = zip(*finite, strict=True) if finite else ((), ())
     return np.array(steps, np.int64), np.array(values, np.float64)
+
+
+def score_series(rows: list[dict[str, Any]]) -> tuple[str, np.ndarray, np.ndarray]:
+    """(name, steps, values) of what models are compared by: mIoU, or top-1 where it is a classifier."""
+    steps, values = series(rows, ("eval", "final"), "top1")
+    if len(steps):
+        return "top-1", steps, values
+    return "mIoU", *series(rows, ("eval", "final"), "miou")
 
 
 def _number(value: Any) -> float:
@@ -87,7 +95,7 @@ def write_curve(run_dir: Path) -> Path | None:
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     _draw_loss(top, steps, losses)
-    _draw_miou(top.twinx(), *series(rows, ("eval", "final"), "miou"))
+    _draw_score(top.twinx(), *score_series(rows))
     rate_steps, rates = series(rows, ("train",), "lr")
     bottom.fill_between(rate_steps, rates, color=RATE, alpha=0.25, linewidth=0)
     bottom.plot(rate_steps, rates, color=RATE, linewidth=1.4)
@@ -118,17 +126,24 @@ def _draw_loss(axes: "Axes", steps: np.ndarray, losses: np.ndarray) -> None:
     axes.set_ylabel("training loss", color=LOSS, fontsize=14)
 
 
-def _draw_miou(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_score(axes: "Axes", name: str, steps: np.ndarray, values: np.ndarray) -> None:
     axes.spines[:].set_visible(False)
     if not len(steps):
         axes.set_yticks([])
         return
     axes.plot(
-        steps, 100 * values, color=MIOU, linewidth=2.0, marker="o", markersize=7, markeredgecolor="white"
+        steps,
+        100 * values,
+        color=SCORE,
+        linewidth=2.0,
+        marker="o",
+        markersize=7,
+        markeredgecolor="white",
+        clip_on=False,  # a score of 100 keeps its whole mark
     )
     axes.set_ylim(0, 100)
-    axes.set_ylabel("validation mIoU, %", color=MIOU, fontsize=14)
-    axes.tick_params(colors=MIOU, labelsize=12, length=0)
+    axes.set_ylabel(f"validation {name}, %", color=SCORE, fontsize=14)
+    axes.tick_params(colors=SCORE, labelsize=12, length=0)
     best = int(np.argmax(values))
     axes.annotate(
         f"{100 * values[best]:.1f}",
@@ -136,7 +151,7 @@ def _draw_miou(axes: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
         xytext=(0, 9 if values[best] < 0.9 else -22),
         textcoords="offset points",
         ha="right" if best == len(values) - 1 and best else "center",
-        color=MIOU,
+        color=SCORE,
         fontsize=14,
         fontweight="bold",
     )

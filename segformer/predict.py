@@ -16,19 +16,18 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
 
-from segformer.data.dataset import IGNORE_INDEX, IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.dataset import IMAGE_SUFFIXES, MAX_PIXELS
 from segformer.data.transforms import AugmentConfig, Normalize
+from segformer.drawing import overlay
 from segformer.errors import ConfigError, DataError
 from segformer.export import Trained, open_checkpoint
 from segformer.inference import predict as predict_batch
 
 MIN_SIDE = 32  # the least that the encoder takes; smaller images are continued by their edge pixels
-IGNORE_GREY = 0.35  # share of its brightness that an ignored pixel keeps
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,8 +62,17 @@ class Predictor:
 
     @classmethod
     def from_export(cls, path: str | Path, device: str = "auto") -> "Predictor":
-        """Open an export directory, or the newest good checkpoint of a run directory."""
-        return cls(open_checkpoint(path), device)
+        """Open an export directory, or the newest good checkpoint of a run directory.
+
+        ConfigError where it is a classifier.
+        """
+        trained = open_checkpoint(path)
+        if trained.task != "segmentation":
+            raise ConfigError(
+                f"{path} is a classifier of {len(trained.classes)} classes: it names a whole image and draws "
+                "no mask; score it with launch/evaluate.py, or give a segmentation model"
+            )
+        return cls(trained, device)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -80,31 +88,6 @@ class Predictor:
     def overlay(self, image: np.ndarray, mask: np.ndarray, alpha: float = 0.5) -> np.ndarray:
         """The image under the colours of `mask`; see `overlay`."""
         return overlay(image, mask, self.palette, alpha)
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Blend class colours into an image and outline the regions.
-
-    A class whose colour is black, as backgrounds often are, leaves the image as it is; ignored pixels are
-    dimmed.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        mask: (H, W) uint8 class ids or IGNORE_INDEX.
-        palette: (K, 3) uint8 RGB.
-        alpha: share of the colour inside a region; its outline has the full colour.
-    """
-    colours = np.zeros((256, 3), np.float32)
-    colours[: len(palette)] = palette
-    share = np.full((256, 1), alpha, np.float32)
-    share[colours.max(axis=1) == 0] = 0.0
-    share[IGNORE_INDEX] = 1 - IGNORE_GREY
-    weight = share[mask]
-    width = max(1, round(min(mask.shape) / 250))
-    kernel = np.ones((2 * width + 1,) * 2, np.uint8)
-    edge = (cv2.dilate(mask, kernel) != cv2.erode(mask, kernel))[..., None] & (weight > 0)
-    weight = np.where(edge & (mask != IGNORE_INDEX)[..., None], 1.0, weight)
-    return np.rint(image * (1 - weight) + colours[mask] * weight).astype(np.uint8)
 
 
 def predict(cfg: PredictConfig) -> list[Path]:

@@ -3,11 +3,13 @@
     runs/<name>/report.html     scores, table of classes, curve.png, overlays/*.jpg, configuration
 
 It opens offline on any device: pictures are base64 inside it, and nothing is fetched. Every text that comes
-from the run is escaped. A run without evaluation, checkpoint or shards gets a report without those parts.
+from the run is escaped. A run without evaluation, checkpoint or shards gets a report without those parts, and
+a classifier one without overlays.
 """
 
 import base64
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ from segformer.data.shards import ShardSet
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.pictures import read_metrics, series, write_curve, write_overlays
 from segformer.predict import Predictor
+from segformer.tasks import training_crop
+
+SCORES = {  # of each task: what it is called, its key in metrics.jsonl; the first one compares models
+    "segmentation": [("mIoU", "miou"), ("mean accuracy", "macc"), ("pixel accuracy", "aacc")],
+    "classification": [("top-1", "top1"), ("top-5", "top5"), ("mean accuracy", "macc")],
+}
+MANY_CLASSES = 200  # a longer table is folded away
 
 _STYLE = """
 :root { --ink: #1f2933; --soft: #5f6b7a; --line: #e4e7eb; --page: #f5f7fa; --card: #fff; --bar: #0072b2; }
@@ -86,7 +95,7 @@ def report(cfg: ReportConfig) -> Path:
     notes = []
     if write_curve(run) is None:
         notes.append("nothing has been logged yet, so there is no curve")
-    if count:
+    if count and run_config.data.task == "segmentation":
         try:
             _draw_overlays(run, run_config, count, cfg.device)
         except (CheckpointError, DataError) as error:  # a report of what there is beats none
@@ -157,23 +166,24 @@ def write_report(run: Path) -> Path:
 
 
 def _subtitle(cfg: RunConfig) -> str:
-    crop = " x ".join(map(str, cfg.augment.crop))
+    crop = " x ".join(map(str, training_crop(cfg)))
+    network = "MiT" if cfg.data.task == "classification" else "SegFormer"
     return (
-        f"SegFormer-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
+        f"{network}-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
         f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"
     )
 
 
 def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: RunConfig) -> str:
     last = evaluations[-1] if evaluations else {}
-    _, mious = series(rows, ("eval", "final"), "miou")
+    (first, key), *others = SCORES[cfg.data.task]
+    _, scores = series(rows, ("eval", "final"), key)
     steps, losses = series(rows, ("train",), "loss")
     _, rates = series(rows, ("train",), "images_per_s")
     values = [
-        ("mIoU", _percent(last.get("miou"))),
-        ("best mIoU", _percent(mious.max() if len(mious) else None)),
-        ("mean accuracy", _percent(last.get("macc"))),
-        ("pixel accuracy", _percent(last.get("aacc"))),
+        (first, _percent(last.get(key))),
+        (f"best {first}", _percent(scores.max() if len(scores) else None)),
+        *((name, _percent(last.get(other))) for name, other in others),
         ("last loss", f"{losses[-1]:.3f}" if len(losses) else "-"),
         (f"of {cfg.steps} steps", str(steps[-1]) if len(steps) else "0"),
         ("images/s, median", f"{np.median(rates):.1f}" if len(rates) else "-"),
@@ -192,32 +202,66 @@ def _percent(value: Any) -> str:
 
 def _curve(run: Path) -> str:
     path = run / "curve.png"
-    return (
-        f"<h2>Training</h2>{_image(path, 'image/png', 'loss and validation mIoU')}" if path.is_file() else ""
-    )
+    if not path.is_file():
+        return ""
+    return f"<h2>Training</h2>{_image(path, 'image/png', 'loss and validation score')}"
+
+
+Figures = tuple[tuple[str, ...], Sequence[tuple[Any, tuple[str, ...]]], tuple[str, ...]]
+"""Titles of columns; for every class the length of its bar and the columns' texts; the last row."""
+
+
+def _pixel_figures(row: dict[str, Any]) -> Figures:
+    ious, accuracies = list(row.get("iou") or []), list(row.get("acc") or [])
+    accuracies += [None] * (len(ious) - len(accuracies))
+    figures = [(iou, (_percent(iou), _percent(acc))) for iou, acc in zip(ious, accuracies, strict=False)]
+    return ("IoU, %", "accuracy, %"), figures, ("mean", _percent(row.get("miou")), _percent(row.get("macc")))
+
+
+def _image_figures(row: dict[str, Any]) -> Figures:
+    counts = list(row.get("counts") or [])
+    shares = [[hits / images if images else None for hits in right] for images, *right in counts]
+    figures = [
+        (first, (_percent(first), _percent(among), f"{images:,}"))
+        for (first, among), (images, *_) in zip(shares, counts, strict=True)
+    ]
+    total = ("all", _percent(row.get("top1")), _percent(row.get("top5")), f"{sum(n for n, *_ in counts):,}")
+    return ("top-1, %", "top-5, %", "images"), figures, total
+
+
+def _class_names(cfg: RunConfig) -> list[str]:
+    """The names in the configuration, or in the shards where it leaves them to these."""
+    if named := cfg.data.classes or cfg.data.class_dirs:
+        return list(named)
+    try:
+        return ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=False).classes
+    except (ConfigError, DataError):
+        return []  # numbers then
+
+
+def _cells(texts: tuple[str, ...]) -> str:
+    return "".join(f"<td>{text}</td>" for text in texts)
 
 
 def _class_table(row: dict[str, Any], cfg: RunConfig) -> str:
-    ious, accuracies = list(row.get("iou") or []), list(row.get("acc") or [])
-    names = list(cfg.data.classes)
-    colours = class_palette(cfg.data)
+    heads, figures, total = _pixel_figures(row) if "iou" in row else _image_figures(row)
+    names, colours = _class_names(cfg), class_palette(cfg.data)
     lines = []
-    for k, iou in enumerate(ious):
+    for k, (share, texts) in enumerate(figures):
         name = html.escape(names[k] if k < len(names) else f"class {k}")
         colour = "#{:02x}{:02x}{:02x}".format(*colours[k]) if k < len(colours) else "transparent"
-        accuracy = accuracies[k] if k < len(accuracies) else None
-        bar = f'<i style="width:{100 * iou:.1f}%"></i>' if isinstance(iou, int | float) else ""
+        bar = f'<i style="width:{100 * share:.1f}%"></i>' if isinstance(share, int | float) else ""
         lines.append(
             f'<tr><td><span class="chip" style="background:{colour}"></span>{name}</td>'
-            f'<td class="bar">{bar}</td>'
-            f"<td>{_percent(iou)}</td><td>{_percent(accuracy)}</td></tr>"
+            f'<td class="bar">{bar}</td>{_cells(texts)}</tr>'
         )
-    mean = (
-        f'<tr><td>mean</td><td class="bar"></td><td>{_percent(row.get("miou"))}</td>'
-        f"<td>{_percent(row.get('macc'))}</td></tr>"
-    )
-    head = '<tr><th>class</th><th class="bar"></th><th>IoU, %</th><th>accuracy, %</th></tr>'
-    return f"<h2>Classes at step {int(row['step'])}</h2><table>{head}{''.join(lines)}{mean}</table>"
+    last = f'<tr><td>{total[0]}</td><td class="bar"></td>{_cells(total[1:])}</tr>'
+    head = f'<tr><th>class</th><th class="bar"></th>{"".join(f"<th>{text}</th>" for text in heads)}</tr>'
+    table = f"<table>{head}{''.join(lines)}{last}</table>"
+    title = f"Classes at step {int(row['step'])}"
+    if len(lines) > MANY_CLASSES:
+        return f"<details><summary>{title}</summary>{table}</details>"
+    return f"<h2>{title}</h2>{table}"
 
 
 def _gallery(run: Path) -> str:

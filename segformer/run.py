@@ -2,8 +2,9 @@
 
     runs/<name>/config.yaml      the configuration; later starts agree in the frozen part (config.FROZEN)
     runs/<name>/checkpoints/     checkpoint.py
-    runs/<name>/metrics.jsonl    telemetry.py
-    runs/<name>/log.txt
+    runs/<name>/metrics.jsonl    telemetry.py, and log.txt beside it
+    runs/<name>/stacks/          where every rank was when one of them hung (guard.py)
+    runs/<name>/profile/         profiling.py
 
 Everything that can be wrong is found here, before the first step: directory, shards, classes, batch
 arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported once.
@@ -11,29 +12,32 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from segformer.checkpoint import TrainState, clean, load_checkpoint
+from segformer.checkpoint import Checkpointer, Loaded, TrainState, clean, list_steps, load_checkpoint
 from segformer.config import RunConfig, frozen_difference, load_config, save_config
 from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
 from segformer.data.prepare import over_budget
 from segformer.data.shards import ShardSet, Split
-from segformer.data.transforms import Normalize
 from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
+from segformer.ema import Average
 from segformer.engine import build_engine, prepare_model, resolve_precision
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
-from segformer.losses import SegmentationLoss
-from segformer.models.segformer import SegFormer, build_model
+from segformer.guard import Watchdog
+from segformer.meter import LossSpike, Meter
+from segformer.models.macs import training_flops
 from segformer.optim import build_optimizer
-from segformer.partition import restore_optimizer
+from segformer.partition import restore_optimizer, write_model
+from segformer.profiling import Profiler
+from segformer.tasks import Task, check_task, make_task, training_crop
 from segformer.telemetry import Telemetry
 
 
@@ -44,20 +48,30 @@ class Run:
     cfg: RunConfig
     world: World
     shards: ShardSet
+    task: Task
     engine: Any
-    criterion: nn.Module
-    normalize: nn.Module
-    batches: Iterator[Batch]
+    average: Average | None
+    order: SampleOrder
+    batches: Generator[Batch, None, None]
     state: TrainState
+    checkpoints: Checkpointer
     micro_batch: int
     telemetry: Telemetry
+    meter: Meter
+    spike: LossSpike
+    profiler: Profiler
     stop: StopFlag
+    watchdog: Watchdog
     corrupt_budget: int
     "Corrupt samples that the run may replace."
     failure: SegformerError | None = None
     "An error that this rank has met and that the ranks have not agreed on yet."
     replaced: dict[int, str] = field(default_factory=dict)
     "Corrupt samples that this rank has met and why, not yet told to the others."
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    "The skipped steps in a row: step, ranks, samples."
+    agreeing: float = 0.0
+    "Seconds that this rank waited for others before the last step."
 
     def fail(self, error: SegformerError) -> None:
         """Keep an error until the ranks agree to stop: raised, it would leave the others in a collective."""
@@ -77,7 +91,7 @@ def config_summary(cfg: RunConfig) -> dict[str, Any]:
         "model": cfg.model.variant,
         "steps": cfg.steps,
         "global_batch": cfg.global_batch,
-        "crop": cfg.augment.crop,
+        "crop": training_crop(cfg),
         "lr": cfg.optim.lr,
         "zero_stage": cfg.engine.zero_stage,
         "seed": cfg.seed,
@@ -91,6 +105,7 @@ def prepare_run_dir(cfg: RunConfig) -> None:
     saved = run_dir / "config.yaml"
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        clean(run_dir / "checkpoints")
         trained = any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*"))
         if trained and saved.exists():  # before its first checkpoint a run may still be corrected
             changed = frozen_difference(load_config(saved), cfg)
@@ -102,7 +117,6 @@ def prepare_run_dir(cfg: RunConfig) -> None:
         elif trained:
             raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
         save_config(cfg, saved)
-        clean(run_dir / "checkpoints")
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} can't be used: {error.strerror}; choose another one") from error
 
@@ -110,10 +124,6 @@ def prepare_run_dir(cfg: RunConfig) -> None:
 def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
     """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
     shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
-    if shards.task != "segmentation":
-        raise ConfigError(
-            f"{cfg.data.shards} is a set for {shards.task}; launch/train.py trains segmentation"
-        )
     if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
         raise ConfigError(
             f"data.classes has {len(cfg.data.classes)} classes, but {cfg.data.shards} was sharded with "
@@ -132,7 +142,15 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
 def _check(cfg: RunConfig, world_size: int) -> None:
     """What can be wrong with batch and data; rank zero, so that it is said once."""
     cfg.micro_batch_for(world_size)
-    open_shards(cfg)
+    check_task(cfg, open_shards(cfg))
+
+
+def _check_data(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
+    if state.data_digest != shards.digest:
+        raise CheckpointError(
+            f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
+            "restore the old shards or choose another name=..."
+        )
 
 
 def _check_corrupt(state: TrainState, budget: int) -> None:
@@ -142,27 +160,25 @@ def _check_corrupt(state: TrainState, budget: int) -> None:
         raise DataError(over_budget(len(state.corrupt), budget, last))
 
 
-def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -> Run:
+def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag, watchdog: Watchdog) -> Run:
+    """Make every part of the run, or continue it from its newest good checkpoint; all ranks."""
     if worker_count(cfg.loader, world.local_size):
         start_server()
     world.on_main(lambda: _check(cfg, world.size))
     micro_batch = cfg.micro_batch_for(world.size)
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
+    task = make_task(cfg, shards, world)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    resumed = _load(cfg, world, telemetry)
+    resumed = newest_checkpoint(cfg, world, telemetry)
     # A run that goes on has its weights, and doesn't need the file that it started from.
     network = cfg.model if resumed is None else replace(cfg.model, pretrained="")
-    model = build_model(network, len(shards.classes))
+    model = task.build_model(network)
     prepare_model(model, cfg.engine, world)
     state = TrainState(data_digest=shards.digest)
     if resumed is not None:
-        weights, moments, state = resumed
-        if state.data_digest != shards.digest:
-            raise CheckpointError(
-                f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
-                "restore the old shards or choose another name=..."
-            )
-        model.load_state_dict(weights)
+        state = resumed.state
+        _check_data(cfg, shards, state)
+        model.load_state_dict(resumed.model)
     split = shards.split(cfg.train_split)
     budget = corrupt_budget(cfg.loader, split)
     world.on_main(lambda: _check_corrupt(state, budget))
@@ -177,34 +193,90 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag) -
         global_batch=cfg.global_batch,
         micro_batch=micro_batch,
     )
+    average = Average(engine, cfg.optim.ema) if cfg.optim.ema else None
     if resumed is not None:
-        restore_optimizer(engine, moments, state.step)
+        _restore_optimizer(engine, average, resumed)
     _announce(cfg, world, telemetry, shards, model, state)
     return Run(
         cfg=cfg,
         world=world,
         shards=shards,
+        task=task,
         engine=engine,
-        criterion=SegmentationLoss(cfg.loss, len(shards.classes)).to(world.device),
-        normalize=Normalize(cfg.augment).to(world.device),
-        batches=_batches(cfg, world, split, order, state.step),
+        average=average,
+        order=order,
+        batches=make_batches(cfg, world, task, split, order, state.step),
         state=state,
+        checkpoints=_checkpointer(cfg, world, telemetry, state, watchdog),
         corrupt_budget=budget,
         micro_batch=micro_batch,
         telemetry=telemetry,
+        meter=Meter(world, flops_per_image=_flops(cfg, task)),
+        spike=LossSpike(),
+        profiler=Profiler(cfg.profile, Path(cfg.run_dir), world, telemetry.line),
         stop=stop,
+        watchdog=watchdog,
     )
 
 
-def _batches(
-    cfg: RunConfig, world: World, split: Split, order: SampleOrder, start_step: int
-) -> Iterator[Batch]:
+def _flops(cfg: RunConfig, task: Task) -> float:
+    height, width = training_crop(cfg)
+    return float(training_flops(cfg.model, (height, width), task.num_classes, task=task.name))
+
+
+def _checkpointer(
+    cfg: RunConfig, world: World, telemetry: Telemetry, state: TrainState, watchdog: Watchdog
+) -> Checkpointer:
+    def failed(step: int, reason: str) -> None:
+        telemetry.event("checkpoint_failed", step, reason=reason)
+
+    folder = Path(cfg.run_dir) / "checkpoints"
+    checkpoints = Checkpointer(
+        cfg.checkpoint,
+        folder,
+        world,
+        warn=telemetry.line,
+        failed=failed,
+        progress=watchdog.progress,
+        round_s=min(5.0, cfg.engine.timeout_s / 4),
+    )
+    checkpoints.last_saved = state.step or None
+    return checkpoints
+
+
+def _restore_optimizer(engine: Any, average: Average | None, resumed: Loaded) -> None:
+    restore_optimizer(engine, resumed.optimizer, resumed.state.step - resumed.state.skipped)
+    if average is not None:
+        average.restore(resumed.ema)
+
+
+def go_back(run: Run) -> bool:
+    """Continue from the newest good checkpoint that is not of the middle of a row of skipped steps.
+
+    In the same process, all ranks; False where there is none.
+    """
+    resumed = newest_checkpoint(run.cfg, run.world, run.telemetry, calm=True)
+    if resumed is None:
+        return False
+    write_model(run.engine, resumed.model)
+    _restore_optimizer(run.engine, run.average, resumed)
+    run.state = resumed.state
+    run.checkpoints.last_saved = run.state.step
+    split = run.shards.split(run.cfg.train_split)
+    run.batches.close()
+    run.batches = make_batches(run.cfg, run.world, run.task, split, run.order, run.state.step)
+    return True
+
+
+def make_batches(
+    cfg: RunConfig, world: World, task: Task, split: Split, order: SampleOrder, start_step: int
+) -> Generator[Batch, None, None]:
     """This rank's micro batches from an optimiser step on."""
     return iter(
         train_batches(
             split,
             order,
-            cfg.augment,
+            task.augment,
             cfg.loader,
             seed=cfg.seed,
             rank=world.rank,
@@ -217,22 +289,28 @@ def _batches(
     )
 
 
-def _load(
-    cfg: RunConfig, world: World, telemetry: Telemetry
-) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainState] | None:
-    """The newest good checkpoint, the same on all ranks; rank zero judges which one that is."""
+def newest_checkpoint(
+    cfg: RunConfig, world: World, telemetry: Telemetry, *, calm: bool = False
+) -> Loaded | None:
+    """The newest good checkpoint, the same on all ranks; rank zero judges which one that is. All ranks.
+
+    calm: pass over those that were saved after a skipped step, whose weights may be what is wrong.
+    """
     folder = Path(cfg.run_dir) / "checkpoints"
 
     def newest() -> int | None:
         found = load_checkpoint(folder, quarantine=True, warn=telemetry.line)
-        return None if found is None else found[2].step
+        while calm and found is not None and found.state.skipped_in_a_row:
+            before = [step for step in list_steps(folder) if step < found.state.step]
+            found = load_checkpoint(folder, step=before[-1]) if before else None
+        return None if found is None else found.state.step
 
     step = world.on_main(newest)
-    return None if step is None else load_checkpoint(folder, step=step)
+    return None if step is None else load_checkpoint(folder, step=step, verify=False)
 
 
 def _announce(
-    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: SegFormer, state: TrainState
+    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
 ) -> None:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     precision = resolve_precision(cfg.engine, world.device)
@@ -249,9 +327,9 @@ def _announce(
     )
     telemetry.line(
         f"batch {cfg.global_batch} = {micro_batch} a forward x {accumulation} accumulated x "
-        f"{world.size} ranks, crop {'x'.join(map(str, cfg.augment.crop))}, {cfg.steps} steps"
+        f"{world.size} ranks, crop {'x'.join(map(str, training_crop(cfg)))}, {cfg.steps} steps"
     )
     if state.step:
         telemetry.line(f"continuing from step {state.step}")
-    elif model.pretrained:
-        telemetry.line(f"weights of {model.pretrained}")
+    elif pretrained := getattr(model, "pretrained", ""):
+        telemetry.line(f"weights of {pretrained}")

@@ -1,36 +1,43 @@
-"""What a person sees of a run: progress bar or log lines, metrics.jsonl, log.txt, wandb.
+"""What a person sees of a run: progress bar or log lines, metrics.jsonl, log.txt; wandb and TensorBoard.
 
 Rank zero alone writes; on other ranks every method returns at once.
 
-    metrics.jsonl   one JSON object a line, "kind" first:
-                    {"kind": "train", "step", "loss", <loss parts>, "lr", "lr_head", "grad_norm",
-                     "images_per_s", "step_s", "data_wait", "memory_gib"}
+    metrics.jsonl   one JSON object a line, "kind" first (docs/telemetry.md says what each figure means):
+                    {"kind": "train", "step", "loss", <loss parts>, "lr", "lr/<group>", "grad_norm",
+                     <rates of meter.py>, "memory_gib", "host_memory_gib", "loss_spike", ...}
                     {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion"}
+                    {"kind": "replaced" | <an event>, "step", ...}
     log.txt         the lines that were printed, with the time of day
 
-`data_wait` is the share of the time that the loop waited for a batch. `memory_gib` is the peak of the
-device's allocator, or the resident set on a CPU. Unknown values are null, never guesses. Non-finite numbers
-are written as strings, because JSON has no NaN.
+Unknown values are null, never guesses. Non-finite numbers are written as strings, because JSON has no NaN.
+A line goes to the file in one piece. A full disk or a terminal that has gone costs lines, which are counted
+and named at the end, and never the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from segformer.dist import World
 from segformer.errors import ConfigError
+from segformer.outbox import Outbox, Tracker
+from segformer.progress import Bar, duration, on_terminal, shown_figures
+from segformer.trackers import confusion_picture, open_tensorboard, open_wandb
 
 WANDB_MODES = ("disabled", "offline", "online")
+MAX_CLASSES = 200  # with more, per-class curves go to metrics.jsonl only
+FINISH_S = 10.0  # for what is local
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,6 +54,13 @@ class TelemetryConfig:
     "wandb project."
     wandb_entity: str | None = None
     "wandb user or team; null takes the account's default."
+    wandb_timeout_s: float = 15.0
+    """Seconds that the start of a run waits for wandb's server, and likewise its end; in between it never
+    waits."""
+    tensorboard: bool = False
+    "Event files in the run directory's folder tensorboard (needs the package tensorboard)."
+    images: int = 4
+    "Validation pictures at each evaluation for wandb and TensorBoard."
 
     def __post_init__(self) -> None:
         if self.wandb not in WANDB_MODES:
@@ -55,6 +69,17 @@ class TelemetryConfig:
             )
         if self.log_every < 1:
             raise ConfigError(f"telemetry.log_every={self.log_every} must be 1 or more")
+        if not 0 < self.wandb_timeout_s <= 300:
+            raise ConfigError(
+                f"telemetry.wandb_timeout_s={self.wandb_timeout_s:g} must be above 0 and at most 300"
+            )
+        if self.images < 0:
+            raise ConfigError(f"telemetry.images={self.images} must be 0 or more")
+
+    @property
+    def pictures(self) -> int:
+        """How many validation pictures somebody will see: 0 without wandb and TensorBoard."""
+        return self.images if self.wandb != "disabled" or self.tensorboard else 0
 
     def check_account(self) -> None:
         """ConfigError where wandb is to be online and nobody has logged in."""
@@ -66,64 +91,40 @@ class TelemetryConfig:
             )
 
 
-class Meter:
-    """Wall time, waiting time and images between two log lines, by a clock that nobody sets."""
+class LineFile:
+    """A text file that lines are appended to, each in one write; what can't be written is counted."""
 
-    def __init__(self) -> None:
-        self.reset()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost = 0
+        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        size = os.fstat(self._fd).st_size
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"  # the end of a crash
 
-    def reset(self) -> None:
-        """Start a new interval."""
-        self.start = time.monotonic()
-        self.waited = 0.0
-        self.images = 0
-        self.steps = 0
+    def write(self, line: str) -> None:
+        """Append a line; never raises OSError."""
+        data = (("\n" if self._torn else "") + line + "\n").encode()
+        try:
+            written = os.write(self._fd, data)
+        except OSError:
+            self.lost += 1
+            return
+        self._torn = written < len(data)
+        self.lost += self._torn
 
-    def add(self, images: int, waited: float) -> None:
-        """Count an optimiser step of `images` images over all ranks that waited `waited` seconds for data."""
-        self.images += images
-        self.waited += waited
-        self.steps += 1
-
-    def rates(self) -> dict[str, float | None]:
-        """images_per_s, step_s (mean) and data_wait (share of the time) since the last reset."""
-        elapsed = time.monotonic() - self.start
-        return {
-            "images_per_s": self.images / elapsed,
-            "step_s": elapsed / max(1, self.steps),
-            "data_wait": self.waited / elapsed,
-        }
-
-
-def memory_gib(device: torch.device) -> float | None:
-    """Peak memory of the device's allocator, or the process's resident set on a CPU; GiB."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 2**30)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return None
-    return float(pages * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
 
 
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
     return value
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 47s, 3m20s or 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 class Telemetry:
@@ -141,17 +142,31 @@ class Telemetry:
     ):
         self.world = world
         self.steps = steps
-        self._bar: Any = None
-        self._wandb: Any = None
-        world.on_main(lambda: self._open(cfg, run_dir, name, config))
+        self._cfg = cfg
+        self._bar: Bar | None = None
+        self._outboxes: list[Outbox] = []
+        world.on_main(lambda: self._open(run_dir, name, config))
 
-    def _open(self, cfg: TelemetryConfig, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+    def _open(self, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+        cfg = self._cfg
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self._log = (run_dir / "log.txt").open("a", buffering=1)
-        self._show_bar = sys.stderr.isatty() if cfg.progress is None else cfg.progress
+        self._metrics, self._log = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "log.txt")
+        self._show_bar = on_terminal() if cfg.progress is None else cfg.progress
+        if cfg.tensorboard:
+            self._outboxes.append(open_tensorboard(run_dir, config))
         if cfg.wandb != "disabled":
-            self._wandb = _start_wandb(cfg, run_dir, name, config)
+            self._outboxes.append(
+                open_wandb(
+                    run_dir,
+                    mode=cfg.wandb,
+                    timeout_s=cfg.wandb_timeout_s,
+                    project=cfg.wandb_project,
+                    entity=cfg.wandb_entity,
+                    name=name,
+                    config=config,
+                )
+            )
+        self._tell()
 
     def __enter__(self) -> Telemetry:
         return self
@@ -163,51 +178,65 @@ class Telemetry:
         """Print a line (above the bar) and keep it in log.txt; rank zero."""
         if not self.world.is_main:
             return
-        self._log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no Unicode
+        self._note(text)
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        else:
+            self._bar.line(text)
+            return
+        with contextlib.suppress(OSError):  # nobody looks any more
             print(text, file=sys.stderr, flush=True)
+
+    def _note(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
-        if self.world.is_main and self._show_bar and step < self.steps:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=self.steps,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            )
+        if not self.world.is_main:
+            return
+        self._send(lambda tracker: tracker.begin(step))
+        if self._show_bar and step < self.steps:
+            self._bar = Bar(step, self.steps)
 
     def advance(self) -> None:
         """One optimiser step is done; rank zero."""
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.advance()
 
-    def train(self, step: int, values: dict[str, float | None]) -> None:
+    def train(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Record a training interval that ended with `step` steps done; rank zero."""
         if not self.world.is_main:
             return
         self._record("train", step, values)
-        shown = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}"]
-        if (norm := values.get("grad_norm")) is not None:
-            shown.append(f"grad {norm:.2f}")
-        shown += [f"{values['images_per_s']:.1f} img/s", f"data wait {values['data_wait']:.0%}"]
+        shown = shown_figures(values)
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(shown))
-            self._log.write(f"{time.strftime('%H:%M:%S')} step {step} {'  '.join(shown)}\n")
+            self._bar.show(shown)
+            self._note(f"step {step} {'  '.join(shown)}")
         else:
-            eta = duration((self.steps - step) * (values["step_s"] or 0.0))
+            eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
             self.line(f"step {step}/{self.steps}  {'  '.join(shown)}  eta {eta}")
+        self._tell()
 
-    def scores(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Record an evaluation ("eval") or the last one ("final"); rank zero."""
-        if self.world.is_main:
-            self._record(kind, step, values)
+    def scores(self, kind: str, step: int, values: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
+        """Record an evaluation ("eval") or the last one ("final"); rank zero.
+
+        The trackers get the numbers, a curve for each class, and the confusion matrix as a picture; `classes`
+        are the names of the lists' entries.
+        """
+        if not self.world.is_main:
+            return
+        self._record(kind, step, values)
+        if not self._outboxes:
+            return
+        curves: dict[str, Any] = {}
+        for name, entries in values.items():
+            if isinstance(entries, list) and len(entries) <= MAX_CLASSES and name != "confusion":
+                names = classes if len(classes) == len(entries) else [f"{k}" for k in range(len(entries))]
+                curves |= {f"{name}/{label}": v for label, v in zip(names, entries, strict=True)}
+        self._scalars("eval", step, curves)
+        if kind == "final":  # the last point of the curves
+            self._scalars("eval", step, values)
+        if values.get("confusion"):
+            self._pictures(step, {"eval/confusion": confusion_picture(values["confusion"])})
 
     def replaced(self, step: int, sample_id: int, reason: str) -> None:
         """Say that a corrupt sample was replaced, and why; rank zero."""
@@ -215,12 +244,39 @@ class Telemetry:
             self.line(f"replaced by its neighbour: {reason}")
             self._record("replaced", step, {"sample_id": sample_id, "reason": reason})
 
-    def _record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Record something that happened at `step` as an object of its own in metrics.jsonl; rank zero."""
+        if self.world.is_main:
+            self._record(kind, step, values)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Give pictures, uint8 (H, W, 3) by name, to the trackers, as pictures/<name>; rank zero."""
+        if self.world.is_main:
+            self._pictures(step, {f"pictures/{name}": picture for name, picture in pictures.items()})
+
+    def _pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        if pictures:
+            size = sum(picture.nbytes for picture in pictures.values())
+            self._send(lambda tracker: tracker.pictures(step, pictures), size)
+
+    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         entry = {"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}
-        self._metrics.write(json.dumps(entry) + "\n")
-        if self._wandb is not None:
-            scalars = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
-            self._wandb.log(scalars, step=step)
+        self._metrics.write(json.dumps(entry))
+        self._scalars(kind, step, values)
+
+    def _scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        numbers = {f"{kind}/{name}": float(v) for name, v in values.items() if isinstance(v, int | float)}
+        if numbers:
+            self._send(lambda tracker: tracker.scalars(step, numbers))
+
+    def _send(self, call: Callable[[Tracker], None], size: int = 0) -> None:
+        for outbox in self._outboxes:
+            outbox.put(call, size)
+
+    def _tell(self) -> None:
+        for outbox in self._outboxes:
+            for text in outbox.lines():
+                self.line(text)
 
     def stop_bar(self) -> None:
         """Take the bar away, so that what follows is printed plainly."""
@@ -229,44 +285,15 @@ class Telemetry:
             self._bar = None
 
     def close(self) -> None:
-        """Close bar, files and wandb."""
+        """Close bar, trackers and files."""
         if not self.world.is_main:
             return
         self.stop_bar()
-        self._metrics.close()
-        self._log.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-
-
-def _start_wandb(cfg: TelemetryConfig, run_dir: Path, name: str, config: dict[str, Any]) -> Any:
-    """A wandb run whose id is kept in the run directory, so that a restart continues it.
-
-    Code, git state and machine environment are not uploaded, and settings that look like secrets are left
-    out.
-    """
-    import wandb
-
-    id_file = run_dir / "wandb_id.txt"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
-    return wandb.init(
-        mode=cfg.wandb,  # type: ignore[arg-type]
-        project=cfg.wandb_project,
-        entity=cfg.wandb_entity,
-        name=name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(run_dir),
-        config=config,
-        settings=wandb.Settings(
-            disable_code=True,
-            disable_git=True,
-            x_disable_meta=True,
-            x_save_requirements=False,
-            x_disable_machine_info=True,
-            console="off",
-            silent=True,
-        ),
-    )
+        for outbox in self._outboxes:
+            outbox.finish(FINISH_S + (self._cfg.wandb_timeout_s if outbox.name == "wandb" else 0))
+        self._tell()
+        self._outboxes = []
+        for file in (self._metrics, self._log):
+            if file.lost:
+                self.line(f"{file.path}: {file.lost} lines could not be written; is the disk full?")
+            file.close()

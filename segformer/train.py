@@ -9,86 +9,123 @@ seeded anew at every step from (seed, step, rank), so a resume needs no random s
 Stopping: SIGTERM, SIGUSR2 and Ctrl-C set a flag on whichever rank receives them, and damaged data is kept as
 an error of the rank that read it. Before the next step (or batch of an evaluation) all ranks agree to stop,
 save one checkpoint together and end: with Preempted (exit code 75) or with the error of the rank that has it.
-A second Ctrl-C stops at once.
+A second Ctrl-C stops at once. Steps that are not finite: recovery.py; ranks that hang: guard.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from segformer.checkpoint import save_checkpoint
 from segformer.config import RunConfig
 from segformer.data.loader import Batch
 from segformer.data.prepare import over_budget
 from segformer.dist import StopFlag, World, derive_seed, limit_threads
-from segformer.engine import resolve_precision, total_norm
-from segformer.errors import ConfigError, DataError, Preempted, SegformerError
-from segformer.evaluate import evaluate
-from segformer.metrics import Scores
+from segformer.engine import take_step
+from segformer.errors import DataError, Preempted, SegformerError
+from segformer.guard import (
+    Statistics,
+    Watchdog,
+    enough_memory,
+    lost_ranks,
+    poisoned,
+    smaller_batch,
+)
+from segformer.meter import memory
+from segformer.metrics import AnyScores
 from segformer.optim import set_learning_rate
+from segformer.partition import gather_model, gather_optimizer
+from segformer.progress import duration
+from segformer.recovery import Outcome, note_outcome, roll_back
 from segformer.run import Run, config_summary, prepare_run_dir, set_up
-from segformer.telemetry import Meter, Telemetry, duration, memory_gib
+from segformer.tasks import training_crop
+from segformer.telemetry import Telemetry
 
 
-def train(cfg: RunConfig, world: World) -> Scores:
+def train(cfg: RunConfig, world: World) -> AnyScores:
     """Train, or continue, the run of `cfg` and return the scores of its last step, equal on all ranks.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, where something does not fit.
         Preempted: a signal stopped the run; the same call continues it.
         DataError: in the middle of the run, on the rank that met it; the state before it has been saved.
+        Diverged: loss or gradients were not finite for several steps, also after going back.
+        RankLost: another rank has ended or hangs.
     """
     limit_threads(world)
     world.on_main(lambda: prepare_run_dir(cfg))
-    summary = config_summary(cfg)
+    stacks = Watchdog(Path(cfg.run_dir) / "stacks", world, cfg.engine.timeout_s)
+    described: dict[str, Any] = {"name": cfg.name, "steps": cfg.steps, "config": config_summary(cfg)}
     with (
         StopFlag() as stop,
-        Telemetry(
-            cfg.telemetry, Path(cfg.run_dir), world, name=cfg.name, steps=cfg.steps, config=summary
-        ) as telemetry,
+        stacks as watchdog,
+        Telemetry(cfg.telemetry, Path(cfg.run_dir), world, **described) as telemetry,
+        lost_ranks(watchdog),
     ):
-        return _loop(set_up(cfg, world, telemetry, stop))
+        run = set_up(cfg, world, telemetry, stop, watchdog)
+        try:
+            return _loop(run)
+        finally:
+            run.batches.close()
+            run.profiler.close()
 
 
-def _loop(run: Run) -> Scores:
-    cfg, state, telemetry = run.cfg, run.state, run.telemetry
-    telemetry.start(state.step)
-    meter, losses, saved = Meter(), LossSum(run.engine.device), state.step
-    while state.step < cfg.steps:
+def _loop(run: Run) -> AnyScores:
+    cfg, telemetry, meter = run.cfg, run.telemetry, run.meter
+    telemetry.start(run.state.step)
+    losses = LossSum(run.engine.device)
+    meter.reset()
+    while run.state.step < cfg.steps:
+        start = time.monotonic()
         batches, waited = _fetch(run)
         if _stopping(run):
             break
-        norm = train_step(run, batches, losses)
-        state.step += 1
+        with run.profiler.step(run.state.step + 1):
+            outcome = train_step(run, batches, losses)
+        run.state.step += 1
         telemetry.advance()
-        meter.add(cfg.global_batch, waited)
-        last = state.step == cfg.steps
-        if last or state.step % cfg.telemetry.log_every == 0:
-            _log(run, losses, norm, meter)
+        meter.add(cfg.global_batch, waited, time.monotonic() - start - run.agreeing)
+        if run.profiler.covers(run.state.step):
+            meter.reset()  # a profiled step is a slow one
+        note_outcome(run, batches, outcome)
+        if run.state.skipped_in_a_row >= cfg.max_skipped:
+            roll_back(run)
+            losses.clear()
+            continue
+        if run.state.step == cfg.steps or run.state.step % cfg.telemetry.log_every == 0:
+            _log(run, losses, outcome.norm)
             _tell_replaced(run)
-        due = state.step % cfg.checkpoint.save_every == 0
-        if not last and state.step % cfg.eval_every == 0:
-            _evaluate(run)
-            due = due or state.best_step == state.step  # the best is always on disk
-            meter.reset()  # evaluation and saving don't count as training time
-        if not last and due:
-            saved = _save(run)
-            meter.reset()
-    scores = _evaluate(run) if state.step == cfg.steps else None
-    if saved < state.step:
-        _save(run)
+        if run.state.step < cfg.steps and not run.state.skipped_in_a_row:
+            _evaluate_and_save(run)
+    scores = _evaluate(run) if run.state.step == cfg.steps else None
+    run.checkpoints.settle()
+    if run.state.step and run.checkpoints.last_saved != run.state.step:
+        _save(run, last=True)
     telemetry.stop_bar()
     if scores is None:
         raise _stopped(run)
     telemetry.line(scores.table(run.shards.classes))
     return scores
+
+
+def _evaluate_and_save(run: Run) -> None:
+    """What is due after a step, neither of which counts as training time; all ranks."""
+    cfg, state = run.cfg, run.state
+    due = state.step % cfg.checkpoint.save_every == 0
+    if state.step % cfg.eval_every == 0:
+        _evaluate(run)
+        due = due or state.best_step == state.step  # the best is always on disk
+        run.meter.reset()
+    if due:
+        _save(run)
+        run.meter.reset()
 
 
 def _fetch(run: Run) -> tuple[list[Batch], float]:
@@ -118,53 +155,70 @@ class LossSum:
     def clear(self) -> None:
         """Start a new interval."""
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
 
     def add(self, loss: Tensor, parts: dict[str, Tensor]) -> None:
         """Count one micro batch."""
         for name, value in {"loss": loss, **parts}.items():
-            self._sums[name] = (
-                self._sums.get(name, torch.zeros((), device=self._device)) + value.detach().float()
-            )
-        self._count += 1
+            value = value.detach().float()
+            finite = value.isfinite()
+            entry = torch.stack([torch.where(finite, value, 0.0), finite.float()])
+            self._sums[name] = self._sums.get(name, torch.zeros(2, device=self._device)) + entry
 
-    def means(self, world: World) -> dict[str, float]:
-        """Mean over the interval and all ranks, then a new interval; all ranks."""
+    def means(self, world: World) -> dict[str, float | None]:
+        """Mean of the finite values of the interval over all ranks, then a new interval; all ranks."""
         names = sorted(self._sums)
-        total = world.sum(torch.stack([self._sums[name] for name in names])) / (self._count * world.size)
+        total = world.sum(torch.stack([self._sums[name] for name in names])).tolist()
         self.clear()
-        return dict(zip(names, total.tolist(), strict=True))
+        pairs = zip(names, total, strict=True)
+        return {name: value / count if count else None for name, (value, count) in pairs}
 
 
-def train_step(run: Run, batches: list[Batch], losses: LossSum) -> Tensor | float | None:
-    """One optimiser step over the rank's micro batches; all ranks. Returns the unclipped gradient norm."""
-    cfg, engine = run.cfg, run.engine
-    set_learning_rate(engine.optimizer.param_groups, cfg.optim, run.state.step, cfg.steps)
+def train_step(run: Run, batches: list[Batch], losses: LossSum) -> Outcome:
+    """One optimiser step over the rank's micro batches; all ranks."""
+    cfg, engine, world, step = run.cfg, run.engine, run.world, run.state.step
+    set_learning_rate(engine.optimizer.param_groups, cfg.optim, step, cfg.steps)
     engine.train()
-    norm: Tensor | None = None
-    for index, batch in enumerate(batches):
-        torch.manual_seed(derive_seed(cfg.seed, "step", run.state.step, index, run.world.rank))
-        batch = batch.to(run.world.device, non_blocking=True)
-        logits = engine(run.normalize(batch.images, batch.photometric))
-        loss, parts = run.criterion(logits, batch.targets)
-        engine.backward(loss)
-        if index == len(batches) - 1:
-            norm = total_norm(engine)
-        engine.step()
-        losses.add(loss, parts)
-    return norm if norm is not None else engine.get_global_grad_norm()
+    statistics = Statistics(engine.module)
+    seen: list[Tensor] = []
+    crop = "x".join(map(str, training_crop(cfg)))
+    what = f"in step {step + 1} (micro_batch={run.micro_batch}, crop {crop})"
+    with enough_memory(world.rank, what, smaller_batch(run.micro_batch)):
+        for index, batch in enumerate(batches):
+            torch.manual_seed(derive_seed(cfg.seed, "step", step, index, world.rank))
+            batch = batch.to(world.device, non_blocking=True)
+            position = (step * len(batches) + index) * world.size + world.rank
+            loss, parts = run.task.loss(engine, batch, position)
+            engine.backward(poisoned(loss))
+            losses.add(loss, parts)
+            seen.append(loss.detach())
+            if index < len(batches) - 1:
+                engine.step()
+        norm, taken = take_step(engine, cfg.engine.grad_clip)
+    if not taken:
+        statistics.put_back()
+        return Outcome(norm, taken, bool(torch.stack(seen).isfinite().all()))
+    if run.average is not None:
+        run.average.update(step - run.state.skipped)
+    return Outcome(norm, taken, True)
 
 
-def _log(run: Run, losses: LossSum, norm: Tensor | float | None, meter: Meter) -> None:
+def _log(run: Run, losses: LossSum, norm: float | None) -> None:
     means = losses.means(run.world)
-    groups = {str(group["name"]): group["lr"] for group in run.engine.optimizer.param_groups}
-    values: dict[str, float | None] = {**means, "lr": groups["backbone"], "lr_head": groups["head"]}
-    values["grad_norm"] = None if norm is None else float(norm)
-    values |= meter.rates() | {"memory_gib": memory_gib(run.world.device)}
+    groups = {str(group["name"]): float(group["lr"]) for group in run.engine.optimizer.param_groups}
+    body = [rate for name, rate in groups.items() if not name.startswith("head")] or list(groups.values())
+    values: dict[str, float | None] = {**means, "lr": max(body)}
+    values |= {f"lr/{name}": groups[name] for name in _told(list(groups))}
+    values |= {"grad_norm": norm, "skipped": float(run.state.skipped)}
+    values |= run.meter.rates() | memory(run.world.device)
+    values["loss_spike"] = None if means["loss"] is None else run.spike.ratio(means["loss"])
     run.telemetry.train(run.state.step, values)
-    meter.reset()
-    if not math.isfinite(means["loss"]):
-        run.world.on_main(lambda: _diverged(run, means["loss"]))
+    run.meter.reset()
+
+
+def _told(names: list[str]) -> list[str]:
+    """The groups whose lr is logged: all, or with layer decay the first, the last and the head."""
+    layers = [name for name in names if "." in name]
+    return [name for name in names if name not in layers[1:-1]]
 
 
 def _tell_replaced(run: Run) -> None:
@@ -185,52 +239,51 @@ def _tell_replaced(run: Run) -> None:
         run.failure = DataError(over_budget(len(state.corrupt), run.corrupt_budget, last))
 
 
-def _diverged(run: Run, loss: float) -> NoReturn:
-    raise ConfigError(
-        f"the loss is {loss} at step {run.state.step}; lower optim.lr, or look at the data; "
-        f"checkpoints in {run.folder} are from before"
-    )
-
-
-def _evaluate(run: Run) -> Scores | None:
+def _evaluate(run: Run) -> AnyScores | None:
     """Scores on the evaluation split, or None when a signal came; remembers the best step; all ranks."""
     cfg, world, state = run.cfg, run.world, run.state
-    split = run.shards.split(cfg.eval_split)
     start = time.monotonic()
-    scores = evaluate(
-        run.engine,
-        run.normalize,
-        split,
-        cfg.loader,
-        world,
-        num_classes=len(run.shards.classes),
-        batch_size=cfg.eval_batch,
-        bf16=resolve_precision(cfg.engine, world.device) == "bf16",
-        interrupted=lambda: _stopping(run),
-        failed=run.fail,
-    )
+    shown = run.average.shown(world) if run.average is not None else contextlib.nullcontext()
+    with shown, enough_memory(world.rank, f"in evaluation (eval_batch={cfg.eval_batch})", "lower eval_batch"):
+        scores = run.task.evaluate(
+            run.engine,
+            world,
+            interrupted=lambda: _stopping(run),
+            failed=run.fail,
+            pictures=cfg.telemetry.pictures,
+        )
     if scores is None:
         return None
-    run.telemetry.scores("final" if state.step == cfg.steps else "eval", state.step, scores.to_dict())
+    kind = "final" if state.step == cfg.steps else "eval"
+    run.telemetry.scores(kind, state.step, scores.to_dict(), run.shards.classes)
+    run.telemetry.pictures(state.step, scores.pictures)
+    count = run.shards.split(cfg.eval_split).num_samples
+    average = " of the averaged weights" if run.average is not None else ""
     run.telemetry.line(
-        f"step {state.step}: validation mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, "
-        f"aAcc {scores.aacc:.4f} ({split.num_samples} images in {duration(time.monotonic() - start)})"
+        f"step {state.step}: validation {scores.summary()}{average} "
+        f"({count} images in {duration(time.monotonic() - start)})"
     )
-    if state.best_miou is None or scores.miou > state.best_miou:
-        state.best_miou, state.best_step = scores.miou, state.step
+    if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
+        state.best_score, state.best_step = scores.score, state.step
     return scores
 
 
-def _save(run: Run) -> int:
-    """Write a checkpoint and return its step; all ranks."""
+def _save(run: Run, *, last: bool = False) -> None:
+    """Hand the state over to be written, or write it (last); all ranks."""
     _tell_replaced(run)
-    save_checkpoint(run.engine, run.state, run.cfg.checkpoint, run.folder, run.world)
-    return run.state.step
+    run.checkpoints.settle()  # never two copies of the state in the host's memory
+    average = {} if run.average is None else run.average.gather(run.world)
+    model, optimizer = gather_model(run.engine), gather_optimizer(run.engine, run.world)
+    run.checkpoints.save(model, optimizer, average, run.state, last=last)
 
 
 def _stopping(run: Run) -> bool:
     """Whether any rank has been told to stop, or can't go on; all ranks."""
-    return run.world.any(run.stop.signal is not None or run.failure is not None)
+    run.watchdog.progress()
+    start = time.monotonic()
+    stop = run.world.any(run.stop.signal is not None or run.failure is not None)
+    run.agreeing = time.monotonic() - start
+    return stop
 
 
 def _stopped(run: Run) -> BaseException:

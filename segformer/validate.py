@@ -1,7 +1,8 @@
 """The scores of a finished model: a run or an export, on any split of any shards with its classes.
 
 Protocol: whole images at their own size, logits brought to the size of the label, one confusion matrix over
-the split. It is the protocol of the evaluations during training, so the numbers agree with theirs.
+the split; a classifier is shown the centre of every image, cut as in its training. It is the protocol of the
+evaluations during training, so the numbers agree with theirs.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+from segformer.data.classification import ClassificationAugment
 from segformer.data.loader import LoaderConfig
 from segformer.data.shards import ShardSet
-from segformer.data.transforms import AugmentConfig, Normalize
 from segformer.dist import init_world, limit_threads
 from segformer.engine import EngineConfig, resolve_precision
 from segformer.errors import ConfigError, SegformerError
 from segformer.evaluate import evaluate
 from segformer.export import Trained, open_checkpoint
-from segformer.metrics import Scores
-from segformer.telemetry import duration
+from segformer.metrics import AnyScores
+from segformer.progress import duration
+from segformer.tasks import plain_normalize
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +47,7 @@ class ValidateConfig:
         EngineConfig(precision=self.precision)
 
 
-def validate(cfg: ValidateConfig) -> Scores:
+def validate(cfg: ValidateConfig) -> AnyScores:
     """Print the table of scores (rank zero) and return them; all ranks."""
     world = init_world()
     try:
@@ -56,7 +58,7 @@ def validate(cfg: ValidateConfig) -> Scores:
         failures: list[SegformerError] = []
         scores = evaluate(
             trained.build().to(world.device),
-            Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(world.device),
+            plain_normalize(trained.mean, trained.std).to(world.device),
             shards.split(cfg.split),
             cfg.loader,
             world,
@@ -65,6 +67,7 @@ def validate(cfg: ValidateConfig) -> Scores:
             bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
             interrupted=lambda: world.any(bool(failures)),
             failed=failures.append,
+            view=_view(trained),
         )
     finally:
         world.close()
@@ -74,11 +77,25 @@ def validate(cfg: ValidateConfig) -> Scores:
         split = shards.split(cfg.split)
         print(
             f"{cfg.checkpoint} at step {trained.step} on {split.num_samples} images of {cfg.split} "
-            f"(whole images, original size) in {duration(time.monotonic() - start)}",
+            f"({_shown(trained)}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
         print(scores.table(shards.classes))
     return scores
+
+
+def _view(trained: Trained) -> ClassificationAugment | None:
+    if trained.view is None:
+        return None
+    size, short = trained.view
+    return ClassificationAugment(size=size, eval_resize=short)
+
+
+def _shown(trained: Trained) -> str:
+    if trained.view is None:
+        return "whole images, original size"
+    size, short = trained.view
+    return f"short side to {short}, centre {size} x {size}"
 
 
 def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
@@ -88,6 +105,11 @@ def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
             f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
         )
     shards = ShardSet.open(cfg.shards or trained.shards, cfg.loader.storage)
+    if shards.task != trained.task:
+        raise ConfigError(
+            f"{cfg.checkpoint} is a model for {trained.task}, {cfg.shards or trained.shards} was sharded for "
+            f"{shards.task}; give shards of its own"
+        )
     if list(shards.classes) != trained.classes:
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "

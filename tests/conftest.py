@@ -73,6 +73,16 @@ def tiny(tiny_shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return overrides
 
 
+@pytest.fixture(scope="session")
+def calm() -> list[str]:
+    """Settings under which rounding stays rounding, for comparisons of weights.
+
+    AdamW divides a gradient by the root of its second moment: where a gradient is zero but for rounding (the
+    biases of attention's keys, which softmax ignores), an eps of 1e-8 turns rounding into whole steps.
+    """
+    return ["optim.lr=2e-5", "optim.head_lr_factor=10", "optim.warmup_steps=0", "optim.eps=1e-4"]
+
+
 def metrics(run_dir: Path, kind: str = "train") -> list[dict]:
     """The lines of one kind in a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -130,3 +140,15 @@ def run_ranks(start_ranks: Callable[..., list[subprocess.Popen]]) -> Callable[..
         return outputs
 
     return run
+
+
+@pytest.fixture
+def train_many(tmp_path: Path, run_ranks: Callable[..., list[str]]) -> Callable[..., None]:
+    """Several runs, each a list of overrides, one after the other in one group of `ranks` processes."""
+
+    def train(ranks: int, runs: list[list[str]]) -> None:
+        plan = tmp_path / f"plan-{ranks}.json"
+        plan.write_text(json.dumps(runs))
+        run_ranks(ranks, "tests/distributed/train_many.py", str(plan), timeout=600)
+
+    return train

@@ -35,10 +35,12 @@ ORDER = [
     *("models.ops.decode", "models.ops.cross_entropy", "models.ops.argmax", "models.ops.suite"),
     *("models.layers", "models.mit", "models.head"),
     *("models.names", "models.files", "models.card", "models.sizes", "models.remap", "models.convert"),
-    *("models.save", "models.segformer"),
-    *("losses", "optim", "dist", "telemetry", "engine", "partition", "checkpoint"),
-    *("metrics", "inference", "evaluate"),
-    *("config", "run", "train", "export", "conversion", "validate", "predict", "pictures", "report", "job"),
+    *("models.save", "models.segformer", "models.macs"),
+    *("losses", "optim", "dist", "meter", "outbox", "trackers", "progress", "telemetry", "profiling"),
+    *("engine", "partition", "ema", "commit", "snapshot", "checkpoint"),
+    *("metrics", "inference", "drawing", "evaluate"),
+    *("config", "tasks", "guard", "run", "recovery", "train", "export", "conversion", "validate"),
+    *("predict", "pictures", "report", "job"),
     *("doctor.memory", "doctor.scan", "doctor.source_scan", "doctor.diagnosis", "doctor.contact"),
     *("doctor.preflight", "doctor.examine"),
 ]
@@ -48,15 +50,17 @@ DATA = {module for module in ORDER if module.startswith("data.")}
 OWNERS: dict[str, set[str]] = {
     "torch.distributed": {"dist"},
     "deepspeed": {"engine", "partition"},
-    "wandb": {"telemetry"},
-    "tqdm": {"telemetry", "data.pool", "data.download", "doctor.scan", "doctor.source_scan"},
+    "wandb": {"trackers"},
+    "torch.utils.tensorboard": {"trackers"},
+    "pynvml": {"meter"},
+    "tqdm": {"progress", "data.pool", "data.download", "doctor.scan", "doctor.source_scan"},
     "torchmetrics": {"metrics"},
     "webdataset": {"data.packing", "data.workers", "data.loader"},
     "hydra": {"config"},
     "omegaconf": {"config"},
     "yaml": {"config", "conversion"},
-    "safetensors": {"checkpoint", "models.files", "models.save"},
-    "cv2": DATA | {"predict"},
+    "safetensors": {"snapshot", "models.files", "models.save"},
+    "cv2": DATA | {"drawing"},
     "PIL": {"data.sources", "doctor.contact", "predict", "pictures"},
     "fsspec": {"data.storage"},
     "aiohttp": {"data.storage"},
@@ -67,7 +71,10 @@ OWNERS: dict[str, set[str]] = {
     "numpy": set(ORDER),
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
-HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL", "fsspec", "aiohttp")
+HEAVY = (
+    *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL", "fsspec", "aiohttp"),
+    "pynvml",
+)
 
 KERNELS = "segformer.models.kernels"  # need Triton, which a machine without a GPU lacks
 
@@ -402,7 +409,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.ya
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_shipped_experiment_composes(name: str) -> None:
-    assert compose(RunConfig, "config", [f"experiment={name}"]).steps > 0
+    assert compose(RunConfig, "config", [f"experiment={name}", "model.pretrained=weights"]).steps > 0
 
 
 @pytest.mark.parametrize(

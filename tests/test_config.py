@@ -25,7 +25,7 @@ def run_config(*overrides):
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_composes_and_bears_its_name(path):
-    assert run_config(f"experiment={path.stem}").name == path.stem
+    assert run_config(f"experiment={path.stem}", "model.pretrained=weights").name == path.stem
 
 
 @pytest.mark.parametrize(

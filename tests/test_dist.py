@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from segformer.dist import StopFlag, World, derive_seed, init_world
+from segformer.dist import StopFlag, World, derive_seed, init_world, slurm_environment
 from segformer.errors import ConfigError, DataError
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -74,3 +74,49 @@ def test_a_second_interrupt_stops_at_once():
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+STEP = {  # what srun gives to task 5 of a step of 7 tasks on 3 nodes
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[03-04,09]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_a_task_of_srun_has_its_rank_from_slurm():
+    found = slurm_environment(STEP)
+    assert {
+        "RANK": "5",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "3",
+    }.items() <= found.items()
+    assert found["MASTER_ADDR"] == "gpu03"
+    last = slurm_environment(STEP | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"})
+    assert last["LOCAL_WORLD_SIZE"] == "1"
+    assert last["MASTER_PORT"] == found["MASTER_PORT"]
+    other = slurm_environment(STEP | {"SLURM_STEP_ID": "3"})
+    assert other["MASTER_PORT"] != found["MASTER_PORT"], "two steps may share a node"
+    assert 1024 < int(found["MASTER_PORT"]) < 65536
+    single = slurm_environment(STEP | {"SLURM_STEP_NODELIST": "login-1,gpu2"})
+    assert single["MASTER_ADDR"] == "login-1"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"SLURM_STEP_ID": ""}, {"SLURM_STEP_ID": "batch"}, {"SLURM_STEP_NUM_TASKS": "1"}],
+)
+def test_a_batch_script_or_a_single_task_is_a_world_of_one(changed):
+    assert slurm_environment(STEP | changed) == {}
+
+
+def test_an_incomplete_step_of_srun_is_refused_by_name():
+    with pytest.raises(ConfigError, match="SLURM_PROCID"):
+        slurm_environment({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
+    with pytest.raises(ConfigError, match="TASKS_PER_NODE=many"):
+        slurm_environment(STEP | {"SLURM_STEP_TASKS_PER_NODE": "many"})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from segformer.engine import EngineConfig, check_batch, deepspeed_config, resolve_precision
+from segformer.engine import EngineConfig, bucket_elements, check_batch, deepspeed_config, resolve_precision
 from segformer.errors import ConfigError
 
 
@@ -14,6 +14,7 @@ def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp
         micro_batch=micro_batch,
         world_size=world_size,
         precision=precision,
+        num_parameters=3_700_000,
     )
 
 
@@ -83,4 +84,27 @@ def test_compiling_at_stage_3_is_refused_and_not_the_default():
 @pytest.mark.parametrize("bad", [{"zero_stage": 4}, {"precision": "fp8"}, {"grad_clip": -1.0}])
 def test_nonsense_is_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"engine\.{next(iter(bad))}"):
+        EngineConfig(**bad)
+
+
+def test_buckets_have_the_size_of_the_model_and_no_more_than_128_mib():
+    assert config(EngineConfig(zero_stage=1))["zero_optimization"]["reduce_bucket_size"] == 3_700_000
+    assert bucket_elements(10**9) * 4 == 128 * 2**20
+    assert bucket_elements(3_320_163) == 3_320_164, "ZeRO-1 and 2 assert an even number"
+    assert "reduce_bucket_size" not in config(EngineConfig(zero_stage=0))["zero_optimization"]
+
+
+def test_offloading_is_asked_of_deepspeed_with_our_own_adamw():
+    made = config(EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True))
+    assert made["zero_force_ds_cpu_optimizer"] is False
+    assert {made["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {
+        "cpu"
+    }
+
+
+@pytest.mark.parametrize(
+    "bad", [{"zero_stage": 0, "offload_optimizer": True}, {"zero_stage": 2, "offload_parameters": True}]
+)
+def test_offloading_what_is_not_partitioned_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"needs engine\.zero_stage="):
         EngineConfig(**bad)

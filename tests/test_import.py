@@ -5,7 +5,7 @@ import sys
 
 FORBIDDEN = (
     *("cv2", "PIL", "deepspeed", "webdataset", "hydra", "omegaconf", "torchmetrics", "wandb", "submitit"),
-    *("tqdm", "matplotlib", "transformers", "onnx", "scipy", "pandas"),
+    *("tqdm", "matplotlib", "transformers", "onnx", "scipy", "pandas", "tensorboard", "pynvml"),
 )
 SCRIPT = f"""
 import sys

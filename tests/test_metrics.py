@@ -1,13 +1,14 @@
-"""The confusion matrix and its scores against naive loops and closed forms."""
+"""The counts and scores of both tasks against naive loops and closed forms."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from segformer.errors import DataError
-from segformer.metrics import Scores, SegmentationMetric
+from segformer.metrics import ClassificationMetric, ClassScores, Scores, SegmentationMetric
 
 
 def chosen(prediction, classes=5):
@@ -136,3 +137,81 @@ def test_table_is_aligned_and_ends_with_the_means():
 def test_scores_survive_json():
     scores = Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
     assert Scores(**json.loads(json.dumps(scores.to_dict()))) == scores
+
+
+def ranked(rows):
+    """Logits (B, K) in which the classes of each row come first to last."""
+    logits = torch.empty(len(rows), len(rows[0]))
+    for row, order in enumerate(rows):
+        logits[row, list(order)] = -torch.arange(len(order), dtype=torch.float32)
+    return logits
+
+
+def test_top_1_and_top_5_equal_a_sort_of_every_image():
+    generator = np.random.default_rng(0)
+    metric, hits = ClassificationMetric(9), np.zeros((9, 3), int)
+    for _ in range(4):
+        logits, target = generator.normal(size=(20, 9)), generator.integers(0, 8, 20)  # class 8 never occurs
+        metric.update(torch.from_numpy(logits), torch.from_numpy(target))
+        for row, label in zip(logits, target, strict=True):
+            best = sorted(range(9), key=lambda k, row=row: -row[k])
+            hits[label] += (1, best[0] == label, label in best[:5])
+    scores = metric.compute()
+    assert scores.counts == hits.tolist()
+    assert metric.counts.dtype == torch.int64
+    assert (scores.top1, scores.top5) == (hits[:, 1].sum() / 80, hits[:, 2].sum() / 80)
+    assert scores.acc == [*(hits[:8, 1] / hits[:8, 0]), None]
+    assert scores.macc == pytest.approx(np.mean(hits[:8, 1] / hits[:8, 0]))
+    assert scores.summary().startswith(f"top-1 {scores.top1:.4f}, top-5 {scores.top5:.4f}")
+
+
+def test_a_model_that_says_nothing_is_right_for_its_first_class_only():
+    metric = ClassificationMetric(3)
+    metric.update(torch.zeros(3, 3), torch.tensor([0, 1, 2]))
+    assert [row[1] for row in metric.compute().counts] == [1, 0, 0], "as argmax of equals"
+    broken = ClassificationMetric(7)
+    broken.update(torch.full((3, 7), torch.nan), torch.tensor([0, 1, 2]))
+    broken.update(torch.tensor([[0.0, torch.nan, 1.0, 2.0, 3.0, 4.0, 5.0]]), torch.tensor([6]))
+    assert broken.compute().top1 == broken.compute().top5 - 0.25 == 0, "beside a NaN it is second at best"
+
+
+def test_with_fewer_than_five_classes_all_are_among_the_first_five():
+    metric = ClassificationMetric(3)
+    metric.update(ranked([[2, 1, 0], [1, 2, 0]]), torch.tensor([0, 1]))
+    assert (metric.compute().top1, metric.compute().top5) == (0.5, 1.0)
+
+
+def test_the_table_of_classes_ends_with_all_images():
+    scores = ClassScores.from_counts(torch.tensor([[1200, 900, 1140], [300, 60, 150], [0, 0, 0]]))
+    assert scores.table(["cat", "dog", "owl"]).split("\n") == [
+        "class  top-1  top-5  images",
+        "---------------------------",
+        "cat    75.00  95.00   1,200",
+        "dog    20.00  50.00     300",
+        "owl        -      -       0",
+        "---------------------------",
+        "all 3  64.00  86.00   1,500",
+    ]
+
+
+def test_of_many_classes_the_table_has_those_that_are_recognised_worst():
+    counts = torch.tensor([[100, hits, 100] for hits in range(100)])
+    lines = ClassScores.from_counts(counts).table([f"c{k}" for k in range(100)]).split("\n")
+    assert [line.split()[0] for line in lines[2:-2]] == [f"c{k}" for k in range(20)]
+    assert lines[-1].split() == ["all", "100", "49.50", "100.00", "10,000"]
+
+
+def test_class_scores_survive_json_and_refuse_a_class_that_is_not_there():
+    scores = ClassScores.from_counts(torch.tensor([[2, 1, 2], [1, 1, 1]]))
+    assert ClassScores(**json.loads(json.dumps(scores.to_dict()))) == scores
+    with pytest.raises(DataError, match=r"labels \[3\]"):
+        ClassificationMetric(3).update(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_pictures_are_no_part_of_the_numbers():
+    scores = Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
+    scores.pictures = {"a": np.zeros((2, 6, 3), np.uint8)}
+    assert "pictures" not in scores.to_dict()
+    assert scores == Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
+    assert scores.summary() == f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
+    assert scores.score == scores.miou

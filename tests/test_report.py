@@ -91,6 +91,42 @@ def test_a_run_gets_curve_overlays_and_a_report_of_them(trained: Path) -> None:
         assert shown in page.text
 
 
+def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["data=folder", "data.task=classification", "data.classes=[cat,dog]", "data.shards=nowhere"]
+    save_config(compose(RunConfig, "config", [*overrides, "classification.size=96"]), run / "config.yaml")
+    write_metrics(run, evaluations=())
+    row = {"kind": "final", "step": 60, "top1": 0.625, "top5": 0.875, "macc": 0.55, "acc": [0.7, None]}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "step": 30, "top1": 0.75, "kind": "eval"}) + "\n")
+        file.write(json.dumps({**row, "counts": [[1000, 700, 900], [0, 0, 0]]}) + "\n")
+    page = References(report(ReportConfig(run=str(run), device="cpu")).read_text("utf-8"))
+    assert page.tags.count("img") == 1
+    for shown in (
+        "62.5top-1",
+        "75.0best top-1",
+        "87.5top-5",
+        "crops of 96 x 96",
+        "cat70.090.01,000",
+        "dog--0",
+    ):
+        assert shown in page.text
+    assert "mIoU" not in page.text
+    assert "overlays" not in capsys.readouterr().out
+
+
+def test_the_classes_of_a_run_that_leaves_them_to_its_shards_are_numbers_without_these(run: Path) -> None:
+    overrides = ["data=folder", "data.task=classification", "data.shards=nowhere"]
+    save_config(compose(RunConfig, "config", overrides), run / "config.yaml")
+    counts = [[4, 2, 4]] * 300
+    row = {"kind": "final", "step": 1, "top1": 0.5, "top5": 1.0, "macc": 0.5, "counts": counts}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = References(write_report(run).read_text("utf-8"))
+    assert "class 299" in page.text
+    assert page.tags.count("details") == 2, "a long table is folded away, as the configuration"
+
+
 def test_the_report_fetches_nothing(trained: Path) -> None:
     text = report(ReportConfig(run=str(trained), overlays=1, device="cpu")).read_text("utf-8")
     page = References(text)

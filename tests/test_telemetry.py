@@ -1,16 +1,22 @@
 """The log of a run: bar, lines, files; rank zero alone writes them."""
 
 import dataclasses
+import fcntl
 import json
-import time
-from pathlib import Path
+import os
+import resource
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 import torch
 
 from segformer.dist import World
 from segformer.errors import ConfigError
-from segformer.telemetry import Meter, Telemetry, TelemetryConfig, duration, memory_gib
+from segformer.progress import duration, shown_figures
+from segformer.telemetry import LineFile, Telemetry, TelemetryConfig
 
 MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 VALUES = {
@@ -32,12 +38,23 @@ def test_a_line_has_loss_lr_speed_wait_and_the_time_that_is_left(tmp_path, capsy
     with telemetry(tmp_path, progress=False) as log:
         log.start(0)
         log.train(40, VALUES)
-    line = "step 40/100  loss 0.5000  lr 1.00e-03  grad 2.50  17.2 img/s  data wait 25%  eta 30s"
+    line = "step 40/100  loss 0.5000  lr 1.0e-03  grad 2.50  17.2 img/s  data wait 25%  eta 30s"
     assert capsys.readouterr().err == line + "\n"
     assert (tmp_path / "log.txt").read_text().split(" ", 1)[1] == line + "\n"
 
 
-def test_the_bar_shows_the_same_and_lines_go_above_it(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("columns", "figures"),
+    [
+        ("140", "loss 0.5000, lr 1.0e-03, grad 2.50, 17.2 img/s, data wait 25%]"),
+        ("80", "loss 0.5000, lr 1.0e-03, grad 2.50]"),
+        ("20", "loss 0.5000]"),
+    ],
+)
+def test_the_bar_shows_what_there_is_room_for_and_lines_go_above_it(
+    columns, figures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
     with telemetry(tmp_path, progress=True) as log:
         log.start(39)
         log.advance()
@@ -45,7 +62,7 @@ def test_the_bar_shows_the_same_and_lines_go_above_it(tmp_path, capsys):
         log.line("validation")
     shown = capsys.readouterr().err
     assert "40/100" in shown
-    assert "loss 0.5000, lr 1.00e-03, grad 2.50, 17.2 img/s, data wait 25%" in shown
+    assert figures in shown
     assert "validation\n" in shown
 
 
@@ -76,32 +93,11 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_rates_are_means_since_the_last_reset(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    meter = Meter()
-    for _ in range(4):
-        now += 0.5
-        meter.add(images=16, waited=0.125)
-    assert meter.rates() == {"images_per_s": 32.0, "step_s": 0.5, "data_wait": 0.25}
-    meter.reset()
-    now += 1.0
-    meter.add(images=16, waited=0.0)
-    assert meter.rates() == {"images_per_s": 16.0, "step_s": 1.0, "data_wait": 0.0}
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (60, "1m00s"), (200, "3m20s"), (7500, "2h05m")]
 )
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
-
-
-def test_the_memory_of_a_cpu_is_the_resident_set():
-    (line,) = [
-        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmRSS")
-    ]
-    assert memory_gib(MAIN.device) == pytest.approx(int(line.split()[1]) / 2**20, rel=0.02)
 
 
 def test_online_without_an_account_is_refused_at_once(tmp_path, monkeypatch):
@@ -113,7 +109,136 @@ def test_online_without_an_account_is_refused_at_once(tmp_path, monkeypatch):
     TelemetryConfig(wandb="online").check_account()
 
 
-@pytest.mark.parametrize("bad", [{"wandb": "yes"}, {"log_every": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"wandb": "yes"}, {"log_every": 0}, {"wandb_timeout_s": 0}, {"wandb_timeout_s": 3600}, {"images": -1}],
+)
 def test_nonsense_is_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"telemetry\.{next(iter(bad))}"):
         TelemetryConfig(**bad)
+
+
+def test_a_line_speaks_of_mfu_stragglers_spikes_and_skipped_steps_only_where_there_are_some():
+    quiet = VALUES | {"mfu": None, "straggler": 1.19, "straggler_rank": 0, "loss_spike": 1.9, "skipped": 0}
+    assert shown_figures(quiet) == shown_figures(VALUES)
+    loud = VALUES | {"mfu": 0.314, "straggler": 1.2, "straggler_rank": 3, "loss_spike": 2.0, "skipped": 2}
+    assert shown_figures(loud)[5:] == ["mfu 31.4%", "rank 3 1.2x slow", "loss spike 2.0x", "skipped 2"]
+    assert shown_figures({"loss": None}) == ["no finite loss"]
+    assert "loss spike nanx" in shown_figures(VALUES | {"loss_spike": float("nan")})
+
+
+def test_the_rate_of_a_line_is_lr_or_the_highest_of_the_groups():
+    groups = {"lr/backbone.00": 1e-5, "lr/head": 6e-4, "loss": 1.0}
+    assert shown_figures(groups) == ["loss 1.0000", "lr 6.0e-04"]
+    assert shown_figures(groups | {"lr": 6e-5})[1] == "lr 6.0e-05"
+
+
+def test_an_event_is_an_object_of_its_own(tmp_path):
+    with telemetry(tmp_path, progress=False) as log:
+        log.event("rollback", 12, to=10, samples=(3, 4), norm=float("inf"), why={"loss": float("nan")})
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line == {
+        "kind": "rollback",
+        "step": 12,
+        "to": 10,
+        "samples": [3, 4],
+        "norm": "inf",
+        "why": {"loss": "nan"},
+    }
+
+
+def test_a_torn_last_line_does_not_spoil_the_next_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train"}\n{"kind": "tr')
+    file = LineFile(path)
+    file.write('{"kind": "eval"}')
+    file.close()
+    assert path.read_text().splitlines() == ['{"kind": "train"}', '{"kind": "tr', '{"kind": "eval"}']
+
+
+@pytest.mark.faults
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with telemetry(tmp_path, progress=False) as log:
+        log.train(10, VALUES)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))  # Python ignores SIGXFSZ
+        try:
+            log.train(20, VALUES)
+            log.train(30, VALUES)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log.train(40, VALUES)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    whole = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    assert whole == [10, 40], "the line after a torn one begins anew"
+    assert "metrics.jsonl: 2 lines could not be written" in capsys.readouterr().err
+
+
+def test_names_that_are_no_unicode_can_be_logged(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    with telemetry(tmp_path, progress=False) as log:
+        log.replaced(3, 7, f"{name} is damaged")
+    assert "caf" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["sample_id"] == 7
+
+
+def test_pictures_are_wanted_only_where_somebody_sees_them():
+    assert TelemetryConfig().pictures == 0
+    assert TelemetryConfig(wandb="offline").pictures == 4
+    assert TelemetryConfig(tensorboard=True, images=2).pictures == 2
+
+
+TERMINAL = """
+import sys
+from pathlib import Path
+import torch
+from segformer.dist import World
+from segformer.telemetry import Telemetry, TelemetryConfig
+world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+with Telemetry(TelemetryConfig(), Path(sys.argv[1]), world, name="run", steps=4, config={}) as log:
+    log.start(0)
+    for step in (1, 2, 3, 4):
+        log.advance()
+        log.train(step, {"loss": 0.5, "step_s": 1.0})
+        if step == 2 and len(sys.argv) > 2:
+            print("half", flush=True)
+            sys.stdin.readline()
+    log.line("done")
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("rows", "bar"), [(24, True), (0, False)])
+def test_a_terminal_gets_a_bar_and_one_without_a_size_gets_lines(rows, bar, tmp_path):
+    main, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100 if rows else 0, 0, 0))
+    subprocess.run([sys.executable, "-c", TERMINAL, str(tmp_path)], stderr=other, check=True)
+    os.close(other)
+    shown = b""
+    try:
+        while data := os.read(main, 4096):
+            shown += data
+    except OSError:  # all of it has been read
+        pass
+    os.close(main)
+    assert (b"4/4 [" in shown) == bar
+    assert (b"step 4/4  loss 0.5000  eta 0s" in shown) != bar
+    assert b"done" in shown
+
+
+def test_a_terminal_that_goes_away_does_not_take_the_run_with_it(tmp_path):
+    main, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": other}
+    with subprocess.Popen(
+        [sys.executable, "-c", TERMINAL, str(tmp_path), "pause"], text=True, **pipes
+    ) as run:
+        os.close(other)
+        assert run.stdout.readline() == "half\n"
+        os.close(main)  # as when the connection to the machine is lost
+        out, _ = run.communicate("\n", timeout=60)
+    assert out == "ended\n"
+    assert "done" in (tmp_path / "log.txt").read_text()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]

@@ -67,21 +67,23 @@ class ClassificationAugment:
         for name, length in (("scale", 2), ("ratio", 2), ("mean", 3), ("std", 3)):
             values = getattr(self, name)
             if len(values) != length or (name != "mean" and min(values) <= 0):
-                raise ConfigError(f"augment.{name}={list(values)}; use {length} values above 0")
+                raise ConfigError(f"classification.{name}={list(values)}; use {length} values above 0")
         for name in ("scale", "ratio"):
             if getattr(self, name)[0] > getattr(self, name)[1]:
-                raise ConfigError(f"augment.{name}={list(getattr(self, name))}; use [smallest, largest]")
+                raise ConfigError(
+                    f"classification.{name}={list(getattr(self, name))}; use [smallest, largest]"
+                )
         if self.scale[1] > 1:
-            raise ConfigError(f"augment.scale={list(self.scale)}; an area share is at most 1")
+            raise ConfigError(f"classification.scale={list(self.scale)}; an area share is at most 1")
         if self.size < 1 or self.eval_resize < self.size:
             raise ConfigError(
-                f"augment.size={self.size}, augment.eval_resize={self.eval_resize}; use 1 or more, and "
-                "eval_resize at least as large as size"
+                f"classification.size={self.size}, classification.eval_resize={self.eval_resize}; use "
+                "1 or more, and eval_resize at least as large as size"
             )
         limits = (("hflip", 1), ("mix_prob", 1), ("label_smoothing", 0.999), ("magnitude", 10), ("ops", 14))
         for name, limit in (*limits, ("mixup", math.inf), ("cutmix", math.inf)):
             if not 0 <= getattr(self, name) <= limit:
-                raise ConfigError(f"augment.{name}={getattr(self, name)}; use 0 to {limit}")
+                raise ConfigError(f"classification.{name}={getattr(self, name)}; use 0 to {limit}")
 
 
 class ClassificationGeometry:

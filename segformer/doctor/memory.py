@@ -2,8 +2,10 @@
 
     parameters   4 P bytes; ZeRO-3: 4 P / R and what it gathers ahead
     gradients    4 P; ZeRO-2 and 3: 4 P / R
-    optimizer    AdamW's two moments, 8 P; ZeRO-1 to 3: (8 + 4) P / R, with DeepSpeed's copy of the weights
-    buckets      DeepSpeed's buffers for reducing gradients; their size does not depend on the model
+    optimizer    AdamW's two moments, 8 P; ZeRO-1 to 3: (8 + 4) P / R, with DeepSpeed's copy of the weights;
+                 nothing where the optimiser is offloaded to the host
+    average      the averaged weights (optim.ema), 4 P; ZeRO-1 to 3: 4 P / R; nothing where offloaded
+    buckets      DeepSpeed's buffers for reducing gradients (engine.bucket_elements)
     activations  what autograd keeps between forward and backward, counted on a forward of fake tensors
     loss         the gradient of the logits and the blocks of enlarged logits (models/ops/cross_entropy.py)
 
@@ -19,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from segformer.engine import bucket_elements
 from segformer.models.ops.dispatch import GPU_BLOCK_BYTES
-from segformer.models.segformer import build_model
+from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
 
-BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size, elements
 PREFETCH = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, elements
 LOSS_BLOCKS = 4  # blocks of enlarged logits alive at once: logits, softmax, log-softmax, one product
 
@@ -36,6 +38,7 @@ class Forecast:
     parameters: int
     gradients: int
     optimizer: int
+    average: int
     buckets: int
     activations: int
     loss: int
@@ -43,7 +46,7 @@ class Forecast:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by purpose."""
-        names = ("parameters", "gradients", "optimizer", "buckets", "activations", "loss")
+        names = ("parameters", "gradients", "optimizer", "average", "buckets", "activations", "loss")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -62,24 +65,33 @@ def forecast(
     zero_stage: int,
     precision: str,
     loss_terms: int = 1,
-    bucket: int = BUCKET,
+    bucket: int | None = None,
+    offload: bool = False,
+    ema: bool = False,
+    task: str = "segmentation",
 ) -> Forecast:
-    """Memory of one rank; crop in pixels, precision fp32 or bf16, bucket in elements."""
-    skeleton = _skeleton(model, num_classes)
+    """Memory of one rank; crop in pixels, precision fp32 or bf16, bucket in elements (null: the engine's)."""
+    skeleton = _skeleton(model, num_classes, task)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     states = state_bytes(parameters, world_size=world_size, zero_stage=zero_stage)
+    share = 4 * (-(-parameters // world_size) if zero_stage else parameters)
+    bucket = bucket_elements(parameters) if bucket is None else bucket
     logits = num_classes * -(-crop[0] // 4) * -(-crop[1] // 4)
     enlarged = 4 * num_classes * crop[0] * crop[1]
+    loss = 4 * micro_batch * logits * loss_terms + LOSS_BLOCKS * min(enlarged, GPU_BLOCK_BYTES)
+    if task == "classification":  # a row of logits an image
+        loss = 0
     return Forecast(
         num_parameters=parameters,
         parameters=states["parameters"],
         gradients=states["gradients"],
-        optimizer=states["optimizer"],
+        optimizer=0 if offload else states["optimizer"],
+        average=share if ema and not offload else 0,
         buckets=_bucket_bytes(parameters, zero_stage, precision, bucket),
         activations=activation_bytes(
-            model, num_classes, crop=crop, micro_batch=micro_batch, bf16=precision == "bf16"
+            model, num_classes, crop=crop, micro_batch=micro_batch, bf16=precision == "bf16", task=task
         ),
-        loss=4 * micro_batch * logits * loss_terms + LOSS_BLOCKS * min(enlarged, GPU_BLOCK_BYTES),
+        loss=loss,
     )
 
 
@@ -102,9 +114,10 @@ def _bucket_bytes(parameters: int, zero_stage: int, precision: str, bucket: int)
     return 2 * 4 * bucket * (2 if precision == "bf16" else 1)
 
 
-def _skeleton(model: ModelConfig, num_classes: int) -> nn.Module:
+def _skeleton(model: ModelConfig, num_classes: int, task: str) -> nn.Module:
+    build = build_classifier if task == "classification" else build_model
     with torch.device("meta"):
-        return build_model(replace(model, pretrained="", num_classes=None), num_classes).train()
+        return build(replace(model, pretrained="", num_classes=None), num_classes).train()
 
 
 def activation_bytes(
@@ -115,6 +128,7 @@ def activation_bytes(
     micro_batch: int,
     bf16: bool,
     norms_in_fp32: bool = True,
+    task: str = "segmentation",
 ) -> int:
     """Bytes that autograd keeps of one forward, the input among them; every storage counts once.
 
@@ -122,7 +136,7 @@ def activation_bytes(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    skeleton = _skeleton(model, num_classes)
+    skeleton = _skeleton(model, num_classes, task)
     if bf16 and norms_in_fp32:
         for module in skeleton.modules():
             if isinstance(module, nn.LayerNorm):

@@ -9,9 +9,9 @@ from segformer.config import RunConfig
 from segformer.data.loader import worker_count
 from segformer.data.order import make_order_spec
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
-from segformer.doctor.memory import BUCKET, Forecast, forecast
-from segformer.engine import deepspeed_config
+from segformer.doctor.memory import Forecast, forecast
 from segformer.errors import ConfigError
+from segformer.tasks import training_crop
 
 LEAST_SIDE = 32  # pixels of a crop that the encoder takes
 TIGHT = 0.85  # share of a GPU's memory above which the forecast is a warning: context and fragmentation
@@ -42,7 +42,7 @@ def judge_run(
     if samples.get(cfg.eval_split, ranks) < ranks:
         text = f"{samples[cfg.eval_split]} images for {ranks} ranks: some ranks will wait for the others"
         verdicts.append(Verdict(WARN, "evaluation", f"{text}; nothing needs to change"))
-    if min(cfg.augment.crop) < LEAST_SIDE:
+    if min(training_crop(cfg)) < LEAST_SIDE:
         return verdicts, None
     found = _forecast(cfg, num_classes, ranks, micro_batch)
     return [*verdicts, _memory(found, gpu_gib)], found
@@ -53,8 +53,9 @@ def _settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int]) -> l
     if cfg.model.num_classes not in (None, num_classes):
         text = f"model.num_classes={cfg.model.num_classes}, the data has {num_classes} classes; leave it null"
         verdicts.append(Verdict(FAIL, "model", text))
-    if min(cfg.augment.crop) < LEAST_SIDE:
-        text = f"augment.crop={list(cfg.augment.crop)}; the encoder needs {LEAST_SIDE} pixels a side"
+    if min(training_crop(cfg)) < LEAST_SIDE:
+        key = "classification.size" if cfg.data.task == "classification" else "augment.crop"
+        text = f"{key}: crops of {training_crop(cfg)}; the encoder needs {LEAST_SIDE} pixels a side"
         verdicts.append(Verdict(FAIL, "crop", text))
     for key in ("train_split", "eval_split"):
         name = getattr(cfg, key)
@@ -99,23 +100,21 @@ def _readers(cfg: RunConfig, ranks: int, shard_sizes: Sequence[int]) -> Verdict:
 
 def _forecast(cfg: RunConfig, num_classes: int, ranks: int, micro_batch: int) -> Forecast:
     precision = "fp32" if cfg.engine.precision == "fp32" else "bf16"
-    zero = deepspeed_config(
-        cfg.engine,
-        global_batch=cfg.global_batch,
-        micro_batch=micro_batch,
-        world_size=ranks,
-        precision=precision,
-    )["zero_optimization"]
+    zero = cfg.engine.extra.get("zero_optimization", {})
+    height, width = training_crop(cfg)
     return forecast(
         cfg.model,
         num_classes,
-        crop=(cfg.augment.crop[0], cfg.augment.crop[1]),
+        crop=(height, width),
         micro_batch=micro_batch,
         world_size=ranks,
         zero_stage=cfg.engine.zero_stage,
         precision=precision,
         loss_terms=max(1, len(cfg.loss.terms)),
-        bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+        bucket=zero.get("reduce_bucket_size"),
+        offload=cfg.engine.offload_optimizer,
+        ema=cfg.optim.ema > 0,
+        task=cfg.data.task,
     )
 
 

@@ -111,6 +111,7 @@ class MiTClassifier(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.card = Card()  # as in SegFormer
+        self.pretrained = ""
         self.backbone = backbone
         self.head = nn.Linear(backbone.embed_dims[-1], num_classes)
         init_encoder_weights(self.head)
@@ -159,16 +160,20 @@ def build_encoder(cfg: ModelConfig) -> MixTransformer:
     )
 
 
+def _check_classes(cfg: ModelConfig, num_classes: int) -> None:
+    if cfg.num_classes is not None and cfg.num_classes != num_classes:
+        raise ConfigError(
+            f"model.num_classes={cfg.num_classes}, but the data set has {num_classes} classes; use null"
+        )
+
+
 def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     """SegFormer for `num_classes` classes, with random weights or those of `cfg.pretrained`.
 
     Raises ConfigError where `cfg.num_classes` is set and differs, CheckpointError for unfit pretrained
     weights.
     """
-    if cfg.num_classes is not None and cfg.num_classes != num_classes:
-        raise ConfigError(
-            f"model.num_classes={cfg.num_classes}, but the data set has {num_classes} classes; use null"
-        )
+    _check_classes(cfg, num_classes)
     variant = VARIANTS[cfg.variant]
     head = AllMLPHead(
         variant.embed_dims,
@@ -178,6 +183,15 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
         ops=SUITES[cfg.ops],
     )
     model = SegFormer(build_encoder(cfg), head, num_classes)
+    if cfg.pretrained:
+        model.pretrained = load_pretrained(model, cfg.pretrained)
+    return model
+
+
+def build_classifier(cfg: ModelConfig, num_classes: int) -> MiTClassifier:
+    """The classifier of `cfg.variant`, with random weights or those of `cfg.pretrained`; as build_model."""
+    _check_classes(cfg, num_classes)
+    model = MiTClassifier(build_encoder(cfg), num_classes)
     if cfg.pretrained:
         model.pretrained = load_pretrained(model, cfg.pretrained)
     return model
@@ -204,22 +218,23 @@ def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
             init_encoder_weights(module.head)
 
 
-def load_pretrained(model: SegFormer, path: str | Path) -> str:
-    """Load the encoder of a file into `model`, and its decode head where that has as many classes.
+def load_pretrained(model: SegFormer | MiTClassifier, path: str | Path) -> str:
+    """Load the encoder of a file into `model`, and its head where it is of the same kind and as many classes.
 
-    `path` is a file or directory of any format that `read_weights` knows. The head of an ImageNet classifier
-    is left out. Returns in words what was loaded. Raises CheckpointError naming what is missing or of another
-    shape.
+    `path` is a file or directory of any format that `read_weights` knows. SegFormer takes the encoder of an
+    ImageNet classifier and the other way round. Returns in words what was loaded. Raises CheckpointError
+    naming what is missing or of another shape.
     """
     weights = read_weights(path)
     sizes = weights.sizes
-    keep_head = sizes.kind == "segmentation" and sizes.num_classes == model.num_classes
+    same_kind = sizes.kind == ("segmentation" if isinstance(model, SegFormer) else "classification")
+    keep_head = same_kind and sizes.num_classes == model.num_classes
     _load(model, weights, keep_head=keep_head)
     what = f"{sizes.variant} of {path} ({weights.title}): encoder"
     if keep_head:
         what += " and head"
     else:
-        there = f", which has {sizes.num_classes} classes there," if sizes.kind == "segmentation" else ""
+        there = f", which has {sizes.num_classes} classes there," if same_kind else ""
         what += f"; the head{there} is new, for {model.num_classes} classes"
     own = _profile_of(model.backbone)
     if weights.norm_profile not in (own, None):
@@ -227,8 +242,8 @@ def load_pretrained(model: SegFormer, path: str | Path) -> str:
     return what
 
 
-def _load(model: SegFormer, weights: Weights, *, keep_head: bool) -> None:
-    prefixes = ("backbone.", "decode_head.") if keep_head else ("backbone.",)
+def _load(model: SegFormer | MiTClassifier, weights: Weights, *, keep_head: bool) -> None:
+    prefixes = ("backbone.", "decode_head.", "head.") if keep_head else ("backbone.",)
     state = {name: tensor for name, tensor in weights.state.items() if name.startswith(prefixes)}
     source = f"{weights.source}, which is {weights.sizes.variant},"
     load_strict(model, state, source=source, prefixes=prefixes)

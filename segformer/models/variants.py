@@ -76,7 +76,8 @@ class ModelConfig:
     third more time in those stages."""
     pretrained: str = ""
     """File or directory of weights of any known format (docs/weights.md) to start from; empty starts from
-    random weights. The encoder is always loaded, the head where the file has one with as many classes."""
+    random weights, `required` (in a recipe) refuses to. The encoder is always loaded, the head where the file
+    has one with as many classes."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -84,6 +85,11 @@ class ModelConfig:
         if self.norm_profile not in NORM_PROFILES:
             raise ConfigError(
                 f"model.norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}"
+            )
+        if self.pretrained == "required":
+            raise ConfigError(
+                "model.pretrained must be given, because this recipe starts from trained weights; add "
+                "model.pretrained=<file or directory> (any format of docs/weights.md)"
             )
         if self.ops not in OPS:
             raise ConfigError(f"model.ops={self.ops} is unknown; use one of {', '.join(OPS)}")

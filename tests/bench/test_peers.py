@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from segformer.errors import ConfigError, SegformerError
+from segformer.models.macs import Work, work
 from segformer.models.variants import VARIANTS
 
 # Published multiply-accumulates at 512 x 512 with 150 classes (arXiv 2105.15203).
@@ -71,19 +72,19 @@ def test_stochastic_depth_of_the_original_keeps_the_mean(bench: Any) -> None:
 
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_operations_are_the_published_ones_and_those_that_are_counted(variant: str, bench: Any) -> None:
-    work = bench("macs").work(variant, (512, 512), 150, folded=False, training=False)
-    assert work.macs / 1e9 == pytest.approx(PUBLISHED[variant], abs=0.05)
+    step = work(variant, (512, 512), 150, folded=False, training=False)
+    assert step.macs / 1e9 == pytest.approx(PUBLISHED[variant], abs=0.05)
     with torch.device("meta"):
         model = bench("original").Original(VARIANTS[variant], 150).eval()
         images = torch.empty(1, 3, 512, 512)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
-    assert 2 * work.macs == counter.get_total_flops()
+    assert 2 * step.macs == counter.get_total_flops()
 
 
-def test_b5_at_640_has_the_published_operations(bench: Any) -> None:
-    work = bench("macs").work("b5", (640, 640), 150, folded=False, training=False)
-    assert work.macs / 1e9 == pytest.approx(183.1, abs=0.05)
+def test_b5_at_640_has_the_published_operations() -> None:
+    step = work("b5", (640, 640), 150, folded=False, training=False)
+    assert step.macs / 1e9 == pytest.approx(183.1, abs=0.05)
 
 
 def grouped_backward(grad: Any, _: Any, weight: Any, *rest: Any, **__: Any) -> int:
@@ -98,8 +99,8 @@ def test_operations_of_a_training_step_are_those_that_are_counted(bench: Any) ->
         display=False, custom_mapping={torch.ops.aten.convolution_backward: grouped_backward}
     ) as counter:
         model(torch.randn(2, 3, 97, 131)).sum().backward()
-    work = bench("macs").work("b0", (97, 131), 19, batch=2, folded=False, training=True)
-    assert 2 * work.macs == counter.get_total_flops()
+    step = work("b0", (97, 131), 19, batch=2, folded=False, training=True)
+    assert 2 * step.macs == counter.get_total_flops()
 
 
 def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -> None:
@@ -114,7 +115,6 @@ def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -
         projected = [F.linear(m.flatten(2).transpose(1, 2), w) for m, w in zip(maps, folded, strict=True)]
         F.linear(projected[0], predict)
     assert [m.shape[-1] for m in maps] == list(sides)
-    work = bench("macs").work
     assert (
         2 * work("b2", (512, 512), 150, batch=3, folded=True, training=False).macs
         == counter.get_total_flops()
@@ -129,11 +129,11 @@ def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -
 
 
 def test_the_bound_is_the_larger_of_arithmetic_and_memory(bench: Any) -> None:
-    roofline, macs = bench("roofline"), bench("macs")
+    roofline = bench("roofline")
     limits = roofline.Peaks(flops=1e12, bandwidth=1e11, source="measured")
-    assert limits.bound(macs.Work(10**12, 10), "fp32") == pytest.approx(2)
-    assert limits.bound(macs.Work(10, 10**11), "fp32") == pytest.approx(4)
-    assert limits.bound(macs.Work(10, 10**11), "bf16") == pytest.approx(2)
+    assert limits.bound(Work(10**12, 10), "fp32") == pytest.approx(2)
+    assert limits.bound(Work(10, 10**11), "fp32") == pytest.approx(4)
+    assert limits.bound(Work(10, 10**11), "bf16") == pytest.approx(2)
     assert roofline.peaks(CPU, "bf16") is None
     found = roofline.peaks(CPU, "fp32", side=256, triad=10**6)
     assert found.source == "measured"

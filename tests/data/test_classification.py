@@ -302,16 +302,16 @@ def test_boxes_have_the_area_that_was_drawn_unless_the_border_cuts_them() -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "augment.size=0"),
+        ({"size": 0}, "classification.size=0"),
         ({"eval_resize": 200}, "eval_resize=200"),
-        ({"scale": [0.5, 1.5]}, "augment.scale"),
-        ({"scale": [0.0, 1.0]}, "augment.scale"),
-        ({"ratio": [2.0, 1.0]}, "augment.ratio"),
-        ({"magnitude": 11.0}, "augment.magnitude=11.0; use 0 to 10"),
-        ({"ops": -1}, "augment.ops=-1"),
-        ({"mixup": -0.1}, "augment.mixup"),
-        ({"label_smoothing": 1.0}, "augment.label_smoothing"),
-        ({"std": [1.0, 1.0]}, "augment.std"),
+        ({"scale": [0.5, 1.5]}, "classification.scale"),
+        ({"scale": [0.0, 1.0]}, "classification.scale"),
+        ({"ratio": [2.0, 1.0]}, "classification.ratio"),
+        ({"magnitude": 11.0}, "classification.magnitude=11.0; use 0 to 10"),
+        ({"ops": -1}, "classification.ops=-1"),
+        ({"mixup": -0.1}, "classification.mixup"),
+        ({"label_smoothing": 1.0}, "classification.label_smoothing"),
+        ({"std": [1.0, 1.0]}, "classification.std"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(settings: dict, message: str) -> None:

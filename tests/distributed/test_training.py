@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from comparing import assert_identical, saved_state
 
 from segformer.checkpoint import list_steps, load_checkpoint
 
@@ -29,17 +30,7 @@ def damage(shards, copy, *names):
     return [copy / name for name in names]
 
 
-def state(run_dir, step=STEPS):
-    model, optimizer, _ = load_checkpoint(run_dir / "checkpoints", step=step)
-    return model | optimizer
-
-
-def assert_identical(left, right):
-    assert left.keys() == right.keys()
-    different = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not different, f"{len(different)} of {len(left)} tensors differ, first {different[0]}"
-
-
+@pytest.mark.slow
 def test_stages_and_worlds_follow_one_loss_curve(tiny, tmp_path, run_ranks, metrics):
     # The official lr: AdamW divides rounding by rounding where a gradient is nearly 0, and at the
     # sample's lr of 1e-3 that alone (1 thread against 2) moves the loss by more than 1e-4 in 20 steps.
@@ -83,7 +74,7 @@ def stop_at(processes, run_dir, step):
     pytest.fail("the run did not reach the step: " + processes[0].communicate()[0])
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, start_ranks, run_ranks, metrics, ranks, stage):
     options = [
         "model.drop_path_rate=0.1",
@@ -103,9 +94,10 @@ def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, start_ranks, run_ra
     outputs = run_ranks(ranks, "launch/train.py", *tiny("stopped", *options))
     assert f"continuing from step {stopped_at}" in outputs[0]
     assert torch.equal(losses(metrics, tmp_path / "stopped"), losses(metrics, tmp_path / "whole"))
-    assert_identical(state(tmp_path / "stopped"), state(tmp_path / "whole"))
+    assert_identical(saved_state(tmp_path / "stopped"), saved_state(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_other_worlds_and_stages(tiny, tmp_path, run_ranks, metrics):
     """10 steps on 2 ranks at ZeRO-3; then each of the others continues and follows the uninterrupted run."""
     plan = tmp_path / "plan.json"
@@ -152,7 +144,7 @@ def test_a_corrupt_sample_within_the_budget_is_replaced_named_once_and_kept_in_t
     assert outputs[0].count("replaced by its neighbour: shard ") == 1
     (line,) = metrics(tmp_path / "replaced", "replaced")
     assert tar.name in line["reason"]
-    _, _, found = load_checkpoint(tmp_path / "replaced" / "checkpoints", step=STEPS)
+    found = load_checkpoint(tmp_path / "replaced" / "checkpoints", step=STEPS).state
     assert found.corrupt == [line["sample_id"]]
     assert len(metrics(tmp_path / "replaced")) == STEPS
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from segformer.doctor.memory import Forecast, activation_bytes, forecast, state_bytes
+from segformer.engine import bucket_elements
 from segformer.losses import LossConfig, SegmentationLoss
-from segformer.models.segformer import build_model
+from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig, build_optimizer
 
@@ -103,6 +104,17 @@ def test_a_forecast_adds_up_and_counts_what_deepspeed_allocates() -> None:
     assert found.num_parameters == sum(p.numel() for p in build_model(MODEL, CLASSES).parameters())
     assert found.total == sum(found.parts.values())
     assert whole(0).buckets == 0
-    assert found.buckets == 2 * 4 * 500_000_000
+    assert found.buckets == 2 * 4 * bucket_elements(found.num_parameters), "a small model has small buckets"
+    assert whole(1, ema=True).total - found.total == 4 * -(-found.num_parameters // 8)
+    assert whole(1, offload=True, ema=True).total == found.total - found.optimizer
     assert whole(1, precision="bf16", bucket=1000).buckets == 2 * 2 * 4 * 1000
     assert whole(3, bucket=1000).buckets == 4 * 1000 + 4 * found.num_parameters
+
+
+def test_a_classifier_keeps_less_than_the_segmentation_model() -> None:
+    options = {"crop": (64, 64), "micro_batch": 2, "world_size": 1, "zero_stage": 0, "precision": "fp32"}
+    found = forecast(MODEL, CLASSES, task="classification", **options)  # type: ignore[arg-type]
+    network = build_classifier(MODEL, CLASSES)
+    assert found.num_parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert found.loss == 0
+    assert found.activations < forecast(MODEL, CLASSES, **options).activations  # type: ignore[arg-type]

@@ -174,8 +174,9 @@ def test_a_classifier_comes_back_bit_for_bit_and_loads_in_transformers(encoder: 
     assert not back.training
     _, info = SegformerForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values()), info
-    with pytest.raises(CheckpointError, match="is no segmentation model"):
-        read_export(tmp_path / "model")
+    assert read_export(tmp_path / "model").task == "classification"
+    with pytest.raises(ConfigError, match="is a classifier of 10 classes"):
+        Predictor.from_export(tmp_path / "model", "cpu")
 
 
 def test_a_segmentation_model_is_no_classifier(hf: Path) -> None:

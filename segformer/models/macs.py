@@ -9,13 +9,18 @@ A training step is three times the forward, because each product has a gradient 
 same size and over the same three tensors; less the gradient of the images, which nobody needs. The folded
 head also multiplies its weights in training, once a step (models/head.py).
 
+`training_flops` is the figure behind the model FLOPs utilisation of a run (meter.py): 3 x 2 x the
+multiply-accumulates of the form of the network that is trained. The folded head does the same with a third
+of the work, so that counting the head as written would call work done that nobody did; nor is the second
+forward of activation checkpointing counted.
+
 Shapes: C channels, N tokens of a stage, M reduced tokens, D decoder_dim, K classes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from segformer.models.variants import VARIANTS, Variant
+from segformer.models.variants import VARIANTS, ModelConfig, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,8 @@ def _block(place: str, size: tuple[int, int], dim: int, ratio: int, mlp: int) ->
     yield _linear(f"{place}.fc2", tokens, mlp * dim, dim)
 
 
-def layers(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool) -> list[Layer]:
-    """The layers of one image of `size` (height, width), with the head folded or as written."""
+def encoder_layers(variant: Variant, size: tuple[int, int]) -> tuple[list[Layer], list[tuple[int, int]]]:
+    """The encoder's layers for one image of `size` (height, width), and (tokens, channels) of its 4 maps."""
     found, maps = [], []
     in_size, in_dim = size, 3
     for stage, dim in enumerate(variant.embed_dims):
@@ -69,6 +74,12 @@ def layers(variant: Variant, size: tuple[int, int], num_classes: int, *, folded:
             found += _block(f"block{stage + 1}.{block}", out, *sizes)
         maps.append((tokens, dim))
         in_size, in_dim = out, dim
+    return found, maps
+
+
+def layers(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool) -> list[Layer]:
+    """The layers of one image of `size` (height, width), with the head folded or as written."""
+    found, maps = encoder_layers(variant, size)
     width, tokens = variant.decoder_dim, maps[0][0]
     found += [_linear(f"head.c{stage + 1}", *maps[stage], width, bias=not folded) for stage in range(4)]
     if folded:
@@ -100,3 +111,29 @@ def work(
         macs += times * (batch * layer.macs + (layer.shared if training else 0))
         elements += times * (batch * layer.moved + layer.weights)
     return Work(macs, elements)
+
+
+def macs_per_image(
+    model: ModelConfig, size: tuple[int, int], num_classes: int, *, task: str = "segmentation"
+) -> int:
+    """Multiply-accumulates of one forward of one image of `size` (height, width).
+
+    The network is the one that `model` describes: its variant, decoder_dim, and its head folded
+    (ops="fused") or as written. task="classification" is the encoder with one Linear on the mean of its last
+    map.
+    """
+    variant = VARIANTS[model.variant]
+    if task == "classification":
+        found, maps = encoder_layers(variant, size)
+        return sum(layer.macs for layer in found) + maps[-1][1] * num_classes
+    if task != "segmentation":
+        raise ValueError(f"task={task!r}; segmentation or classification")
+    variant = replace(variant, decoder_dim=model.decoder_dim or variant.decoder_dim)
+    return sum(layer.macs for layer in layers(variant, size, num_classes, folded=model.ops == "fused"))
+
+
+def training_flops(
+    model: ModelConfig, size: tuple[int, int], num_classes: int, *, task: str = "segmentation"
+) -> int:
+    """Floating-point operations of training on one image of `size`: 3 x 2 x multiply-accumulates."""
+    return 3 * 2 * macs_per_image(model, size, num_classes, task=task)

@@ -1,0 +1,196 @@
+"""A folder of files that is there whole or not at all: written beside its place, synced, renamed; verified.
+
+    <folder>/
+      step-00016000/             committed: its files and
+        MANIFEST.json            {file: {bytes, sha256}}, written last
+      .tmp-step-00016000-<hex>/  being written; another one for every attempt, so that two never mix
+      .old-step-00016000/        what is being replaced by files of the same name
+      .del-step-00008000-<hex>/  being deleted: first out of sight, then removed
+      bad-step-00012000/         found damaged, kept for a look
+
+`commit`: every file is written and synced, then the manifest, then the folder; one rename puts it in its
+place and the parent is synced. A crash at any point leaves what was there before, or the new folder, and
+hidden leftovers, which `clean` removes; it also puts an .old-* back whose replacement never came. `verify`
+reads files in a stream: memory does not depend on their size.
+
+Owns names, bytes and durability; what the files mean is checkpoint.py's. Symbolic links are never followed
+when something is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from segformer.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+_LEFTOVERS = (".tmp-*", ".del-*")
+
+
+def commit(folder: Path, name: str, writers: Mapping[str, Callable[[Path], object]]) -> Path:
+    """Write `writers` (file name -> function that writes that file) as folder/name, whole or not at all.
+
+    What has stood there is replaced, and is there again where the writing fails.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; nothing has changed.
+    """
+    final, temporary = folder / name, folder / f".tmp-{name}-{secrets.token_hex(4)}"
+    try:
+        _make_durable(folder)
+        temporary.mkdir()
+        for file, write in writers.items():
+            write(temporary / file)
+            _sync(temporary / file)
+        manifest = _encode({file: _entry(temporary / file) for file in writers})
+        (temporary / MANIFEST).write_bytes(manifest)
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
+        _put(temporary, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} can't be written: {error.strerror or error}; free space, or make the folder writable"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def verify(path: Path, required: Collection[str], *, digests: bool = True) -> list[str]:
+    """Names of the files of a committed folder, all of which are as they were written.
+
+    The manifest is formed again from the files and compared byte for byte, so that a flipped bit in the
+    manifest itself is found too. Without `digests` only presence and sizes are looked at.
+
+    Raises:
+        CheckpointError: a file is missing or differs, or `required` is not all there.
+    """
+    try:
+        written = (path / MANIFEST).read_bytes()
+        entries = _decode(written)
+        found = {name: _entry(path / name) if digests else _size(path / name) for name in entries}
+    except OSError as error:
+        file = Path(error.filename or path).name
+        raise CheckpointError(f"{path} is damaged: {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} can't be read: {error}") from error
+    same = (
+        _encode(found) == written if digests else all(found[n].items() <= entries[n].items() for n in found)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{path} is damaged: its files do not match the sizes and sha256 sums of {MANIFEST}"
+        )
+    if missing := [name for name in required if name not in found]:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} does not list {missing[0]}")
+    return list(found)
+
+
+def delete(paths: Iterable[Path]) -> list[str]:
+    """Remove committed folders; one line for each that can't be removed, which a caller may pass on."""
+    complaints = []
+    for path in paths:
+        try:
+            _delete(path)
+        except OSError as error:
+            complaints.append(f"{path} can't be deleted: {error.strerror}; delete it by hand")
+    return complaints
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged folder to bad-*, so that nobody takes it for a good one again; its new place."""
+    names = (f"bad-{path.name}" + (f".{count}" if count else "") for count in itertools.count())
+    target = next(place for name in names if not (place := path.with_name(name)).exists())
+    path.rename(target)
+    return target
+
+
+def clean(folder: Path) -> None:
+    """Remove what interrupted writes and deletions left behind. Only at a start: it would take a running
+    writer's files away."""
+    for old in folder.glob(".old-*"):
+        place = old.with_name(old.name.removeprefix(".old-"))
+        if place.exists():
+            _delete(old)
+        else:
+            old.rename(place)
+    for pattern in _LEFTOVERS:
+        for path in folder.glob(pattern):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into its place, which may be taken."""
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        if old.exists():
+            _delete(old)
+        final.rename(old)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    _sync(final.parent)
+    if old.exists():
+        _delete(old)
+
+
+def _delete(path: Path) -> None:
+    """First out of sight, so that nothing half deleted is ever read."""
+    doomed = path.with_name(f".del-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
+    path.rename(doomed)
+    if doomed.is_symlink():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_durable(folder: Path) -> None:
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _encode(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    return json.dumps(entries, indent=1).encode()
+
+
+def _decode(manifest: bytes) -> dict[str, dict[str, Any]]:
+    entries = json.loads(manifest)
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("it is no table of files")
+    if strange := [name for name in entries if Path(name).name != name]:
+        raise ValueError(f"{strange[0]!r} is no name of a file")
+    return entries

@@ -1,0 +1,137 @@
+"""Runs that go on elsewhere: other worlds, other stages, other launchers, after many stops."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from comparing import assert_identical, saved_state
+
+from segformer.checkpoint import list_steps, load_checkpoint
+from segformer.data.order import OrderSpec, SampleOrder
+from segformer.dist import free_port
+
+STEPS = 40
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_path, run_ranks, metrics):
+    """State bit-equal, the next 20 global batches identical, the losses of 20 steps within 1e-5."""
+
+    def overrides(name, *more):
+        options = (
+            "global_batch=6",
+            f"steps={STEPS}",
+            "checkpoint.save_every=20",
+            "optim.ema=0.99",
+            *calm,
+            *more,
+        )
+        return tiny(name, *options)
+
+    run_ranks(2, "launch/train.py", *overrides("start", "engine.zero_stage=3"))
+    whole = torch.tensor([line["loss"] for line in metrics(tmp_path / "start")])
+    half = tmp_path / "start" / "checkpoints" / "step-00000020"
+    order = SampleOrder(OrderSpec.from_dict(load_checkpoint(half.parent, step=20).state.order_spec))
+    expected = [order.ids(6 * step, 6).tolist() for step in range(20, 40)]
+    for ranks, stage in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        name = f"on-{ranks}-{stage}"
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copytree(half, tmp_path / name / "checkpoints" / half.name)
+        shutil.copy(tmp_path / "start" / "config.yaml", tmp_path / name)
+        options = overrides(name, f"engine.zero_stage={stage}", "loader.workers=1")
+        out = tmp_path / f"{name}.json"
+        run_ranks(ranks, "tests/distributed/resume_ranks.py", str(out), *options)
+        assert json.loads(out.read_text()) == expected, name
+        continued = torch.tensor([line["loss"] for line in metrics(tmp_path / name)])
+        assert len(continued) == 20
+        assert (continued - whole[20:]).abs().max() < 1e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_twenty_stops_in_sixty_steps_change_no_bit(tiny, tmp_path, start_ranks, run_ranks):
+    options = (
+        "steps=60",
+        "optim.ema=0.99",
+        "model.drop_path_rate=0.1",
+        "engine.zero_stage=2",
+        "loader.workers=1",
+    )
+    run_ranks(2, "launch/train.py", *tiny("whole", *options))
+    rng, stops = random.Random(7), sorted(random.Random(5).sample(range(1, 60), 20))
+    run_dir = tmp_path / "stopped"
+    stopped = 0
+    for stop in stops:
+        processes = start_ranks(2, "launch/train.py", *tiny("stopped", *options))
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and processes[0].poll() is None:
+            path = run_dir / "metrics.jsonl"
+            if path.exists() and len(path.read_text().splitlines()) >= stop:
+                break
+            time.sleep(0.002)
+        processes[rng.randrange(2)].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        if [process.returncode for process in processes] == [0, 0]:  # the end was nearer than the signal
+            break
+        assert [process.returncode for process in processes] == [75, 75], "\n".join(outputs)
+        stopped += 1
+    assert stopped >= 15
+    run_ranks(2, "launch/train.py", *tiny("stopped", *options))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 61))
+    assert_identical(saved_state(run_dir, 60), saved_state(tmp_path / "whole", 60))
+
+
+def launchers(port):
+    """Commands that start two ranks, by the name of the launcher, and what they add to the environment."""
+    python = [sys.executable]
+    step = {"SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    deepspeed = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port)]
+    ranks = [(python, step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in range(2)]
+    return {"torchrun": [(python + torchrun, {})], "deepspeed": [(python + deepspeed, {})], "srun": ranks}
+
+
+@pytest.mark.slow
+def test_every_launcher_gives_the_same_weights(tiny, tmp_path, run_ranks, root):
+    run_ranks(2, "launch/train.py", *tiny("by-hand", "steps=5"))
+    reference = saved_state(tmp_path / "by-hand")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MASTER_"))}
+    clean |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, commands in launchers(free_port()).items():
+        overrides = ["launch/train.py", *tiny(name, "steps=5")]
+        processes = [
+            subprocess.Popen(
+                [*command, *overrides],
+                cwd=root,
+                env=clean | more,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for command, more in commands
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), (name, outputs)
+        assert_identical(saved_state(tmp_path / name), reference)
+    subprocess.run(
+        [sys.executable, "launch/train.py", *tiny("alone", "steps=5")],
+        cwd=root,
+        env=clean,
+        check=True,
+        timeout=300,
+    )
+    alone = saved_state(tmp_path / "alone")
+    assert list_steps(tmp_path / "alone" / "checkpoints") == [5]
+    worst = max(
+        float((alone[name] - reference[name]).abs().max()) for name in alone if not name.startswith("exp_avg")
+    )
+    assert worst < 2e-2, "one rank normalises the same batch, and rounds differently"
