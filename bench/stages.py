@@ -260,7 +260,7 @@ def _row(
     row |= {f"times_first_{name}": times[name] for name in ("median", "min", "max")}
     peak = spread(peaks)
     row |= {f"peak_mib_{name}": peak[name] for name in ("median", "min", "max")}
-    row["ideal_mib"] = round(ideal_mib(STAGES[stage].zero_stage, parameters, ranks), 1)
+    row["ideal_mib"] = round(ideal_mib(STAGES[stage].zero_stage or 0, parameters, ranks), 1)
     row["loss"] = float(f"{turns[stage][0][0]['loss']:.6g}")
     return row
 

@@ -26,7 +26,7 @@ import logging
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to d
 class EngineConfig:
     """How the model is trained on the devices at hand. What changes the result beyond rounding says so."""
 
-    zero_stage: int = 1
-    "DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the ranks."
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the
+    ranks; null means 1 on GPUs and 0 on a CPU, where ZeRO's copies cost more than they save."""
     offload_optimizer: bool = False
     "Keep gradients' averages, optimiser state and fp32 weights in the host's memory; ZeRO-1 to 3. Slow."
     offload_parameters: bool = False
@@ -66,8 +67,8 @@ class EngineConfig:
     "Further keys of the DeepSpeed configuration; keys that are derived from other settings are refused."
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2, 3 or null")
         if self.precision not in PRECISIONS:
             raise ConfigError(
                 f"engine.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
@@ -87,6 +88,13 @@ class EngineConfig:
             raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
 
 
+def resolve_stage(cfg: EngineConfig, device: torch.device) -> int:
+    """The ZeRO stage on a kind of device."""
+    if cfg.zero_stage is None:
+        return 0 if device.type == "cpu" and not cfg.offload_optimizer else 1
+    return cfg.zero_stage
+
+
 def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
     """fp32 or bf16; ConfigError where bf16 is asked of a GPU that lacks it."""
     supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
@@ -100,6 +108,8 @@ def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
 
 
 def _zero_config(cfg: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    if cfg.zero_stage is None:
+        raise ValueError("engine.zero_stage has not been resolved")
     zero: dict[str, Any] = {"stage": cfg.zero_stage}
     if not cfg.zero_stage:
         return zero
@@ -130,7 +140,7 @@ def deepspeed_config(
     precision: str,
     num_parameters: int,
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: a pure function of its arguments.
+    """The DeepSpeed configuration of a run: a pure function of its arguments; cfg.zero_stage is a number.
 
     Raises:
         ConfigError: the global batch is not a multiple of micro_batch x world_size, or engine.extra collides.
@@ -194,6 +204,7 @@ def build_engine(
 ) -> Any:
     """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
     precision = resolve_precision(cfg, world.device)
+    cfg = replace(cfg, zero_stage=resolve_stage(cfg, world.device))
     config = deepspeed_config(
         cfg,
         global_batch=global_batch,
@@ -219,7 +230,7 @@ def build_engine(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    compile_model = cfg.zero_stage < 3 and torch.cuda.is_available() if cfg.compile is None else cfg.compile
+    compile_model = cfg.zero_stage != 3 and torch.cuda.is_available() if cfg.compile is None else cfg.compile
     if compile_model:
         engine.compile()
     return engine

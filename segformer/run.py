@@ -29,7 +29,7 @@ from segformer.data.shards import ShardSet, Split
 from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
 from segformer.ema import Average
-from segformer.engine import build_engine, prepare_model, resolve_precision
+from segformer.engine import build_engine, prepare_model, resolve_precision, resolve_stage
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.guard import Watchdog
 from segformer.meter import LossSpike, Meter
@@ -319,7 +319,7 @@ def _announce(
     train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
     telemetry.line(
         f"run {cfg.name}: MiT-{cfg.model.variant.upper()}, {parameters / 1e6:.2f} M parameters, {precision}, "
-        f"ZeRO-{cfg.engine.zero_stage}, {world.size} x {world.device.type}"
+        f"ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
     )
     telemetry.line(
         f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "

@@ -72,7 +72,7 @@ WRONG = {
     "data.citation='${${data.name}.${data.license}:CANARY}'": "resolvers are refused",
     "hydra.searchpath=[file:///tmp]": "hydra's own settings are fixed",
     "micro_batch=3": "use micro_batch=1 or 2 or 4",
-    "engine.zero_stage=9": "use 0, 1, 2 or 3",
+    "engine.zero_stage=9": "use 0, 1, 2, 3 or null",
     "telemetry.wandb=yes": "use one of disabled, offline, online",
 }
 

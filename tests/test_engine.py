@@ -3,13 +3,20 @@
 import pytest
 import torch
 
-from segformer.engine import EngineConfig, bucket_elements, check_batch, deepspeed_config, resolve_precision
+from segformer.engine import (
+    EngineConfig,
+    bucket_elements,
+    check_batch,
+    deepspeed_config,
+    resolve_precision,
+    resolve_stage,
+)
 from segformer.errors import ConfigError
 
 
 def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp32"):
     return deepspeed_config(
-        cfg or EngineConfig(),
+        cfg or EngineConfig(zero_stage=1),
         global_batch=global_batch,
         micro_batch=micro_batch,
         world_size=world_size,
@@ -53,12 +60,12 @@ def test_extra_adds_keys_also_inside_zero_optimization():
 )
 def test_extra_may_not_change_a_derived_key(extra):
     with pytest.raises(ConfigError, match=r"engine\.extra sets"):
-        config(EngineConfig(extra=extra))
+        config(EngineConfig(zero_stage=1, extra=extra))
 
 
 def test_extra_zero_optimization_must_be_a_mapping():
     with pytest.raises(ConfigError, match="must be a mapping"):
-        config(EngineConfig(extra={"zero_optimization": 3}))
+        config(EngineConfig(zero_stage=1, extra={"zero_optimization": 3}))
 
 
 def test_a_micro_batch_that_does_not_divide_names_those_that_do():
@@ -85,6 +92,13 @@ def test_compiling_at_stage_3_is_refused_and_not_the_default():
 def test_nonsense_is_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"engine\.{next(iter(bad))}"):
         EngineConfig(**bad)
+
+
+def test_the_stage_follows_the_device_unless_it_is_given():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [resolve_stage(EngineConfig(), device) for device in (cpu, gpu)] == [0, 1]
+    assert resolve_stage(EngineConfig(offload_optimizer=True), cpu) == 1
+    assert resolve_stage(EngineConfig(zero_stage=2), cpu) == 2
 
 
 def test_buckets_have_the_size_of_the_model_and_no_more_than_128_mib():

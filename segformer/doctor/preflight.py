@@ -10,6 +10,7 @@ from segformer.data.loader import worker_count
 from segformer.data.order import make_order_spec
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
 from segformer.doctor.memory import Forecast, forecast
+from segformer.engine import resolve_stage
 from segformer.errors import ConfigError
 from segformer.tasks import training_crop
 
@@ -108,7 +109,7 @@ def _forecast(cfg: RunConfig, num_classes: int, ranks: int, micro_batch: int) ->
         crop=(height, width),
         micro_batch=micro_batch,
         world_size=ranks,
-        zero_stage=cfg.engine.zero_stage,
+        zero_stage=resolve_stage(cfg.engine, torch.device("cuda")),
         precision=precision,
         loss_terms=max(1, len(cfg.loss.terms)),
         bucket=zero.get("reduce_bucket_size"),
