@@ -120,3 +120,29 @@ def test_an_incomplete_step_of_srun_is_refused_by_name():
         slurm_environment({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
     with pytest.raises(ConfigError, match="TASKS_PER_NODE=many"):
         slurm_environment(STEP | {"SLURM_STEP_TASKS_PER_NODE": "many"})
+
+
+@pytest.fixture
+def one_gpu_each(monkeypatch):
+    """Task 2 of 4 on a node, where torch sees one GPU; the process group is there already."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    values = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "SLURM_LOCALID": "2"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+
+def test_a_task_that_slurm_gave_one_gpu_takes_it(one_gpu_each):
+    world = init_world()
+    assert (world.rank, world.local_rank, world.device) == (2, 2, torch.device("cuda", 0))
+    assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed chooses its device by it"
+
+
+def test_ranks_of_torchrun_do_not_share_the_one_gpu_of_a_task(one_gpu_each, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own"):
+        init_world()

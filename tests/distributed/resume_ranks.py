@@ -15,7 +15,7 @@ from segformer.config import RunConfig, compose
 from segformer.dist import StopFlag, init_world
 from segformer.guard import Watchdog
 from segformer.partition import gather_model, gather_optimizer
-from segformer.run import close_batches, config_summary, set_up
+from segformer.run import config_summary, set_up
 from segformer.telemetry import Telemetry
 from segformer.train import train
 
@@ -27,7 +27,7 @@ def main():
     folder = Path(cfg.run_dir)
     with (
         StopFlag() as stop,
-        Watchdog(folder / "stacks", world.rank, 100) as watchdog,
+        Watchdog(folder / "stacks", world, 100) as watchdog,
         Telemetry(
             cfg.telemetry, folder, world, name="x", steps=cfg.steps, config=config_summary(cfg)
         ) as telemetry,
@@ -48,7 +48,7 @@ def main():
             steps.append([sample for part in world.gather(ids) for sample in part])
         if world.is_main:
             out.write_text(json.dumps(steps))
-        close_batches(run)
+        run.batches.close()
     world.any(False)
     train(cfg, world)
     world.close()
