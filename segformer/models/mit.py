@@ -188,7 +188,18 @@ class MixTransformer(nn.Module):
             self.add_module(f"block{stage + 1}", blocks)
             self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=norm_eps))
             index, in_dim = index + depths[stage], dim
+        self.initialise()
+
+    def initialise(self) -> None:
+        """New weights, as the original draws them but for one bias.
+
+        The original begins with biases of 0. Padding is exactly 0, too, so that the first norm would meet
+        tokens without variance and divide by the root of its epsilon: on a padded batch the gradient of this
+        bias would be 1e5 and more at the first step, which AdamW's second moment keeps for thousands of
+        steps, and which `engine.grad_clip` would turn on all others.
+        """
         self.apply(init_encoder_weights)
+        nn.init.trunc_normal_(self.get_submodule("patch_embed1").proj.bias, std=0.02)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.

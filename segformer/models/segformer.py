@@ -210,9 +210,7 @@ def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()
     for module in model.modules():
-        if isinstance(module, MixTransformer):
-            module.apply(init_encoder_weights)
-        elif isinstance(module, FuseConv):
+        if isinstance(module, MixTransformer | FuseConv):
             module.initialise()
         elif isinstance(module, MiTClassifier):
             init_encoder_weights(module.head)

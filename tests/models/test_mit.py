@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from segformer.models.mit import Block, DropPath
 from segformer.models.ops.suite import SUITES
-from segformer.models.segformer import build_encoder
+from segformer.models.segformer import build_encoder, build_model
 from segformer.models.variants import ModelConfig
 
 
@@ -44,10 +45,28 @@ def test_initial_weights_are_those_of_the_original(b1):
     assert block.mlp.dwconv.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.02)
     assert b1.block1[0].attn.sr.weight.std().item() == pytest.approx((2 / (64 * 64)) ** 0.5, rel=0.01)
     for name, parameter in b1.named_parameters():
-        if name.endswith("bias"):
+        if name == "patch_embed1.proj.bias":
+            assert 0.01 < parameter.std().item() < 0.03
+        elif name.endswith("bias"):
             assert not parameter.any(), name
         elif parameter.ndim == 1:
             assert (parameter == 1).all(), name
+
+
+@pytest.mark.parametrize("form", ["fused", "reference"])
+def test_padding_does_not_rule_the_first_gradient(form):
+    """Without the bias of the first embedding it did: 1e5 against 5, because padding has no variance."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(variant="b0", ops=form), 4).train()
+    norms = []
+    for valid in (64, 40):
+        images, target = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
+        images[:, :, valid:], target[:, valid:] = 0, 255
+        logits = F.interpolate(model(images), size=(64, 64), mode="bilinear")
+        loss = F.cross_entropy(logits, target, ignore_index=255)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+    assert norms[1] < 10 * norms[0]
 
 
 def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1):
