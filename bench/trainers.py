@@ -2,11 +2,10 @@
 (huggingface.py): how long training takes, and what it reaches.
 
 Both train experiment=sample from scratch with the same recipe: data, steps, global batch, crop, strength of
-the augmentation, AdamW and its groups, schedule, drop-out rate, fp32. What differs is what a user gets with
-either: reading and augmentation, the network's operations, the loop, and one bias (mit.py, `initialise`) where
-both begin as the original does otherwise. Weights and order of the samples are drawn anew by each, so that
-scores are compared over several seeds. Our loss is averaged over the labelled pixels (loss.average=valid), as
-transformers' is.
+the augmentation, AdamW and its groups, schedule, initialisation but for one bias (mit.py), drop-out rate,
+fp32. What differs is what a user gets with either: reading and augmentation, the network's operations, the
+loop. Weights and order of the samples are drawn anew by each, so that scores are compared over several seeds.
+Our loss is averaged over the labelled pixels (loss.average=valid), as transformers' is.
 
 A few steps decide first how the Trainer is started: one process with all cores, as by default, or torchrun
 with several. Then for every seed both commands run one after the other; the next seed begins with the other.
