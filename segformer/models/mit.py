@@ -199,7 +199,7 @@ class MixTransformer(nn.Module):
         steps, and which `engine.grad_clip` would turn on all others.
         """
         self.apply(init_encoder_weights)
-        nn.init.trunc_normal_(self.get_submodule("patch_embed1").proj.bias, std=0.02)
+        nn.init.trunc_normal_(self.get_parameter("patch_embed1.proj.bias"), std=0.02)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
