@@ -55,7 +55,7 @@ def test_initial_weights_are_those_of_the_original(b1):
 
 @pytest.mark.parametrize("form", ["fused", "reference"])
 def test_padding_does_not_rule_the_first_gradient(form):
-    """Without the bias of the first embedding it did: 1e5 against 5, because padding has no variance."""
+    """With a bias of 0 in the first embedding it does: 1616 against 0.9 here, as padding has no variance."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(variant="b0", ops=form), 4).train()
     norms = []
