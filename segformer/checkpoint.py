@@ -24,8 +24,10 @@ from scratch.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,11 +58,14 @@ class CheckpointConfig:
     "Checkpoints of every multiple of so many steps stay for ever; 0: none."
     background: bool = True
     "Write in a thread while training goes on; needs host memory for one copy of the saved tensors."
+    notice_s: float = 0.0
+    "Seconds from a stop signal to the end of the job; a save that takes half of them is warned of. 0: any."
     max_failures: int = 3
     "Saves in a row that may fail (a full disk) before the run ends; older checkpoints stay."
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("keep_last", 1), ("keep_every", 0), ("max_failures", 1)):
+        least_of = {"save_every": 1, "keep_last": 1, "keep_every": 0, "max_failures": 1, "notice_s": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more")
         if self.keep_every % self.save_every:
@@ -76,6 +81,9 @@ class _Write:
 
     step: int
     thread: threading.Thread = field(init=False)
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    "From the beginning to the commit."
     failure: str = ""
     "Why the disk did not take it."
     bug: BaseException | None = None
@@ -89,7 +97,9 @@ class Checkpointer:
     The ranks wait for a long write in rounds of `round_s` seconds, each of which begins with `progress`: one
     long collective would meet the group's timeout.
 
-    `warn` prints a line, `failed` records (step, reason) of a save that failed; rank zero, main thread.
+    `fence` raises where this process must not write any more; it is called in the writer's thread, before a
+    commit and before old ones are deleted. `warn` prints a line, `failed` records (step, reason) of a save
+    that failed; rank zero, main thread.
     """
 
     last_saved: int | None = None
@@ -103,14 +113,15 @@ class Checkpointer:
         *,
         warn: Callable[[str], None],
         failed: Callable[[int, str], None],
+        fence: Callable[[], None] = lambda: None,
         progress: Callable[[], None] = lambda: None,
         round_s: float = 5.0,
     ) -> None:
-        self._progress, self._round_s = progress, round_s
+        self._progress, self._round_s, self._fence = progress, round_s, fence
         self._cfg, self._folder, self._world = cfg, folder, world
         self._warn, self._failed = warn, failed
         self._write: _Write | None = None  # this and what follows: rank zero only
-        self._failures, self._failure = 0, ""
+        self._failures, self._failure, self._warned = 0, "", False
 
     def save(
         self,
@@ -159,6 +170,11 @@ class Checkpointer:
             self._progress()
             settled, self.last_saved = self._world.on_main(lambda: self._join(final))  # all ranks
 
+    def wait(self) -> None:
+        """Wait for the save in flight without asking how it went: the run ends with an error; any rank."""
+        if self._write is not None:
+            self._write.thread.join()
+
     def _start(
         self,
         model: dict[str, Tensor],
@@ -169,9 +185,8 @@ class Checkpointer:
         """Check the tensors and hand them over; rank zero."""
         check_finite((model, optimizer, ema), state.step)
         write = _Write(state.step)
-        job = partial(
-            _write, write, writers_of(model, optimizer, ema, state), self._folder, self._cfg, state.best_step
-        )
+        writers = writers_of(model, optimizer, ema, state)
+        job = partial(_write, write, writers, self._folder, self._cfg, state.best_step, self._fence)
         # No daemon: the interpreter waits for it also where the main thread ends with an error.
         write.thread = threading.Thread(target=job, name=f"checkpoint {state.step}", daemon=False)
         write.thread.start()
@@ -207,6 +222,16 @@ class Checkpointer:
                 self._failed(write.step, write.failure)
         else:
             self._failures, self.last_saved = 0, write.step
+            self._compare(write.seconds)
+
+    def _compare(self, seconds: float) -> None:
+        """Warn, once, of a save that leaves too little of the notice; rank zero."""
+        if self._cfg.notice_s and 2 * seconds > self._cfg.notice_s and not self._warned:
+            self._warned = True
+            self._warn(
+                f"a checkpoint takes {seconds:.0f} s, and the job has {self._cfg.notice_s:.0f} s to save "
+                f"before it is ended; resubmit with signal_delay_s={math.ceil(3 * seconds)}"
+            )
 
 
 def _write(
@@ -215,10 +240,13 @@ def _write(
     folder: Path,
     cfg: CheckpointConfig,
     best_step: int | None,
+    fence: Callable[[], None],
 ) -> None:
     """What the thread does; its outcome is left in `write`."""
     try:
-        commit(folder, step_name(write.step), writers)
+        commit(folder, step_name(write.step), writers, fence)
+        write.seconds = time.monotonic() - write.began
+        fence()
         write.complaints = _prune(folder, cfg, write.step, best_step)
     except CheckpointError as error:
         write.failure = str(error)  # not the error itself: the frames of its traceback keep the tensors

@@ -35,10 +35,16 @@ MANIFEST = "MANIFEST.json"
 _LEFTOVERS = (".tmp-*", ".del-*")
 
 
-def commit(folder: Path, name: str, writers: Mapping[str, Callable[[Path], object]]) -> Path:
+def commit(
+    folder: Path,
+    name: str,
+    writers: Mapping[str, Callable[[Path], object]],
+    fence: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `writers` (file name -> function that writes that file) as folder/name, whole or not at all.
 
-    What has stood there is replaced, and is there again where the writing fails.
+    What has stood there is replaced, and is there again where the writing fails. `fence` is called last,
+    before the folder gets its name; what it raises leaves everything as it was.
 
     Raises:
         CheckpointError: the disk is full or refuses; nothing has changed.
@@ -54,6 +60,7 @@ def commit(folder: Path, name: str, writers: Mapping[str, Callable[[Path], objec
         (temporary / MANIFEST).write_bytes(manifest)
         _sync(temporary / MANIFEST)
         _sync(temporary)
+        fence()
         _put(temporary, final)
     except OSError as error:
         raise CheckpointError(

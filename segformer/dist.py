@@ -139,7 +139,9 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
         found["LOCAL_WORLD_SIZE"], int(environment.get("SLURM_NODEID", "0"))
     )
     first = environment.get("MASTER_ADDR") or _first_host(nodes)
-    port = 20000 + (job * 131 + int(environment["SLURM_STEP_ID"])) % 40000
+    # Below the ephemeral ports; another one after a requeue, whose old one may still be taken.
+    attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
+    port = 20000 + (job * 131 + attempt * 17 + int(environment["SLURM_STEP_ID"])) % 12000
     return found | {"MASTER_ADDR": first, "MASTER_PORT": environment.get("MASTER_PORT", str(port))}
 
 

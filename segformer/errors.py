@@ -6,6 +6,7 @@
     +-- CheckpointError     a checkpoint or export is missing, damaged or of another model
     +-- Diverged            the loss or the gradients stopped being finite, and going back did not help
     +-- Preempted           exit code 75 (EX_TEMPFAIL): stopped by a signal, all is saved; start again
+    +-- RunTaken            another process has taken over the run directory of this one
     +-- RankLost            exit code 76: another rank ended or hangs; start again
 
 A message says what is wrong, where, what was found and what to do. Anything else that is raised is a bug of
@@ -39,6 +40,10 @@ class Preempted(SegformerError):
     """Training stopped at a signal after saving its state; the same command continues it."""
 
     exit_code = 75
+
+
+class RunTaken(SegformerError):
+    """Another process has taken over the run directory of this one, which must not write any more."""
 
 
 class RankLost(SegformerError):

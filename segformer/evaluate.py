@@ -10,6 +10,7 @@ done.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 
 import torch
@@ -78,7 +79,9 @@ def evaluate(
     finally:
         iterator.close()
         model.train(training)
-    return metric.compute()
+    with warnings.catch_warnings():  # a rank may have had no image: its zeros count
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+        return metric.compute()
 
 
 def _batches(

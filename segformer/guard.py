@@ -31,9 +31,13 @@ from segformer.dist import World
 from segformer.errors import ConfigError, RankLost
 
 DUMP_SHARE, EXIT_SHARE = 0.8, 0.95  # of the collectives' timeout
+# What gloo, NCCL, the store and the operating system say when the other side, or the way to it, is gone.
 _LOST = re.compile(
-    r"Connection closed by peer|Connection reset by peer|Timed out waiting|Socket Timeout|"
-    r"remote process exited|communicator was aborted"
+    r"connection (closed|reset|refused|timed out)|broken pipe|no route to host|network is unreachable|"
+    r"(read|write|connect|wait|socket) ?timeout|timed out waiting|socket closed|pair closure|"
+    r"remote process exited|communicator was aborted|failed to recv|failed to send|client socket|"
+    r"unhandled system error|Dist(Network|Store)Error|uncorrectable|ECC error|Xid",
+    re.IGNORECASE,
 )
 _MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory")
 
@@ -104,6 +108,11 @@ class Watchdog:
                 self.path.parent.rmdir()
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error of a collective, or of the rendezvous, says that the other side is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(f"{type(error).__name__}: {error}"))
+
+
 @contextlib.contextmanager
 def lost_ranks(watchdog: Watchdog) -> Iterator[None]:
     """Turn the errors of collectives whose other side is gone into RankLost, once the loop has begun.
@@ -113,7 +122,7 @@ def lost_ranks(watchdog: Watchdog) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not watchdog.begun or not _LOST.search(str(error)):
+        if not watchdog.begun or not is_lost_rank(error):
             raise
         raise RankLost(watchdog.lost(str(error).strip().splitlines()[0][:200])) from error
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from segformer.checkpoint import Checkpointer, Loaded, TrainState, clean, list_steps, load_checkpoint
-from segformer.config import RunConfig, frozen_difference, load_config, save_config
+from segformer.checkpoint import Checkpointer, Loaded, TrainState, list_steps, load_checkpoint
+from segformer.config import RunConfig
 from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.order import OrderSpec, SampleOrder, make_order_spec
 from segformer.data.prepare import over_budget
@@ -32,13 +32,14 @@ from segformer.ema import Average
 from segformer.engine import build_engine, prepare_model, resolve_precision, resolve_stage
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.guard import Watchdog
+from segformer.lease import Lease
 from segformer.meter import LossSpike, Meter
 from segformer.models.macs import training_flops
 from segformer.optim import build_optimizer
 from segformer.partition import restore_optimizer, write_model
 from segformer.profiling import Profiler
 from segformer.tasks import Task, check_task, make_task, training_crop
-from segformer.telemetry import Telemetry
+from segformer.telemetry import Ledger, Telemetry, newest_line
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,6 +58,7 @@ class Run:
     checkpoints: Checkpointer
     micro_batch: int
     telemetry: Telemetry
+    ledger: Ledger | None
     meter: Meter
     spike: LossSpike
     profiler: Profiler
@@ -64,6 +66,8 @@ class Run:
     watchdog: Watchdog
     corrupt_budget: int
     "Corrupt samples that the run may replace."
+    lease: Lease | None = None
+    "The right to write into the run's directory; rank zero."
     failure: SegformerError | None = None
     "An error that this rank has met and that the ranks have not agreed on yet."
     replaced: dict[int, str] = field(default_factory=dict)
@@ -96,29 +100,6 @@ def config_summary(cfg: RunConfig) -> dict[str, Any]:
         "zero_stage": cfg.engine.zero_stage,
         "seed": cfg.seed,
     }
-
-
-def prepare_run_dir(cfg: RunConfig) -> None:
-    """Make the run directory, or check that the one that exists belongs to this configuration; rank zero."""
-    cfg.telemetry.check_account()
-    run_dir = Path(cfg.run_dir)
-    saved = run_dir / "config.yaml"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        clean(run_dir / "checkpoints")
-        trained = any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*"))
-        if trained and saved.exists():  # before its first checkpoint a run may still be corrected
-            changed = frozen_difference(load_config(saved), cfg)
-            if changed:
-                raise ConfigError(
-                    f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); "
-                    "choose another name=..., or delete the directory"
-                )
-        elif trained:
-            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
-        save_config(cfg, saved)
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} can't be used: {error.strerror}; choose another one") from error
 
 
 def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
@@ -160,7 +141,14 @@ def _check_corrupt(state: TrainState, budget: int) -> None:
         raise DataError(over_budget(len(state.corrupt), budget, last))
 
 
-def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag, watchdog: Watchdog) -> Run:
+def set_up(
+    cfg: RunConfig,
+    world: World,
+    telemetry: Telemetry,
+    stop: StopFlag,
+    watchdog: Watchdog,
+    lease: Lease | None = None,
+) -> Run:
     """Make every part of the run, or continue it from its newest good checkpoint; all ranks."""
     if worker_count(cfg.loader, world.local_size):
         start_server()
@@ -182,17 +170,9 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag, w
     split = shards.split(cfg.train_split)
     budget = corrupt_budget(cfg.loader, split)
     world.on_main(lambda: _check_corrupt(state, budget))
-    spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
-    order = SampleOrder(OrderSpec.from_dict(state.order_spec) if state.order_spec else spec)
-    state.order_spec = order.spec.to_dict()
-    engine = build_engine(
-        model,
-        build_optimizer(model, cfg.optim),
-        cfg.engine,
-        world,
-        global_batch=cfg.global_batch,
-        micro_batch=micro_batch,
-    )
+    order = _sample_order(cfg, split, state)
+    batch = {"global_batch": cfg.global_batch, "micro_batch": micro_batch}
+    engine = build_engine(model, build_optimizer(model, cfg.optim), cfg.engine, world, **batch)
     average = Average(engine, cfg.optim.ema) if cfg.optim.ema else None
     if resumed is not None:
         _restore_optimizer(engine, average, resumed)
@@ -207,10 +187,12 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag, w
         order=order,
         batches=make_batches(cfg, world, task, split, order, state.step),
         state=state,
-        checkpoints=_checkpointer(cfg, world, telemetry, state, watchdog),
+        checkpoints=_checkpointer(cfg, world, telemetry, state, watchdog, lease),
+        lease=lease,
         corrupt_budget=budget,
         micro_batch=micro_batch,
         telemetry=telemetry,
+        ledger=_ledger(cfg, world, state.step),
         meter=Meter(world, flops_per_image=_flops(cfg, task)),
         spike=LossSpike(),
         profiler=Profiler(cfg.profile, Path(cfg.run_dir), world, telemetry.line),
@@ -219,13 +201,31 @@ def set_up(cfg: RunConfig, world: World, telemetry: Telemetry, stop: StopFlag, w
     )
 
 
+def _ledger(cfg: RunConfig, world: World, step: int) -> Ledger | None:
+    return Ledger(Path(cfg.run_dir) / "ledger", world.rank, step) if cfg.telemetry.ledger else None
+
+
+def _sample_order(cfg: RunConfig, split: Split, state: TrainState) -> SampleOrder:
+    """The order that the checkpoint was trained in, or a new one, which the state keeps from now on."""
+    if state.order_spec:
+        return SampleOrder(OrderSpec.from_dict(state.order_spec))
+    spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
+    state.order_spec = spec.to_dict()
+    return SampleOrder(spec)
+
+
 def _flops(cfg: RunConfig, task: Task) -> float:
     height, width = training_crop(cfg)
     return float(training_flops(cfg.model, (height, width), task.num_classes, task=task.name))
 
 
 def _checkpointer(
-    cfg: RunConfig, world: World, telemetry: Telemetry, state: TrainState, watchdog: Watchdog
+    cfg: RunConfig,
+    world: World,
+    telemetry: Telemetry,
+    state: TrainState,
+    watchdog: Watchdog,
+    lease: Lease | None,
 ) -> Checkpointer:
     def failed(step: int, reason: str) -> None:
         telemetry.event("checkpoint_failed", step, reason=reason)
@@ -237,6 +237,7 @@ def _checkpointer(
         world,
         warn=telemetry.line,
         failed=failed,
+        fence=(lambda: None) if lease is None else lease.check,
         progress=watchdog.progress,
         round_s=min(5.0, cfg.engine.timeout_s / 4),
     )
@@ -330,6 +331,17 @@ def _announce(
         f"{world.size} ranks, crop {'x'.join(map(str, training_crop(cfg)))}, {cfg.steps} steps"
     )
     if state.step:
-        telemetry.line(f"continuing from step {state.step}")
+        _announce_return(cfg, world, telemetry, state.step)
     elif pretrained := getattr(model, "pretrained", ""):
         telemetry.line(f"weights of {pretrained}")
+
+
+def _announce_return(cfg: RunConfig, world: World, telemetry: Telemetry, step: int) -> None:
+    """Say where the run goes on, and what the interruption has cost as far as the log knows; rank zero."""
+    if not world.is_main:
+        return
+    last = newest_line(Path(cfg.run_dir) / "metrics.jsonl", "train")
+    redone = max(0, last["step"] - step) if last else 0
+    cost = f"; {redone} more had been logged and are done again" if redone else ""
+    telemetry.line(f"continuing from step {step}{cost}")
+    telemetry.event("continued", step, redone=redone, ranks=world.size)

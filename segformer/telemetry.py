@@ -37,6 +37,7 @@ from segformer.trackers import confusion_picture, open_tensorboard, open_wandb
 
 WANDB_MODES = ("disabled", "offline", "online")
 MAX_CLASSES = 200  # with more, per-class curves go to metrics.jsonl only
+TAIL = 65536  # bytes of metrics.jsonl that are looked at for its newest line
 FINISH_S = 10.0  # for what is local
 
 
@@ -61,6 +62,8 @@ class TelemetryConfig:
     "Event files in the run directory's folder tensorboard (needs the package tensorboard)."
     images: int = 4
     "Validation pictures at each evaluation for wandb and TensorBoard."
+    ledger: bool = False
+    "Every rank writes down which samples each step used: ledger/rank-00000.jsonl in the run directory."
 
     def __post_init__(self) -> None:
         if self.wandb not in WANDB_MODES:
@@ -115,6 +118,35 @@ class LineFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+class Ledger:
+    """Which samples the steps of a rank used: {"from": first step of this process, "step", "ids"} a line."""
+
+    def __init__(self, folder: Path, rank: int, begin: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, self._begin = LineFile(folder / f"rank-{rank:05d}.jsonl"), begin
+
+    def note(self, step: int, ids: list[int]) -> None:
+        """Write down that optimiser step `step`, counted from 1, used these samples."""
+        self._file.write(json.dumps({"from": self._begin, "step": step, "ids": ids}))
+
+
+def newest_line(path: Path, kind: str) -> dict[str, Any] | None:
+    """The last whole line of a kind in the last 64 KiB of a metrics.jsonl; None without one."""
+    try:
+        with path.open("rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - TAIL)
+            file.seek(begin)
+            lines = file.read().split(b"\n")[1 if begin else 0 : -1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # the torn line of a crash
+            found: dict[str, Any] = json.loads(line)
+            if found.get("kind") == kind:
+                return found
+    return None
 
 
 def _jsonable(value: Any) -> Any:

@@ -18,6 +18,7 @@ import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from segformer.data.loader import Batch
 from segformer.data.prepare import over_budget
 from segformer.dist import StopFlag, World, derive_seed, limit_threads
 from segformer.engine import take_step
-from segformer.errors import DataError, Preempted, SegformerError
+from segformer.errors import CheckpointError, DataError, Preempted, RunTaken, SegformerError
 from segformer.guard import (
     Statistics,
     Watchdog,
@@ -38,13 +39,15 @@ from segformer.guard import (
     poisoned,
     smaller_batch,
 )
+from segformer.lease import Lease
 from segformer.meter import memory
 from segformer.metrics import AnyScores
 from segformer.optim import set_learning_rate
 from segformer.partition import gather_model, gather_optimizer
 from segformer.progress import duration
 from segformer.recovery import Outcome, note_outcome, roll_back
-from segformer.run import Run, config_summary, prepare_run_dir, set_up
+from segformer.run import Run, config_summary, set_up
+from segformer.rundir import prepare_run_dir
 from segformer.tasks import training_crop
 from segformer.telemetry import Telemetry
 
@@ -60,21 +63,34 @@ def train(cfg: RunConfig, world: World) -> AnyScores:
         RankLost: another rank has ended or hangs.
     """
     limit_threads(world)
-    world.on_main(lambda: prepare_run_dir(cfg))
     stacks = Watchdog(Path(cfg.run_dir) / "stacks", world, cfg.engine.timeout_s)
     described: dict[str, Any] = {"name": cfg.name, "steps": cfg.steps, "config": config_summary(cfg)}
     with (
+        _leased(cfg, world) as lease,
         StopFlag() as stop,
         stacks as watchdog,
         Telemetry(cfg.telemetry, Path(cfg.run_dir), world, **described) as telemetry,
         lost_ranks(watchdog),
     ):
-        run = set_up(cfg, world, telemetry, stop, watchdog)
+        run = set_up(cfg, world, telemetry, stop, watchdog, lease)
         try:
             return _loop(run)
         finally:
             run.batches.close()
             run.profiler.close()
+            run.checkpoints.wait()  # before the lease is given back: the writer asks it before it commits
+
+
+@contextlib.contextmanager
+def _leased(cfg: RunConfig, world: World) -> Iterator[Lease | None]:
+    """The run directory, made or taken by rank zero, which alone holds the lease; all ranks."""
+    held: list[Lease] = []
+    world.on_main(lambda: held.append(prepare_run_dir(cfg)))
+    try:
+        yield held[0] if held else None
+    finally:
+        for lease in held:
+            lease.release()
 
 
 def _loop(run: Run) -> AnyScores:
@@ -90,6 +106,8 @@ def _loop(run: Run) -> AnyScores:
         with run.profiler.step(run.state.step + 1):
             outcome = train_step(run, batches, losses)
         run.state.step += 1
+        if run.ledger is not None:
+            run.ledger.note(run.state.step, [int(i) for batch in batches for i in batch.sample_ids])
         telemetry.advance()
         meter.add(cfg.global_batch, waited, time.monotonic() - start - run.agreeing)
         if run.profiler.covers(run.state.step):
@@ -211,6 +229,13 @@ def _log(run: Run, losses: LossSum, norm: float | None) -> None:
     values |= {"grad_norm": norm, "skipped": float(run.state.skipped)}
     values |= run.meter.rates() | memory(run.world.device)
     values["loss_spike"] = None if means["loss"] is None else run.spike.ratio(means["loss"])
+    if run.lease is not None:
+        try:
+            run.lease.check()
+        except RunTaken as error:
+            return run.fail(error)
+        except CheckpointError as error:
+            run.telemetry.line(str(error))  # the file system is slow; the next commit asks again
     run.telemetry.train(run.state.step, values)
     run.meter.reset()
 
@@ -291,7 +316,8 @@ def _stopped(run: Run) -> BaseException:
     signals = [number for number in run.world.gather(run.stop.signal) if number is not None]
     if run.world.any(run.failure is not None):
         return run.failure or SystemExit(SegformerError.exit_code)
-    return Preempted(
-        f"stopped at step {run.state.step} by {signal.Signals(signals[0]).name}; the state is in "
-        f"{run.folder}; the same command continues"
-    )
+    name = signal.Signals(signals[0]).name
+    if not run.state.step:
+        return Preempted(f"stopped before the first step by {name}; the same command begins again")
+    where = f"the state is in {run.folder}; the same command continues"
+    return Preempted(f"stopped at step {run.state.step} by {name}; {where}")

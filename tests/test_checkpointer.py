@@ -296,3 +296,21 @@ def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_no_failure(tmp_pa
     assert list_steps(tmp_path) == [1, 2]
     assert len(warnings) == 1
     assert "step-00000001 can't be deleted: Permission denied" in warnings[0]
+
+
+def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkeypatch):
+    """A run that ends with an error gives the directory back afterwards."""
+    released, go = threading.Event(), threading.Event()
+
+    def fence():
+        assert not released.is_set(), "the directory was given back in the middle of a save"
+
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path, ONE, warn=nobody, failed=nobody, fence=fence)
+    sync = commit._sync
+    monkeypatch.setattr(commit, "_sync", lambda path: (go.wait(30), sync(path)))
+    model, optimizer, ema = tensors()
+    checkpointer.save(model, optimizer, ema, TrainState(step=3))
+    threading.Timer(0.2, go.set).start()
+    checkpointer.wait()
+    released.set()
+    assert list_steps(tmp_path) == [3]

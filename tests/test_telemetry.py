@@ -16,7 +16,7 @@ import torch
 from segformer.dist import World
 from segformer.errors import ConfigError
 from segformer.progress import duration, shown_figures
-from segformer.telemetry import LineFile, Telemetry, TelemetryConfig
+from segformer.telemetry import TAIL, Ledger, LineFile, Telemetry, TelemetryConfig, newest_line
 
 MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 VALUES = {
@@ -242,3 +242,24 @@ def test_a_terminal_that_goes_away_does_not_take_the_run_with_it(tmp_path):
     assert "done" in (tmp_path / "log.txt").read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_the_newest_line_of_a_kind_is_found_behind_torn_and_other_ones(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert newest_line(path, "train") is None
+    lines = [json.dumps({"kind": "train", "step": step}) for step in range(9000)]
+    text = "\n".join(
+        [*lines, '{"kind": "tr', json.dumps({"kind": "eval", "step": 1}), '{"kind": "train", "st']
+    )
+    assert len(text) > 2 * TAIL
+    path.write_text(text)
+    assert newest_line(path, "train") == {"kind": "train", "step": 8999}
+    assert newest_line(path, "eval") == {"kind": "eval", "step": 1}
+    assert newest_line(path, "final") is None
+
+
+def test_the_ledger_appends_what_each_process_used(tmp_path):
+    Ledger(tmp_path / "ledger", 3, 0).note(1, [5, 2])
+    Ledger(tmp_path / "ledger", 3, 1).note(2, [7])
+    lines = [json.loads(line) for line in (tmp_path / "ledger/rank-00003.jsonl").read_text().splitlines()]
+    assert lines == [{"from": 0, "step": 1, "ids": [5, 2]}, {"from": 1, "step": 2, "ids": [7]}]

@@ -1,0 +1,195 @@
+"""Who may write into a run directory: one job at a time, and never one that has been replaced.
+
+    runs/x/lease.json      generation, token, and who holds it: Slurm job and attempt, or host and process
+    runs/x/.lock           held (flock) by the holder's rank zero; the kernel lets go when it dies
+
+`Lease.take` refuses where another job is at work. A job that Slurm has started again takes the directory over
+from its own earlier attempt even where a rank of that still runs on a node that Slurm has lost: the
+generation grows, and `check`, which stands before every commit, ends the old rank before it writes.
+
+flock reaches as far as the file system lets it: all nodes on Lustre (mounted with flock), BeeGFS, GPFS and
+NFS 4, one node elsewhere. There a Slurm job is found alive by squeue; two processes started by hand on two
+nodes are not noticed before the first commit of the earlier one, which then ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from segformer.errors import CheckpointError, ConfigError, RunTaken, SegformerError
+
+FILE, LOCK = "lease.json", ".lock"
+RELEASE_S = 150  # how long a file server may keep the lock of a node that it has lost
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a run directory."""
+
+    job: str
+    "Slurm's job id; empty outside of Slurm."
+    attempt: int
+    "How often Slurm has started the job again."
+    host: str
+    pid: int
+
+    @classmethod
+    def current(cls) -> Owner:
+        """This process."""
+        job = os.environ.get("SLURM_JOB_ID", "")
+        attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(job, int(attempt) if attempt.isdigit() else 0, socket.gethostname(), os.getpid())
+
+    def __str__(self) -> str:
+        where = f"process {self.pid} on {self.host}"
+        return f"Slurm job {self.job} ({where})" if self.job else where
+
+
+class Lease:
+    """The right to write into a run directory, held by rank zero until `release` or the process's end."""
+
+    def __init__(self, path: Path, token: str, generation: int, lock: int) -> None:
+        self.generation = generation
+        self._path, self._token, self._lock = path, token, lock
+
+    @classmethod
+    def take(cls, run_dir: Path) -> Lease:
+        """Take the directory, which exists.
+
+        Raises:
+            ConfigError: another job or process works in it.
+        """
+        owner, path = Owner.current(), run_dir / FILE
+        lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            free = _flock(lock)
+            generation, holder = _read(path)
+            refusal = (
+                f"{run_dir} is in use by {holder or 'another process'}; wait for it, stop it, or choose "
+            )
+            if holder is not None and owner.job and owner.job == holder.job:
+                if owner.attempt < holder.attempt:
+                    raise RunTaken(f"{run_dir} has been taken over by attempt {holder.attempt} of this job")
+                free = free or owner.attempt > holder.attempt
+            elif holder is not None and holder.job:
+                if _queued(holder.job):
+                    raise ConfigError(f"{refusal}another name=...")
+                free = free or _wait_for(lock, holder)
+            if not free:
+                raise ConfigError(f"{refusal}another name=...")
+            token = secrets.token_hex(8)
+            _write(path, {"generation": generation + 1, "token": token, "owner": asdict(owner)})
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, token, generation + 1, lock)
+
+    def check(self) -> None:
+        """Raise RunTaken where another process has taken the directory over.
+
+        Raises:
+            CheckpointError: the file can't be read at the moment.
+        """
+        try:
+            found = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            raise RunTaken(
+                f"{self._path} is gone, and with it the right to write; start the run again"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._path} can't be read: {error}") from error
+        if found.get("token") != self._token:
+            _, holder = _read(self._path)
+            raise RunTaken(
+                f"{self._path.parent} has been taken over by {holder}; this process was replaced and ends "
+                "without writing"
+            )
+
+    def release(self) -> None:
+        """Give the directory back, where it is still ours; the generation stays."""
+        with contextlib.suppress(SegformerError, OSError):
+            self.check()
+            _write(self._path, {"generation": self.generation, "token": "", "owner": None})
+        os.close(self._lock)
+
+
+def _write(path: Path, lease: dict[str, object]) -> None:
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{FILE}")
+    with temporary.open("w") as file:
+        file.write(json.dumps(lease, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _flock(lock: int) -> bool:
+    """Whether the file is now locked by us; file systems that don't lock give True."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _wait_for(lock: int, holder: Owner) -> bool:
+    """Whether the lock comes free: the job is gone, but the file server may still believe its node."""
+    print(f"waiting for the lock of {holder}, whose job has ended", flush=True)
+    end = time.monotonic() + RELEASE_S
+    while not (free := _flock(lock)) and time.monotonic() < end:
+        time.sleep(1)
+    return free
+
+
+def _read(path: Path) -> tuple[int, Owner | None]:
+    """(Generation, holder) as the file says; (0, None) where there is none."""
+    try:
+        found = json.loads(path.read_text())
+        return int(found["generation"]), None if found["owner"] is None else Owner(**found["owner"])
+    except FileNotFoundError:
+        return 0, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} can't be read ({error}); remove it if no job uses the directory"
+        ) from error
+
+
+def _queued(job: str) -> bool:
+    """Whether Slurm still has the job: running, ending or waiting for its next attempt.
+
+    Raises:
+        ConfigError: Slurm does not answer for minutes.
+    """
+    if not job:
+        return False
+    end = time.monotonic() + RELEASE_S
+    while True:
+        try:
+            asked = subprocess.run(
+                ["squeue", "-h", "-j", job, "-o", "%T"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        except FileNotFoundError:
+            return False  # no Slurm here: the lock has decided
+        except subprocess.TimeoutExpired:
+            said = "no answer within 60 s"
+        else:
+            if asked.returncode == 0 or "Invalid job id" in asked.stderr:
+                return asked.returncode == 0 and bool(asked.stdout.strip())
+            said = asked.stderr.strip()
+        if time.monotonic() > end:
+            raise ConfigError(f"squeue can't say whether job {job} has ended ({said}); try again later")
+        time.sleep(5)
