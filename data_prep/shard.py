@@ -4,6 +4,7 @@ root and out default to data.root and data.shards of conf/data/<name>.yaml. A ru
 is continued by the same command.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ class ShardConfig:
     """Write every image as JPEG of this quality, 1 to 100; 0 = keep the bytes of its file."""
     workers: int = -1
     """Processes; -1 = one per core. The shards do not depend on it."""
+    part: str = ""
+    """3/16 makes every 16th shard, from the fourth on, and nothing else: for many nodes at a time. The same
+    command without it joins them, and makes what is missing."""
 
 
 def shard(cfg: ShardConfig) -> None:
@@ -46,6 +50,7 @@ def shard(cfg: ShardConfig) -> None:
         raise ConfigError("no source folder; give root=<folder of the data set>")
     if not out:
         raise ConfigError("no output folder; give out=<folder for the shards>")
+    part = _part(cfg.part) if cfg.part else None
     if cfg.data.task == "segmentation":
         label_table(cfg.data)  # refuses what it cannot map before anything is read
     write_shards(
@@ -57,12 +62,25 @@ def shard(cfg: ShardConfig) -> None:
         workers=cfg.workers,
         long_side=cfg.long_side,
         quality=cfg.quality,
+        part=part,
     )
+    if part is not None:
+        print(f"part {cfg.part} of {out} is there")
+        return
     shards = ShardSet.open(out)
     if shards.task == "segmentation":
         print(label_map_text(cfg.data, raw_pixels(shards)))
     print(split_text(shards))
     print(f"shards: {out}  (digest {shards.digest[:12]})")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """3/16 -> (3, 16)."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text, re.ASCII)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if index >= count:
+        raise ConfigError(f"part={text!r}; use <index>/<count> with 0 <= index < count, such as 3/16")
+    return index, count
 
 
 def raw_pixels(shards: ShardSet) -> Counter[int]:

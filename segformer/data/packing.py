@@ -10,6 +10,7 @@ says. Source files are compared by name, size and time, and by content where a t
 import hashlib
 import json
 import os
+import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -147,7 +148,7 @@ def _complete(task: ShardTask, stat: str) -> dict[str, Any] | None:
 def _write(task: ShardTask, stat: str) -> dict[str, Any]:
     """Write the tar, its part of the index and, last, the note."""
     source = source_hash(task.samples)  # before a sample is read: a later change must show
-    temporary = task.parts / f"{task.name}.tar.tmp"
+    temporary = task.parts / f"{task.name}.{secrets.token_hex(4)}.tmp"  # a lost node may still write one
     records, labels, raw_ids = _write_tar(task, temporary)
     keys = _index_members(temporary, records)
     part = pack_index(records, labels, keys)

@@ -115,13 +115,20 @@ def write_shards(
     workers: int,
     long_side: int = 0,
     quality: int = 0,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Write every split of `cfg` from the folder `root` as shards into `out`.
 
-    workers: processes, -1 = one per core. long_side, quality: see packing.Encoding. An `out` that already
-    holds exactly this set is left as it is; one that holds anything else is refused. DataError for whatever
-    is wrong with the source.
+    workers: processes, -1 = one per core. long_side, quality: see packing.Encoding. part: (index, count), to
+    make every count-th shard only, from the index-th; several processes on several nodes may do so at a time,
+    and the same call without `part` then joins what they made. An `out` that already holds exactly this set
+    is left as it is; one that holds anything else is refused. DataError for whatever is wrong with the
+    source.
     """
+    if part is not None and cfg.min_share:
+        raise ConfigError(
+            "part needs data.min_share=0: which images are left out is found over the whole set"
+        )
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
     job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
@@ -136,6 +143,10 @@ def write_shards(
         if _occupied(target):
             _check_finished(job, listing, work, workers)
             print(f"{out} already holds exactly these shards; nothing to do")
+            return
+        if part is not None:
+            with work.share(job.identity(listing)):
+                _make(_plan(job, listing, work)[part[0] :: part[1]], work, workers)
             return
         with work.hold():
             if _occupied(target):
@@ -155,19 +166,7 @@ def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     scanned = scan(job.cfg, listing, _read_json(work.parts / "scan"), workers)
     write_synced(work.parts / "scan", json.dumps(scanned).encode())
     tasks = _plan(job, keep(listing, scanned), work)
-    results = run(
-        make_shard,
-        tasks,
-        workers=workers,
-        total=sum(len(task.samples) for task in tasks),
-        desc="sharding",
-        guard=work.guard,
-        preload=["webdataset"],
-    )
-    earlier = sum(complete for _, complete in results)
-    if earlier:
-        print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
-    notes = [note for note, _ in results]
+    notes = _make(tasks, work, workers)
     content = job.description() | {"splits": {}}
     for split in job.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
@@ -180,6 +179,23 @@ def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     write_synced(work.set / NOTE, json.dumps({"scan": scanned, "shards": stats}).encode())
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
+
+
+def _make(tasks: list[ShardTask], work: WorkFolder, workers: int) -> list[dict[str, Any]]:
+    """Make the shards that are not there yet; the note of each."""
+    results = run(
+        make_shard,
+        tasks,
+        workers=workers,
+        total=sum(len(task.samples) for task in tasks),
+        desc="sharding",
+        guard=work.guard,
+        preload=["webdataset"],
+    )
+    earlier = sum(complete for _, complete in results)
+    if earlier:
+        print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
+    return [note for note, _ in results]
 
 
 def _check_keys(samples: list[Sample]) -> None:

@@ -1,6 +1,7 @@
 """The folder beside `out` in which a set of shards grows, so that a run that is killed can be continued.
 
-    .<out>.tmp/lock         held (flock) by the one process that writes; the kernel lets go when it dies
+    .<out>.tmp/lock         held (flock) by the one process that writes, or shared by those that each write a
+                            part; the kernel lets go when they die
     .<out>.tmp/busy         held shared by each of its worker processes, which outlive it for a moment
     .<out>.tmp/plan.json    identity: a hash of the arguments and of the sample names
     .<out>.tmp/parts/       <shard>.part, <shard>.json: one shard's index, and the note that it is complete
@@ -13,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,7 @@ from pathlib import Path
 from segformer.data.pool import flock
 from segformer.errors import DataError
 
+BEGIN_SECONDS = 300  # the first of many may have to remove the parts of another set
 ORPHAN_SECONDS = 10  # the workers of a process that was killed end within this time
 
 
@@ -37,7 +40,7 @@ class WorkFolder:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Keep every other process out; DataError when one is at work. An empty folder is left to nobody."""
-        lock = self._lock()
+        lock, _ = self._lock()
         try:
             self._wait_for_orphans()
             yield
@@ -46,20 +49,43 @@ class WorkFolder:
                 self.remove()
             os.close(lock)
 
+    @contextlib.contextmanager
+    def share(self, identity: str) -> Iterator[None]:
+        """Write a part beside other processes, on any node, that write parts of the same identity.
+
+        Raises:
+            DataError: a process writes the whole set, or parts of another one.
+        """
+        lock, alone = self._lock(shared=True)
+        try:
+            if alone:
+                self._wait_for_orphans()
+                self.begin(identity)
+                flock(lock, fcntl.LOCK_SH)
+            if not self._began(identity):
+                raise DataError(f"parts of another set are being written to {str(self.out)!r}; wait for them")
+            yield
+        finally:
+            os.close(lock)
+
+    def _began(self, identity: str) -> bool:
+        try:
+            return bool(json.loads((self.path / "plan.json").read_bytes()) == {"identity": identity})
+        except (OSError, ValueError):
+            return False
+
     def begin(self, identity: str) -> None:
         """Keep what an earlier run of this identity has finished, remove everything else."""
         plan = self.path / "plan.json"
-        try:
-            same = json.loads(plan.read_bytes()) == {"identity": identity}
-        except (OSError, ValueError):
-            same = False
-        if not same:
+        if not self._began(identity):
             if any(self.parts.glob("*.json")):
                 print(f"{self.path} holds shards of other settings or other files; starting over")
             plan.unlink(missing_ok=True)  # first: half a removal must not look like a beginning
             for folder in (self.parts, self.set):
-                if folder.exists():
-                    shutil.rmtree(folder)
+                old = self.path / f"old-{secrets.token_hex(4)}"
+                with contextlib.suppress(FileNotFoundError):  # where nodes don't lock each other out
+                    folder.rename(old)
+                    shutil.rmtree(old)
         for folder in (self.parts, self.set):
             folder.mkdir(exist_ok=True)
         write_synced(plan, json.dumps({"identity": identity}).encode())
@@ -77,19 +103,27 @@ class WorkFolder:
         """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _lock(self) -> int:
-        """A descriptor that holds the lock until it is closed."""
+    def _lock(self, *, shared: bool = False) -> tuple[int, bool]:
+        """A descriptor that holds the lock until it is closed, and whether it keeps everybody out.
+
+        Where `shared` is enough it is that only where others have the lock, too.
+        """
+        end = time.monotonic() + BEGIN_SECONDS
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process has just finished: once more
                 lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                if not flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                alone = flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not alone and not (shared and flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)):
                     os.close(lock)
+                    if shared and time.monotonic() < end:  # somebody may be beginning
+                        time.sleep(0.05)
+                        continue
                     raise DataError(
                         f"another process is writing {str(self.out)!r}; wait until it has finished, or end it"
                     )
                 if self._holds(lock):
-                    return lock
+                    return lock, alone
                 os.close(lock)
 
     def _holds(self, lock: int) -> bool:
@@ -115,7 +149,7 @@ class WorkFolder:
 
 def write_synced(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file whole or not at all, and to the disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     with temporary.open("wb") as stream:
         stream.writelines([data] if isinstance(data, bytes) else data)
         stream.flush()
