@@ -269,6 +269,8 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
     """Compose the configuration from the command line and call `function` with it.
 
+    --help prints the keys and their values; --check composes and checks them, and does nothing else.
+
     A SegformerError is printed as one line and ends the process with its exit code (2; 75 after a signal);
     Ctrl-C ends it with 130 and one line (training sees to the first one itself, see dist.StopFlag); any other
     exception keeps its traceback.
@@ -283,12 +285,13 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
             print(f"{sys.argv[0]} key=value ...\n\nkeys and values:\n{OmegaConf.to_yaml(composed)}")
             return
         try:
-            cfg = compose(schema, config_name, arguments)
+            cfg = compose(schema, config_name, [a for a in arguments if a != "--check"])
         except ConfigError:
             if not main_rank:  # the same arguments fail alike on every rank: one line is enough
                 sys.exit(ConfigError.exit_code)
             raise
-        function(cfg)
+        if "--check" not in arguments:
+            function(cfg)
     except SegformerError as error:
         if isinstance(error, Preempted) and not main_rank:
             sys.exit(error.exit_code)  # all ranks stop together, and rank zero says so

@@ -1,7 +1,6 @@
 """The batch script of launch/slurm.py: what stands in it, and that no field can bring a command into it."""
 
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
@@ -13,6 +12,9 @@ import pytest
 
 from segformer.config import RunConfig, compose, load_config, save_config
 from segformer.errors import ConfigError
+from segformer.slurm.script import JobFolder, command_script, sbatch_script
+from segformer.slurm.settings import SlurmConfig, memory, minutes
+from segformer.slurm.submission import describe, plain_path
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = [
@@ -51,7 +53,10 @@ slurm = load("slurm")
 
 
 def script(*overrides: str, **fields: object) -> str:
-    return slurm.sbatch_script(slurm.SlurmConfig(**fields), compose(RunConfig, "config", list(overrides)))
+    run = compose(RunConfig, "config", list(overrides))
+    cfg, run_dir = SlurmConfig(**fields), plain_path("run_dir", run.run_dir)
+    describe(cfg, run)
+    return sbatch_script(cfg, run.name, JobFolder(run_dir / "slurm/0001"), ROOT, run_dir)
 
 
 def options(text: str) -> dict[str, str]:
@@ -78,7 +83,7 @@ def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp
 
 def test_the_script_is_accepted_by_bash() -> None:
     checked = subprocess.run(
-        ["bash", "-n"], input=script(nodes=2), text=True, capture_output=True, check=False
+        ["bash", "-n"], input=script(nodes="2"), text=True, capture_output=True, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, "")
 
@@ -87,7 +92,7 @@ def test_every_field_reaches_its_option() -> None:
     found = options(
         script(
             "name=trial",
-            nodes=2,
+            nodes="2",
             gpus_per_node=8,
             cpus_per_task=12,
             mem="480 GB",
@@ -127,17 +132,35 @@ def test_what_is_not_asked_for_is_left_to_the_cluster() -> None:
 
 
 def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration() -> None:
-    last = script("name=trial", "run_dir=runs/trial").rstrip().splitlines()[-1]
-    words = shlex.split(last)
-    assert words[0] == "srun"
-    assert "--kill-on-bad-exit=1" in words
-    assert "--cpus-per-task=8" in words
-    config = str(ROOT / "runs/trial/slurm/config.yaml")
-    assert words[-5:] == [sys.executable, "-u", str(ROOT / "launch/slurm.py"), "--task", config]
+    lines = script("name=trial", "run_dir=runs/trial").splitlines()
+    words = shlex.split(next(line for line in lines if line.startswith("srun")))
+    assert {"--kill-on-bad-exit=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--wait=0"} < set(words)
+    folder = ROOT / "runs/trial/slurm/0001"
+    command = [sys.executable, "-u", str(folder / "code/launch/slurm_job.py")]
+    assert words[-5:] == [*command, "rank", str(folder)]
+    assert shlex.split(lines[-1]) == [*command, "after", str(folder), "$?"]
+    assert lines.index("trap : TERM USR2 CONT") < lines.index("# command")
+    assert f"export PYTHONPATH={folder}/code" in "\n".join(lines)
+
+
+def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch() -> None:
+    found = options(script(nodes="1-2", gpus_per_node=8, cpus_per_task=4))
+    assert (found["nodes"], found["gpus-per-node"], found["mincpus"]) == ("1-2", "8", "32")
+    # what Slurm keeps of these would keep the job from starting again on fewer nodes
+    assert not {"ntasks", "ntasks-per-node", "cpus-per-task"} & set(found)
+    with pytest.raises(ConfigError, match=r"nodes=2-4: with 3 of them global_batch=16 is not divisible"):
+        script(nodes="2-4", gpus_per_node=4)
+
+
+def test_a_command_without_ranks_runs_once_and_without_srun() -> None:
+    folder = JobFolder(ROOT / "runs/slurm/shard/0001")
+    text = command_script(SlurmConfig(), "shard", folder, ROOT, "true", ranks=False, tasks=4)
+    assert "srun" not in text
+    assert options(text)["array"] == "0-3%4"
 
 
 def test_nodes_without_gpus_get_the_ranks_that_are_asked_for() -> None:
-    found = options(script(nodes=2, gpus_per_node=0, tasks_per_node=2))
+    found = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
     assert found["ntasks-per-node"] == "2"
     assert "gpus-per-node" not in found
 
@@ -152,7 +175,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused_with_what_can() -> None
     with pytest.raises(
         ConfigError, match=r"global_batch=16 .*world_size=12; use a world size of 1, 2, 4, 8, 16"
     ):
-        script(nodes=3, gpus_per_node=4)
+        script(nodes="3", gpus_per_node=4)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused_with_what_can() -> None
 )
 def test_a_hostile_text_is_refused_in_every_field(field: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}="):
-        slurm.SlurmConfig(**{field: value})
+        SlurmConfig(**{field: value})
 
 
 def test_features_of_a_constraint_stay_one_word() -> None:
@@ -175,20 +198,17 @@ def test_a_hostile_name_is_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", [value for value in HOSTILE if value not in UNUSUAL])
-def test_a_hostile_run_directory_is_refused(value: str) -> None:
-    run = compose(RunConfig, "config", [])
-    run.run_dir = f"runs/{value}"
+def test_a_hostile_path_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="run_dir="):
-        slurm.sbatch_script(slurm.SlurmConfig(), run)
+        plain_path("run_dir", f"runs/{value}")
 
 
 @pytest.mark.parametrize("value", UNUSUAL)
 def test_an_unusual_run_directory_stays_one_word(value: str) -> None:
-    run = compose(RunConfig, "config", [])
-    run.run_dir = value
-    lines = slurm.sbatch_script(slurm.SlurmConfig(), run).rstrip().splitlines()
+    folder = JobFolder(ROOT / value / "slurm/0001")
+    lines = sbatch_script(SlurmConfig(), "x", folder, ROOT, ROOT / value).rstrip().splitlines()
     assert len(lines) == len(script().rstrip().splitlines())
-    assert shlex.split(lines[-1])[-1] == str(ROOT / value / "slurm/config.yaml")
+    assert shlex.split(lines[-1])[-2] == str(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +262,7 @@ def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override: st
 @pytest.mark.parametrize("line", ["a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J"])
 def test_a_setup_line_with_control_characters_is_refused(line: str) -> None:
     with pytest.raises(ConfigError, match="setup holds"):
-        slurm.SlurmConfig(setup=[line])
+        SlurmConfig(setup=[line])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +282,7 @@ def test_a_setup_line_with_control_characters_is_refused(line: str) -> None:
 )
 def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="sbatch"):
-        slurm.SlurmConfig(sbatch=extra)
+        SlurmConfig(sbatch=extra)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +303,7 @@ def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
     ],
 )
 def test_durations_are_read_as_sbatch_and_people_mean_them(text: str, wanted: int) -> None:
-    assert slurm.minutes(text) == wanted
+    assert minutes(text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -291,7 +311,7 @@ def test_durations_are_read_as_sbatch_and_people_mean_them(text: str, wanted: in
 )
 def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="time="):
-        slurm.minutes(text)
+        minutes(text)
 
 
 @pytest.mark.parametrize(
@@ -299,42 +319,50 @@ def test_other_durations_are_refused(text: str) -> None:
     [("", ""), ("0", "0"), ("480G", "480G"), ("480 gb", "480G"), ("64GiB", "64G"), ("900", "900")],
 )
 def test_memory_is_written_as_sbatch_reads_it(text: str, wanted: str) -> None:
-    assert slurm.memory(text) == wanted
+    assert memory(text) == wanted
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"nodes": 0},
+        {"nodes": "0"},
+        {"nodes": "4-2"},
+        {"nodes": "2-"},
         {"gpus_per_node": -1},
-        {"signal_delay_s": 179},
+        {"signal_delay_s": 59},
         {"time": "3m"},
         {"gpus_per_node": 4, "tasks_per_node": 2},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        slurm.SlurmConfig(**fields)
+        SlurmConfig(**fields)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
 def test_every_shipped_profile_makes_a_script(name: str) -> None:
-    cfg = compose(slurm.SlurmConfig, "slurm", [f"cluster={name}"])
-    assert slurm.sbatch_script(cfg, compose(RunConfig, "config", []))
+    cfg = compose(SlurmConfig, "slurm", [f"cluster={name}"])
+    assert sbatch_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
 
 
 def test_text_that_hydra_would_misread_keeps_its_value() -> None:
     given = ["partition=a,b", "constraint=a&b|c", "time=90 minutes", "time='2h'", "account=my-1.project"]
     job, training = slurm.split_overrides([*given, "steps=5", "nodes=3"])
-    cfg = compose(slurm.SlurmConfig, "slurm", job)
-    assert (cfg.partition, cfg.constraint, cfg.time, cfg.nodes) == ("a,b", "a&b|c", "2h", 3)
+    cfg = compose(SlurmConfig, "slurm", job)
+    assert (cfg.partition, cfg.constraint, cfg.time, cfg.nodes) == ("a,b", "a&b|c", "2h", "3")
     assert training == ["steps=5"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nodes=2"], "submission is not built yet; use dry_run=true"),
+        (["nodes=2", "run_dir=/proc/x"], "can't be made"),
+        (["status"], "status needs a run's directory"),
+        (["status", "/nowhere"], "has not been submitted"),
+        (["resubmit", "/nowhere", "lr=1"], "a run keeps its settings"),
+        (["shard", "data=sample"], "tasks=''"),
+        (["shard", "tasks=2", "part=0/2"], "part is set by the array"),
+        (["evaluate", "chekpoint=x"], "chekpoint"),
         (["node=2", "dry_run=true"], "did you mean nodes?"),
         (["stepz=2", "dry_run=true"], "did you mean steps?"),
         (["nodes=many", "dry_run=true"], "nodes"),
@@ -345,38 +373,6 @@ def test_a_wrong_command_line_ends_with_one_line_and_code_2(arguments: list[str]
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("ConfigError: ")
     assert message in ended.stderr
-
-
-def test_a_task_trains_the_saved_configuration_as_the_rank_that_slurm_gave_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import segformer.job
-
-    calls: list[object] = []
-
-    def run_job(cfg: RunConfig) -> None:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-        calls.append([os.environ[name] for name in names])
-        calls.append(cfg.steps)
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "stale")  # so that what the task sets is undone, too
-    monkeypatch.delenv("MASTER_PORT")
-    for name, value in {
-        "SUBMITIT_EXECUTOR": "slurm",
-        "SLURM_JOB_ID": "12",
-        "SLURM_NTASKS": "8",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NODEID": "1",
-        "SLURM_JOB_NODELIST": "gpu[07-08]",
-        "SLURM_PROCID": "5",
-        "SLURM_LOCALID": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(segformer.job, "run_job", run_job)
-    save_config(compose(RunConfig, "config", ["steps=17", "run_dir=there"]), tmp_path / "config.yaml")
-    slurm.task(tmp_path / "config.yaml")
-    assert calls == [["5", "8", "1", "4", "gpu07"], 17]
 
 
 def test_the_saved_configuration_is_the_one_that_was_composed(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""What a batch script of launch/slurm.py runs; not for people.
+
+python launch/slurm_job.py rank <folder>                every rank: train, or go on
+python launch/slurm_job.py after <folder> <exit code>   once, when the ranks have ended
+"""
+
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """The command line; see above. Each of the two imports only what it needs: torch takes seconds."""
+    match sys.argv[1:]:
+        case ["rank", folder]:
+            from segformer.slurm.task import task
+
+            task(Path(folder))
+        case ["after", folder, code] if code.isdigit():
+            from segformer.slurm.after import after
+
+            after(Path(folder), int(code))
+        case _:
+            sys.exit(f"usage: {sys.argv[0]} rank <folder> | after <folder> <exit code>")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""After the job's ranks have ended: done, start again, or give up. The last line of the batch script.
+
+    exit code or event                              then
+    0                                               done
+    75  stopped by a signal, state saved            start again
+    76  another rank was lost; a rank was killed    start again
+    1, 2  a bug; a wrong setting, memory, data      end: starting again would not mend it
+    another code, and no rank says why              start again: srun or Python could not start on a node
+    out of memory (the kernel's, by accounts)       end
+    Slurm itself starts the job again               nothing (preemption, loss of a node)
+    3 restarts without a new checkpoint             end, and say so
+
+srun's exit code alone does not tell: where one rank ends with 2, the others are killed, and 137 may be what
+is left. So every rank that ends early leaves a line of its own (JobFolder.outcomes).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from segformer.attempts import FILE as ATTEMPTS
+from segformer.attempts import attempts, give_up
+from segformer.errors import Preempted, RankLost, SegformerError
+from segformer.lease import Owner
+from segformer.slurm.queue import JobState, job_state, ran_out_of_memory, slurm
+from segformer.slurm.script import JobFolder
+
+AGAIN = (Preempted.exit_code, RankLost.exit_code)
+PATIENCE_S = 300
+_T = TypeVar("_T")
+REQUEUE_WAIT_S = 60  # Slurm ends the batch script soon after it has taken the requeue
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of the job after its ranks have ended."""
+
+    again: bool
+    why: str
+
+
+def outcomes(folder: JobFolder, attempt: int) -> list[dict[str, Any]]:
+    """Why the ranks of an attempt ended early, by rank."""
+    found = []
+    for path in sorted(folder.outcomes.glob(f"{attempt}-*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue  # written while its node lost power
+    return found
+
+
+def decide(
+    code: int,
+    ended: list[dict[str, Any]],
+    state: JobState,
+    *,
+    attempt: int,
+    requeue: bool,
+    out_of_memory: bool,
+    stuck: str,
+) -> Decision:
+    """What becomes of a job whose srun ended with `code` in `attempt`; see the table above."""
+    if code == 0:
+        return Decision(False, "finished")
+    fatal = [one for one in ended if one["code"] not in AGAIN]
+    stopped = any(one["code"] == Preempted.exit_code for one in ended)
+    if fatal:
+        said = next((one for one in fatal if one["message"]), fatal[0])
+        why = said["message"] or "no message"
+        return Decision(False, f"rank {said['rank']} ended with {said['code']}: {why}")
+    if out_of_memory and not stopped:
+        return Decision(False, "the kernel killed a rank for its memory; fewer loader.workers, or more mem")
+    if state.restarts > attempt or state.name == "PENDING":
+        return Decision(False, "Slurm has started the job again already")
+    if state.name not in ("RUNNING", "UNKNOWN") and state.reason != "TimeLimit" and not state.preempted:
+        return Decision(False, f"Slurm is ending the job itself ({state.name})")
+    what = "stopped by a signal" if stopped else f"a rank or a node was lost (exit code {code})"
+    if not requeue:
+        return Decision(False, f"{what}; requeue=false")
+    if stuck:
+        return Decision(False, stuck)
+    return Decision(True, what)
+
+
+def after(path: Path, code: int) -> None:
+    """The last line of the batch script: end with srun's exit code, or have Slurm start the job again."""
+    folder, owner = JobFolder(path), Owner.current()
+    note = patiently(lambda: json.loads(folder.settings.read_text()))
+    if note is None:
+        sys.exit(code)
+    run_dir = Path(note["run_dir"])
+    state = patiently(lambda: job_state(owner.job), lambda state: state.name != "UNKNOWN")
+    decision = decide(
+        code,
+        outcomes(folder, owner.attempt),
+        state or JobState("UNKNOWN"),
+        attempt=owner.attempt,
+        requeue=note["settings"]["requeue"],
+        out_of_memory=code != 0 and ran_out_of_memory(owner.job),
+        stuck=_unnoted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
+    )
+    print(f"job {owner.job}: {'starting again' if decision.again else 'ended'}: {decision.why}", flush=True)
+    if decision.again:
+        patiently(lambda: _requeue(owner))
+        time.sleep(REQUEUE_WAIT_S)
+    sys.exit(code)
+
+
+def _unnoted(run_dir: Path, owner: Owner) -> str:
+    """Why the attempts can't be counted, where this one is not among them: it would start again for ever."""
+    begun = attempts(run_dir, owner.job)
+    if begun and begun[-1]["attempt"] == owner.attempt:
+        return ""
+    return f"this attempt is not in {run_dir}/slurm/{ATTEMPTS}: is the disk full?"
+
+
+def _requeue(owner: Owner) -> bool:
+    """Ask for another start, unless Slurm has seen to it meanwhile."""
+    state = job_state(owner.job)
+    if state.restarts == owner.attempt and state.name != "PENDING":
+        slurm("scontrol", "requeue", owner.job)
+    return True
+
+
+def patiently(ask: Callable[[], _T], good: Callable[[_T], bool] = lambda _: True) -> _T | None:
+    """What `ask` gives as soon as it is `good`: the controller may be starting again. None in the end."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            if good(found := ask()):
+                return found
+            why = f"{found}"
+        except (SegformerError, OSError, ValueError) as error:
+            why = str(error)
+        if time.monotonic() > end:
+            print(f"gave up: {why}", file=sys.stderr, flush=True)
+            return None
+        time.sleep(5)

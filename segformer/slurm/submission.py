@@ -1,0 +1,293 @@
+"""Submitting a run, and looking after it: every function takes the run's directory.
+
+    runs/x/slurm/0001/     a submission (script.JobFolder); resubmitting makes 0002
+    runs/x/slurm/attempts.jsonl
+
+The folder is for its owner alone (0700): what is in it runs as the user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from segformer.attempts import attempts, step_of
+from segformer.checkpoint import list_steps
+from segformer.config import RunConfig, load_config, save_config
+from segformer.errors import ConfigError
+from segformer.progress import duration
+from segformer.slurm.code import snapshot
+from segformer.slurm.queue import JobState, job_state, slurm, submit_script, would_start
+from segformer.slurm.script import JobFolder, sbatch_script
+from segformer.slurm.settings import SlurmConfig
+from segformer.telemetry import newest_line
+
+ROOT = Path(__file__).resolve().parents[2]
+WATCH_S = 5.0
+PATIENCE = 12  # looks at a job that Slurm doesn't know: its controller may be starting again
+_PATH = re.compile(r"[A-Za-z0-9._/+@=-]+(?: [A-Za-z0-9._/+@=-]+)*")
+
+
+def plain_path(name: str, path: Path | str) -> Path:
+    """An absolute path that may stand in a batch script.
+
+    Raises:
+        ConfigError: it holds anything but letters, digits and / . _ - + @ = and single spaces, or '..'.
+    """
+    whole = (Path.cwd() / path).absolute()
+    if not _PATH.fullmatch(str(whole)) or ".." in whole.parts:
+        raise ConfigError(
+            f"{name}={str(path)!r} is refused: it becomes part of a shell script; "
+            "use letters, digits, '/', '.', '_', '-', '+', '@', '=', single spaces, and no '..'"
+        )
+    return whole
+
+
+def describe(cfg: SlurmConfig, run: RunConfig) -> str:
+    """How the ranks of a job share the global batch; ConfigError where a number of nodes can't."""
+    low, high = cfg.node_range
+    for nodes in range(low, high + 1):
+        try:
+            micro_batch = run.micro_batch_for(nodes * cfg.ranks_per_node)
+        except ConfigError as error:
+            raise ConfigError(
+                f"nodes={cfg.nodes}: with {nodes} of them {error}" if high > low else str(error)
+            ) from error
+    world = high * cfg.ranks_per_node
+    accumulation = run.global_batch // (micro_batch * world)
+    return (
+        f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {run.global_batch} = {micro_batch} a "
+        f"forward x {accumulation} accumulated x {world} ranks"
+    )
+
+
+def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> str:
+    """Submit a run, new or to be continued; prints the job, its logs and what can be done next. The job's id.
+
+    directory: where relative paths of the run begin; None = here.
+
+    Raises:
+        ConfigError: a setting is refused, by us or by Slurm, or a job works on this run already.
+    """
+    run_dir = plain_path("run_dir", run.run_dir)
+    directory = plain_path("the working directory", directory or Path.cwd())
+    shape = describe(cfg, run)
+    if cfg.dry_run:
+        _show(cfg, run, run_dir, directory, shape)
+        return ""
+    for folder in submissions(run_dir):
+        job = _note(folder).get("job", "")
+        if job and (state := job_state(job)).alive:
+            raise ConfigError(
+                f"{run.run_dir} has job {job}, which is {state.name}; `python launch/slurm.py cancel "
+                f"{run.run_dir}` ends it, after saving its state"
+            )
+    folder = make_folder(run_dir)
+    run.checkpoint.notice_s = float(cfg.signal_delay_s)
+    save_config(run, folder.config)
+    code = snapshot(ROOT, folder.code)
+    folder.script.write_text(sbatch_script(cfg, run.name, folder, directory, run_dir))
+    note: dict[str, Any] = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir)}
+    note["directory"] = str(directory)
+    _write_note(folder, note)
+    job = submit_script(folder.script)
+    _write_note(folder, note | {"job": job})
+    commit = (code["commit"] or "without git")[:12] + (" with changes" if code["changed"] else "")
+    print(
+        f"job {job}: {shape}, code {commit}\n"
+        f"logs    {folder.logs}/{job}_0_log.out and .err\n"
+        f"status  python launch/slurm.py status {run.run_dir}\n"
+        f"end it  python launch/slurm.py cancel {run.run_dir}"
+    )
+    return job
+
+
+def _show(cfg: SlurmConfig, run: RunConfig, run_dir: Path, directory: Path, shape: str) -> None:
+    """Print the script of a dry run, and what Slurm says to it where there is one."""
+    text = sbatch_script(cfg, run.name, JobFolder(run_dir / "slurm" / "0001"), directory, run_dir)
+    show_script(text)
+    print(f"dry run, nothing was written or submitted: {shape}", file=sys.stderr)
+
+
+def show_script(text: str) -> None:
+    """Print a script and, where there is a Slurm, what that says to it; ConfigError where it refuses."""
+    print(text, end="")
+    if shutil.which("sbatch"):
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(text)
+            file.flush()
+            print(f"Slurm: {would_start(Path(file.name))}", file=sys.stderr)
+
+
+def submissions(run_dir: Path) -> list[JobFolder]:
+    """The submissions of a run, oldest first."""
+    return [JobFolder(path) for path in _numbered(run_dir / "slurm")]
+
+
+def make_folder(parent: Path, name: str = "slurm") -> JobFolder:
+    """A new folder parent/name/0001 for a submission, for its owner alone; `parent` is made, too."""
+    top = parent / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+        _check_owner(parent)
+        path = parent
+        for part in Path(name).parts:
+            path = path / part
+            path.mkdir(mode=0o700, exist_ok=True)
+            found = path.lstat()
+            if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise ConfigError(
+                    f"{path} is a link, or others may open it, and what is in it runs as you; chmod 700 it"
+                )
+        earlier = _numbered(top)
+        folder = JobFolder(top / f"{int(earlier[-1].name) + 1 if earlier else 1:04d}")
+        folder.path.mkdir(mode=0o700)
+        folder.logs.mkdir()
+    except OSError as error:
+        raise ConfigError(f"{top} can't be made: {error.strerror}; choose another folder") from error
+    return folder
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder that others may exchange for one with code of theirs, which would run as this user."""
+    own, above = folder.stat(), folder.parent.stat()
+    if own.st_uid != os.getuid() or own.st_mode & 0o022:
+        raise ConfigError(
+            f"{folder} is not yours alone to write in, and its job runs as you; chmod go-w {folder}"
+        )
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"everybody may exchange {folder}: chmod o-w {folder.parent}, or choose another run_dir"
+        )
+
+
+def _numbered(top: Path) -> list[Path]:
+    return sorted(top.glob("[0-9][0-9][0-9][0-9]"))
+
+
+def _write_note(folder: JobFolder, note: dict[str, Any]) -> None:
+    temporary = folder.settings.with_name(".tmp-job.json")
+    temporary.write_text(json.dumps(note, indent=1) + "\n")
+    temporary.replace(folder.settings)
+
+
+def _note(folder: JobFolder) -> dict[str, Any]:
+    try:
+        found = json.loads(folder.settings.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def newest(run_dir: Path) -> tuple[JobFolder, str]:
+    """The newest submission of a run and its job; ConfigError without one."""
+    for folder in reversed(submissions(run_dir)):
+        if job := _note(folder).get("job"):
+            return folder, job
+    raise ConfigError(
+        f"{run_dir} has not been submitted; python launch/slurm.py run_dir={run_dir} ... does it"
+    )
+
+
+def cancel(run_dir: Path) -> None:
+    """End the job of a run; it saves its state first, where the cluster's KillWait leaves it the time."""
+    _, job = newest(run_dir)
+    state = job_state(job)
+    if not state.alive:
+        print(f"job {job} has ended already ({state.name})")
+        return
+    slurm("scancel", job)
+    print(f"job {job} is being ended; `python launch/slurm.py resubmit {run_dir}` goes on with the run")
+
+
+def settings_of(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run's newest job, by the names of SlurmConfig."""
+    folder, _ = newest(run_dir)
+    settings: dict[str, Any] = _note(folder)["settings"]
+    return settings
+
+
+def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
+    """Submit a run once more, with the code of now and these settings of the job; the job's id."""
+    folder, _ = newest(run_dir)
+    run = load_config(folder.config, RunConfig)
+    run.run_dir = str(run_dir)
+    return submit(cfg, run, Path(_note(folder)["directory"]))
+
+
+def status(run_dir: Path) -> str:
+    """A few lines about a run: its job, how far it is, its newest checkpoint, its attempts and its logs."""
+    folder, job = newest(run_dir)
+    state, begun = job_state(job), attempts(run_dir, job)
+    lines = [f"job         {job}: {_state_text(state)}", f"step        {progress(run_dir, folder)}"]
+    steps = list_steps(run_dir / "checkpoints")
+    lines.append(f"checkpoint  step {steps[-1]}" if steps else "checkpoint  none yet")
+    lines += [
+        f"attempt {one['attempt']:<3} {one['ranks']} ranks on {one['nodes']} from step {step_of(one)}"
+        for one in begun
+    ]
+    lines.append(f"logs        {folder.logs}/{job}_0_log.out and .err")
+    return "\n".join(lines)
+
+
+def _state_text(state: JobState) -> str:
+    where = f" on {state.nodes}" if state.nodes else ""
+    why = f" ({state.reason})" if state.reason else ""
+    times = f", {state.elapsed} of {state.limit}" if state.elapsed else ""
+    again = f", restarts: {state.restarts}" if state.restarts else ""
+    return f"{state.name}{why}{where}{times}{again}"
+
+
+def progress(run_dir: Path, folder: JobFolder) -> str:
+    """How far a run is, by its newest line of metrics: step, loss, speed, time to go."""
+    total = load_config(folder.config, RunConfig).steps
+    last = newest_line(run_dir / "metrics.jsonl", "train")
+    if not last:
+        return f"0 of {total}"
+    step = last["step"]
+    parts = [f"{step} of {total} ({100 * step / total:.0f} %)"]
+    parts.append(f"loss {last['loss']:.4f}" if isinstance(last["loss"], float) else "loss not finite")
+    if isinstance(last["images_per_s"], float) and isinstance(last["step_s"], float):
+        parts.append(
+            f"{last['images_per_s']:.1f} images/s, {duration((total - step) * last['step_s'])} to go"
+        )
+    return ", ".join(parts)
+
+
+def _looked_up(job: str) -> JobState:
+    try:
+        return job_state(job)
+    except ConfigError:
+        return JobState("UNKNOWN")  # slurmctld may be busy, or starting again
+
+
+def watch(run_dir: Path) -> None:
+    """Follow a job on one line until it has ended; Ctrl-C ends the watching only."""
+    folder, job = newest(run_dir)
+    live, shown, unknown = sys.stdout.isatty(), "", 0
+    try:
+        while True:
+            state = _looked_up(job)
+            line = f"job {job} {_state_text(state)} | step {progress(run_dir, folder)}"
+            if live:
+                print(f"\r\x1b[K{line}", end="", flush=True)
+            elif line != shown:
+                print(line, flush=True)
+            shown = line
+            unknown = unknown + 1 if state.name == "UNKNOWN" else 0
+            if not state.alive and unknown in (0, PATIENCE):
+                break
+            time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        pass
+    if live:
+        print()
