@@ -1,5 +1,6 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
-# make test    the tests (under 15 minutes on two cores)
+# make test    the tests (about 10 minutes on two cores)
+# make test-slurm   the tests on a real Slurm, which they bring up on this machine (8 minutes; needs root)
 # make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (15 minutes more)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
@@ -10,10 +11,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev train test test-slow lint clean
+.PHONY: help install install-dev slurm-packages train test test-slow test-slurm lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -51,12 +52,28 @@ train: install
 	port=$$($(BIN)/python -c 'from segformer.dist import free_port; print(free_port())'); \
 	set -x; $(BIN)/deepspeed --log_level warning $$where --master_port $$port launch/train.py experiment=sample
 
-test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels
+# Slurm's daemons and its data base, where they are absent and can be installed; without them tests/slurm is skipped.
+slurm-packages:
+	@for program in slurmctld slurmd slurmdbd mariadbd sbatch ip; do \
+		PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null && continue; \
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
+			echo "$$program is absent, and installing it needs root and apt-get: tests/slurm will be skipped"; break; fi; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+			slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server-core iproute2 procps > /dev/null; } \
+			|| echo "Slurm's packages can't be installed: tests/slurm will be skipped"; \
+		break; \
+	done
+
+test: install-dev slurm-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/kernels --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/kernels  # Triton must not be imported before
 
 test-slow: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slurm"
+
+test-slurm: install-dev slurm-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: install-dev
 	$(BIN)/ruff check .
