@@ -6,6 +6,7 @@ python launch/bench.py bench=peers device=cuda
 python launch/bench.py bench=kernels kernels.batch=8
 python launch/bench.py bench=trainers trainers.seeds=[0]
 python launch/bench.py bench=stages stages.variants=[b0]
+python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
 
 Tables are printed and written as CSV into `out`; bench/README.md says what each column is.
 """
@@ -27,6 +28,10 @@ from bench.order import OrderBench  # noqa: E402
 from bench.order import measure as measure_order  # noqa: E402
 from bench.peers import PeersBench  # noqa: E402
 from bench.peers import measure as measure_peers  # noqa: E402
+from bench.requeue import RequeueBench  # noqa: E402
+from bench.requeue import measure as measure_requeue  # noqa: E402
+from bench.scaling import ScalingBench  # noqa: E402
+from bench.scaling import measure as measure_scaling  # noqa: E402
 from bench.stages import StagesBench  # noqa: E402
 from bench.stages import measure as measure_stages  # noqa: E402
 from bench.start import StartBench  # noqa: E402
@@ -36,7 +41,7 @@ from bench.trainers import measure as measure_trainers  # noqa: E402
 from segformer.config import cli  # noqa: E402
 from segformer.errors import ConfigError  # noqa: E402
 
-BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages")
+BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages", "scaling", "slurm")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +49,7 @@ class BenchConfig:
     """What is measured."""
 
     bench: str = "???"
-    """loader, order, start, memory, peers, kernels, trainers or stages."""
+    """loader, order, start, memory, peers, kernels, trainers, stages, scaling or slurm."""
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
     trainers a folder with val, too; empty = data_prep/sample."""
@@ -60,6 +65,8 @@ class BenchConfig:
     kernels: KernelsBench = field(default_factory=KernelsBench)
     trainers: TrainersBench = field(default_factory=TrainersBench)
     stages: StagesBench = field(default_factory=StagesBench)
+    scaling: ScalingBench = field(default_factory=ScalingBench)
+    slurm: RequeueBench = field(default_factory=RequeueBench)
 
     def __post_init__(self) -> None:
         if self.bench not in (*BENCHES, "???"):
@@ -83,6 +90,10 @@ def run(cfg: BenchConfig) -> None:
         measure_trainers(cfg.trainers, cfg.root, out)
     elif cfg.bench == "stages":
         measure_stages(cfg.stages, out)
+    elif cfg.bench == "scaling":
+        measure_scaling(cfg.scaling, out)
+    elif cfg.bench == "slurm":
+        measure_requeue(cfg.slurm, out)
     else:
         measure_kernels(cfg.kernels, out)
 
