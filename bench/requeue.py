@@ -1,6 +1,6 @@
 """How long a job on this cluster makes no steps: from the command to the first, from a signal to the next.
 
-    python launch/bench.py bench=slurm slurm.job=[nodes=2,gpus_per_node=8] slurm.run=[experiment=sample]
+    python launch/bench.py bench=slurm 'slurm.job=["nodes=2","gpus_per_node=8"]'
 
 On a login node. Each round submits a run by launch/slurm.py, waits for its first step, sends it SIGUSR2 as
 a preemption or a time limit does, and waits until the next attempt has made a step; then it cancels the job.
