@@ -314,3 +314,15 @@ def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkey
     checkpointer.wait()
     released.set()
     assert list_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize(("notice_s", "warned"), [(0.0, False), (1e-3, True), (3600.0, False)])
+def test_a_save_that_takes_half_of_the_notice_is_warned_of_once(tmp_path, notice_s, warned):
+    lines = []
+    cfg = CheckpointConfig(notice_s=notice_s)
+    checkpointer = Checkpointer(cfg, tmp_path, ONE, warn=lines.append, failed=nobody)
+    for step in (1, 2):
+        checkpointer.save(*tensors(step), TrainState(step=step))
+        checkpointer.settle()
+    assert len(lines) == warned
+    assert not warned or "resubmit with signal_delay_s=" in lines[0]

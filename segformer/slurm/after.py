@@ -66,9 +66,7 @@ def decide(
     out_of_memory: bool,
     stuck: str,
 ) -> Decision:
-    """What becomes of a job whose srun ended with `code` in `attempt`; see the table above."""
-    if code == 0:
-        return Decision(False, "finished")
+    """What becomes of a job whose srun ended with `code`, not 0, in `attempt`; see the table above."""
     fatal = [one for one in ended if one["code"] not in AGAIN]
     stopped = any(one["code"] == Preempted.exit_code for one in ended)
     if fatal:
@@ -92,6 +90,9 @@ def decide(
 def after(path: Path, code: int) -> None:
     """The last line of the batch script: end with srun's exit code, or have Slurm start the job again."""
     folder, owner = JobFolder(path), Owner.current()
+    if code == 0:
+        print(f"job {owner.job}: finished", flush=True)
+        return
     note = patiently(lambda: json.loads(folder.settings.read_text()))
     if note is None:
         sys.exit(code)
@@ -103,7 +104,7 @@ def after(path: Path, code: int) -> None:
         state or JobState("UNKNOWN"),
         attempt=owner.attempt,
         requeue=note["settings"]["requeue"],
-        out_of_memory=code != 0 and ran_out_of_memory(owner.job),
+        out_of_memory=ran_out_of_memory(owner.job),
         stuck=_unnoted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
     )
     print(f"job {owner.job}: {'starting again' if decision.again else 'ended'}: {decision.why}", flush=True)

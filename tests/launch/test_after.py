@@ -18,7 +18,6 @@ BUG = {"rank": 3, "code": 1, "message": "ValueError: x"}
 @pytest.mark.parametrize(
     ("code", "ended", "state", "more", "again", "why"),
     [
-        (0, [], RUNNING, {}, False, "finished"),
         (75, [SAVED], RUNNING, {}, True, "stopped by a signal"),
         (137, [SAVED], RUNNING, {}, True, "stopped by a signal"),
         (76, [LOST], RUNNING, {}, True, "a rank or a node was lost (exit code 76)"),
