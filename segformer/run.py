@@ -340,7 +340,8 @@ def _announce_return(cfg: RunConfig, world: World, telemetry: Telemetry, step: i
     """Say where the run goes on, and what the interruption has cost as far as the log knows; rank zero."""
     if not world.is_main:
         return
-    last = newest_line(Path(cfg.run_dir) / "metrics.jsonl", "train")
+    # A start that made no step has cost none: what was to be done again then, still is.
+    last = newest_line(Path(cfg.run_dir) / "metrics.jsonl", "train", "continued")
     redone = max(0, last["step"] - step) if last else 0
     cost = f"; {redone} more had been logged and are done again" if redone else ""
     telemetry.line(f"continuing from step {step}{cost}")

@@ -132,8 +132,8 @@ class Ledger:
         self._file.write(json.dumps({"from": self._begin, "step": step, "ids": ids}))
 
 
-def newest_line(path: Path, kind: str) -> dict[str, Any] | None:
-    """The last whole line of a kind in the last 64 KiB of a metrics.jsonl; None without one."""
+def newest_line(path: Path, *kinds: str) -> dict[str, Any] | None:
+    """The last whole line of one of the kinds in the last 64 KiB of a metrics.jsonl; None without one."""
     try:
         with path.open("rb") as file:
             begin = max(0, file.seek(0, os.SEEK_END) - TAIL)
@@ -144,7 +144,7 @@ def newest_line(path: Path, kind: str) -> dict[str, Any] | None:
     for line in reversed(lines):
         with contextlib.suppress(ValueError):  # the torn line of a crash
             found: dict[str, Any] = json.loads(line)
-            if found.get("kind") == kind:
+            if found.get("kind") in kinds:
                 return found
     return None
 

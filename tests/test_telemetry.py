@@ -256,6 +256,7 @@ def test_the_newest_line_of_a_kind_is_found_behind_torn_and_other_ones(tmp_path)
     assert newest_line(path, "train") == {"kind": "train", "step": 8999}
     assert newest_line(path, "eval") == {"kind": "eval", "step": 1}
     assert newest_line(path, "final") is None
+    assert newest_line(path, "train", "eval") == {"kind": "eval", "step": 1}
 
 
 def test_the_ledger_appends_what_each_process_used(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 100
+STEPS = 80
 JOB = ("gpus_per_node=0", "cpus_per_task=2", "mem=2G", "time=20m", "signal_delay_s=60")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 

@@ -123,7 +123,7 @@ def test_power_cuts_cost_the_steps_since_the_last_checkpoint(submit, undisturbed
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, alone, calm, cluster, metrics, tmp_path):
-    settings = (*calm, "optim.eps=1e-3", "steps=60")
+    settings = (*calm, "optim.eps=1e-3", "steps=40")
     job = submit("nodes=1-2", *settings)
     job.wait_until_gone_on(0)
     command = ("-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, alone, calm, clust
     assert job.end() == "COMPLETED", job.logs()
     assert [one["ranks"] for one in job.attempts] == [4, 2, 4]
     alone(tmp_path / "whole", *settings)
-    assert_nothing_lost(job, tmp_path / "whole", steps=60)
+    assert_nothing_lost(job, tmp_path / "whole", steps=40)
     losses = [line["loss"] for line in job.lines()]
     wanted = [line["loss"] for line in metrics(tmp_path / "whole")]
     assert (torch.tensor(losses) - torch.tensor(wanted)).abs().max() < 1e-5
