@@ -211,6 +211,8 @@ def train(request: Request) -> None:
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         found = {"train_s": clock.seconds, "losses": losses, "request": asdict(request)}
         (Path(request.out) / RESULT).write_text(json.dumps(found))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a group that is left to the interpreter's end may abort the process
 
 
 if __name__ == "__main__":
