@@ -69,11 +69,12 @@ test: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/kernels  # Triton must not be imported before
 
-test-slow: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not slurm"
+# Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
+test-slow: install-dev slurm-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)"
 
 test-slurm: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm
 
 lint: install-dev
 	$(BIN)/ruff check .

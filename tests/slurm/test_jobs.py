@@ -122,6 +122,23 @@ def test_power_cuts_cost_the_steps_since_the_last_checkpoint(submit, undisturbed
 
 
 @pytest.mark.slow
+@pytest.mark.faults
+def test_a_job_waits_for_its_worker_where_there_is_no_spare(submit, undisturbed, powered, metrics):
+    cluster = powered
+    job = submit("checkpoint.save_every=8", "partition=apart")
+    job.wait_until_gone_on(0)
+    batch = cluster.job(job.id)["BatchHost"]
+    worker = next(node for node in cluster.nodes_of(job.id) if node != batch)
+    cluster.cut_power(worker)
+    cluster.wait_for_state(job.id, "PENDING", timeout_s=90)
+    cluster.boot(worker)
+    job.wait_until_gone_on(1)
+    assert job.end() == "COMPLETED", job.logs()
+    assert 0 < redone(job) <= 16
+    assert_undisturbed(job, undisturbed, metrics)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, alone, calm, cluster, metrics, tmp_path):
     settings = (*calm, "optim.eps=1e-3", "steps=40")
     job = submit("nodes=1-2", *settings)
