@@ -4,8 +4,8 @@
     0                                               done
     75  stopped by a signal, state saved            start again
     76  another rank was lost; a rank was killed    start again
-    1, 2  a bug; a wrong setting, memory, data      end: starting again would not mend it
-    another code, and no rank says why              start again: srun or Python could not start on a node
+    a rank says 1 or 2: bug, setting, memory, data  end: starting again would not mend it
+    any other, and no rank says why                 start again: srun or Python could not start on a node
     out of memory (the kernel's, by accounts)       end
     Slurm itself starts the job again               nothing (preemption, loss of a node)
     3 restarts without a new checkpoint             end, and say so

@@ -28,7 +28,6 @@ _DAYS = re.compile(r"(\d{1,3})-(\d{1,2})(?::([0-5]\d))?")
 _SPAN = re.compile(
     r"(?:(\d{1,3}) ?d(?:ays?)?)? ?(?:(\d{1,4}) ?h(?:ours?)?)? ?(?:(\d{1,6}) ?m(?:in(?:ute)?s?)?)?", re.ASCII
 )
-_PATH = re.compile(r"[A-Za-z0-9._/+@=-]+(?: [A-Za-z0-9._/+@=-]+)*")
 _SBATCH_KEY = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _SBATCH_VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._,:=%+@/*\[\]-]{0,255}")
 # What the script sets from elsewhere, or what would run something else than the training.

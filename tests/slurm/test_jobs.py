@@ -22,7 +22,8 @@ def ledger(run_dir):
     """The samples of every step, by what each rank wrote down; a step that was done again counts once."""
     used = {}
     for path in sorted((run_dir / "ledger").iterdir()):
-        for line in map(json.loads, path.read_text().splitlines()):
+        lines = map(json.loads, path.read_text().splitlines())
+        for line in {line["step"]: line for line in lines}.values():  # of a rank the last counts
             begin, ids = used.get(line["step"], (-1, []))
             if line["from"] > begin:
                 begin, ids = line["from"], []
