@@ -1,14 +1,15 @@
 """One cell of peers.py: compare the results of the contenders, then let them take turns.
 
 A contender that can't run keeps an entry with the reason and no numbers: a library that is missing, too
-little memory, a model that torch.compile refuses. One that computes something else ends the run
-(SegformerError), as does an error of ours.
+little memory, a model that torch.compile refuses. So does one that computes something else, which is never
+timed, and one of ours that fails; these two are `wrong`, and peers.py ends with an error that names them,
+after everything else has been measured.
 """
 
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import (
+    COMPILED,
     Cell,
     Contender,
     Functions,
@@ -26,7 +28,6 @@ from bench.contenders import (
     step_of,
 )
 from bench.footprint import Request, cpu_peak_mib, cuda_peak_mib
-from segformer.errors import SegformerError
 
 OURS = ("fused", "reference")
 SHARED = ("fused", "transformers")  # the largest batch is the largest of these two
@@ -35,6 +36,8 @@ YARDSTICKS = ("transformers", "original", "reference", "fused")  # the first one
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (5e-2, 5e-2)}
 LARGEST_BATCH = 1024
 FEWEST_ROUNDS = 3
+NO_MEMORY = "out of memory"
+SHORTAGES = ("out of memory", "OutOfMemoryError", "ALLOC_FAILED")  # CUDA, torch.compile, cuBLAS and cuDNN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,11 @@ class Rules:
     memory: bool
 
 
+def first_line(text: object) -> str:
+    """What an error says, short enough for a table."""
+    return (str(text).strip().splitlines() or ["unknown"])[0][:200]
+
+
 @dataclass(slots=True)
 class Entry:
     """A contender in a cell, and what has been found out about it."""
@@ -60,6 +68,7 @@ class Entry:
     name: str
     contender: Contender | None = None
     note: str = ""
+    wrong: bool = False
     difference: float | None = None
     gradient_difference: float | None = None
     peak_mib: float | None = None
@@ -68,22 +77,35 @@ class Entry:
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
 
-    def leave(self, reason: str) -> None:
-        """Take the contender out and say why."""
-        self.note = (reason.strip().splitlines() or ["unknown"])[0][:200]
+    def leave(self, reason: str, *, wrong: bool = False) -> None:
+        """Take the contender out and say why; `wrong`: that is an error, not how things are."""
+        self.note, self.wrong = first_line(reason), wrong
         self.contender = self.step = None
         self.seconds = []
 
 
 def hold(cell: Cell, names: Sequence[str], folder: Path, rules: Rules) -> tuple[int, list[Entry]]:
     """Measure the contenders in a cell; `folder` has their weights. Returns the batch and their entries."""
-    torch.compiler.reset()
-    entries = [_enter(name, cell, folder, rules) for name in names]
+    entries = [Entry(name) for name in names]
+    for entry in entries:
+        _enter(entry, cell, folder, rules)
     compare(cell, entries, rules)
     batch = cell.batch or largest_batch(cell, entries, rules)
-    data = batch_of(cell, batch, rules.num_classes, rules.device)
-    for entry in entries:
-        _warm(cell, entry, data, rules)
+    while True:
+        began = time.monotonic()
+        torch.compiler.reset()  # what is compiled is compiled for this batch alone
+        data = batch_of(cell, batch, rules.num_classes, rules.device)
+        for entry in entries:
+            _warm(cell, entry, data, rules)
+        short = [entry for entry in entries if entry.name in COMPILED and entry.note == NO_MEMORY]
+        again = 2 * time.monotonic() - began  # the end of another one that takes as long
+        if cell.batch or batch == 1 or not short or again > rules.deadline:
+            break
+        batch //= 2
+        print(f"{cell}: {short[0].name} is out of memory; all with {batch} images in place of {2 * batch}")
+        for entry in entries:
+            if entry.note == NO_MEMORY and (entry.name in COMPILED or entry.difference is not None):
+                _enter(entry, cell, folder, rules)
     if rules.memory:
         _memory(cell, batch, entries, folder, rules)
     take_turns(entries, rules)
@@ -93,29 +115,29 @@ def hold(cell: Cell, names: Sequence[str], folder: Path, rules: Rules) -> tuple[
     return batch, entries
 
 
-def _enter(name: str, cell: Cell, folder: Path, rules: Rules) -> Entry:
-    entry = Entry(name)
-    try:
-        contender = build(name, cell.variant, rules.num_classes, folder, mode=rules.compile_mode)
-    except UnavailableError as error:
-        entry.leave(str(error))
-        return entry
-    contender.model.to(rules.device)
-    entry.contender, entry.weights_mib = contender, contender.weights_mib
-    return entry
+def _enter(entry: Entry, cell: Cell, folder: Path, rules: Rules) -> None:
+    entry.note = ""
+    with _may_leave(entry, rules.device):
+        try:
+            contender = build(entry.name, cell.variant, rules.num_classes, folder, mode=rules.compile_mode)
+        except UnavailableError as error:
+            entry.leave(str(error))
+            return
+        contender.model.to(rules.device)
+        entry.contender, entry.weights_mib = contender, contender.weights_mib
 
 
 @contextmanager
 def _may_leave(entry: Entry, device: torch.device) -> Iterator[None]:
-    """Turn too little memory, and any failure of somebody else's model, into a note."""
+    """Turn too little memory and any other failure into a note."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        entry.leave("out of memory")
-    except RuntimeError as error:
-        if entry.name in OURS:
-            raise
-        entry.leave(f"{type(error).__name__}: {error}")
+    except Exception as error:  # Triton's are of no common kind
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SHORTAGES):
+            entry.leave(NO_MEMORY)
+        else:
+            ours = entry.name.partition("+")[0] in OURS
+            entry.leave(f"{type(error).__name__}: {first_line(error)}", wrong=ours)
     finally:
         if entry.contender is None:
             _release(device)
@@ -123,8 +145,13 @@ def _may_leave(entry: Entry, device: torch.device) -> Iterator[None]:
 
 def _release(device: torch.device) -> None:
     gc.collect()
+    _empty_cache(device)
+
+
+def _empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after an error of CUDA, which has its note
+            torch.cuda.empty_cache()
 
 
 def _results(
@@ -140,7 +167,7 @@ def _results(
 def _judge(
     entry: Entry, found: tuple[Tensor, float | None], right: tuple[Tensor, float | None], precision: str
 ) -> None:
-    """Note how far `found` is from `right`; SegformerError where that is too far."""
+    """Note how far `found` is from `right`, and take the contender out where that is too far."""
     entry.difference = float((found[0] - right[0]).abs().max() / right[0].abs().max())
     if found[1] is not None and right[1] is not None:
         entry.gradient_difference = abs(found[1] - right[1]) / right[1]
@@ -150,26 +177,32 @@ def _judge(
         ("gradients", entry.gradient_difference, allowed[1]),
     ):
         if value is not None and not value <= most:
-            raise SegformerError(
-                f"{entry.name}: {kind} differ by {value:.2g} of the largest, at most {most:.0e} is allowed; "
-                "nothing was timed"
-            )
+            reason = f"{kind} differ by {value:.2g} of the largest, at most {most:.0e} is allowed; not timed"
+            entry.leave(reason, wrong=True)
+            return
 
 
 def compare(cell: Cell, entries: Sequence[Entry], rules: Rules) -> None:
-    """Compare what isn't compiled with a yardstick in float32; SegformerError where they differ."""
+    """Compare what isn't compiled with a yardstick in float32, and take out what differs."""
     data = batch_of(cell, cell.batch or 1, rules.num_classes, rules.device)
-    running = {entry.name: entry.contender for entry in entries if entry.contender}
-    if not running:
-        return
-    yardstick = running[next((name for name in YARDSTICKS if name in running), next(iter(running)))]
-    with _full_precision():
-        right = _results(yardstick, yardstick.eager, cell.mode, data, "fp32")
+    right = _yardstick(cell, entries, data, rules)
     for entry in entries:
-        if entry.contender and not entry.contender.compiled:
+        if right and entry.contender and not entry.contender.compiled:
             with _may_leave(entry, rules.device):
                 found = _results(entry.contender, entry.contender.run, cell.mode, data, rules.precision)
                 _judge(entry, found, right, rules.precision)
+
+
+def _yardstick(
+    cell: Cell, entries: Sequence[Entry], data: tuple[Tensor, Tensor], rules: Rules
+) -> tuple[Tensor, float | None] | None:
+    """Results of the first contender of YARDSTICKS that runs, or else of any."""
+    order = [*YARDSTICKS, *(entry.name for entry in entries if entry.name not in YARDSTICKS)]
+    for entry in sorted(entries, key=lambda entry: order.index(entry.name)):
+        if entry.contender is not None:
+            with _may_leave(entry, rules.device), _full_precision():
+                return _results(entry.contender, entry.contender.eager, cell.mode, data, "fp32")
+    return None
 
 
 @contextmanager
@@ -201,7 +234,8 @@ def _fits(cell: Cell, batch: int, entry: Entry, rules: Rules) -> bool:
         data = batch_of(cell, batch, rules.num_classes, rules.device)
         step_of(contender.model, contender.run, cell.mode, data, rules.precision)()
         del data
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # also cuBLAS and cuDNN without memory, or more elements than they count
+        print(f"{cell}: {entry.name} does not fit {batch} images: {first_line(error)}")
         fits = False
     contender.model.zero_grad(set_to_none=True)
     _release(rules.device)
@@ -221,6 +255,8 @@ def _warm(cell: Cell, entry: Entry, data: tuple[Tensor, Tensor], rules: Rules) -
             right = _results(contender, contender.eager, cell.mode, data, rules.precision)
             found = _results(contender, contender.run, cell.mode, data, rules.precision)
             _judge(entry, found, right, rules.precision)
+            if entry.wrong:
+                return
         entry.step = step_of(contender.model, contender.run, cell.mode, data, rules.precision)
         entry.step()
         taken = timed(entry.step, 1, rules.device)
@@ -237,15 +273,16 @@ def _memory(cell: Cell, batch: int, entries: Sequence[Entry], folder: Path, rule
                 entry.peak_mib = cuda_peak_mib(entry.step)
                 entry.contender.model.zero_grad(set_to_none=True)
         elif not entry.contender.compiled:
-            request = Request(
-                contender=entry.name,
-                cell=str(Cell(cell.mode, cell.variant, cell.size, batch)),
-                num_classes=rules.num_classes,
-                folder=str(folder),
-                precision=rules.precision,
-                threads=rules.threads,
-            )
-            entry.peak_mib = cpu_peak_mib(request)
+            with _may_leave(entry, rules.device):
+                request = Request(
+                    contender=entry.name,
+                    cell=str(Cell(cell.mode, cell.variant, cell.size, batch)),
+                    num_classes=rules.num_classes,
+                    folder=str(folder),
+                    precision=rules.precision,
+                    threads=rules.threads,
+                )
+                entry.peak_mib = cpu_peak_mib(request)
 
 
 def timed(step: Callable[[], Tensor], steps: int, device: torch.device) -> float:
@@ -274,5 +311,4 @@ def take_turns(entries: Sequence[Entry], rules: Rules) -> None:
                 entry.step()
                 entry.seconds.append(timed(entry.step, entry.steps, rules.device))
                 entry.contender.model.zero_grad(set_to_none=True)
-            if rules.device.type == "cuda":
-                torch.cuda.empty_cache()  # the next contender finds the memory as this one did
+            _empty_cache(rules.device)  # the next contender finds the memory as this one did

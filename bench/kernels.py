@@ -1,14 +1,16 @@
 """Each Triton kernel against what torch.compile makes of the reference operation, on a GPU.
 
 The sizes are those of one network in training. A case of a `+ backward` kernel is forward and backward
-together on both sides, because the loss kernel can't be taken apart. Results are compared first; one that
-differs ends the run. Every side is captured as a graph of one call per set of inputs, with as many sets as no
-cache holds, and the two take turns. Of a graph only the GPU's time counts, not that of the launches.
+together on both sides, because the loss kernel can't be taken apart. Results are compared first; a case
+whose results differ, or that fails, is not timed: its row says why, and an error at the end names it. Every
+side is captured as a graph of one call per set of inputs, with as many sets as no cache holds, and the two
+take turns. Of a graph only the GPU's time counts, not that of the launches.
 
 least_mb is what a kernel must move at least (kernel_cases.py). The time of a copy that moves as many bytes,
 measured in the same run, is the roofline.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,13 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = 2e-2  # relative distance of two results in bf16; of labels, the share that differs
 ROTATE = 256 << 20  # bytes of inputs that no cache holds
 COPY = 1 << 30  # bytes of the measured copy
+SPREAD = ("median", "min", "max", "min/max")
+NUMBERS = (
+    *(f"ms_{kind}" for kind in SPREAD),
+    *(f"compiled_ms_{kind}" for kind in SPREAD),
+    *("times_faster", "times_faster_min", "peak_mib", "compiled_peak_mib"),
+    *("least_mb", "gb_per_s", "copy_gb_per_s", "share_of_roofline"),
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +89,20 @@ def compare(case: Case, ours: Results, theirs: Results) -> None:
 
 
 def row(cfg: KernelsBench, case: Case, copied: float) -> dict[str, Any]:
-    """Measure one case; `copied` is the bytes per second of a copy."""
+    """A case and what was measured of it, or a note why nothing was."""
+    found = {"kernel": case.kernel, "shape": case.shape, "note": "", **dict.fromkeys(NUMBERS)}
+    try:
+        return found | numbers(cfg, case, copied)
+    except Exception as error:  # Triton's are of no common kind
+        traceback.print_exc()
+        reason = (str(error).strip().splitlines() or ["unknown"])[0][:200]
+        return found | {"note": f"{type(error).__name__}: {reason}"}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def numbers(cfg: KernelsBench, case: Case, copied: float) -> dict[str, Any]:
+    """Measure one case; `copied` is the bytes per second of a copy. SegformerError where results differ."""
     first = case.inputs()
     compiled = torch.compile(case.function, fullgraph=True, dynamic=False)
     sides: list[Callable[[Inputs], Results]] = [case.ours, lambda given: case.plain(compiled, given)]
@@ -96,8 +118,6 @@ def row(cfg: KernelsBench, case: Case, copied: float) -> dict[str, Any]:
     ratio = spread([right / left for left, right in zip(ours, theirs, strict=True)])
     rate = moved / median(ours)
     return {
-        "kernel": case.kernel,
-        "shape": case.shape,
         **{f"ms_{name}": value for name, value in found.items()},
         **{f"compiled_ms_{name}": value for name, value in other.items()},
         "times_faster": ratio["median"],
@@ -176,21 +196,26 @@ def copy_bandwidth(cfg: KernelsBench) -> float:
 
 
 def measure(cfg: KernelsBench, out: Path) -> list[dict[str, Any]]:
-    """Measure every case and write kernels.csv into `out`; ConfigError without a GPU."""
+    """Measure every case and write kernels.csv into `out` case by case; ConfigError without a GPU.
+
+    Raises SegformerError at the end, all rows written, where a case has a note.
+    """
     if not torch.cuda.is_available():
         raise ConfigError("bench=kernels needs an NVIDIA GPU, and torch sees none here; run it on one")
     copied = copy_bandwidth(cfg)
-    rows = []
+    found = conditions(("numpy", "torch", "triton"))
+    found["hardware"] = f"{torch.cuda.get_device_name()}, {found['hardware']}"
+    rows: list[dict[str, Any]] = []
     sizes = (VARIANTS[cfg.variant], cfg.batch, cfg.size, cfg.classes, PRECISIONS[cfg.precision])
     for case in cases(*sizes, torch.device("cuda")):
         if cfg.only in case.kernel:
             torch.compiler.reset()
             rows.append(row(cfg, case, copied))
-            print(table(rows[-1:]))
+            print(table(rows[-1:]), flush=True)
+            write_csv(out / "kernels.csv", rows, found)
     if not rows:
         raise ConfigError(f"kernels.only={cfg.only!r} is in the name of no kernel")
-    found = conditions(("numpy", "torch", "triton"))
-    found["hardware"] = f"{torch.cuda.get_device_name()}, {found['hardware']}"
-    write_csv(out / "kernels.csv", rows, found)
     print(table(rows))
+    if wrong := [f"{one['kernel']} of {one['shape']}: {one['note']}" for one in rows if one["note"]]:
+        raise SegformerError("all others were measured, but " + "; ".join(wrong))
     return rows

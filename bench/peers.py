@@ -1,10 +1,11 @@
 """Ours against its peers, side by side in one process: time, memory, operations and share of the roofline.
 
 For every cell (mode, variant, size, batch) the contenders of contenders.py get the same weights and inputs.
-First their results are compared: one that computes something else ends the run. Then they take turns, round
-after round, and in every round another one begins. A turn is one step that is not timed, to fill caches and
-the allocator again, and as many steps as take `turn_seconds`, at least one; its time is their mean. Ratios
-are formed within a round, so that a slow minute of the machine slows both sides.
+First their results are compared: one that computes something else is not timed, and the error that the run
+ends with names it. Then they take turns, round after round, and in every round another one begins. A turn is
+one step that is not timed, to fill caches and the allocator again, and as many steps as take `turn_seconds`,
+at least one; its time is their mean. Ratios are formed within a round, so that a slow minute of the machine
+slows both sides.
 
 A step of `inference` gives logits at a quarter of the image size in eval mode. A step of `training` clears
 the gradients, computes the loss at the size of the labels, and all gradients; there is no optimiser.
@@ -12,6 +13,7 @@ the gradients, computes the loss at the size of the labels, and all gradients; t
 
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +26,11 @@ from typing import Any
 import torch
 
 from bench.contenders import COMPILED, EAGER, NAMES, Cell, write_weights
-from bench.contest import Entry, Rules, hold
+from bench.contest import Entry, Rules, first_line, hold
 from bench.picture import draw
 from bench.record import conditions, spread, table, write_csv
 from bench.roofline import Peaks, peaks
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, SegformerError
 from segformer.models.macs import work
 
 # The cells of the acceptance criteria, the most important first, and the larger set.
@@ -53,6 +55,7 @@ ALL = {
         *(f"training/{variant}/1024x2048/max" for variant in ("b0", "b2", "b5")),
     ),
 }
+BESIDE = {"fused": "fused", "compiled": "fused+compile"}  # columns times_* and memory_*
 PACKAGES = ("torch", "triton", "transformers", "segmentation_models_pytorch")
 COMPILED_ON_CPU = "inference/b0/512x512/1"  # compiling the larger ones takes minutes each
 
@@ -103,24 +106,17 @@ class PeersBench:
 
 
 def measure(cfg: PeersBench, device: str, out: Path) -> list[dict[str, Any]]:
-    """Measure every cell on cpu or cuda; write peers.csv (cuda: peers-cuda.csv) into `out` cell by cell."""
+    """Measure every cell on cpu or cuda; write peers.csv (cuda: peers-cuda.csv) into `out` cell by cell.
+
+    Raises SegformerError at the end, all rows written, where a contender differs or one of ours fails.
+    """
     place = _device(device)
     cells = _cells(cfg, device)
     precision = cfg.precision or {"cpu": "fp32", "cuda": "bf16"}[device]
     rows: list[dict[str, Any]] = []
+    wrong: list[str] = []
     with _threads(cfg.threads) as threads, TemporaryDirectory() as scratch:
-        rules = Rules(
-            device=place,
-            precision=precision,
-            num_classes=cfg.classes,
-            threads=threads,
-            rounds=cfg.rounds,
-            turn_seconds=cfg.turn_seconds,
-            cell_seconds=cfg.cell_seconds,
-            deadline=time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf"),
-            compile_mode=cfg.compile_mode,
-            memory=cfg.memory,
-        )
+        rules = _rules(cfg, place, precision, threads)
         found = _conditions(place, threads)
         limits = peaks(place, precision)
         held: list[tuple[Cell, int, list[Entry]]] = []
@@ -131,15 +127,39 @@ def measure(cfg: PeersBench, device: str, out: Path) -> list[dict[str, Any]]:
             folder = Path(scratch) / cell.variant
             if not folder.exists():
                 write_weights(cell.variant, cfg.classes, folder)
-            held.append((cell, *hold(cell, _names(cfg, cell, device), folder, rules)))
+            try:
+                batch, entries = hold(cell, _names(cfg, cell, device), folder, rules)
+            except Exception as error:  # the other cells are measured
+                traceback.print_exc()
+                wrong.append(f"{cell}: {type(error).__name__}: {first_line(error)}")
+                continue
+            held.append((cell, batch, entries))
+            wrong += [f"{cell}: {entry.name}: {entry.note}" for entry in entries if entry.wrong]
             if limits and (again := peaks(place, precision)):
                 limits = limits.best(again)
             rows = [row for part in held for row in rows_of(*part, rules, limits)]
-            print(shown(cell, held[-1][1], rows[-len(held[-1][2]) :]), flush=True)
+            print(shown(cell, batch, rows[-len(entries) :]), flush=True)
             write_csv(out / ("peers.csv" if device == "cpu" else f"peers-{device}.csv"), rows, found)
     if cfg.picture and rows:
         draw(rows, Path(cfg.picture))
+    if wrong:
+        raise SegformerError("all others were measured, but " + "; ".join(wrong))
     return rows
+
+
+def _rules(cfg: PeersBench, device: torch.device, precision: str, threads: int) -> Rules:
+    return Rules(
+        device=device,
+        precision=precision,
+        num_classes=cfg.classes,
+        threads=threads,
+        rounds=cfg.rounds,
+        turn_seconds=cfg.turn_seconds,
+        cell_seconds=cfg.cell_seconds,
+        deadline=time.monotonic() + 60 * cfg.minutes if cfg.minutes else float("inf"),
+        compile_mode=cfg.compile_mode,
+        memory=cfg.memory,
+    )
 
 
 def _device(device: str) -> torch.device:
@@ -209,11 +229,13 @@ def rows_of(
             "note": entry.note,
         }
         row |= _times(entry, batch)
-        for name, other in (("fused", "fused"), ("compiled", "fused+compile")):
-            row |= _ratios(f"times_{name}", entry, next((e for e in entries if e.name == other), None))
+        others = {name: next((e for e in entries if e.name == other), None) for name, other in BESIDE.items()}
+        for name, other in others.items():
+            row |= _ratios(f"times_{name}", entry, other)
         seconds = median(entry.seconds) if entry.seconds else None
         row |= {
             "peak_mib": _rounded(entry.peak_mib),
+            **{f"memory_{name}": _memory_ratio(entry, other) for name, other in others.items()},
             "weights_mib": _rounded(entry.weights_mib),
             "gflop": _rounded(2e-9 * own.macs),
             "gflop_per_s": _rounded(2e-9 * own.macs / seconds) if seconds else None,
@@ -246,6 +268,13 @@ def _ratios(name: str, entry: Entry, other: Entry | None) -> dict[str, Any]:
     return {key: ratios[kind] for key, kind in keys.items()}
 
 
+def _memory_ratio(entry: Entry, other: Entry | None) -> float | None:
+    """Peak memory over that of `other`."""
+    if other is None or entry.peak_mib is None or not other.peak_mib:
+        return None
+    return _rounded(entry.peak_mib / other.peak_mib, 3)
+
+
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
 
@@ -253,14 +282,18 @@ def _rounded(value: float | None, digits: int = 4) -> float | None:
 def shown(cell: Cell, batch: int, rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a cell for a reader: what was measured, and why the others were not."""
     lines = []
+    compiled = any(row["times_compiled"] is not None for row in rows)
     for row in rows:
         ratio = "{times_fused} ({times_fused_min} to {times_fused_max})".format_map(row)
         line = {
             "contender": row["contender"],
             "ms": row["ms_median"],
             "time / fused": None if row["times_fused"] is None else ratio,
+            **({"time / compiled": row["times_compiled"]} if compiled else {}),
             "images/s": row["images_per_s"],
             "peak MiB": row["peak_mib"],
+            "MiB / fused": row["memory_fused"],
+            **({"MiB / compiled": row["memory_compiled"]} if compiled else {}),
             "weights MiB": row["weights_mib"],
             "GFLOP": row["gflop"],
             "GFLOP/s": row["gflop_per_s"],

@@ -23,10 +23,16 @@ WIDTH = 0.8  # of the bars of a cell
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of two panels, cells side by side, a bar for every contender that was measured."""
+    """Write a PNG of two panels, cells side by side, a bar for every contender that was measured.
+
+    None where nothing was measured.
+    """
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if row["ms_median"] is not None]
+    if not measured:
+        print(f"nothing was measured, so {path} is not written")
+        return
     cells = list(dict.fromkeys(_cell(row) for row in measured))
     names = [name for name in COLOURS if any(row["contender"] == name for row in measured)]
     figure = Figure(figsize=(max(6.0, 1.7 * len(cells)), 6.4), dpi=100, layout="constrained")
