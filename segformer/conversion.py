@@ -21,6 +21,7 @@ from segformer.errors import ConfigError
 from segformer.export import read_run
 from segformer.models.card import Card, colours
 from segformer.models.convert import PROFILES, Weights, read_weights
+from segformer.models.files import SUFFIXES
 from segformer.models.names import TITLES, WRITTEN, listed, printable
 from segformer.models.remap import check_distinct
 from segformer.models.save import write_hf, write_pth
@@ -29,6 +30,7 @@ from segformer.models.sizes import find_sizes
 from segformer.models.variants import NORM_PROFILES
 
 _SHOWN = 5  # class names printed
+_UNFIT = "get the whole file again, or take the encoder alone, where that is sound, with encoder_only=true"
 _CARRIED = ("view", "shards", "digest", "step", "scores")
 
 
@@ -54,10 +56,18 @@ class ConvertConfig:
     "Seed of fresh rows of the class layer."
 
     def __post_init__(self) -> None:
+        for key, what in (("source", "a file, directory or run"), ("out", "a directory or .pth file")):
+            if not getattr(self, key).strip():
+                raise ConfigError(f"{key}= is empty; give {what}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}")
         if self.to not in ("ours", *WRITTEN):
             raise ConfigError(f"to={self.to} is unknown; use one of ours, {', '.join(WRITTEN)}")
+        if self.to in ("ours", "hf") and Path(self.out).suffix.lower() in SUFFIXES:
+            raise ConfigError(
+                f"out={self.out} is the name of a file, but to={self.to} writes a directory; give a "
+                "directory, or one of to=nvlabs, smp, mmseg for a .pth file"
+            )
         if self.norm_profile is not None and self.norm_profile not in NORM_PROFILES:
             raise ConfigError(
                 f"norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}, or null"
@@ -110,7 +120,8 @@ def check_network(weights: Weights) -> None:
         else:
             network = build_model(config, sizes.num_classes or 1)
     prefixes = ("backbone.",) if sizes.kind == "encoder" else ("",)
-    check_strict(network, weights.state, source=f"{weights.source} as {sizes.variant}", prefixes=prefixes)
+    source = f"{weights.source} as {sizes.variant}"
+    check_strict(network, weights.state, source=source, prefixes=prefixes, do=_UNFIT)
 
 
 def _keep_apart(source: Path, out: Path) -> None:

@@ -9,6 +9,8 @@ What a file does not say is None. Refuses, with CheckpointError, a damaged secti
 another network than the weights or than ours.
 """
 
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,23 +47,30 @@ class Card:
         return {
             "classes": self.classes,
             "palette": self.palette,
-            "mean": list(map(float, self.mean or IMAGENET_MEAN)),
-            "std": list(map(float, self.std or IMAGENET_STD)),
+            "mean": IMAGENET_MEAN if self.mean is None else self.mean,
+            "std": IMAGENET_STD if self.std is None else self.std,
         }
 
 
 def card_of_section(section: Mapping[str, Any], num_classes: int | None) -> Card:
-    """The card in a section "segformer" that we wrote.
+    """The card in a section "segformer" that we wrote, or are about to write.
 
-    Raises KeyError, TypeError or ValueError for a damaged one.
+    Raises KeyError, or ValueError that names the entry, for a damaged one.
     """
-    classes, palette = section["classes"], section["palette"]
-    card = Card(
-        classes=None if classes is None else _list_of(classes, str),
-        palette=None if palette is None else colours(palette, num_classes),
-        mean=_list_of(section["mean"], float, 3),
-        std=_list_of(section["std"], float, 3),
-    )
+    readers: dict[str, Callable[[Any], list[Any]]] = {
+        "classes": lambda names: _list_of(names, str),
+        "palette": lambda palette: colours(palette, num_classes),
+        "mean": lambda mean: _list_of(mean, _finite, 3),
+        "std": lambda std: _list_of(std, _positive, 3),
+    }
+    entries: dict[str, list[Any] | None] = {}
+    for key, read in readers.items():
+        value = section[key]
+        try:
+            entries[key] = None if value is None and key in ("classes", "palette") else read(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {error}") from None
+    card = Card(**entries)
     if card.classes is not None and len(card.classes) != num_classes:
         raise ValueError(f"{len(card.classes)} classes for {num_classes} logits")
     return card
@@ -177,11 +186,23 @@ def _sizes(variant_name: str) -> dict[str, Any]:
 
 def _byte(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value <= 255:
-        raise ValueError(f"{value!r} is not from 0 to 255")
+        raise ValueError(f"{value!r} is not a whole number from 0 to 255")
     return value
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def _positive(value: Any) -> float:
+    if (number := _finite(value)) <= 0:
+        raise ValueError(f"{value!r} is not above 0")
+    return number
 
 
 def _list_of(values: Any, kind: Callable[[Any], Any], length: int | None = None) -> list[Any]:
     if not isinstance(values, list) or (length is not None and len(values) != length):
-        raise ValueError(f"{values!r} is not a list" + (f" of {length}" if length else ""))
+        raise ValueError(f"{reprlib.repr(values)} is not a list" + (f" of {length}" if length else ""))
     return [kind(value) for value in values]

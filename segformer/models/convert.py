@@ -35,6 +35,7 @@ from segformer.models.sizes import Sizes, find_sizes
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 
 PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
+_COUNTER = "decode_head.linear_fuse.bn.num_batches_tracked"
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -139,6 +140,7 @@ def read_weights(path: str | Path, *, encoder_only: bool = False) -> Weights:
                 "alone, with launch/convert.py encoder_only=true"
             )
         state, dropped = to_ours(contents.state, naming)
+        counted = _add_counter(state)
         sizes = find_sizes(state)
         weights = Weights(
             source=str(path),
@@ -154,11 +156,21 @@ def read_weights(path: str | Path, *, encoder_only: bool = False) -> Weights:
     except OSError as error:
         raise CheckpointError(f"{contents.file} can't be read: {reason_of(error)}; copy it again") from None
     if naming.wrapper:
-        weights.notes.append(f"the prefix {naming.wrapper!r} was taken off every name")
+        weights.notes.append(f"the prefix {naming.wrapper!r} was taken off the names")
+    if not counted:
+        weights.notes.append(f"{_COUNTER} is not in the file; it only counts, and was set to 0")
     kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if kinds != {"float32"}:
         weights.notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
     return weights.encoder() if encoder_only else weights
+
+
+def _add_counter(state: dict[str, Tensor]) -> bool:
+    """Add the counter of the head's BatchNorm where only that is missing, as torch does; False if it was."""
+    if _COUNTER in state or _COUNTER.replace("num_batches_tracked", "running_mean") not in state:
+        return True
+    state[_COUNTER] = torch.zeros((), dtype=torch.int64)
+    return False
 
 
 def _read_card(weights: Weights, contents: Contents) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _MANIFEST = "MANIFEST.json"
 _NAMES = (MODEL_FILE, f"{MODEL_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
+SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _STATE_KEYS = ("state_dict", "model", "model_state_dict")
 
@@ -87,7 +88,7 @@ def _read(source: Path) -> Contents:
         state, meta = _read_shards(file)
     else:
         state, meta = _read_file(file)
-    _check_tensors(state, file)
+    check_tensors(state, file)
     preprocessor = read_json(folder / PREPROCESSOR_FILE) if config is not None else None
     return Contents(
         file=file, state=state, config=config, preprocessor=preprocessor or {}, meta=meta, is_run=is_run
@@ -125,7 +126,7 @@ def _weights_of(folder: Path) -> Path:
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES)
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)
     hint = f"give the file itself: {folder / found[0]}" if found else f"expected one of {', '.join(_NAMES)}"
     raise CheckpointError(f"{folder}: {MODEL_FILE} is missing, and so is every other name of weights; {hint}")
 
@@ -240,7 +241,8 @@ def _unwrap(loaded: Any, file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     return state, meta if isinstance(meta, dict) else {}
 
 
-def _check_tensors(state: dict[str, Tensor], file: Path) -> None:
+def check_tensors(state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raise CheckpointError where `state`, which is or would be in a file, has tensors that are refused."""
     odd, hollow, wrong = [], [], []
     for name, tensor in state.items():
         counter = name.endswith("num_batches_tracked")
@@ -254,12 +256,16 @@ def _check_tensors(state: dict[str, Tensor], file: Path) -> None:
             wrong.append(name)
     if odd:
         raise CheckpointError(
-            f"{file}: {len(odd)} tensors are not in plain floating point: {listed(odd)}; save it unquantised"
+            f"{source}: {len(odd)} tensors are not in plain floating point: {listed(odd)}; save it "
+            "unquantised"
         )
     if hollow:
         raise CheckpointError(
-            f"{file}: {len(hollow)} tensors have no data, or less than their shapes say: {listed(hollow)}; "
+            f"{source}: {len(hollow)} tensors have no data, or less than their shapes say: {listed(hollow)}; "
             "save a model that is on the CPU, and its tensors with .contiguous()"
         )
     if wrong:
-        raise CheckpointError(f"{file}: {len(wrong)} tensors hold NaN or infinity: {listed(wrong)}")
+        raise CheckpointError(
+            f"{source}: {len(wrong)} tensors hold NaN or infinity: {listed(wrong)}; use weights from before "
+            "they diverged"
+        )

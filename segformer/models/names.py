@@ -16,9 +16,15 @@ holds C rows of keys and then C rows of values: Hugging Face keeps key and value
 (Hugging Face: `encoder.` for `segformer.encoder.`). hf5 is what `state_dict()` of a live transformers 5 model
 says; transformers itself writes hf, so hf5 is only read.
 
-Refuses, with CheckpointError: names of no SegFormer, names without a place, half a key/value pair.
+Names may stand behind what a wrapper puts before them, such as `module.` (DataParallel), `_orig_mod.`
+(torch.compile), `model.` (Lightning); what is not below it (`criterion.weight`) is no part of the network.
+
+Refuses, with CheckpointError: names of no SegFormer, names without a place, two SegFormers in one file, half
+a key/value pair.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -30,8 +36,7 @@ from segformer.errors import CheckpointError
 
 _SHOWN = 6  # names listed in an error before "and N more"
 _MAX_DEPTH = 100  # blocks of one stage that the tables hold; the deepest variant has 40
-# Wrappers that put their own name in front of every parameter: DataParallel, torch.compile, Lightning.
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_MAX_PREFIXES = 16  # prefixes that are tried; a file with more holds many networks and is refused
 
 # Each row: ours, hf, hf5, mmseg. "/0" and "/1" are the first and the second piece of one tensor, cut by rows.
 _EMBED_ROWS = (
@@ -120,7 +125,7 @@ class Naming:
     bare: bool = False
     "The encoder's prefix is left out."
     wrapper: str = ""
-    "What stands before every name and means nothing, such as `module.`."
+    "What stands before the names of the network and means nothing, such as `module.`."
 
 
 def printable(name: str) -> str:
@@ -156,26 +161,53 @@ def _modules(format_: str, bare: bool) -> dict[str, str]:
     }
 
 
+@cache
+def _landmarks(start: str) -> tuple[str, ...]:
+    """What modules of all formats are called that only a SegFormer has and that start with `start` here."""
+    rows = [row for format_ in _PREFIX for bare in (False, True) for row in _modules(format_, bare).items()]
+    is_landmark = re.compile(r"decode_head\.|backbone\.patch_embed\d\.proj").match
+    return tuple({theirs for theirs, ours in rows if ours.startswith(start) and is_landmark(ours)})
+
+
+def _prefixes(names: list[str]) -> list[str]:
+    """What may stand before the names: nothing, or what stands before a patch embedding; shortest first."""
+    modules = [name.rpartition(".")[0] for name in names]
+    found = Counter(
+        module.removesuffix(place)
+        for place in _landmarks("backbone.")
+        for module in modules
+        if module.endswith(f".{place}")
+    )
+    return sorted(["", *(prefix for prefix, _ in found.most_common(_MAX_PREFIXES))], key=len)
+
+
 def detect(names: Iterable[str]) -> Naming:
     """The naming that knows most of `names`.
 
-    Raises CheckpointError where none knows any encoder name: the file is of another network.
+    Raises CheckpointError where none knows any encoder name: the file is of another network; and where names
+    of a SegFormer are elsewhere too.
     """
     names = list(names)
-    wrapper, bare_names = "", names
-    while names and (found := next((w for w in _WRAPPERS if all(n.startswith(w) for n in bare_names)), "")):
-        wrapper, bare_names = wrapper + found, [name.removeprefix(found) for name in bare_names]
     known = {}
-    for format_ in _PREFIX:
-        for bare in (False, True):
-            modules = _modules(format_, bare)
-            ours = [modules.get(_module_of(name, format_)[0], "") for name in bare_names]
-            known[format_, bare] = sum(name.startswith("backbone.") for name in ours)
-    format_, bare = max(known, key=known.__getitem__)
-    if known[format_, bare] == 0:
+    for prefix in _prefixes(names):
+        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        for format_ in _PREFIX:
+            for bare in (False, True):
+                modules = _modules(format_, bare)
+                ours = [modules.get(_module_of(name, format_)[0], "") for name in below]
+                known[prefix, format_, bare] = sum(name.startswith("backbone.") for name in ours)
+    wrapper, format_, bare = max(known, key=known.__getitem__)  # of several: the shortest prefix
+    if known[wrapper, format_, bare] == 0:
         raise CheckpointError(
             f"none of its {len(names)} tensors has a name of a SegFormer ({listed(names)}); "
             f"known are files of {', '.join(TITLES[key] for key in WRITTEN)} and our own"
+        )
+    marks = tuple(f".{place}" for place in _landmarks(""))
+    beside = [name for name in names if not name.startswith(wrapper)]
+    if other := [name for name in beside if f".{name}".rpartition(".")[0].endswith(marks)]:
+        raise CheckpointError(
+            f"it holds a SegFormer below {printable(wrapper)} and names of one elsewhere "
+            f"({listed(other)}); save the one that is meant alone"
         )
     return Naming(format=format_, bare=bare, wrapper=wrapper)
 
@@ -183,9 +215,9 @@ def detect(names: Iterable[str]) -> Naming:
 def to_ours(state: dict[str, Tensor], naming: Naming) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under the names of a file -> (tensors under ours, names that were dropped).
 
-    Dropped are parameters that compute nothing, and the decode head of mmsegmentation, which is another
-    network: names from `foreign_head`. Raises CheckpointError naming every tensor without a place, and every
-    half of a pair or pair that does not fit together.
+    Dropped are what is not below the wrapper, parameters that compute nothing, and the decode head of
+    mmsegmentation, which is another network: names from `foreign_head`. Raises CheckpointError naming every
+    tensor without a place, and every half of a pair or pair that does not fit together.
     """
     modules = _modules(naming.format, naming.bare)
     out: dict[str, Tensor] = {}
@@ -193,7 +225,7 @@ def to_ours(state: dict[str, Tensor], naming: Naming) -> tuple[dict[str, Tensor]
     ignored = {*foreign_head(state, naming), *_dead(state, naming)}
     for full_name, tensor in state.items():
         name = full_name.removeprefix(naming.wrapper)
-        if full_name in ignored:
+        if full_name in ignored or not full_name.startswith(naming.wrapper):
             dropped.append(full_name)
             continue
         for module, parameter, piece in _cut(name, tensor, naming.format):
@@ -204,7 +236,7 @@ def to_ours(state: dict[str, Tensor], naming: Naming) -> tuple[dict[str, Tensor]
     if unknown:
         raise CheckpointError(
             f"{len(unknown)} of {len(state)} tensors have no place in a SegFormer of {TITLES[naming.format]} "
-            f"names: {listed(unknown)}; check that the file is a SegFormer"
+            f"names: {listed(unknown)}; check that the file is a SegFormer and nothing else"
         )
     return _join(out, equal=True), dropped
 

@@ -6,33 +6,36 @@
 
 Every file appears whole or not at all: written beside its place, synced, renamed. Refuses, with ConfigError,
 a folder with other files or a model that we did not write, a .pth that exists, a place that can't be written,
-and a model that the target can't hold.
+a card that could not be read back, and a model that the target can't hold; with CheckpointError, tensors that
+are not finite, have no data or are float64. Nothing is written then, and what was there stays.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.card import hf_config
+from segformer.models.card import Card, card_of_section, hf_config
 from segformer.models.convert import Weights
 from segformer.models.files import (
     CONFIG_FILE,
     MODEL_FILE,
     PREPROCESSOR_FILE,
+    check_tensors,
     read_json,
     reason_of,
     sha256_of,
 )
-from segformer.models.names import TITLES, from_ours
+from segformer.models.names import TITLES, from_ours, listed
 
 _MARK = "norm_profile"  # in the header of every model.safetensors that we write
 _NO_PLACE: dict[str, dict[str, str]] = {  # kind of model -> why the format can't hold it
@@ -64,22 +67,20 @@ def write_hf(
     With `section`, its further entries, it is an export: config.json says everything that building the same
     network here takes. Without, it is a directory of transformers only, which runs with eps 1e-5.
     `dropout` and `drop_path_rate` are those of the weights, or 0.1, where they are None. Raises ConfigError
-    where `out` holds other files or a model that is not ours, or can't be written.
+    where `out` holds other files or a model that is not ours, or can't be written, or the card could not be
+    read back; CheckpointError where the tensors could not.
     """
     sizes = weights.sizes
     rates = weights.config("hf")
-    for what, values in (("names", weights.card.classes), ("colours", weights.card.palette)):
-        if values is not None and len(values) != sizes.num_classes:
-            raise ConfigError(
-                f"{sizes.num_classes} classes, but the card has {len(values)} {what}; give as many"
-            )
+    card = _sound_card(weights)
+    _check_sound(weights)
     profile = weights.config().norm_profile if section is not None else "hf"
-    described = weights.card.section()
+    described = card.section()
     config = hf_config(
         sizes.variant,
         sizes.kind,
         decoder_dim=sizes.decoder_dim,
-        classes=weights.card.classes,
+        classes=card.classes,
         num_classes=sizes.num_classes,
         dropout=rates.dropout if dropout is None else dropout,
         drop_path_rate=rates.drop_path_rate if drop_path_rate is None else drop_path_rate,
@@ -118,7 +119,7 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
     nvlabs and mmseg: {"state_dict", "meta"}; smp: a plain state dictionary, for load_state_dict. What is no
     segmentation has bare names, as the published ImageNet encoders have. Raises ConfigError where the target
     can't hold the model (mmseg: encoders only, smp: no classifier, b0 to b5), or `out` exists or can't be
-    written.
+    written; as write_hf where the card or the tensors could not be read back.
     """
     sizes = weights.sizes
     if out.suffix not in (".pth", ".pt"):
@@ -132,11 +133,12 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
             f"{TITLES[format_]} can't hold the head of this model ({sizes.kind}): {reason}; write the "
             "encoder alone, with encoder_only=true"
         )
+    _check_sound(weights)
     bare = sizes.kind != "segmentation"
     named = {name: _alone(tensor) for name, tensor in from_ours(weights.state, format_, bare=bare).items()}
     content: dict[str, Any] = named
     if format_ != "smp":
-        card = weights.card
+        card = _sound_card(weights)
         meta: dict[str, Any] = {"segformer": {**_architecture(weights), **card.section()}}
         if card.classes:
             meta |= {"CLASSES": card.classes, "PALETTE": card.palette}
@@ -149,6 +151,50 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         raise ConfigError(f"out={out} exists; give a new name, or delete it")
     _write_together(out.parent, {out.name: lambda file: torch.save(content, file)})
     return [out]
+
+
+def check_savable(state: Mapping[str, Tensor], source: str = "the model") -> None:
+    """Raise CheckpointError naming tensors that a file of float32 can't hold: without data, or of float64."""
+    if hollow := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"{source} can't be saved: {len(hollow)} tensors are on the meta device, without data: "
+            f"{listed(hollow)}; load or initialise its weights first"
+        )
+    if wide := [name for name, tensor in state.items() if tensor.dtype == torch.float64]:
+        raise CheckpointError(
+            f"{source} can't be saved: {len(wide)} tensors are float64 and would be cut to float32: "
+            f"{listed(wide)}; if that is meant, call model.float() first"
+        )
+
+
+def _check_sound(weights: Weights) -> None:
+    check_savable(weights.state, weights.source)
+    check_tensors(weights.state, f"{weights.source} can't be saved")
+
+
+def _sound_card(weights: Weights) -> Card:
+    """The card as whoever reads the file will find it; ConfigError where reading would refuse it."""
+    card, num_classes = weights.card, weights.sizes.num_classes
+    try:
+        for what, values in (("names", card.classes), ("colours", card.palette)):
+            if values is not None and len(values) != num_classes:
+                raise ConfigError(
+                    f"{num_classes} classes, but the card has {len(values)} {what}; give as many"
+                )
+        section = json.loads(json.dumps(card.section(), default=_plain))
+        return card_of_section(section, num_classes)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the card of {weights.source} can't be saved: {error}; give names as classes, RGB of 0 to 255 "
+            "as palette, three numbers as mean and as std"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """An array or tensor as the lists and numbers that JSON has."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no list or number")
 
 
 def _alone(tensor: Tensor) -> Tensor:

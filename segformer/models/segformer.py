@@ -26,7 +26,7 @@ from segformer.models.head import AllMLPHead, FuseConv
 from segformer.models.mit import DropPath, MixTransformer, init_encoder_weights
 from segformer.models.names import listed
 from segformer.models.ops.suite import SUITES
-from segformer.models.save import write_hf
+from segformer.models.save import check_savable, write_hf
 from segformer.models.sizes import find_sizes
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 
@@ -91,9 +91,14 @@ class SegFormer(nn.Module):
         """Write a directory that `from_pretrained`, the commands of launch/ and transformers load.
 
         `card` says what the classes are called and how images were normalised; without, it is what a file
-        said that the model was loaded from, or nothing, and the normalisation of ImageNet.
-        Raises ConfigError where `path` holds other files or can't be written.
+        said that the model was loaded from, or nothing, and the normalisation of ImageNet. Weights are saved
+        as float32. What could not be read back is not written, and replaces nothing.
+
+        Raises:
+            ConfigError: `path` holds other files or can't be written, or the card doesn't fit.
+            CheckpointError: weights are not finite, on the meta device or float64.
         """
+        check_savable(self.state_dict())
         weights = replace(_weights_of(self, self.backbone), card=card or self.card)
         write_hf(
             weights,
@@ -138,6 +143,7 @@ class MiTClassifier(nn.Module):
 
     def save_pretrained(self, path: str | Path, card: Card | None = None) -> None:
         """Write a directory that `from_pretrained` and transformers load; see SegFormer.save_pretrained."""
+        check_savable(self.state_dict())
         weights = replace(_weights_of(self, self.backbone), card=card or self.card)
         write_hf(weights, Path(path), section={}, drop_path_rate=_drop_path_rate_of(self.backbone))
 
@@ -184,7 +190,7 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     )
     model = SegFormer(build_encoder(cfg), head, num_classes)
     if cfg.pretrained:
-        model.pretrained = load_pretrained(model, cfg.pretrained)
+        model.pretrained = load_pretrained(model, cfg.pretrained, cfg.variant)
     return model
 
 
@@ -193,7 +199,7 @@ def build_classifier(cfg: ModelConfig, num_classes: int) -> MiTClassifier:
     _check_classes(cfg, num_classes)
     model = MiTClassifier(build_encoder(cfg), num_classes)
     if cfg.pretrained:
-        model.pretrained = load_pretrained(model, cfg.pretrained)
+        model.pretrained = load_pretrained(model, cfg.pretrained, cfg.variant)
     return model
 
 
@@ -216,15 +222,22 @@ def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
             init_encoder_weights(module.head)
 
 
-def load_pretrained(model: SegFormer | MiTClassifier, path: str | Path) -> str:
+def load_pretrained(model: SegFormer | MiTClassifier, path: str | Path, variant: str = "") -> str:
     """Load the encoder of a file into `model`, and its head where it is of the same kind and as many classes.
 
     `path` is a file or directory of any format that `read_weights` knows. SegFormer takes the encoder of an
-    ImageNet classifier and the other way round. Returns in words what was loaded. Raises CheckpointError
-    naming what is missing or of another shape.
+    ImageNet classifier and the other way round. Returns in words what was loaded.
+
+    Raises:
+        CheckpointError: the weights are not of `variant`, where it is given; or naming what is missing or of
+            another shape.
     """
     weights = read_weights(path)
     sizes = weights.sizes
+    if variant and sizes.variant != variant:
+        raise CheckpointError(
+            f"{path} is {sizes.variant}, this model is {variant}; use model={sizes.variant} or other weights"
+        )
     same_kind = sizes.kind == ("segmentation" if isinstance(model, SegFormer) else "classification")
     keep_head = same_kind and sizes.num_classes == model.num_classes
     _load(model, weights, keep_head=keep_head)
@@ -284,9 +297,14 @@ def load_strict(
 
 
 def check_strict(
-    model: nn.Module, state: dict[str, Tensor], *, source: str, prefixes: tuple[str, ...] = ("",)
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    prefixes: tuple[str, ...] = ("",),
+    do: str = "",
 ) -> None:
-    """What `load_strict` refuses, without loading; `model` may be on the meta device."""
+    """What `load_strict` refuses, without loading; `model` may be on the meta device. `do`: what helps."""
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
     problems = []
     if missing := [name for name in own if name not in state]:
@@ -301,4 +319,5 @@ def check_strict(
     if other:
         problems.append(f"{len(other)} of another shape: {listed(other)}")
     if problems:
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}; check model.variant")
+        problems.append(do)
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")

@@ -224,6 +224,32 @@ def test_a_file_with_a_hole_is_refused_by_name_and_nothing_is_written(nvlabs: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
 
 
+def test_what_does_not_fit_ends_with_what_a_user_of_convert_can_do(nvlabs: Path, tmp_path: Path) -> None:
+    state = read_weights(nvlabs).state
+    state["decode_head.linear_c2.proj.weight"] = torch.zeros(256, 65)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(
+        CheckpointError, match=r"1 of another shape: .*; get the whole file again, or "
+    ) as caught:
+        run(tmp_path / "x.pth", tmp_path / "out")
+    assert "model.variant" not in str(caught.value)
+    run(tmp_path / "x.pth", tmp_path / "out", encoder_only=True)
+
+
+def test_a_checkpoint_without_the_counter_and_with_a_loss_is_converted_and_both_are_said(
+    nvlabs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"net.{name}": tensor for name, tensor in read_weights(nvlabs).state.items()}
+    del state["net.decode_head.linear_fuse.bn.num_batches_tracked"]
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(3)}}, tmp_path / "last.ckpt")
+    run(tmp_path / "last.ckpt", tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out   1 tensors: criterion.weight" in lines
+    assert "note       the prefix 'net.' was taken off the names" in lines
+    assert any(line.startswith("note       decode_head.linear_fuse.bn.num_batches_tracked") for line in lines)
+    assert read_export(tmp_path / "out").state.keys() == read_weights(nvlabs).state.keys()
+
+
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "launch/convert.py", *arguments]
     return subprocess.run(line, cwd=root, capture_output=True, text=True, check=False)
@@ -248,9 +274,18 @@ def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tm
         (b"", ["to=onnx"], "ConfigError: to=onnx is unknown; use one of ours, hf, nvlabs, smp, mmseg"),
         (b"", ["class_mapp={0:1}"], "ConfigError: class_mapp is not a setting"),
         (b"", ["seed=99999999999999999999999"], "ConfigError: seed=99999999999999999999999 must be from 0"),
+        (b"", ["source="], "ConfigError: source= is empty; give a file, directory or run"),
+        (b"", ["out="], "ConfigError: out= is empty; give a directory or .pth file"),
+        (b"", ["out='  '"], "ConfigError: out= is empty"),
+        (b"", ["out=x.pth"], "ConfigError: out=x.pth is the name of a file, but to=ours writes a directory"),
+        (
+            b"",
+            ["to=hf", "out=x.SAFETENSORS"],
+            "ConfigError: out=x.SAFETENSORS is the name of a file, but to=hf",
+        ),
         (b"", [f"source={'x' * 300}"], f"CheckpointError: {'x' * 300} can't be read: File name too long"),
     ],
-    ids=["web page", "target", "misspelt", "seed", "long"],
+    ids=["web page", "target", "misspelt", "seed", "no source", "no out", "spaces", "ours", "hf", "long"],
 )
 def test_a_mistake_is_one_line_and_code_2(
     root: Path, tmp_path: Path, content: bytes, arguments: list[str], message: str

@@ -240,8 +240,8 @@ def test_pretrained_leaves_the_head_fresh_where_the_class_count_differs(export):
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"variant": "b1"}, r"of another shape: backbone.*\(32,\) for \(64,\).*check model.variant"),
-        ({"decoder_dim": 64}, "of another shape: decode_head"),
+        ({"variant": "b1"}, r"is b0, this model is b1; use model=b0 or other weights"),
+        ({"decoder_dim": 64}, "of another shape: decode_head.*check model.variant and model.decoder_dim"),
     ],
 )
 def test_pretrained_weights_of_another_architecture_are_refused(export, cfg, message):
