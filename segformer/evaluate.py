@@ -10,6 +10,7 @@ done.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterator
 
@@ -22,6 +23,7 @@ from segformer.data.shards import Split
 from segformer.dist import World
 from segformer.errors import SegformerError
 from segformer.metrics import AnyScores, ClassificationMetric, SegmentationMetric
+from segformer.models.ops.suite import SUITES, Ops
 
 
 @torch.no_grad()
@@ -38,6 +40,7 @@ def evaluate(
     interrupted: Callable[[], bool],
     failed: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
+    ops: Ops = SUITES["fused"],
     watch: Callable[[Batch, Tensor], None] | None = None,
 ) -> AnyScores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
@@ -53,10 +56,11 @@ def evaluate(
         failed: told what is wrong with the data that this rank reads. It must make `interrupted` answer True
             on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cut; None for segmentation.
+        ops: the form of the operation that counts the pixels of a segmentation.
         watch: shown every batch of this rank and its logits, once they are counted.
     """
     iterator = _batches(split, loader, world, batch_size, view)
-    metric = (SegmentationMetric if view is None else ClassificationMetric)(num_classes).to(world.device)
+    metric = _metric(num_classes, view, ops).to(world.device)
     training = model.training
     model.eval()
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
@@ -68,7 +72,8 @@ def evaluate(
             if batch is not None:
                 batch = batch.to(world.device, non_blocking=True)
                 images = batch.images
-            with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16):
+            autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+            with autocast, bounded_compilation(model, images):
                 logits = model(normalize(images, None))
             if batch is not None:
                 _count(metric, batch, logits, failed)
@@ -97,6 +102,27 @@ def _batches(
         augment=view,
     )
     return iter(batches)
+
+
+def _metric(
+    num_classes: int, view: ClassificationAugment | None, ops: Ops
+) -> SegmentationMetric | ClassificationMetric:
+    return SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
+
+
+@contextlib.contextmanager
+def bounded_compilation(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """A compiled model runs without its graphs where a side is no multiple of 32.
+
+    All sizes of whole 32 share two or three graphs. The others have one for every way in which the maps of
+    the stages round, and compiling each would hold up a training run for minutes.
+    """
+    whole = images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
+    if whole or not getattr(model, "is_compiled", False):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _next(batches: Iterator[Batch], failed: Callable[[SegformerError], None]) -> Batch | None:

@@ -9,8 +9,8 @@ size.
     lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
 
 Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
-entropies do it in blocks of rows (models/ops/cross_entropy.py), the others hold one image at a time
-and form it again in the backward pass.
+entropies do it tile by tile (models/ops/cross_entropy.py; ops=reference: whole), the others hold one image at
+a time and form it again in the backward pass.
 
 Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
 `valid` by the number of the others (transformers), at least 1. Class and boundary weights do not enter the
@@ -32,8 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError
-from segformer.models.ops.cross_entropy import upsampled_cross_entropy
 from segformer.models.ops.reference import upsample_to
+from segformer.models.ops.suite import SUITES, Ops
+
+FUSED = SUITES["fused"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,10 +79,10 @@ class LossConfig:
             raise ConfigError(f"loss.boundary_radius={self.boundary_radius} must be 1 or more")
 
 
-def num_pixels(target: Tensor, average: str) -> Tensor:
+def num_pixels(target: Tensor, average: str) -> Tensor | int:
     """The divisor of a pixel-wise loss: all pixels, or those with a label, at least 1."""
     if average == "all":
-        return torch.tensor(target.numel(), device=target.device)
+        return target.numel()
     return (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -91,9 +93,10 @@ def cross_entropy(
     average: str = "all",
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    ops: Ops = FUSED,
 ) -> Tensor:
     """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
-    total, _ = upsampled_cross_entropy(
+    total, _ = ops.upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, class_weights=class_weights, label_smoothing=label_smoothing
     )
     return total / num_pixels(target, average)
@@ -127,21 +130,28 @@ def boundary_cross_entropy(
     weight: float,
     average: str = "all",
     class_weights: Tensor | None = None,
+    ops: Ops = FUSED,
 ) -> Tensor:
     """Cross entropy in which a pixel that is `near_boundary` counts 1 + weight times."""
     pixel_weights = 1 + weight * near_boundary(target, radius).to(torch.float32)
-    total, _ = upsampled_cross_entropy(
+    total, _ = ops.upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, pixel_weights=pixel_weights, class_weights=class_weights
     )
     return total / num_pixels(target, average)
 
 
 def ohem_cross_entropy(
-    logits: Tensor, target: Tensor, *, threshold: float, min_kept: float, class_weights: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float,
+    min_kept: float,
+    class_weights: Tensor | None = None,
+    ops: Ops = FUSED,
 ) -> Tensor:
     """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
     with torch.no_grad():
-        _, losses = upsampled_cross_entropy(logits, target, IGNORE_INDEX)
+        _, losses = ops.upsampled_cross_entropy(logits, target, IGNORE_INDEX)
         valid = target != IGNORE_INDEX
         hardest = losses[valid].sort(descending=True).values
         bound = -math.log(max(threshold, 1e-30))
@@ -149,7 +159,7 @@ def ohem_cross_entropy(
             count = max(1, math.ceil(min_kept * len(hardest)))
             bound = min(bound, float(hardest[count - 1]))
         kept = (valid & (losses >= bound)).to(losses.dtype)
-    total, _ = upsampled_cross_entropy(
+    total, _ = ops.upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, pixel_weights=kept, class_weights=class_weights
     )
     return total / kept.sum().clamp(min=1)
@@ -228,26 +238,39 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return -(targets * log_probability).sum(dim=1).mean()
 
 
-Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None], Tensor]
+Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None, Ops], Tensor]
 
 LOSSES: dict[str, Term] = {
-    "cross_entropy": lambda logits, target, cfg, weights: cross_entropy(
-        logits, target, average=cfg.average, class_weights=weights, label_smoothing=cfg.label_smoothing
+    "cross_entropy": lambda logits, target, cfg, weights, ops: cross_entropy(
+        logits,
+        target,
+        average=cfg.average,
+        class_weights=weights,
+        label_smoothing=cfg.label_smoothing,
+        ops=ops,
     ),
-    "ohem_cross_entropy": lambda logits, target, cfg, weights: ohem_cross_entropy(
-        logits, target, threshold=cfg.ohem_threshold, min_kept=cfg.ohem_min_kept, class_weights=weights
+    "ohem_cross_entropy": lambda logits, target, cfg, weights, ops: ohem_cross_entropy(
+        logits,
+        target,
+        threshold=cfg.ohem_threshold,
+        min_kept=cfg.ohem_min_kept,
+        class_weights=weights,
+        ops=ops,
     ),
-    "boundary_cross_entropy": lambda logits, target, cfg, weights: boundary_cross_entropy(
+    "boundary_cross_entropy": lambda logits, target, cfg, weights, ops: boundary_cross_entropy(
         logits,
         target,
         radius=cfg.boundary_radius,
         weight=cfg.boundary_weight,
         average=cfg.average,
         class_weights=weights,
+        ops=ops,
     ),
-    "focal": lambda logits, target, cfg, _: focal(logits, target, gamma=cfg.focal_gamma, average=cfg.average),
-    "dice": lambda logits, target, cfg, _: dice(logits, target),
-    "lovasz": lambda logits, target, cfg, _: lovasz(logits, target),
+    "focal": lambda logits, target, cfg, *_: focal(
+        logits, target, gamma=cfg.focal_gamma, average=cfg.average
+    ),
+    "dice": lambda logits, target, *_: dice(logits, target),
+    "lovasz": lambda logits, target, *_: lovasz(logits, target),
 }
 
 
@@ -256,7 +279,8 @@ class SegmentationLoss(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init__(self, cfg: LossConfig, num_classes: int) -> None:
+    def __init__(self, cfg: LossConfig, num_classes: int, ops: Ops = FUSED) -> None:
+        """`ops`: the form of the cross entropies; the other losses have one."""
         super().__init__()
         if not cfg.terms:
             raise ConfigError(f"loss.terms is empty; give one of {', '.join(LOSSES)} and its weight")
@@ -264,7 +288,7 @@ class SegmentationLoss(nn.Module):
             raise ConfigError(
                 f"loss.class_weights has {len(cfg.class_weights)} numbers for {num_classes} classes"
             )
-        self.cfg = cfg
+        self.cfg, self.ops = cfg, ops
         weights = torch.tensor(cfg.class_weights) if cfg.class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -274,6 +298,9 @@ class SegmentationLoss(nn.Module):
 
         Float32 scalars. A batch without any label gives 0, with gradients of 0.
         """
-        parts = {name: LOSSES[name](logits, target, self.cfg, self.class_weights) for name in self.cfg.terms}
+        parts = {
+            name: LOSSES[name](logits, target, self.cfg, self.class_weights, self.ops)
+            for name in self.cfg.terms
+        }
         loss = torch.stack([self.cfg.terms[name] * part for name, part in parts.items()]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}

@@ -32,7 +32,7 @@ from torchmetrics import Metric
 
 from segformer.data.dataset import IGNORE_INDEX
 from segformer.errors import DataError
-from segformer.models.ops.argmax import upsample_confusion
+from segformer.models.ops.suite import SUITES, Ops
 
 _TOP = 5
 _MAX_ROWS = 60  # classes in a table of classification; of more, the hardest third of that
@@ -171,9 +171,9 @@ class SegmentationMetric(Metric):
     full_state_update = False
     confusion: Tensor
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, ops: Ops = SUITES["fused"], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_classes = num_classes
+        self.num_classes, self.ops = num_classes, ops
         zeros = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("confusion", default=zeros, dist_reduce_fx="sum")
 
@@ -183,7 +183,7 @@ class SegmentationMetric(Metric):
         DataError for a label that is no class nor 255.
         """
         _check_labels(target[target != IGNORE_INDEX], self.num_classes)
-        self.confusion += upsample_confusion(logits, target, IGNORE_INDEX)
+        self.confusion += self.ops.upsample_confusion(logits, target, IGNORE_INDEX)
 
     def compute(self) -> Scores:
         """The scores of everything counted so far, on all ranks."""

@@ -27,6 +27,7 @@ from segformer.errors import ConfigError, SegformerError
 from segformer.evaluate import evaluate
 from segformer.losses import LossConfig, SegmentationLoss, soft_cross_entropy
 from segformer.metrics import AnyScores
+from segformer.models.ops.suite import SUITES
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
 
@@ -87,6 +88,7 @@ class Task:
             interrupted=interrupted,
             failed=failed,
             view=self.view,
+            ops=SUITES[self.cfg.model.ops],
             watch=gallery.add,
         )
         if scores is not None:
@@ -104,7 +106,7 @@ class Segmentation(Task):
         super().__init__(cfg, shards)
         self.augment = cfg.augment
         self.normalize = Normalize(cfg.augment).to(world.device)
-        self.criterion = SegmentationLoss(cfg.loss, self.num_classes).to(world.device)
+        self.criterion = SegmentationLoss(cfg.loss, self.num_classes, SUITES[cfg.model.ops]).to(world.device)
 
     def build_model(self, network: ModelConfig) -> SegFormer:
         """See Task."""

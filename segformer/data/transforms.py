@@ -296,7 +296,8 @@ def _shift_hsv(pixels: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
     shifted = ((angle * 30 + 0.5).floor() + hue[:, 0]) % 180
     strength = (spread * 255 / value.clamp(min=1) + 0.5).floor()
     strength = (strength * saturation[:, 0]).clamp(0, 255).floor()
-    sector = torch.tensor([5.0, 3.0, 1.0], device=pixels.device).view(1, 3, 1, 1)
+    # Sectors 5, 3 and 1 for R, G and B, made on the device: a copy to it would wait for what runs there.
+    sector = torch.arange(5, 0, -2, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
     position = (sector + shifted[:, None] / 30) % 6
     weight = torch.minimum(position, 4 - position).clamp(0, 1)
     return (value[:, None] * (1 - strength[:, None] / 255 * weight) + 0.5).floor()

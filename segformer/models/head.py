@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from segformer.models.layers import BatchNorm
+from segformer.models.layers import BatchNorm, affine
 from segformer.models.ops.decode import decode_rows, fold_projections
 from segformer.models.ops.reference import upsample_to
 from segformer.models.ops.suite import Ops
@@ -90,12 +90,12 @@ class AllMLPHead(nn.Module):
     def _decode_folded(self, stages: list[Tensor]) -> Tensor:
         projections = self._projections()
         weights, offset = fold_projections(
-            [proj.weight for proj in projections],
-            [proj.bias for proj in projections],
+            [affine(proj)[0] for proj in projections],
+            [affine(proj)[1] for proj in projections],
             self.linear_fuse.conv.weight.flatten(1),
         )
-        bn, weight, bias = self.linear_fuse.bn, self.linear_pred.weight.flatten(1), self.linear_pred.bias
-        assert bias is not None
+        bn, (weight, bias) = self.linear_fuse.bn, affine(self.linear_pred)
+        weight = weight.flatten(1)
         if not bn.training:
             scale, shift = bn.scale_shift()
             weights, offset = [part * scale[:, None] for part in weights], offset * scale + shift

@@ -1,6 +1,6 @@
 """Layers whose operation is chosen: Linear, and the batch norm of the decode head.
 
-Linear is nn.Linear through `ops.linear`.
+Linear is nn.Linear through `ops.linear`. `affine` is what an operation takes of a layer that isn't called.
 
 BatchNorm is nn.BatchNorm2d whose statistics may be those of all ranks, on any device and however unequal
 their batches, and which gives what a fused operation needs: its terms in training, a scale and a shift in
@@ -8,6 +8,7 @@ eval mode.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,22 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Values (..., in_dim) -> (..., dim)."""
         return self.ops.linear(input, self.weight, self.bias)
+
+
+def affine(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that the network computes with and doesn't call.
+
+    TypeError where something that computes otherwise has taken its place (LoRA, quantisation): it would have
+    no effect.
+    """
+    kind: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    if not isinstance(layer, kind) or type(layer).forward not in (kind.forward, Linear.forward):
+        raise TypeError(
+            f"{type(layer).__name__} in the place of a layer whose weight and bias are read, so that its own "
+            "forward would not be called; wrap blocks, change weights in place, or use parametrizations"
+        )
+    assert layer.bias is not None
+    return layer.weight, layer.bias
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segformer.errors import DataError
-from segformer.models.layers import Linear
+from segformer.models.layers import Linear, affine
 from segformer.models.ops.suite import Ops
 
 # (kernel, stride, padding) of the four patch embeddings
@@ -78,9 +78,9 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
         """`norm`, then attention, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        reduction = (self.sr.weight, self.sr.bias) if self.sr_ratio > 1 else None
+        reduction = affine(self.sr) if self.sr_ratio > 1 else None
         query, reduced = self.ops.attention_inputs(
-            tokens, size, (norm.weight, norm.bias, norm.eps), (self.q.weight, self.q.bias), reduction
+            tokens, size, (norm.weight, norm.bias, norm.eps), affine(self.q), reduction
         )
         if self.sr_ratio > 1:
             reduced = self.norm(reduced)
@@ -108,7 +108,7 @@ class MixFFN(nn.Module):
     def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
         """`norm`, then Mix-FFN, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
         layers = (self.fc1, self.dwconv.dwconv, self.fc2)
-        parts = [part for layer in layers for part in (layer.weight, layer.bias) if part is not None]
+        parts = [part for layer in layers for part in affine(layer)]
         return self.ops.mix_ffn(tokens, size, (norm.weight, norm.bias, norm.eps), parts)
 
 
@@ -204,8 +204,14 @@ class MixTransformer(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
 
-        H_1 = ceil(H / 4) and H_(i+1) = ceil(H_i / 2); likewise W. DataError where an image is too small.
+        H_1 = ceil(H / 4) and H_(i+1) = ceil(H_i / 2); likewise W. DataError for anything else and for images
+        that are too small.
         """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise DataError(
+                f"images of shape {tuple(images.shape)}, {images.dtype}; give (B, 3, H, W) in floating "
+                "point, normalised"
+            )
         maps = images.contiguous(memory_format=torch.channels_last)
         outputs = []
         for stage, sr_ratio in enumerate(self.sr_ratios, start=1):

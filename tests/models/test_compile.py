@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+from segformer.evaluate import bounded_compilation
 from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
@@ -47,8 +48,8 @@ def batch(height: int = 64, width: int = 96) -> tuple[torch.Tensor, torch.Tensor
     return torch.randn(2, 3, height, width), torch.randint(0, 8, (2, height, width))
 
 
-def compare_gradients(compiled: Step, eager: Step) -> None:
-    """Every parameter's gradient points the same way, except those that are zero but for rounding.
+def compare_gradients(compiled: Step, eager: Step, bf16: bool) -> None:
+    """Every parameter's gradient is the same, in bf16 up to two roundings, except those that are zero.
 
     A constant before the batch norm has no effect: norm4 and the projections of the head have such a bias.
     """
@@ -56,9 +57,8 @@ def compare_gradients(compiled: Step, eager: Step) -> None:
     for (name, left), right in zip(compiled.named_parameters(), eager.parameters(), strict=True):
         assert left.grad.isfinite().all(), name
         if not zero.fullmatch(name):
-            cosine = torch.cosine_similarity(left.grad.flatten(), right.grad.flatten(), dim=0)
-            assert cosine > 0.99, name
-            assert left.grad.norm().item() == pytest.approx(right.grad.norm().item(), rel=0.1), name
+            distance = (left.grad - right.grad).norm() / right.grad.norm()
+            assert distance < (0.1 if bf16 else 1e-5), (name, distance)
 
 
 @pytest.mark.parametrize("form", OPS)
@@ -73,7 +73,7 @@ def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(form, bf16
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
-    compare_gradients(compiled, eager)
+    compare_gradients(compiled, eager, bf16)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_inductor_gives_the_loss_and_gradients_of_the_eager_step(bf16):
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
-    compare_gradients(compiled, eager)
+    compare_gradients(compiled, eager, bf16)
 
 
 def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thrice():
@@ -109,3 +109,19 @@ def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thr
             images = torch.randn(2, 3, height, width)
             torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 3
+
+
+def test_an_evaluation_runs_odd_sizes_without_graphs():
+    model = Step("fused").model.eval()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    model.compile(backend=counter)
+    model.is_compiled = True  # as DeepSpeed's engine says
+    found = []
+    with torch.no_grad():
+        for height, width in ((64, 96), (50, 96), (97, 131), (64, 75), (64, 96)):
+            images = torch.randn(1, 3, height, width)
+            with bounded_compilation(model, images):
+                found.append((model(images), model.forward(images)))
+    assert counter.frame_count == 1
+    for got, expected in found:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

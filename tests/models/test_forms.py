@@ -33,7 +33,8 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16: bool = False):
     """Logits, and the gradient of the cross entropy by every parameter as one vector, both in float64."""
-    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), model.num_classes)
+    ops = model.decode_head.ops
+    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), model.num_classes, ops)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(images)
         loss, _ = criterion(logits, target)
@@ -48,7 +49,9 @@ def test_the_suites_are_the_choices_of_the_configuration():
 
 @pytest.mark.parametrize("variant", ["b0", "b2"])
 @pytest.mark.parametrize("training", [True, False])
-def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training):
+@pytest.mark.parametrize("threads", [1, 2])  # on two, linear maps are oneDNN's convolutions
+def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training, threads, use_threads):
+    use_threads(threads)
     torch.manual_seed(0)
     images, target = torch.randn(2, 3, 95, 130), torch.randint(0, 150, (2, 95, 130))
     found = []
@@ -82,6 +85,35 @@ def test_in_bfloat16_the_fused_form_is_no_further_from_float64_than_the_referenc
         errors[form] = relative(logits, exact), relative(grads, exact_grads)
     for fused, reference in zip(errors["fused"], errors["reference"], strict=True):
         assert 0 < fused < 1.1 * reference < 0.1  # a tenth: two roundings of one size
+
+
+def penalty(model: SegFormer, images: torch.Tensor, target: torch.Tensor | None, **options: bool):
+    """Squares of all gradients of the cross entropy, or of the sum of the logits, added up."""
+    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 5, model.decode_head.ops)
+    logits = model(images)
+    loss = logits.sum() if target is None else criterion(logits, target)[0]
+    grads = torch.autograd.grad(loss, list(model.parameters()), **options)
+    return torch.stack([grad.square().sum() for grad in grads]).sum()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_second_derivative_is_refused_by_the_fused_form_and_right_in_the_reference(labelled):
+    """The sum of the logits has a constant gradient, where once_differentiable would say nothing."""
+    images = torch.randn(1, 3, 32, 64).double()
+    target = torch.randint(0, 5, (1, 32, 64)) if labelled else None
+    models = {form: small(form).double().eval() for form in OPS}
+    with pytest.raises(RuntimeError, match=r"no second derivative.*model.ops=reference"):
+        penalty(models["fused"], images, target, create_graph=True)
+    model = models["reference"]
+    weight = model.backbone.patch_embed1.proj.weight
+    way = torch.randn_like(weight)
+    (slope,) = torch.autograd.grad(penalty(model, images, target, create_graph=True), weight)
+    values = []
+    for shift in (1e-5, -2e-5):  # one step up, and from there one below the start
+        with torch.no_grad():
+            weight += shift * way
+        values.append(penalty(model, images, target).item())
+    assert (slope * way).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segformer.errors import DataError
 from segformer.models.mit import Block, DropPath
 from segformer.models.ops.suite import SUITES
 from segformer.models.segformer import build_encoder, build_model
@@ -79,21 +80,17 @@ def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1)
 
 @pytest.mark.parametrize("threads", [2])  # on one, MKL copies the bias into its result first
 @pytest.mark.parametrize("sr_ratio", [1, 4])
-def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio, threads):
+def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio, threads, use_threads):
     """The backward pass forms the patches again and turns their gradient back; where nothing is reduced, it
     puts the gradients of keys and values together."""
     eps = {"norm_eps": 1e-6, "reduction_norm_eps": 1e-5}
     block = Block(64, 2, sr_ratio, 4, drop_path=0.1, ops=SUITES["fused"], **eps)
     tokens = torch.randn(2, 32 * 24, 64, requires_grad=True)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.profiler.profile(record_shapes=True) as forward:
-            out = block(tokens, (32, 24))
-        with torch.profiler.profile(record_shapes=True) as backward:
-            out.sum().backward()
-    finally:
-        torch.set_num_threads(before)
+    use_threads(threads)
+    with torch.profiler.profile(record_shapes=True) as forward:
+        out = block(tokens, (32, 24))
+    with torch.profiler.profile(record_shapes=True) as backward:
+        out.sum().backward()
     patches = [2, 8, 6, 4, 4, 64]
     assert copies(forward, tokens.numel()) == ([patches] if sr_ratio > 1 else [])
     again = [patches, [2, 8, 4, 6, 4 * 64]] if sr_ratio > 1 else [[2, 768, 2, 2, 32]]
@@ -112,3 +109,64 @@ def copies(profile: torch.profiler.profile, least: int) -> list[list[int]]:
 def test_no_module_of_the_encoder_holds_buffers(b1):
     assert not list(b1.buffers())
     assert all(not isinstance(m, nn.BatchNorm2d | nn.Dropout) for m in b1.modules())
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+        torch.zeros(1, 64, 64, 3),
+        torch.zeros(3, 64, 64),
+        torch.zeros(1, 4, 64, 64),
+    ],
+    ids=["uint8", "channels last", "no batch", "4 channels"],
+)
+def test_what_is_no_batch_of_images_is_refused(b1, images):
+    with pytest.raises(
+        DataError, match=r"images of shape .*; give \(B, 3, H, W\) in floating point, normalised"
+    ):
+        b1(images)
+
+
+def test_a_batch_of_no_images_gives_no_logits():
+    for form in ("fused", "reference"):
+        model = build_model(ModelConfig(variant="b0", ops=form), 4).eval()
+        assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 4, 16, 16)
+
+
+class LoRA(nn.Module):
+    """A layer whose function is not its weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("place", ["attn.q", "mlp.fc1", "mlp.fc2"])
+def test_a_layer_that_is_not_called_can_not_be_wrapped_without_a_word(place):
+    encoder = build_encoder(ModelConfig(variant="b0"))
+    block = encoder.block1[0]
+    layer = block.get_submodule(place)
+    for other in (LoRA(layer), Doubled(layer.in_features, layer.out_features)):
+        block.set_submodule(place, other)
+        with pytest.raises(TypeError, match=f"{type(other).__name__} in the place of a layer"):
+            encoder(torch.zeros(1, 3, 64, 64))
+
+
+def test_a_parametrised_layer_has_its_effect():
+    encoder = build_encoder(ModelConfig(variant="b0")).eval()
+    images = torch.randn(1, 3, 64, 64)
+    before = encoder(images)[0]
+    torch.nn.utils.parametrizations.weight_norm(encoder.block1[0].attn.q)
+    torch.testing.assert_close(encoder(images)[0], before)
+    with torch.no_grad():
+        encoder.block1[0].attn.q.parametrizations.weight.original0.mul_(20)
+    assert not torch.allclose(encoder(images)[0], before, atol=1e-3)

@@ -75,7 +75,7 @@ def test_tiles_are_the_resize_of_torch_and_its_transpose(source, target, small_b
     expected = F.interpolate(logits, target, mode="bilinear", align_corners=False)[0]
     cotangent = torch.randn_like(expected)
     small = logits[0].detach().transpose(0, 1).contiguous()
-    enlargement = Enlargement(logits, target)
+    enlargement = Enlargement(logits, target, logits.dtype)
     got, grad = torch.full_like(expected, torch.nan), torch.zeros_like(small)
     for row, column in enlargement.tiles():
         got[:, row.rows, column.rows] = enlargement.tile(small, row, column).transpose(0, 1)

@@ -47,7 +47,10 @@ def test_upsample_confusion_counts_target_against_argmax_without_the_ignored(cla
     for truth, guess in zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True):
         if truth != 999:
             expected[truth, guess] += 1
-    assert torch.equal(upsample_confusion(logits, target, 999), expected)
+    for form in (upsample_confusion, reference.upsample_confusion):
+        assert torch.equal(form(logits, target, 999), expected)
+        target[0, 0] = classes + 3  # ignored until now; no class, and left out as well
+        assert torch.equal(form(logits, target, 999), expected)
 
 
 @pytest.mark.parametrize("op", ["argmax", "confusion", "cross_entropy"])
@@ -144,10 +147,45 @@ def test_upsampled_cross_entropy_never_holds_the_enlarged_logits():
     assert largest.numel <= 2 * 150 * 64 * 64
 
 
-def test_a_second_derivative_of_the_cross_entropy_is_refused():
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_second_derivative_of_the_cross_entropy_is_refused(power):
+    """With power 1 the gradient that comes in is a constant, where once_differentiable says nothing."""
     logits, target, *_ = problem()
-    (grad,) = torch.autograd.grad(
-        upsampled_cross_entropy(logits, target, 255)[0] ** 2, logits, create_graph=True
-    )
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|once_differentiable"):
-        grad.square().sum().backward()
+    loss = upsampled_cross_entropy(logits, target, 255)[0] ** power
+    with pytest.raises(RuntimeError, match=r"no second derivative.*model.ops=reference"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_logits_in_bfloat16_are_computed_with_in_float32():
+    logits, target, class_weights, pixel_weights = problem(torch.bfloat16)
+    weights = {"class_weights": class_weights, "pixel_weights": pixel_weights}
+    total, losses = upsampled_cross_entropy(logits, target, 255, **weights)
+    wide = logits.detach().float().requires_grad_()
+    expected, each = upsampled_cross_entropy(wide, target, 255, **weights)
+    assert total.dtype == losses.dtype == torch.float32
+    assert torch.equal(total, expected)
+    assert torch.equal(losses, each)
+    (grad,), (exact,) = torch.autograd.grad(total, logits), torch.autograd.grad(expected, wide)
+    assert torch.equal(grad, exact.bfloat16())
+    for op, inputs in ((upsample_argmax, ((35, 50),)), (upsample_confusion, (target, 255))):
+        assert torch.equal(op(logits.detach(), *inputs), op(wide.detach(), *inputs))
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "weights", "message"),
+    [
+        ((2, 5, 4, 4), (3, 8, 8), {}, "don't belong together"),
+        ((2, 5, 4, 4), (1, 8, 8), {}, "don't belong together"),
+        ((2, 5, 4, 4), (8, 8), {}, "don't belong together"),
+        ((2, 5, 4, 4), (2, 0, 8), {}, "side of 0"),
+        ((2, 5, 4, 4), (2, 8, 8), {"class_weights": (6,)}, r"class_weights of \(6,\).*give \(5,\)"),
+        ((2, 5, 4, 4), (2, 8, 8), {"pixel_weights": (2, 8, 7)}, r"pixel_weights.*give \(2, 8, 8\)"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(logits, target, weights, message):
+    given = {name: torch.ones(shape) for name, shape in weights.items()}
+    with pytest.raises(ValueError, match=message):
+        upsampled_cross_entropy(torch.zeros(logits), torch.zeros(target, dtype=torch.uint8), 255, **given)
+    if not weights:
+        with pytest.raises(ValueError, match=message):
+            upsample_confusion(torch.zeros(logits), torch.zeros(target, dtype=torch.uint8), 255)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from segformer.models.ops.dispatch import register, use_triton
-from segformer.models.ops.resize import Enlargement
+from segformer.models.ops.resize import Enlargement, check_target
 
 
 def _compute_argmax(logits: Tensor, height: int, width: int) -> Tensor:
@@ -20,10 +20,11 @@ def _compute_argmax(logits: Tensor, height: int, width: int) -> Tensor:
         from segformer.models.kernels import argmax
 
         return argmax.upsample_argmax(logits, (height, width))
-    enlargement = Enlargement(logits, (height, width))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    enlargement = Enlargement(logits, (height, width), dtype)
     out = _empty_labels(logits, height, width)
     for labels, image in zip(out, logits.permute(0, 2, 1, 3), strict=True):
-        small = image.contiguous()  # (h, K, w)
+        small = image.to(dtype).contiguous()  # (h, K, w)
         for row, column in enlargement.tiles():
             labels[row.rows, column.rows] = enlargement.tile(small, row, column).argmax(dim=1)
     return out
@@ -42,11 +43,11 @@ _argmax = register(
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """argmax over classes of logits (B, K, h, w) enlarged to `size` -> (B, *size), the first one of equals.
 
-    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one tile at a time, in
-    float32 whatever autocast says.
+    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one tile at a time, in float32 at
+    least, whatever the logits and autocast are.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return _argmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), *size)
+        return _argmax(logits, *size)
 
 
 def _compute_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -56,7 +57,7 @@ def _compute_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Ten
         return argmax.upsample_confusion(logits, target, ignore_index)
     classes = logits.shape[1]
     predicted = _argmax(logits, target.shape[1], target.shape[2])
-    counted = target != ignore_index
+    counted = (target != ignore_index) & (target >= 0) & (target < classes)
     pairs = target[counted].long() * classes + predicted[counted].long()
     return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
@@ -76,7 +77,9 @@ _confusion = register(
 def upsample_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """confusion[t, p]: pixels of target (B, H, W) of class t whose enlarged logits (B, K, h, w) choose p.
 
-    (K, K) int64; pixels of `ignore_index` left out. Every other target must be below K.
+    (K, K) int64; pixels of `ignore_index` and of a label that is no class are left out. ValueError for shapes
+    that don't belong together.
     """
+    check_target(logits, target)
     with torch.autocast(logits.device.type, enabled=False):
-        return _confusion(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, ignore_index)
+        return _confusion(logits, target, ignore_index)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from segformer.models.ops.dispatch import first_derivative
 from segformer.models.ops.linear import linear, linear_backward
 from segformer.models.ops.prenorm import Norm, compute_dtype, normalise, normalise_backward
 
@@ -27,7 +27,7 @@ def _patches(tokens: Tensor, size: tuple[int, int], ratio: int) -> Tensor:
     batch, _, channels = tokens.shape
     rows, columns = size[0] // ratio, size[1] // ratio
     maps = tokens.reshape(batch, *size, channels)[:, : rows * ratio, : columns * ratio]
-    # Views of any strides up to the one copy: torch.compile needs no case for sizes that divide evenly.
+    # Views of any strides up to the one copy.
     patches = maps.unflatten(2, (columns, ratio)).unflatten(1, (rows, ratio)).transpose(2, 3)
     return patches.reshape(batch, rows * columns, ratio * ratio * channels)
 
@@ -74,7 +74,7 @@ class _AttentionInputs(torch.autograd.Function):
             return linear(values, query, key), reduced
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor, grad_reduced: Tensor) -> tuple[Tensor | None, ...]:
         tokens, mean, inverse, *parameters = ctx.saved_tensors
         norm = (*parameters[:2], ctx.eps)
@@ -112,7 +112,7 @@ def attend(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
     """Multi-head attention; query (B, N, C), key_value (B, M, 2 C) holding keys then values -> (B, N, C)."""
     batch, count, channels = query.shape
     heads = query.reshape(batch, count, num_heads, channels // num_heads).transpose(1, 2)
-    pairs = key_value.reshape(batch, -1, 2, num_heads, channels // num_heads)
+    pairs = key_value.reshape(batch, key_value.shape[1], 2, num_heads, channels // num_heads)
     key, value = pairs.permute(2, 0, 3, 1, 4).unbind(0)
     out = F.scaled_dot_product_attention(heads, key, value)
     return out.transpose(1, 2).reshape(batch, count, channels)

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from segformer.models.ops.dispatch import register, use_triton
-from segformer.models.ops.resize import Enlargement
+from segformer.models.ops.dispatch import first_derivative, register, use_triton
+from segformer.models.ops.resize import Enlargement, check_target
 
 _TINY = 1e-30  # below it, log(softmax) is taken by log_softmax
 
@@ -81,11 +80,12 @@ def _compute(
         return cross_entropy.forward(
             logits, target, ignore_index, pixel_weights, class_weights, smoothing, needs_grad
         )
-    enlargement = Enlargement(logits, (target.shape[1], target.shape[2]))
+    dtype = _wide(logits)
+    enlargement = Enlargement(logits, (target.shape[1], target.shape[2]), dtype)
     grad = _empty_grad(logits, needs_grad)
-    total, losses = logits.new_zeros(()), logits.new_empty(target.shape)
+    total, losses = logits.new_zeros((), dtype=dtype), logits.new_empty(target.shape, dtype=dtype)
     for index, image in enumerate(logits.permute(0, 2, 1, 3)):
-        small = image.contiguous()  # (h, K, w)
+        small = image.to(dtype).contiguous()  # (h, K, w)
         grad_small = torch.zeros_like(small) if needs_grad else small
         for row, column in enlargement.tiles():
             pixels = (index, row.rows, column.rows)
@@ -114,39 +114,35 @@ def _fake(
     ignore_index: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return logits.new_empty(()), logits.new_empty(target.shape), _empty_grad(logits, needs_grad)
+    dtype = _wide(logits)
+    losses = logits.new_empty(target.shape, dtype=dtype)
+    return logits.new_empty((), dtype=dtype), losses, _empty_grad(logits, needs_grad)
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    """The type that is computed in, and that of all results."""
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _empty_grad(logits: Tensor, needs_grad: bool) -> Tensor:
     """Room for the gradient of logits (B, K, h, w), in channels-last memory as the logits are."""
     batch, classes, height, width = logits.shape
     if not needs_grad:
-        return logits.new_empty(0)
-    return logits.new_empty(batch, height, width, classes).permute(0, 3, 1, 2)
+        return logits.new_empty(0, dtype=_wide(logits))
+    return logits.new_empty(batch, height, width, classes, dtype=_wide(logits)).permute(0, 3, 1, 2)
 
 
 def _keep_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, losses, grad = output
     ctx.save_for_backward(grad)
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(losses, grad)
 
 
-class _Scale(torch.autograd.Function):
-    """The gradient times that of the sum; its own derivative, which needs the logits, is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, grad_total: Tensor) -> Tensor:
-        return grad * grad_total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
-        raise NotImplementedError("the fused cross entropy has no second derivative; use model.ops=reference")
-
-
+@first_derivative
 def _scale_grad(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return _Scale.apply(grad, grad_total), None, None, None, None, None, None
+    return (grad * grad_total).to(ctx.dtype), None, None, None, None, None, None
 
 
 _cross_entropy = register(
@@ -171,12 +167,26 @@ def upsampled_cross_entropy(
     """Cross entropy of logits (B, K, h, w) enlarged to target (B, H, W), ignoring `ignore_index`.
 
     Returns the sum over pixels of pixel_weights (B, H, W) * loss, and the plain -log p_t (B, H, W) of every
-    pixel, without gradient. float32 at least, whatever autocast says.
+    pixel, without gradient. Computed and returned in float32 at least, whatever the logits and autocast are.
+
+    Raises:
+        ValueError: shapes that don't belong together.
     """
+    check_target(logits, target)
+    for name, weights, shape in (
+        ("pixel_weights", pixel_weights, target.shape),
+        ("class_weights", class_weights, logits.shape[1:2]),
+    ):
+        if weights is not None and weights.shape != shape:
+            raise ValueError(
+                f"{name} of {tuple(weights.shape)} with logits {tuple(logits.shape)}; give {tuple(shape)}"
+            )
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = _wide(logits)
         if class_weights is not None:
-            class_weights = class_weights.to(logits.dtype)
+            class_weights = class_weights.to(dtype)
+        if pixel_weights is not None:
+            pixel_weights = pixel_weights.to(dtype)
         needs_grad = logits.requires_grad and torch.is_grad_enabled()
         total, losses, _ = _cross_entropy(
             logits, target, pixel_weights, class_weights, label_smoothing, ignore_index, needs_grad

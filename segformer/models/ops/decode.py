@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segformer.models.ops import reference
+from segformer.models.ops.dispatch import first_derivative
 from segformer.models.ops.linear import linear
 from segformer.models.ops.resize import add_bands, band_rows, bilinear_matrix, row_bands, widen
 
@@ -95,7 +95,7 @@ class _NormReluLinear(torch.autograd.Function):
         return out, mean, variance, count
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         maps, gamma, beta, weight, mean, inverse, count = ctx.saved_tensors
         scale = gamma * inverse

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segformer.models.ops.dispatch import register, use_triton
+from segformer.models.ops.dispatch import first_derivative, register, use_triton
 from segformer.models.ops.reference import as_map
 
 
@@ -82,6 +82,7 @@ def _keep_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(tokens, weight, bias)
 
 
+@first_derivative
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tokens, weight, bias = ctx.saved_tensors
     inner, kernel, offset = depthwise_gelu_backward(grad, tokens, ctx.height, ctx.width, weight, bias)

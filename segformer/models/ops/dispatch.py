@@ -1,7 +1,14 @@
-"""How operations are registered with torch.library, the size of their blocks, what goes to Triton kernels."""
+"""What all operations share.
 
+    register            an operation of torch.library
+    first_derivative    the backward pass of an operation that has no second derivative
+    use_triton          whether a Triton kernel is taken
+
+and the size of the blocks in which large intermediate results are made.
+"""
+
+import functools
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +20,7 @@ from torch import Tensor
 CPU_BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 256 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = find_spec("triton") is not None  # asked here: torch.compile can't trace it
 
 
 def register(
@@ -38,11 +46,25 @@ def register(
     return getattr(torch.ops.segformer, name.partition("::")[2]).default
 
 
-@cache
-def _triton_there() -> bool:
-    return find_spec("triton") is not None
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the backward pass of a fused operation: RuntimeError where its own graph is asked for.
+
+    torch's once_differentiable refuses later, and not at all where the gradient that comes in is a constant,
+    as that of a loss is: the second derivative is then silently without this operation's part.
+    """
+
+    @functools.wraps(backward)
+    def refuse_graph(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():  # autograd was called with create_graph=True
+            raise RuntimeError(
+                "the fused operations have no second derivative (create_graph=True); build the model with "
+                "ops='reference' (model.ops=reference)"
+            )
+        return backward(ctx, *grads)
+
+    return refuse_graph
 
 
 def use_triton(tensor: Tensor) -> bool:
     """Whether `tensor` is on an NVIDIA GPU, of a type that the kernels know, and Triton is installed."""
-    return tensor.is_cuda and tensor.dtype in FLOATS and _triton_there()
+    return tensor.is_cuda and tensor.dtype in FLOATS and _TRITON

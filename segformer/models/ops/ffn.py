@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segformer.models.ops.depthwise import depthwise_gelu, depthwise_gelu_backward
-from segformer.models.ops.dispatch import CPU_BLOCK_BYTES
+from segformer.models.ops.dispatch import CPU_BLOCK_BYTES, first_derivative
 from segformer.models.ops.linear import linear, linear_backward
 from segformer.models.ops.prenorm import Norm, compute_dtype, normalise, normalise_backward
 
@@ -37,7 +36,7 @@ class _MixFFN(torch.autograd.Function):
             return _forward(values, size, list(parameters[2:]))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, mean, inverse, *parameters = ctx.saved_tensors
         norm, parameters = (*parameters[:2], ctx.eps), parameters[2:]

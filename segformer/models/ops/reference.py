@@ -120,6 +120,16 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return labels.to(torch.uint8) if logits.shape[1] <= 256 else labels
 
 
+def upsample_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """confusion[t, p] of target (B, H, W) and enlarged logits (B, K, h, w); see argmax.py."""
+    classes = logits.shape[1]
+    predicted = upsample_argmax(logits, (target.shape[1], target.shape[2]))
+    counted = (target != ignore_index) & (target >= 0) & (target < classes)
+    pairs = torch.stack([target[counted].long(), predicted[counted].long()])
+    out = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)
+    return out.index_put_((pairs[0], pairs[1]), torch.ones_like(pairs[0]), accumulate=True)
+
+
 def upsampled_cross_entropy(
     logits: Tensor,
     target: Tensor,

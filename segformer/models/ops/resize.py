@@ -20,10 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from segformer.models.ops import reference
-from segformer.models.ops.dispatch import CPU_BLOCK_BYTES, GPU_BLOCK_BYTES, register, use_triton
+from segformer.models.ops.dispatch import (
+    CPU_BLOCK_BYTES,
+    GPU_BLOCK_BYTES,
+    first_derivative,
+    register,
+    use_triton,
+)
 from segformer.models.ops.linear import linear, linear_backward
 
 _TILE_COLUMNS = 128
@@ -72,12 +77,12 @@ class Enlargement:
     6, so the products are a small part of those with the dense matrices.
     """
 
-    def __init__(self, logits: Tensor, size: tuple[int, int]) -> None:
-        """For logits (B, K, h, w); tiles of about one block."""
+    def __init__(self, logits: Tensor, size: tuple[int, int], dtype: torch.dtype) -> None:
+        """For logits (B, K, h, w), whose images are given in `dtype`; tiles of about one block."""
         classes, height, width = logits.shape[1:]
-        device, dtype = logits.device, logits.dtype
+        device = logits.device
         columns = min(size[1], _TILE_COLUMNS) if device.type == "cpu" else size[1]
-        step = band_rows(device, classes * columns * logits.element_size())
+        step = band_rows(device, classes * columns * dtype.itemsize)
         vertical = bilinear_matrix(height, size[0], dtype=dtype, device=device)
         horizontal = bilinear_matrix(width, size[1], dtype=dtype, device=device)
         self.rows = row_bands(vertical, step)
@@ -98,6 +103,15 @@ class Enlargement:
         part = out[row.source, :, column.source]
         wide = (row.matrix.t() @ tile.view(len(tile), -1)).view(-1, len(column.matrix))
         part += (wide @ column.matrix).view(part.shape)
+
+
+def check_target(logits: Tensor, target: Tensor) -> None:
+    """ValueError unless target (B, H, W) can be the labels of logits (B, K, h, w)."""
+    shapes = f"logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+    if logits.ndim != 4 or target.ndim != 3 or logits.shape[0] != target.shape[0]:
+        raise ValueError(f"{shapes} don't belong together; give (B, K, h, w) and (B, H, W)")
+    if 0 in (*logits.shape[1:], *target.shape[1:]):
+        raise ValueError(f"{shapes} have a side of 0")
 
 
 def widen(maps: Tensor, width: int) -> Tensor:
@@ -143,7 +157,7 @@ class _ProjectSum(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         maps, weight = ctx.saved_tensors
         inner, kernel, _ = linear_backward(grad, maps, weight)
@@ -188,6 +202,7 @@ def _keep_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.widths = [maps.shape[2] for maps in inputs[1]]
 
 
+@first_derivative
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
     return grad, _upsample_sum_backward(grad, ctx.heights, ctx.widths)
 

@@ -1,4 +1,4 @@
-"""The two forms of every operation of the network, as one value each: fused and reference."""
+"""The two forms of the operations of network, loss and evaluation, as one value each: fused and reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Ops:
     project_sum: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
     norm_relu_linear: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     upsampled_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    upsample_argmax: Callable[[Tensor, tuple[int, int]], Tensor]
+    upsample_confusion: Callable[[Tensor, Tensor, int], Tensor]
 
 
 SUITES = {
@@ -33,7 +33,7 @@ SUITES = {
         project_sum=resize.project_sum,
         norm_relu_linear=decode.norm_relu_linear,
         upsampled_cross_entropy=cross_entropy.upsampled_cross_entropy,
-        upsample_argmax=argmax.upsample_argmax,
+        upsample_confusion=argmax.upsample_confusion,
     ),
     "reference": Ops(
         name="reference",
@@ -44,6 +44,6 @@ SUITES = {
         project_sum=reference.project_sum,
         norm_relu_linear=reference.norm_relu_linear,
         upsampled_cross_entropy=reference.upsampled_cross_entropy,
-        upsample_argmax=reference.upsample_argmax,
+        upsample_confusion=reference.upsample_confusion,
     ),
 }
