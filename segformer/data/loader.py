@@ -38,6 +38,7 @@ from segformer.data.workers import Deferred, WorkerStream, worker_place
 from segformer.errors import ConfigError, DataError
 
 MAX_WORKERS = 8
+MOST_PER_CORE = 16  # a worker has 0.2 GiB: hundreds on a small machine take it down
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,10 +183,20 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def worker_count(cfg: LoaderConfig, local_world_size: int) -> int:
-    """Worker processes of one rank, where `local_world_size` ranks share the machine."""
-    if cfg.workers >= 0:
-        return cfg.workers
-    return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) // local_world_size))
+    """Worker processes of one rank, where `local_world_size` ranks share the machine.
+
+    ConfigError for more of them than MOST_PER_CORE of the cores that this process may use.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if cfg.workers < 0:
+        return max(1, min(MAX_WORKERS, cores // local_world_size))
+    most = max(1, MOST_PER_CORE * cores // local_world_size)
+    if cfg.workers > most:
+        raise ConfigError(
+            f"loader.workers={cfg.workers} for each of {local_world_size} ranks is too much for {cores} "
+            f"cores; use 0 to {most}, or -1 for cores / ranks"
+        )
+    return cfg.workers
 
 
 def train_batches(

@@ -344,6 +344,9 @@ def test_the_default_shares_the_cores_among_the_ranks(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)))
     assert [worker_count(LoaderConfig(), ranks) for ranks in (1, 4, 8, 48)] == [8, 6, 3, 1]
     assert worker_count(LoaderConfig(workers=5), 8) == 5
+    assert worker_count(LoaderConfig(workers=48), 8) == 48
+    with pytest.raises(ConfigError, match=r"workers=49 for each of 8 ranks .* 24 cores; use 0 to 48, or -1"):
+        worker_count(LoaderConfig(workers=49), 8)
 
 
 @pytest.mark.parametrize("settings", [{"workers": -2}, {"prefetch": 0}, {"timeout": 0}])
