@@ -13,7 +13,7 @@ import numpy as np
 
 from segformer.config import cli
 from segformer.data.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sharding import write_shards
+from segformer.data.sharding import find_turned, write_shards
 from segformer.data.shards import ShardSet
 from segformer.errors import ConfigError
 
@@ -71,6 +71,8 @@ def shard(cfg: ShardConfig) -> None:
     if shards.task == "segmentation":
         print(label_map_text(cfg.data, raw_pixels(shards)))
     print(split_text(shards))
+    if (turned := find_turned(Path(out))) is not None:
+        print(turned_text(shards, *turned))
     print(f"shards: {out}  (digest {shards.digest[:12]})")
 
 
@@ -142,6 +144,18 @@ def class_images(shards: ShardSet, split: str) -> list[str]:
         more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
         lines.append(f"  never seen: {', '.join(missing[:20])}{more}")
     return lines
+
+
+def turned_text(shards: ShardSet, count: int, file: str, orientation: int) -> str:
+    """The warning of images that are stored in another way than they are shown."""
+    total = sum(split.num_samples for split in shards.splits.values())
+    remedy = "training sees the stored pixels; to train on them upright, turn the files"
+    if shards.task == "segmentation":
+        remedy = "their masks must fit the stored pixels; where they fit the upright picture, turn the files"
+    return (
+        f"WARNING: {count} of {total} images are stored rotated (EXIF orientation {orientation}, first "
+        f"{file!r}), which is not applied: {remedy} (mogrify -auto-orient) and shard again"
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@
 config.json names as well. transformers runs every LayerNorm with eps
 1e-5, so its logits are those of our model only for norm_profile=hf; config.json says which case it is.
 
-`open_checkpoint` reads an export or the newest checkpoint of a run into the same `Trained`. Nothing that is
-read is executed. Refuses a damaged or foreign export, an output folder with other files in it, and weights
+`open_checkpoint` reads an export or a checkpoint of a run into the same `Trained`. Nothing that is read is
+executed. Refuses a damaged or foreign export, an output folder with other files in it, and weights
 that don't fit.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segformer.checkpoint import load_model_state
+from segformer.checkpoint import TrainState, load_model_state
 from segformer.config import RunConfig, load_config
 from segformer.data.classification import ClassificationAugment
 from segformer.data.dataset import DatasetConfig, class_palette
@@ -57,11 +58,11 @@ class ExportConfig:
     """Which run to export, and where to."""
 
     run: str = "???"
-    "Directory of the run."
+    "Directory of the run, or of one of its checkpoints."
     out: str = ""
     "Folder to write; empty means <run>/export."
-    step: int | None = None
-    "Step of the checkpoint; null takes the newest good one."
+    step: str = "newest"
+    "Checkpoint: newest, best (by its validation score) or the number of its step."
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,10 +106,10 @@ class Trained:
 
 
 def export(cfg: ExportConfig) -> Path:
-    """Write the newest good checkpoint of a run, or that of `cfg.step`, as an export; returns its folder."""
-    run = Path(cfg.run)
+    """Write the checkpoint of a run that `cfg.step` names as an export; returns its folder."""
+    run, step = _locate(Path(cfg.run), cfg.step)
     out = Path(cfg.out) if cfg.out else run / "export"
-    trained = read_run(run, cfg.step)
+    trained = read_run(run, step)
     write_export(
         trained.state,
         trained.model,
@@ -124,16 +125,25 @@ def export(cfg: ExportConfig) -> Path:
     return out
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Trained:
-    """The model of a run directory (newest good checkpoint, or `step`) or of an export directory.
+def open_checkpoint(path: str | Path, step: str = "newest") -> Trained:
+    """The model of an export directory, or of a run directory.
+
+    Of a run: its newest good checkpoint, its best one, or that of a step (a number). The folder of a
+    checkpoint stands for that step of its run.
 
     Raises:
-        CheckpointError: the path is neither, or what it holds is damaged.
+        CheckpointError: the path is neither, what it holds is damaged, or the run has no such checkpoint.
+        ConfigError: `step` is none of the three, contradicts `path`, or is given for an export.
     """
-    folder = Path(path)
+    folder, step = _locate(Path(path), step)
     if (folder / "config.yaml").is_file():
         return read_run(folder, step)
     if (folder / CONFIG_FILE).is_file():
+        if step != "newest":
+            raise ConfigError(
+                f"step={step} asks for a checkpoint, but {folder} is an export, which holds one model; "
+                "leave step out, or give the directory of the run"
+            )
         return read_export(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist; give a run directory or an export directory")
@@ -143,14 +153,14 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Trained:
     )
 
 
-def read_run(run: Path, step: int | None = None) -> Trained:
-    """The newest good checkpoint of a run, or that of `step`."""
+def read_run(run: Path, step: str = "newest") -> Trained:
+    """A checkpoint of a run directory: the newest good one, the best, or that of a step (a number)."""
     if not (run / "config.yaml").is_file():
         raise CheckpointError(
             f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
         )
     cfg = load_config(run / "config.yaml", RunConfig)
-    state, train_state = load_model_state(run, step)
+    state, train_state = _load(run, step)
     named = cfg.data.classes or cfg.data.class_dirs
     if named:
         classes, palette = list(named), class_palette(replace(cfg.data, classes=named))
@@ -172,6 +182,32 @@ def read_run(run: Path, step: int | None = None) -> Trained:
         step=train_state.step,
         scores=_scores_at(run / "metrics.jsonl", train_state.step),
     )
+
+
+def _locate(path: Path, step: str) -> tuple[Path, str]:
+    """(<run>, "20") for <run>/checkpoints/step-00000020, what is given for every other path."""
+    found = re.fullmatch(r"step-([0-9]{8,})", path.name)
+    run = path.parent.parent
+    if not found or path.parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+        return path, step
+    number = str(int(found[1]))
+    if step not in ("newest", number):
+        raise ConfigError(f"step={step} is another checkpoint than {path}; give {run}, or leave step out")
+    return run, number
+
+
+def _load(run: Path, step: str) -> tuple[dict[str, Tensor], TrainState]:
+    if re.fullmatch(r"[0-9]{1,18}", step):
+        return load_model_state(run, int(step))
+    if step not in ("newest", "best"):
+        raise ConfigError(f"step={step!r} is unknown; use newest, best or the number of a step")
+    newest = load_model_state(run)
+    best = newest[1].best_step
+    if step == "newest" or best == newest[1].step:
+        return newest
+    if best is None:
+        raise CheckpointError(f"{run} has no best checkpoint, it has not been evaluated yet; use step=newest")
+    return load_model_state(run, best)
 
 
 def _scores_at(metrics: Path, step: int) -> dict[str, Any] | None:

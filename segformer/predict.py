@@ -6,13 +6,16 @@
     <output>/<stem>.png           indexed PNG: pixel values are class ids, colours are the palette
     <output>/<stem>_overlay.jpg   the photograph under the colours of its classes
 
-Refuses files that are no whole JPEG or PNG or are larger than MAX_PIXELS, two inputs with one output name,
-and an output that would overwrite an input.
+Photographs are decoded as in training, then turned upright as their EXIF orientation says (training leaves
+them as they are stored): masks and overlays are upright, and of the size of the upright picture.
+
+Refuses files that are no whole JPEG or PNG or are larger than MAX_PIXELS or MAX_FILE_BYTES, two inputs with
+one output name, an output that would overwrite an input, and the folder of the inputs as output. The
+headers of all files are looked at before the first is predicted.
 
 Shapes: H W image, K classes.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +23,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from segformer.data.dataset import IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.dataset import IMAGE_SUFFIXES, image_header
+from segformer.data.decode import image_orientation, unusable, upright
+from segformer.data.sources import read_file, whole_image
 from segformer.data.transforms import AugmentConfig, Normalize
 from segformer.drawing import overlay
 from segformer.errors import ConfigError, DataError
 from segformer.export import Trained, open_checkpoint
 from segformer.inference import predict as predict_batch
 
+HEADER_BYTES = 2**18  # EXIF, colour profile and previews that come before the size of most JPEGs
 MIN_SIDE = 32  # the least that the encoder takes; smaller images are continued by their edge pixels
 
 
@@ -35,11 +41,13 @@ class PredictConfig:
     """What to predict with what."""
 
     checkpoint: str = "???"
-    "Directory of a run (its newest checkpoint) or of an export."
+    "Directory of a run, of one of its checkpoints, or of an export."
+    step: str = "newest"
+    "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     input: str = "???"
     "A JPEG or PNG file, or a folder of them."
     output: str = "???"
-    "Folder to write to; made if it does not exist."
+    "Folder to write to, not that of the input; made if it does not exist."
     device: str = "auto"
     "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
     alpha: float = 0.5
@@ -61,12 +69,12 @@ class Predictor:
         self._normalize = Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(self.device)
 
     @classmethod
-    def from_export(cls, path: str | Path, device: str = "auto") -> "Predictor":
-        """Open an export directory, or the newest good checkpoint of a run directory.
+    def from_export(cls, path: str | Path, device: str = "auto", step: str = "newest") -> "Predictor":
+        """Open an export directory, or the checkpoint of a run that `step` names (see `open_checkpoint`).
 
         ConfigError where it is a classifier.
         """
-        trained = open_checkpoint(path)
+        trained = open_checkpoint(path, step)
         if trained.task != "segmentation":
             raise ConfigError(
                 f"{path} is a classifier of {len(trained.classes)} classes: it names a whole image and draws "
@@ -94,7 +102,8 @@ def predict(cfg: PredictConfig) -> list[Path]:
     """Write mask and overlay of every input image; returns the masks' paths."""
     output = Path(cfg.output)
     plan = _plan(Path(cfg.input), output)
-    predictor = Predictor.from_export(cfg.checkpoint, cfg.device)
+    _check_headers([source for source, _ in plan], cfg.input)
+    predictor = Predictor.from_export(cfg.checkpoint, cfg.device, cfg.step)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,25 +119,40 @@ def predict(cfg: PredictConfig) -> list[Path]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A photograph as (H, W, 3) uint8 RGB, upright as its EXIF orientation says.
+    """A photograph as (H, W, 3) uint8 RGB: decoded as in training, then turned as its EXIF orientation says.
 
     Raises:
-        DataError: not a whole JPEG or PNG file, or more than MAX_PIXELS pixels.
+        DataError: not a whole JPEG or PNG file, or above MAX_PIXELS or MAX_FILE_BYTES.
     """
-    from PIL import Image, ImageOps
+    data = read_file(path)
+    return upright(whole_image(path, data), image_orientation(data))
 
+
+def _check_headers(images: list[Path], source: str) -> None:
+    """DataError where a file is no JPEG or PNG within the limits, as far as its first bytes tell."""
+    errors = []
+    for path in images:
+        try:
+            _check_header(path)
+        except DataError as error:
+            errors.append(error)
+    if errors and len(images) > 1:
+        raise DataError(
+            f"{len(errors)} of the {len(images)} images in input={source} can't be used; the first: "
+            f"{errors[0]}"
+        ) from errors[0]
+    if errors:
+        raise errors[0]
+
+
+def _check_header(path: Path) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
-            picture = Image.open(path, formats=("JPEG", "PNG"))
-        with picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"{path} has {picture.width} x {picture.height} pixels; the limit is {MAX_PIXELS}"
-                )
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is not a whole JPEG or PNG image ({error}); replace or remove it") from error
+        try:
+            image_header(read_file(path, HEADER_BYTES))
+        except ValueError:  # or there is more before it
+            image_header(read_file(path))
+    except ValueError as error:
+        raise unusable(path, error) from error
 
 
 def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
@@ -145,6 +169,10 @@ def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
         raise DataError(f"input={source} does not exist; give an image file or a folder of images")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file; give a folder")
+    if source.is_dir() and output.resolve() == source.resolve():
+        raise ConfigError(
+            f"output={output} is the input folder: masks would lie among the images; choose another folder"
+        )
     inputs = {path.resolve() for path in images}
     plan: dict[Path, Path] = {}
     for path in images:

@@ -17,7 +17,8 @@ from segformer.errors import CheckpointError, ConfigError
 from segformer.export import ExportConfig, Trained, export, open_checkpoint, read_export, write_export
 from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import ModelConfig
-from segformer.predict import Predictor
+from segformer.predict import PredictConfig, Predictor
+from segformer.validate import ValidateConfig, _open
 
 CLASSES = ["background", "leaf", "stem"]
 PALETTE = [[0, 0, 0], [10, 200, 30], [200, 60, 0]]
@@ -144,23 +145,82 @@ def test_a_run_exports_its_newest_checkpoint_with_its_scores(run: Path) -> None:
     assert trained.step == 20
     assert trained.classes == ["background", "nucleus"]
     assert trained.scores == {"miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
-    assert open_checkpoint(run, step=10).scores is None
+    assert open_checkpoint(run, step="10").scores is None
 
 
 def test_a_run_exports_the_step_that_is_asked_for(run: Path, tmp_path: Path) -> None:
-    out = export(ExportConfig(run=str(run), out=str(tmp_path / "out"), step=10))
+    out = export(ExportConfig(run=str(run), out=str(tmp_path / "out"), step="10"))
     assert read_export(out).step == 10
 
 
 def test_exporting_again_replaces_the_old_export(run: Path) -> None:
-    out = export(ExportConfig(run=str(run), step=10))
+    out = export(ExportConfig(run=str(run), step="10"))
     assert read_export(export(ExportConfig(run=str(run), out=str(out)))).step == 20
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_missing_step_is_refused_with_the_steps_there_are(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"15.*10, 20"):
-        export(ExportConfig(run=str(run), step=15))
+        export(ExportConfig(run=str(run), step="15"))
+
+
+@pytest.fixture
+def best_run(run: Path) -> Path:
+    """`run` after a step 30, whose best score was that of step 10."""
+    model = build_model(ModelConfig(), 2)
+    state = TrainState(step=30, data_digest="d", best_score=0.5, best_step=10)
+    write_checkpoint(model.state_dict(), {}, state, CheckpointConfig(), run / "checkpoints")
+    return run
+
+
+@pytest.mark.parametrize(("step", "expected"), [("newest", 30), ("best", 10), ("20", 20), ("00020", 20)])
+def test_a_step_names_the_checkpoint_of_every_command(
+    best_run: Path, tiny_shards: Path, tmp_path: Path, step: str, expected: int
+) -> None:
+    wanted = open_checkpoint(best_run, step)
+    assert wanted.step == expected
+    exported = export(ExportConfig(run=str(best_run), out=str(tmp_path / "out"), step=step))
+    assert read_export(exported).step == expected
+    scored = ValidateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
+    assert _open(scored)[0].step == expected
+    state = Predictor.from_export(best_run, "cpu", step).model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
+
+
+def test_a_number_on_the_command_line_is_a_step() -> None:
+    needs = {ExportConfig: ["run=a"], ValidateConfig: ["checkpoint=a"]}
+    needs[PredictConfig] = ["checkpoint=a", "input=b", "output=c"]
+    for (schema, given), name in zip(needs.items(), ("export", "evaluate", "predict"), strict=True):
+        assert compose(schema, name, [*given, "step=16000"]).step == "16000"
+        assert compose(schema, name, given).step == "newest"
+
+
+def test_the_folder_of_a_checkpoint_is_that_step_of_its_run(best_run: Path) -> None:
+    folder = best_run / "checkpoints/step-00000020"
+    assert open_checkpoint(folder).step == open_checkpoint(f"{folder}/", step="20").step == 20
+    assert read_export(export(ExportConfig(run=str(folder)))).step == 20
+    assert (best_run / "export/config.json").is_file()
+    with pytest.raises(ConfigError, match=r"step=best is another checkpoint than .*step-00000020"):
+        open_checkpoint(folder, step="best")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 99; it has \[10, 20, 30\]"):
+        open_checkpoint(best_run / "checkpoints/step-00000099")
+
+
+def test_the_best_checkpoint_of_a_run_without_an_evaluation_is_refused(run: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no best checkpoint, .*use step=newest"):
+        open_checkpoint(run, step="best")
+
+
+@pytest.mark.parametrize("step", ["last", "-1", "1.5", ""])
+def test_a_step_that_is_none_is_refused(run: Path, step: str) -> None:
+    with pytest.raises(ConfigError, match=r"use newest, best or the number of a step"):
+        open_checkpoint(run, step=step)
+
+
+@pytest.mark.parametrize("step", ["best", "7"])
+def test_a_step_of_an_export_is_refused(exported: Path, step: str) -> None:
+    with pytest.raises(ConfigError, match=rf"step={step} .* is an export, .*leave step out"):
+        open_checkpoint(exported, step=step)
 
 
 def test_an_output_folder_with_other_files_is_refused(run: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from segformer.data.dataset import IGNORE_INDEX
+from segformer.data.decode import decode_image
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.export import write_export
 from segformer.models.segformer import build_model
@@ -83,11 +84,52 @@ def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoi
     assert np.array_equal(predictor(image), predictor(turned))
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+def pictures() -> dict[str, Image.Image]:
+    """Smooth pictures of every mode that a JPEG or PNG may have."""
+    small = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
+    colour = Image.fromarray(small).resize((70, 50), Image.Resampling.BICUBIC)
+    deep = np.linspace(0, 65535, 70 * 50).astype(np.uint16).reshape(50, 70)
+    found = {f"{mode}.png": colour.convert(mode) for mode in ("L", "LA", "RGB", "RGBA", "P", "1")}
+    found |= {f"{mode}.jpg": colour.convert(mode) for mode in ("L", "RGB", "CMYK")}
+    return found | {"I;16.png": Image.fromarray(deep)}
+
+
+@pytest.mark.parametrize("orientation", [None, 1])
+@pytest.mark.parametrize("name", pictures())
+def test_a_photograph_is_decoded_as_in_training(tmp_path: Path, name: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    pictures()[name].save(tmp_path / name, exif=exif)
+    decoded = read_image(tmp_path / name)
+    np.testing.assert_array_equal(decoded, decode_image((tmp_path / name).read_bytes()))
+    assert decoded.std() > 20  # and not one colour, as 16 bits clipped at 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_photograph_is_turned_as_its_exif_orientation_says(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    pictures()["RGB.png"].save(path, exif=exif)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    decoded = read_image(path)
+    assert decoded.flags.c_contiguous
+    assert np.abs(decoded.astype(int) - expected).max() <= (4 if suffix == "jpg" else 0)
+
+
+def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to view
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (40, 20, 3)
+    (mask,) = predict(config(checkpoint, tmp_path / "turned.jpg", tmp_path / "out"))
+    for path in (mask, tmp_path / "out/turned_overlay.jpg"):
+        with Image.open(path) as picture:
+            assert picture.size == (20, 40)
 
 
 def test_overlay_blends_colour_keeps_black_classes_and_outlines_regions() -> None:
@@ -121,7 +163,7 @@ def test_a_folder_without_pictures_is_refused(checkpoint: Path, tmp_path: Path) 
 def test_what_is_no_jpeg_or_png_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"x.jpg is not a whole JPEG or PNG"):
+    with pytest.raises(DataError, match=r"x.jpg' is not a whole JPEG or PNG"):
         read_image(path)
 
 
@@ -137,7 +179,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: 
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(DataError, match="10000 x 10000 pixels; the limit"):
+        with pytest.raises(DataError, match="10000 x 10000 pixels; the limit is 50000000; make it smaller"):
             read_image(tmp_path / "bomb.png")
 
 
@@ -150,8 +192,34 @@ def test_two_pictures_of_one_stem_are_refused(checkpoint: Path, photos: Path, tm
 def test_an_input_is_never_overwritten(checkpoint: Path, photos: Path) -> None:
     before = (photos / "a.png").read_bytes()
     with pytest.raises(ConfigError, match="would overwrite the input"):
-        predict(config(checkpoint, photos, photos))
+        predict(config(checkpoint, photos / "a.png", photos))
     assert (photos / "a.png").read_bytes() == before
+
+
+def test_the_folder_of_the_input_is_refused_as_output(checkpoint: Path, photos: Path) -> None:
+    (photos / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"output=.*/photos is the input folder: .*choose another"):
+        predict(config(checkpoint, photos, photos / "../photos"))
+    assert sorted(path.name for path in photos.iterdir()) == ["b.JPG", "notes.txt"]
+
+
+def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "x.png").write_bytes(b"text")
+    Image.new("1", (10_000, 10_000)).save(photos / "y.png")
+    message = r"2 of the 4 images in input=.*photos can't be used; the first: '.*x.png' is not a whole"
+    with pytest.raises(DataError, match=message):
+        predict(config(checkpoint, photos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (40, 40))
+    picture.save(tmp_path / "long.jpg", icc_profile=b"\0" * 400_000)
+    assert len(predict(config(checkpoint, tmp_path / "long.jpg", tmp_path / "out"))) == 1
 
 
 @pytest.mark.parametrize("output", ["file", "file/below"])

@@ -195,11 +195,15 @@ def label_table(cfg: DatasetConfig) -> np.ndarray:
     return table
 
 
+class TooManyPixelsError(ValueError):
+    """An image above MAX_PIXELS."""
+
+
 def image_header(data: bytes) -> tuple[str, int, int]:
     """("jpeg" or "png", height, width) from the first bytes of a file, without decoding.
 
-    ValueError for other formats, broken headers and more than MAX_PIXELS pixels. JPEG: the frame header
-    SOF0 to SOF2 (ITU-T T.81, B.2.2) after skipping every segment before it; PNG: IHDR.
+    ValueError for other formats and broken headers, TooManyPixelsError above MAX_PIXELS. JPEG: the frame
+    header SOF0 to SOF2 (ITU-T T.81, B.2.2) after skipping every segment before it; PNG: IHDR.
     """
     if data[:8] == _PNG_MAGIC and data[12:16] == b"IHDR" and len(data) >= 33:
         kind = "png"
@@ -210,7 +214,7 @@ def image_header(data: bytes) -> tuple[str, int, int]:
     else:
         raise ValueError("not a JPEG or PNG file" if data else "empty file (0 bytes)")
     if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS}")
+        raise TooManyPixelsError(f"{width} x {height} pixels; the limit is {MAX_PIXELS}")
     return kind, height, width
 
 

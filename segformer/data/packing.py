@@ -40,6 +40,10 @@ if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
 
+# Images of an EXIF orientation other than 1: how many, the first file (below root), its orientation.
+Turned = tuple[int, str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """How images are stored."""
@@ -77,13 +81,21 @@ class ShardTask:
 
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
     """(note of the shard, whether it was complete already). The note: file, samples, bytes, sha256 and
-    source_sha256 for dataset.json; part_sha256, stat and raw_ids."""
+    source_sha256 for dataset.json; part_sha256, stat, raw_ids and turned (`Turned`)."""
     stat = stat_hash(task.samples)
     note = _complete(task, stat)
     if note is None:
         return _write(task, stat), False
     advance(len(task.samples))
     return note, True
+
+
+def merge_turned(found: Iterable[Turned | None]) -> Turned | None:
+    """The sum of several, None without any."""
+    known = [turned for turned in found if turned is not None]
+    if not known:
+        return None
+    return sum(count for count, _, _ in known), *min((file, orientation) for _, file, orientation in known)
 
 
 def member_key(key: str) -> str:
@@ -149,7 +161,7 @@ def _write(task: ShardTask, stat: str) -> dict[str, Any]:
     """Write the tar, its part of the index and, last, the note."""
     source = source_hash(task.samples)  # before a sample is read: a later change must show
     temporary = task.parts / f"{task.name}.{secrets.token_hex(4)}.tmp"  # a lost node may still write one
-    records, labels, raw_ids = _write_tar(task, temporary)
+    records, labels, raw_ids, turned = _write_tar(task, temporary)
     keys = _index_members(temporary, records)
     part = pack_index(records, labels, keys)
     note = {
@@ -161,6 +173,7 @@ def _write(task: ShardTask, stat: str) -> dict[str, Any]:
         "part_sha256": hashlib.sha256(part).hexdigest(),
         "stat": stat,
         "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
+        "turned": turned,
     }
     temporary.rename(task.tars / f"{task.name}.tar")
     write_synced(task.parts / f"{task.name}.part", part)
@@ -168,12 +181,14 @@ def _write(task: ShardTask, stat: str) -> dict[str, Any]:
     return note
 
 
-def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Counter[int]]:
-    """Write and sync the tar; returns records without places and keys, LABELS, and the raw ids' pixels."""
+def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Counter[int], Turned | None]:
+    """Write and sync the tar; returns records without places and keys, LABELS, the raw ids' pixels, and what
+    EXIF would turn."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
     raw_ids: Counter[int] = Counter()
+    turned: list[Turned] = []
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("wb") as stream,
@@ -182,6 +197,9 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
         for sample, record in zip(task.samples, records, strict=True):
             loaded = load_sample(task.cfg, sample)
             raw_ids.update(loaded.raw_ids)
+            if loaded.orientation != 1:
+                file = f"{task.cfg.folder('image', task.split)}/{sample.key}{task.cfg.image_suffix}"
+                turned.append((1, file, loaded.orientation))
             (suffix, image), mask = _encoded(loaded, task.encoding)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)
@@ -195,7 +213,7 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
     with path.open("rb") as written:
         os.fsync(written.fileno())
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids
+    return records, np.concatenate(labels), raw_ids, merge_turned(turned)
 
 
 def _encoded(loaded: LoadedSample, encoding: Encoding) -> tuple[tuple[str, bytes], np.ndarray | None]:

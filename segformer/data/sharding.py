@@ -11,7 +11,8 @@ work was interrupted. A run that ends early, even by SIGKILL, leaves its finishe
 keeps them, other settings or files start over.
 
 `out/.sources.json` holds hashes of the source files' names, sizes and times: with it the same command knows
-a finished set again without reading the source. It is no part of the set.
+a finished set again without reading the source. It also counts the images that EXIF would turn. It is no
+part of the set.
 
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
 the same `out`, and every defect of the source that sources.py names."""
@@ -36,8 +37,10 @@ from segformer.data.index import pack_index, parse_index
 from segformer.data.packing import (
     Encoding,
     ShardTask,
+    Turned,
     make_shard,
     member_key,
+    merge_turned,
     source_hash,
     stat_hash,
 )
@@ -176,7 +179,9 @@ def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_synced(work.set / "dataset.json", text.encode())
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
-    write_synced(work.set / NOTE, json.dumps({"scan": scanned, "shards": stats}).encode())
+    turned = merge_turned(note.get("turned") for note in notes)
+    note = {"scan": scanned, "shards": stats, "turned": turned}
+    write_synced(work.set / NOTE, json.dumps(note).encode())
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
 
@@ -196,6 +201,15 @@ def _make(tasks: list[ShardTask], work: WorkFolder, workers: int) -> list[dict[s
     if earlier:
         print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
     return [note for note, _ in results]
+
+
+def find_turned(out: Path) -> Turned | None:
+    """The images of a finished set that EXIF would turn; None without any, or where it is not known."""
+    try:
+        count, file, orientation = _read_json(out / NOTE)["turned"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return count, file, orientation
 
 
 def _check_keys(samples: list[Sample]) -> None:
@@ -308,7 +322,8 @@ def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int)
         raise DataError(f"{str(out)!r} exists and holds something else (the source differs); {refusal}")
     if stats != note.get("shards") or scanned != note.get("scan"):
         with suppress(OSError):  # a set that may only be read: the source is read again next time
-            write_synced(out / NOTE, json.dumps({"scan": scanned, "shards": stats}).encode())
+            note |= {"scan": scanned, "shards": stats}
+            write_synced(out / NOTE, json.dumps(note).encode())
     if work.path.exists():  # left by a run that was killed between its last rename and its end
         with suppress(DataError, OSError), work.hold():
             work.remove()

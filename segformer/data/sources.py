@@ -13,7 +13,6 @@ images outside the class folders, folders that cannot be read. Nothing is skippe
 
 import io
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from segformer.data.dataset import IMAGE_SUFFIXES, MAX_FILE_BYTES, DatasetConfig, image_header, label_table
-from segformer.data.decode import decode_image
+from segformer.data.decode import check_sums, decode_image, image_orientation, orientation_text, unusable
 from segformer.errors import DataError
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -60,6 +59,8 @@ class LoadedSample:
     """Raw id -> pixels, before the label map; empty in classification."""
     height: int
     width: int
+    orientation: int = 1
+    """EXIF orientation of the image, which is not applied."""
 
 
 def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
@@ -232,14 +233,15 @@ def _some(names: set[str] | list[str]) -> str:
 def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     """One sample, whole and checked; DataError names the file and what was found."""
     image = read_file(sample.image)
-    height, width = image_size(sample.image, image)
+    height, width = whole_image(sample.image, image).shape[:2]
+    orientation = image_orientation(image)
     if sample.mask is None:
-        return LoadedSample(image, None, {}, height, width)
+        return LoadedSample(image, None, {}, height, width, orientation)
     raw = mask_ids(cfg, sample.mask)
     if raw.shape != (height, width):
         raise DataError(
             f"mask {str(sample.mask)!r} is {raw.shape[1]} x {raw.shape[0]} pixels, "
-            f"its image {width} x {height}; they must agree"
+            f"its image {width} x {height}; they must agree{orientation_text(orientation)}"
         )
     counts = np.bincount(raw.reshape(-1))
     raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
@@ -251,31 +253,33 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
             f"mask {str(sample.mask)!r} holds the ids {shown}, outside {known} and 255; "
             "add them to data.classes or map them in data.label_map (255 = ignore)"
         )
-    return LoadedSample(image, table.astype(np.uint8)[raw], raw_ids, height, width)
+    return LoadedSample(image, table.astype(np.uint8)[raw], raw_ids, height, width, orientation)
 
 
-def read_file(path: Path) -> bytes:
-    """All bytes of a file of at most MAX_FILE_BYTES."""
+def read_file(path: Path, first: int = -1) -> bytes:
+    """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise DataError(f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}")
-        return path.read_bytes()
+            raise DataError(
+                f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}; make it smaller"
+            )
+        with path.open("rb") as stream:
+            return stream.read(first)
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
 
 
-def image_size(path: Path, data: bytes) -> tuple[int, int]:
-    """(height, width) of an image that is whole and that training can decode."""
+def whole_image(path: Path, data: bytes) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
     if data[:8] != _PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
         decode_pixels(path, data)
     try:
-        _, height, width = image_header(data)
-        _check_sums(data)
-        decode_image(data)
+        image_header(data)
+        check_sums(data)
+        return decode_image(data)
     except (ValueError, DataError) as error:
-        raise _damaged(path, error) from error
-    return height, width
+        raise unusable(path, error) from error
 
 
 def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
@@ -284,26 +288,11 @@ def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarra
 
     try:
         image_header(data)
-        _check_sums(data)
+        check_sums(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             return np.asarray(picture if mode is None else picture.convert(mode))
     except (ValueError, OSError, SyntaxError) as error:
-        raise _damaged(path, error) from error
-
-
-def _check_sums(data: bytes) -> None:
-    """ValueError for a PNG that is cut or whose chunks differ from their CRC: Pillow may not see it."""
-    at, kind = 8, b"" if data[:8] == _PNG_MAGIC else b"IEND"
-    while kind != b"IEND":
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        crc = int.from_bytes(data[end - 4 : end], "big")
-        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != crc:
-            raise ValueError(f"it is truncated or damaged after {at} of {len(data)} bytes")
-        at, kind = end, data[at + 4 : at + 8]
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it")
+        raise unusable(path, error) from error
 
 
 def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:

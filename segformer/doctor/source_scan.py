@@ -16,16 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from segformer.data.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.decode import decode_image
+from segformer.data.decode import decode_image, image_orientation, orientation_text
 from segformer.data.sources import (
     Sample,
     class_folders,
     decode_pixels,
     find_files,
-    image_size,
     list_samples,
     mask_ids,
     read_file,
+    whole_image,
 )
 from segformer.doctor.scan import SHOWN, SplitScan, empty_scan
 from segformer.errors import DataError
@@ -129,11 +129,12 @@ def _note_keys(scan: SplitScan, keys: Iterable[str], text: str) -> None:
 
 
 def _look(cfg: DatasetConfig, sample: Sample) -> _Facts:
-    facts = _Facts(sample)
+    facts, hint = _Facts(sample), ""
     try:
         data = read_file(sample.image)
         facts.digest = hashlib.blake2b(data, digest_size=16).digest()
-        facts.size = image_size(sample.image, data)
+        height, width = whole_image(sample.image, data).shape[:2]
+        facts.size, hint = (height, width), orientation_text(image_orientation(data))
     except DataError as error:
         facts.defects.append(("unreadable", str(error)))
     if sample.mask is None:
@@ -155,7 +156,7 @@ def _look(cfg: DatasetConfig, sample: Sample) -> _Facts:
             (
                 "size",
                 f"{str(sample.mask)!r} is {raw.shape[1]} x {raw.shape[0]} pixels, its image "
-                f"{facts.size[1]} x {facts.size[0]}",
+                f"{facts.size[1]} x {facts.size[0]}{hint}",
             )
         )
     counts = np.bincount(raw.reshape(-1))
