@@ -2,7 +2,8 @@
 
 Protocol: whole images at their own size, logits brought to the size of the label, one confusion matrix over
 the split; a classifier is shown the centre of every image, cut as in its training. It is the protocol of the
-evaluations during training, so the numbers agree with theirs.
+evaluations during training, so the numbers agree with theirs. For those of papers, images are resized, cut
+into windows, flipped and scaled (protocol.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 from segformer.data.classification import ClassificationAugment
 from segformer.data.loader import LoaderConfig
-from segformer.data.shards import ShardSet
+from segformer.data.shards import ShardSet, Split
 from segformer.dist import init_world, limit_threads
 from segformer.engine import EngineConfig, resolve_precision
 from segformer.errors import ConfigError, SegformerError
@@ -21,15 +22,18 @@ from segformer.evaluate import evaluate
 from segformer.export import Trained, open_checkpoint
 from segformer.metrics import AnyScores
 from segformer.progress import duration
+from segformer.protocol import ProtocolConfig, check_images, describe, settings, under_protocol
 from segformer.tasks import plain_normalize
 
 
 @dataclass(kw_only=True, slots=True)
-class ValidateConfig:
-    """What to score, and on which images."""
+class ValidateConfig(ProtocolConfig):
+    """What to score, on which images, and by which protocol."""
 
     checkpoint: str = "???"
-    "Directory of a run (its newest checkpoint) or of an export."
+    "Directory of a run, of one of its checkpoints, or of an export."
+    step: str = "newest"
+    "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     shards: str = ""
     "Folder of shards; empty takes those that the model was trained with."
     split: str = "val"
@@ -42,6 +46,7 @@ class ValidateConfig:
     "Worker processes."
 
     def __post_init__(self) -> None:
+        ProtocolConfig.__post_init__(self)
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be 1 or more")
         EngineConfig(precision=self.precision)
@@ -57,7 +62,7 @@ def validate(cfg: ValidateConfig) -> AnyScores:
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
-            trained.build().to(world.device),
+            under_protocol(trained.build().to(world.device), cfg),
             plain_normalize(trained.mean, trained.std).to(world.device),
             shards.split(cfg.split),
             cfg.loader,
@@ -77,7 +82,7 @@ def validate(cfg: ValidateConfig) -> AnyScores:
         split = shards.split(cfg.split)
         print(
             f"{cfg.checkpoint} at step {trained.step} on {split.num_samples} images of {cfg.split} "
-            f"({_shown(trained)}) in {duration(time.monotonic() - start)}",
+            f"({_shown(trained, cfg)}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
         print(scores.table(shards.classes))
@@ -91,15 +96,15 @@ def _view(trained: Trained) -> ClassificationAugment | None:
     return ClassificationAugment(size=size, eval_resize=short)
 
 
-def _shown(trained: Trained) -> str:
+def _shown(trained: Trained, cfg: ValidateConfig) -> str:
     if trained.view is None:
-        return "whole images, original size"
+        return describe(cfg)
     size, short = trained.view
     return f"short side to {short}, centre {size} x {size}"
 
 
 def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
-    trained = open_checkpoint(cfg.checkpoint)
+    trained = open_checkpoint(cfg.checkpoint, cfg.step)
     if not (cfg.shards or trained.shards):
         raise ConfigError(
             f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
@@ -115,5 +120,17 @@ def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
             f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "
             f"the shards have {len(shards.classes)} ({', '.join(shards.classes[:3])}); give shards of its own"
         )
-    shards.split(cfg.split)
+    _check_protocol(cfg, trained, shards.split(cfg.split))
     return trained, shards
+
+
+def _check_protocol(cfg: ValidateConfig, trained: Trained, split: Split) -> None:
+    changed = settings(cfg)
+    if not changed:
+        return
+    if trained.task != "segmentation":
+        raise ConfigError(
+            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the centre of each image; "
+            "leave this out"
+        )
+    check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))

@@ -1,0 +1,223 @@
+"""Protocols of published scores: resized images, sliding windows, several scales, flipping.
+
+    image -> resized (short_side, long_side, scales, size_divisor) -> perhaps flipped
+          -> logits, of the whole or of windows, enlarged to the resized image
+          -> resized to the original image -> softmax -> flipped back -> mean over all of these -> argmax
+
+These are the steps of mmsegmentation, in its order, with both resizes of the logits; all resizing is
+bilinear, align_corners=False, without antialiasing. Of one view (no flip, one scale) the logits leave at the
+size of the resized image, and the evaluation resizes them to the label's; of several, the mean of the
+probabilities leaves at the original size. One difference: mmsegmentation resizes before it normalises, and
+so rounds the resized image to whole grey levels. Its versions differ in `scales`: with short_side they are
+those of 0.x (short_side and long_side times the factor), without it those of 1.x (own size times the factor).
+
+Memory: K floats for each pixel of the largest resized image of a batch; of several views, also for each pixel
+of the originals, and twice that for the image that is being added.
+
+Refuses settings that contradict each other, and images that become smaller than the network takes.
+
+Shapes: B batch, K classes, H W original image, h w resized image.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segformer.errors import ConfigError
+
+_LEAST = 32  # shortest side that can be asked for
+_TAKEN = 29  # shortest side that a network takes: its first stage reduces a map of a quarter of it by 8
+
+Size = tuple[int, int]
+
+
+@dataclass(kw_only=True, slots=True)
+class ProtocolConfig:
+    """How segmentation images are shown to the network; the defaults: whole, at their own size."""
+
+    short_side: int = 0
+    "The image is resized so that its short side has so many pixels; 0 = own size."
+    long_side: int = 0
+    "Most pixels that short_side may make of the long side, or else the short one gets fewer; 0 = no limit."
+    size_divisor: int = 0
+    "Each side is then stretched up to a multiple of this (NVlabs: AlignedResize, 32); 0 = as it is."
+    window: list[int] = field(default_factory=list)
+    "[height, width] of windows that slide over the resized image; empty = whole."
+    stride: list[int] = field(default_factory=list)
+    "[down, right] from window to window; empty = three quarters of the window."
+    flip: bool = False
+    "Average over the image and its mirror image."
+    scales: list[float] = field(default_factory=list)
+    "Average over these factors of the size, 1 only where it is among them; empty = [1]."
+
+    def __post_init__(self) -> None:
+        for key in ("short_side", "long_side", "size_divisor"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}={getattr(self, key)} must be 0 or more")
+        if 0 < self.short_side < _LEAST:
+            raise ConfigError(
+                f"short_side={self.short_side} is too small; use 0 (own size), or {_LEAST} or more"
+            )
+        if self.long_side and self.long_side < self.short_side:
+            raise ConfigError(
+                f"long_side={self.long_side} is below short_side={self.short_side}; "
+                f"use {self.short_side} or more, or 0"
+            )
+        if self.long_side and not self.short_side:
+            raise ConfigError(f"long_side={self.long_side} limits short_side, which is 0; set both")
+        wrong = [factor for factor in self.scales if not (factor > 0 and math.isfinite(factor))]
+        if wrong:
+            raise ConfigError(f"scales={self.scales}: {wrong[0]} is no factor; use numbers above 0")
+        _check_windows(self.window, self.stride)
+
+    @property
+    def steps(self) -> Size:
+        """The stride in effect, of a window."""
+        down, right = self.stride or [side * 3 // 4 for side in self.window]
+        return down, right
+
+
+def _check_windows(window: list[int], stride: list[int]) -> None:
+    if stride and not window:
+        raise ConfigError(f"stride={stride} has no window; set window=[height,width], too")
+    if window and (len(window) != 2 or min(window) < _LEAST):
+        raise ConfigError(f"window={window} must be [height, width], each {_LEAST} or more, or empty")
+    if stride and (len(stride) != 2 or min(stride) < 1 or stride[0] > window[0] or stride[1] > window[1]):
+        raise ConfigError(
+            f"stride={stride} must be [down, right], each from 1 to the side of window={window}: "
+            "a larger one leaves pixels out"
+        )
+
+
+def settings(cfg: ProtocolConfig) -> list[str]:
+    """What is not at its default, as key=value; empty: the network sees whole images at their own size."""
+    default = ProtocolConfig()
+    keys = [key.name for key in fields(ProtocolConfig)]
+    return [f"{key}={getattr(cfg, key)}" for key in keys if getattr(cfg, key) != getattr(default, key)]
+
+
+def describe(cfg: ProtocolConfig) -> str:
+    """The protocol in words, for the line of the scores."""
+    parts = ["whole images"]
+    if cfg.window:
+        (down, right), (height, width) = cfg.steps, cfg.window
+        parts = [f"windows of {height} x {width} every {down} x {right}"]
+    limit = f", long side at most {cfg.long_side}" if cfg.long_side else ""
+    parts.append(f"short side to {cfg.short_side}{limit}" if cfg.short_side else "original size")
+    if cfg.size_divisor:
+        parts.append(f"sides up to multiples of {cfg.size_divisor}")
+    if cfg.scales:
+        parts.append("scales " + ", ".join(f"{factor:g}" for factor in cfg.scales))
+    if cfg.flip:
+        parts.append("flipped, too")
+    return "; ".join(parts) if len(parts) > 2 or limit else ", ".join(parts)
+
+
+def resized(cfg: ProtocolConfig, size: Size, factor: float = 1.0) -> tuple[Size, Size]:
+    """Sizes (height, width) of an image of `size` at one scale: resized, then stretched to the divisor."""
+    ratio = factor
+    if cfg.short_side:
+        ratio = int(cfg.short_side * factor) / min(size)
+        if cfg.long_side:
+            ratio = min(ratio, int(cfg.long_side * factor) / max(size))
+    height, width = (int(side * ratio + 0.5) for side in size)
+    divisor = cfg.size_divisor or 1
+    return (height, width), (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)
+
+
+def check_images(cfg: ProtocolConfig, sizes: Iterable[Size]) -> None:
+    """ConfigError where an image of one of `sizes` would become too small for the network."""
+    for size in sorted(set(sizes)):
+        for factor in cfg.scales or [1.0]:
+            first, last = resized(cfg, size, factor)
+            if min(first) < 1 or min(last) < _TAKEN:
+                raise ConfigError(
+                    f"{', '.join(settings(cfg))}: an image of {size[0]} x {size[1]} (height x width) becomes "
+                    f"{last[0]} x {last[1]}, and the network needs sides of {_TAKEN}; "
+                    "use a larger short_side or larger scales"
+                )
+
+
+def windows(size: Size, window: Size, stride: Size) -> list[tuple[slice, slice]]:
+    """Rows and columns of each window; the last ones are moved inwards to end at the border."""
+    lines = []
+    for side, length, step in zip(size, window, stride, strict=True):
+        count = max(side - length + step - 1, 0) // step + 1
+        ends = [min(index * step + length, side) for index in range(count)]
+        lines.append([slice(max(end - length, 0), end) for end in ends])
+    return [(rows, columns) for rows in lines[0] for columns in lines[1]]
+
+
+def _resize(maps: Tensor, size: Size) -> Tensor:
+    if tuple(maps.shape[2:]) == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+class Protocol(nn.Module):
+    """A network whose images go through a protocol; stands in the place of the network in an evaluation."""
+
+    def __init__(self, model: nn.Module, cfg: ProtocolConfig) -> None:
+        """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
+        super().__init__()
+        self.model, self.cfg = model, cfg
+        self.training = model.training
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised -> logits (B, K, h, w); of several views, shares (B, K, H, W).
+
+        Without gradients.
+        """
+        size = (images.shape[2], images.shape[3])
+        scales = self.cfg.scales or [1.0]
+        if len(scales) == 1 and not self.cfg.flip:
+            return self._logits(self._resized(images, scales[0]))
+        views = len(scales) * (1 + self.cfg.flip)
+        mean: Tensor | None = None
+        for factor in scales:
+            image = self._resized(images, factor)
+            for flipped in (False, True)[: 1 + self.cfg.flip]:
+                logits = self._logits(image.flip(3) if flipped else image)
+                if mean is None:
+                    mean = logits.new_zeros(*logits.shape[:2], *size)
+                for total, one in zip(mean, logits, strict=True):  # one enlarged image at a time
+                    share = _resize(one[None], size)[0].softmax(0).div_(views)
+                    total += share.flip(2) if flipped else share
+        assert mean is not None
+        return mean
+
+    def _resized(self, images: Tensor, factor: float) -> Tensor:
+        first, last = resized(self.cfg, (images.shape[2], images.shape[3]), factor)
+        return _resize(_resize(images, first), last)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Images (B, 3, h, w) -> logits (B, K, h, w), float32 at least."""
+        size = (images.shape[2], images.shape[3])
+        if not self.cfg.window:
+            return self._enlarged(images)
+        height, width = self.cfg.window
+        total: Tensor | None = None
+        count = torch.zeros(size, device=images.device)
+        for rows, columns in windows(size, (height, width), self.cfg.steps):
+            logits = self._enlarged(images[:, :, rows, columns])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *size)
+            total[:, :, rows, columns] += logits
+            count[rows, columns] += 1
+        assert total is not None
+        return total.div_(count)
+
+    def _enlarged(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return _resize(logits, (images.shape[2], images.shape[3]))
+
+
+def under_protocol(model: nn.Module, cfg: ProtocolConfig) -> nn.Module:
+    """The network itself where all settings are at their defaults, else a Protocol around it."""
+    return Protocol(model, cfg) if settings(cfg) else model
