@@ -42,6 +42,7 @@ import torch
 from torch import nn
 
 from segformer.errors import ConfigError
+from segformer.models.mit import DropPath
 
 SCHEDULES = ("poly", "cosine", "constant")
 NO_DECAY = ("norms", "norms_and_biases")
@@ -60,6 +61,9 @@ class OptimConfig:
     "Decoupled weight decay of every group that `no_decay` does not spare."
     no_decay: str = "norms"
     "norms spares the encoder's LayerNorms (official), norms_and_biases every 1-d parameter (DeiT)."
+    frozen_stages: int = 0
+    """Stages of the encoder, from the first, that keep their weights: 0 none, 4 the whole encoder. Their
+    stochastic depth is off."""
     layer_decay: float = 1.0
     "Factor on the encoder's lr for each layer further from the head, above 0 to 1; 1 = one lr for all."
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -88,6 +92,8 @@ class OptimConfig:
             raise ConfigError(f"optim.no_decay={self.no_decay!r} is unknown; use {' or '.join(NO_DECAY)}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
+        if not 0 <= self.frozen_stages <= 4:
+            raise ConfigError(f"optim.frozen_stages={self.frozen_stages} must be from 0 to 4")
         if not 0 <= self.min_lr_factor <= 1:
             raise ConfigError(f"optim.min_lr_factor={self.min_lr_factor} must be between 0 and 1")
         if not 0 <= self.ema < 1:
@@ -115,6 +121,27 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     return decay
 
 
+def schedule_remark(cfg: OptimConfig, steps: int) -> str:
+    """What is odd about the schedule of a run of `steps` steps, for its log; or nothing."""
+    if cfg.warmup_steps < steps:
+        return ""
+    peak = max(lr_factor(cfg, step, steps) for step in range(steps))
+    return (
+        f"optim.warmup_steps={cfg.warmup_steps} is not below steps={steps}: the lr only reaches "
+        f"{100 * peak:.2g} % of optim.lr={cfg.lr:g}"
+    )
+
+
+def freeze_stages(model: nn.Module, stages: int) -> None:
+    """Exclude the first `stages` stages of the encoder from training; see OptimConfig.frozen_stages."""
+    for stage in range(1, stages + 1):
+        for part in ("patch_embed", "block", "norm"):
+            frozen = model.get_submodule(f"backbone.{part}{stage}").requires_grad_(False)
+            for module in frozen.modules():
+                if isinstance(module, DropPath):
+                    module.rate = 0.0
+
+
 def encoder_depths(names: Iterable[str]) -> list[int]:
     """Blocks of each stage of the encoder whose parameters have these names."""
     blocks = {match.group(2, 3) for name in names if (match := _LAYER.match(name)) and match[1] == "block"}
@@ -134,7 +161,10 @@ def encoder_layer(name: str, depths: Sequence[int]) -> int:
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, object]]:
-    """The groups described above that have members: name, params, base_lr, lr, weight_decay."""
+    """The groups described above that have members: name, params, base_lr, lr, weight_decay.
+
+    Parameters without requires_grad are in none.
+    """
     norms = {
         id(parameter)
         for module in model.modules()
@@ -146,6 +176,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, objec
     members: dict[str, list[nn.Parameter]] = {}
     factors: dict[str, float] = {}
     for name, parameter in named.items():
+        if not parameter.requires_grad:
+            continue
         flat = len(getattr(parameter, "ds_shape", parameter.shape)) == 1  # ZeRO-3 keeps the shape there
         spared = flat if cfg.no_decay == "norms_and_biases" else id(parameter) in norms
         if name.startswith(("decode_head.", "head.")):

@@ -57,11 +57,11 @@ def gather_optimizer(engine: Any, world: World) -> dict[str, Tensor]:
 
 
 def whole_values(engine: Any, held: dict[Tensor, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole value on the device) of one tensor per parameter, one after the other; all ranks.
+    """(name, whole value on the device) of one tensor per trained parameter, one after the other; all ranks.
 
     held: for each of `flat_tensors`, values of the same shape: a moment, or an average of the weights.
     """
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         part = _locate(engine, parameter)
         whole = torch.zeros(_shape(parameter).numel(), device=world.device)
         if part is not None:
@@ -73,7 +73,7 @@ def whole_values(engine: Any, held: dict[Tensor, Tensor], world: World) -> Itera
 
 def keep_own(engine: Any, values: Mapping[str, Tensor], held: dict[Tensor, Tensor]) -> None:
     """The way back: copy whole values by parameter into what this rank holds; no communication."""
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in _trained(engine):
         part = _locate(engine, parameter)
         if part is not None:
             own = values[name].flatten()[part.of_parameter]
@@ -114,7 +114,7 @@ def restore_optimizer(engine: Any, state: Mapping[str, Tensor], step: int) -> No
     DeepSpeed's own setters need states that AdamW makes only at its first step, and for ZeRO-3 they fail
     where a parameter is padded; so the states are made here and filled by the partitions' addresses.
     """
-    names = dict(engine.module.named_parameters())
+    names = dict(_trained(engine))
     wanted = {f"{moment}.{name}" for moment in MOMENTS for name in names}
     if wanted != set(state):
         raise CheckpointError(
@@ -140,6 +140,11 @@ class _Part:
     of_parameter: slice
 
 
+def _trained(engine: Any) -> Iterator[tuple[str, Any]]:
+    """The parameters that the optimiser has: those that are not frozen."""
+    return ((name, one) for name, one in engine.module.named_parameters() if one.requires_grad)
+
+
 def _adamw(engine: Any) -> torch.optim.Optimizer:
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
@@ -148,7 +153,7 @@ def flat_tensors(engine: Any) -> list[Tensor]:
     """What AdamW steps: the parameters, or the flat fp32 partitions of a ZeRO stage."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return list(engine.module.parameters())
+        return [parameter for _, parameter in _trained(engine)]
     return list(
         engine.optimizer.fp32_partitioned_groups_flat
         if stage == 3

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from segformer.announce import announce
 from segformer.checkpoint import Checkpointer, Loaded, TrainState, list_steps, load_checkpoint
 from segformer.config import RunConfig
 from segformer.data.loader import Batch, corrupt_budget, train_batches, worker_count
@@ -29,17 +29,17 @@ from segformer.data.shards import ShardSet, Split
 from segformer.data.workers import start_server
 from segformer.dist import StopFlag, World, derive_seed
 from segformer.ema import Average
-from segformer.engine import build_engine, prepare_model, resolve_precision, resolve_stage
+from segformer.engine import build_engine, prepare_model
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.guard import Watchdog
 from segformer.lease import Lease
 from segformer.meter import LossSpike, Meter
 from segformer.models.macs import training_flops
-from segformer.optim import build_optimizer
+from segformer.optim import build_optimizer, freeze_stages
 from segformer.partition import restore_optimizer, write_model
 from segformer.profiling import Profiler
 from segformer.tasks import Task, check_task, make_task, training_crop
-from segformer.telemetry import Ledger, Telemetry, newest_line
+from segformer.telemetry import Ledger, Telemetry
 
 
 @dataclass(kw_only=True, slots=True)
@@ -161,6 +161,7 @@ def set_up(
     # A run that goes on has its weights, and doesn't need the file that it started from.
     network = cfg.model if resumed is None else replace(cfg.model, pretrained="")
     model = task.build_model(network)
+    freeze_stages(model, cfg.optim.frozen_stages)
     prepare_model(model, cfg.engine, world)
     state = TrainState(data_digest=shards.digest)
     if resumed is not None:
@@ -176,7 +177,7 @@ def set_up(
     average = Average(engine, cfg.optim.ema) if cfg.optim.ema else None
     if resumed is not None:
         _restore_optimizer(engine, average, resumed)
-    _announce(cfg, world, telemetry, shards, model, state)
+    announce(cfg, world, telemetry, shards, model, state)
     return Run(
         cfg=cfg,
         world=world,
@@ -308,41 +309,3 @@ def newest_checkpoint(
 
     step = world.on_main(newest)
     return None if step is None else load_checkpoint(folder, step=step, verify=False)
-
-
-def _announce(
-    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
-) -> None:
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    precision = resolve_precision(cfg.engine, world.device)
-    micro_batch = cfg.micro_batch_for(world.size)
-    accumulation = cfg.global_batch // (micro_batch * world.size)
-    train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
-    telemetry.line(
-        f"run {cfg.name}: MiT-{cfg.model.variant.upper()}, {parameters / 1e6:.2f} M parameters, {precision}, "
-        f"ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
-    )
-    telemetry.line(
-        f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
-        f"images, {len(shards.classes)} classes"
-    )
-    telemetry.line(
-        f"batch {cfg.global_batch} = {micro_batch} a forward x {accumulation} accumulated x "
-        f"{world.size} ranks, crop {'x'.join(map(str, training_crop(cfg)))}, {cfg.steps} steps"
-    )
-    if state.step:
-        _announce_return(cfg, world, telemetry, state.step)
-    elif pretrained := getattr(model, "pretrained", ""):
-        telemetry.line(f"weights of {pretrained}")
-
-
-def _announce_return(cfg: RunConfig, world: World, telemetry: Telemetry, step: int) -> None:
-    """Say where the run goes on, and what the interruption has cost as far as the log knows; rank zero."""
-    if not world.is_main:
-        return
-    # A start that made no step has cost none: what was to be done again then, still is.
-    last = newest_line(Path(cfg.run_dir) / "metrics.jsonl", "train", "continued")
-    redone = max(0, last["step"] - step) if last else 0
-    cost = f"; {redone} more had been logged and are done again" if redone else ""
-    telemetry.line(f"continuing from step {step}{cost}")
-    telemetry.event("continued", step, redone=redone, ranks=world.size)

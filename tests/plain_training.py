@@ -27,8 +27,16 @@ def train_plainly(
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = build_model(cfg.model, len(shards.classes)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = tuple(
+        f"backbone.{part}{stage}."
+        for part in ("patch_embed", "block", "norm")
+        for stage in range(1, 5)
+        if stage <= cfg.optim.frozen_stages
+    )
     norms, rest, head = [], [], []
     for name, parameter in model.named_parameters():
+        if name.startswith(frozen):
+            continue
         kind = head if "decode_head" in name else norms if "norm" in name else rest
         kind.append(parameter)
     base = cfg.optim.lr

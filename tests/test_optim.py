@@ -1,14 +1,24 @@
 """The schedule against the formulas of mmcv's hooks, the groups against the official recipe."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from segformer.errors import ConfigError
+from segformer.models.mit import DropPath
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.models.variants import ModelConfig
-from segformer.optim import OptimConfig, build_optimizer, lr_factor, parameter_groups, set_learning_rate
+from segformer.optim import (
+    OptimConfig,
+    build_optimizer,
+    freeze_stages,
+    lr_factor,
+    parameter_groups,
+    schedule_remark,
+    set_learning_rate,
+)
 
 
 def on_meta(variant: str, *, classifier: bool = False) -> torch.nn.Module:
@@ -181,3 +191,28 @@ def test_one_step_of_each_group_is_adamw_by_hand():
 def test_nonsense_is_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"optim\.{next(iter(bad))}"):
         OptimConfig(**bad)
+
+
+@pytest.mark.parametrize("stages", [0, 2, 4])
+def test_frozen_stages_are_in_no_group_and_have_no_stochastic_depth(stages):
+    model = build_model(ModelConfig(variant="b1", drop_path_rate=0.2), 3)
+    freeze_stages(model, stages)
+    groups = parameter_groups(model, OptimConfig(frozen_stages=stages))
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        stage = re.match(r"backbone\.(?:patch_embed|block|norm)(\d)\.", name)
+        frozen = stage is not None and int(stage[1]) <= stages
+        assert (id(parameter) not in trained) == frozen, name
+        assert parameter.requires_grad != frozen, name
+    names = [group["name"] for group in groups]
+    assert names == (["head"] if stages == 4 else ["backbone", "norm", "head"])
+    rates = [m.rate for m in model.backbone.modules() if isinstance(m, DropPath)]
+    dropped = [rate for rate in rates if rate > 0]
+    assert len(dropped) == 8 - max(1, 2 * stages)  # 2 blocks a stage; the rate of the first is 0 anyway
+
+
+def test_a_warm_up_that_the_run_does_not_outlast_is_remarked_on():
+    cfg = OptimConfig(lr=1e-3, warmup_steps=500, warmup_start=0.0, schedule="constant")
+    assert schedule_remark(cfg, 501) == ""
+    said = "optim.warmup_steps=500 is not below steps=5: the lr only reaches 0.8 % of optim.lr=0.001"
+    assert schedule_remark(cfg, 5) == said

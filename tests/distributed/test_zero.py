@@ -1,5 +1,7 @@
 """Every ZeRO stage on 1, 2 and 4 ranks ends at the weights of one plain PyTorch process."""
 
+import shutil
+
 import pytest
 import torch
 from plain_training import train_plainly
@@ -70,3 +72,23 @@ def test_bf16_stays_near_plain_bf16(tiny, calm, tmp_path, train_many, metrics):
         went = torch.cat([(found[name] - before[name]).flatten() for name in names])
         wanted = torch.cat([(reference[name] - before[name]).flatten() for name in names])
         assert torch.cosine_similarity(went, wanted, dim=0) > 0.95
+
+
+def test_frozen_stages_keep_their_weights_at_every_zero_stage_and_through_a_restart(
+    tiny, tmp_path, train_many, run_ranks
+):
+    options = [*CALMER, "optim.frozen_stages=2", "optim.ema=0.5", "checkpoint.save_every=10"]
+    before, reference, _ = train_plainly(tiny("plain", *options))
+    train_many(2, [tiny(f"stage-{stage}", f"engine.zero_stage={stage}", *options) for stage in STAGES])
+    frozen = {name for name in before if name[9:].startswith(("patch_embed1", "block2", "norm2"))}
+    assert len(frozen) > 10
+    for stage in STAGES:
+        folder = tmp_path / f"stage-{stage}" / "checkpoints"
+        loaded = load_checkpoint(folder, step=STEPS)
+        assert all(torch.equal(loaded.model[name], before[name]) for name in frozen), stage
+        assert frozen.isdisjoint(loaded.ema), stage
+        assert differences(loaded.model, reference)[0] <= 1e-5, stage
+        shutil.rmtree(folder / f"step-{STEPS:08d}")  # go on from step 10, at another stage, on one rank
+    again = tiny("stage-3", "engine.zero_stage=0", *options)
+    assert "continuing from step 10" in run_ranks(1, "launch/train.py", *again)[0]
+    assert differences(weights(tmp_path / "stage-3"), reference)[0] <= 1e-5
