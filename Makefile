@@ -2,6 +2,7 @@
 # make test    the tests (about 10 minutes on two cores)
 # make test-slurm   the tests on a real Slurm, which they bring up on this machine (8 minutes; needs root)
 # make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (15 minutes more)
+# make faults  the tests that kill processes, fill disks or corrupt files on purpose (those of Slurm need root)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
 
@@ -11,10 +12,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev slurm-packages train test test-slow test-slurm lint clean
+.PHONY: help install install-dev slurm-packages train test test-slow test-slurm faults lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -75,6 +76,10 @@ test-slow: install-dev slurm-packages
 
 test-slurm: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm
+
+# Each of them is part of test or of test-slow, too.
+faults: install-dev slurm-packages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 lint: install-dev
 	$(BIN)/ruff check .

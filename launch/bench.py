@@ -18,28 +18,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this script is called bench too, and its folder comes first
 
-from bench.kernels import KernelsBench  # noqa: E402
-from bench.kernels import measure as measure_kernels  # noqa: E402
-from bench.loader import LoaderBench  # noqa: E402
-from bench.loader import measure as measure_loader  # noqa: E402
-from bench.memory import MemoryBench  # noqa: E402
-from bench.memory import measure as measure_memory  # noqa: E402
-from bench.order import OrderBench  # noqa: E402
-from bench.order import measure as measure_order  # noqa: E402
-from bench.peers import PeersBench  # noqa: E402
-from bench.peers import measure as measure_peers  # noqa: E402
-from bench.requeue import RequeueBench  # noqa: E402
-from bench.requeue import measure as measure_requeue  # noqa: E402
-from bench.scaling import ScalingBench  # noqa: E402
-from bench.scaling import measure as measure_scaling  # noqa: E402
-from bench.stages import StagesBench  # noqa: E402
-from bench.stages import measure as measure_stages  # noqa: E402
-from bench.start import StartBench  # noqa: E402
-from bench.start import measure as measure_start  # noqa: E402
-from bench.trainers import TrainersBench  # noqa: E402
-from bench.trainers import measure as measure_trainers  # noqa: E402
-from segformer.config import cli  # noqa: E402
-from segformer.errors import ConfigError  # noqa: E402
+from segformer.command import importing  # noqa: E402
+
+with importing(__name__):
+    from bench.kernels import KernelsBench
+    from bench.kernels import measure as measure_kernels
+    from bench.loader import LoaderBench
+    from bench.loader import measure as measure_loader
+    from bench.memory import MemoryBench
+    from bench.memory import measure as measure_memory
+    from bench.order import OrderBench
+    from bench.order import measure as measure_order
+    from bench.peers import PeersBench
+    from bench.peers import measure as measure_peers
+    from bench.requeue import RequeueBench
+    from bench.requeue import measure as measure_requeue
+    from bench.scaling import ScalingBench
+    from bench.scaling import measure as measure_scaling
+    from bench.stages import StagesBench
+    from bench.stages import measure as measure_stages
+    from bench.start import StartBench
+    from bench.start import measure as measure_start
+    from bench.trainers import TrainersBench
+    from bench.trainers import measure as measure_trainers
+    from segformer.config import cli
+    from segformer.errors import ConfigError
 
 BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages", "scaling", "slurm")
 

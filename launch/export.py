@@ -1,7 +1,10 @@
-"""Export a run: python launch/export.py run=runs/sample [out=<folder>] [step=<step>]"""
+"""Export a run: python launch/export.py run=runs/sample [out=<folder>] [step=best|<step>]"""
 
-from segformer.config import cli
-from segformer.export import ExportConfig, export
+from segformer.command import importing
+
+with importing(__name__):
+    from segformer.config import cli
+    from segformer.export import ExportConfig, export
 
 if __name__ == "__main__":
     cli(ExportConfig, "export", export)

@@ -23,10 +23,14 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from segformer.config import CONF, RunConfig, cli, compose
-from segformer.errors import ConfigError, SegformerError
-from segformer.slurm import commands, submission
-from segformer.slurm.settings import PROFILE_ONLY, TEXTS, SlurmConfig
+from segformer.command import ending, importing
+
+with importing(__name__):
+    from segformer.config import CONF, RunConfig, cli, compose
+    from segformer.errors import ConfigError
+    from segformer.overrides import near
+    from segformer.slurm import commands, submission
+    from segformer.slurm.settings import PROFILE_ONLY, TEXTS, SlurmConfig
 
 COMMANDS = ("status", "watch", "cancel", "resubmit")
 OTHERS = ("evaluate", "shard")
@@ -147,20 +151,23 @@ def main() -> None:
         elif submission.submit(cfg, run) and cfg.watch:
             submission.watch(submission.plain_path("run_dir", run.run_dir))
 
-    try:
-        if arguments[:1] and arguments[0] in COMMANDS:
-            look_after(arguments[0], arguments[1:])
+    with ending():
+        command = arguments[0] if arguments else ""
+        if command in COMMANDS:
+            look_after(command, arguments[1:])
             return
-        if arguments[:1] and arguments[0] in OTHERS:
-            submit_other(arguments[0], arguments[1:])
+        if command in OTHERS:
+            submit_other(command, arguments[1:])
             return
+        if re.fullmatch(r"[a-z]+", command):
+            known = (*COMMANDS, *OTHERS)
+            meant = near(command, known)
+            instead = f"did you mean {meant}?" if meant else f"use {', '.join(known)} or key=value"
+            raise ConfigError(f"{command!r} is not a command; {instead}")
         sys.argv[1:], training = split_overrides(arguments)
-    except SegformerError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    cli(SlurmConfig, "slurm", composed)
-    if {"--help", "-h"} & set(arguments):
-        print("and every key of launch/train.py")
+        cli(SlurmConfig, "slurm", composed)
+        if {"--help", "-h"} & set(arguments):
+            print("and every key of launch/train.py")
 
 
 if __name__ == "__main__":

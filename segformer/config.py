@@ -18,8 +18,6 @@ wandb.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -28,15 +26,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segformer.checkpoint import CheckpointConfig
+from segformer.command import ending, is_main_rank
 from segformer.data.classification import ClassificationAugment
 from segformer.data.dataset import DatasetConfig
 from segformer.data.loader import LoaderConfig
 from segformer.data.transforms import AugmentConfig
 from segformer.engine import EngineConfig, check_batch
-from segformer.errors import ConfigError, Preempted, SegformerError
+from segformer.errors import ConfigError
 from segformer.losses import LossConfig
 from segformer.models.variants import ModelConfig
 from segformer.optim import OptimConfig
+from segformer.overrides import explain, first_line
 from segformer.profiling import ProfileConfig
 from segformer.telemetry import TelemetryConfig
 
@@ -150,7 +150,9 @@ def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore
         _refuse_resolvers(loaded)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} can't be read as a configuration: {_first_line(error)}") from error
+        raise ConfigError(
+            f"{path} can't be read as a configuration: {first_line(str(error), schema)}"
+        ) from error
 
 
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
@@ -186,12 +188,19 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
             OmegaConf.resolve(composed)
             return composed
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, schema)) from error
+        raise ConfigError(explain(f"{error}\n{error.__cause__ or ''}", schema)) from error
 
 
 def _whole(override: str) -> str:
-    """`key={...}` as hydra's `++key={...}`: a dictionary takes new keys, an unknown `key` still fails."""
-    return f"++{override}" if re.match(r"[A-Za-z_.]+=\{", override) else override
+    """An override as hydra takes it.
+
+    `key={...}` becomes `++key={...}`: a dictionary takes new keys, an unknown `key` still fails. The name of
+    a file of conf/ stays text where it is a number.
+    """
+    if re.match(r"[A-Za-z_.]+=\{", override):
+        return f"++{override}"
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'" if re.fullmatch(r"[\d.]+", value) and (CONF / key).is_dir() else override
 
 
 def _refuse_resolvers(config: Any) -> None:
@@ -208,52 +217,17 @@ def _refuse_resolvers(config: Any) -> None:
 
 def _to_object(schema: type[_T], composed: Any) -> _T:
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{_first_line(error)}; give it on the command line") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(str(error), schema)) from error
     except AttributeError as error:  # +key=value added a key that the dataclass doesn't have
         name = str(error).rpartition("attribute ")[2].strip("'")
         raise ConfigError(f"{name} is not a setting; --help lists all keys") from error
     assert isinstance(config, schema)
     return config
-
-
-def _explain(error: BaseException, schema: type[Any]) -> str:
-    """One line that says what was wrong and, for a misspelt key, what was probably meant."""
-    text = str(error)
-    cause = str(error.__cause__ or "")
-    key = re.search(r"full_key: (\S+)", text + "\n" + cause)
-    unknown = re.search(r"(?:Key '([^']+)' (?:is )?not in|Could not override '([^']+)')", text + "\n" + cause)
-    if unknown and key:
-        known = sorted(_flat(_skeleton(schema)))
-        near = difflib.get_close_matches(key.group(1), known, n=1, cutoff=0.6)
-        meant = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
-        return f"{key.group(1)} is not a setting{meant}"
-    missing = re.search(
-        r"Could not find '([^']+)/([^']+)'\s+Available options in '[^']+':((?:\s+[\w.-]+)*)", text
-    )
-    if missing:
-        group, option = missing.group(1, 2)
-        known = missing.group(3).split("Config search path")[0].split()
-        return f"{group}={option} does not exist; use one of {', '.join(known)}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    more = cause.splitlines()[:1] if cause and cause.splitlines()[0] not in text else []
-    return " ".join(lines + more)
-
-
-def _first_line(error: BaseException) -> str:
-    where = re.search(r"full_key: (\S+)", str(error))
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{where.group(1)}: {first}" if where and where.group(1) not in first else first
-
-
-def _skeleton(schema: type[Any]) -> dict[str, Any]:
-    return dataclasses.asdict(schema())
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -269,15 +243,11 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
     """Compose the configuration from the command line and call `function` with it.
 
-    --help prints the keys and their values; --check composes and checks them, and does nothing else.
-
-    A SegformerError is printed as one line and ends the process with its exit code (2; 75 after a signal);
-    Ctrl-C ends it with 130 and one line (training sees to the first one itself, see dist.StopFlag); any other
-    exception keeps its traceback.
+    --help prints the keys and their values; --check composes and checks them, and does nothing else. How the
+    process ends where something is wrong: segformer/command.py.
     """
     arguments = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
-    main_rank = int(os.environ.get("RANK", "0")) == 0
-    try:
+    with ending():
         if {"--help", "-h"} & set(arguments):
             from omegaconf import OmegaConf
 
@@ -287,18 +257,8 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
         try:
             cfg = compose(schema, config_name, [a for a in arguments if a != "--check"])
         except ConfigError:
-            if not main_rank:  # the same arguments fail alike on every rank: one line is enough
+            if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
                 sys.exit(ConfigError.exit_code)
             raise
         if "--check" not in arguments:
             function(cfg)
-    except SegformerError as error:
-        if isinstance(error, Preempted) and not main_rank:
-            sys.exit(error.exit_code)  # all ranks stop together, and rank zero says so
-        rank = "" if main_rank else f"[rank {os.environ['RANK']}] "
-        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        if main_rank:
-            print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)  # 128 + SIGINT, as shells count

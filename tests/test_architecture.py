@@ -22,7 +22,7 @@ MAX_FUNCTION_LINES = 60
 
 # A module imports only modules left of it.
 ORDER = [
-    *("errors", "data.dataset", "data.decode", "data.sources", "data.archives", "data.download"),
+    *("errors", "command", "data.dataset", "data.decode", "data.sources", "data.archives", "data.download"),
     *("data.pool", "data.storage", "data.index", "data.shards", "data.reader", "data.verify"),
     *("data.workfolder", "data.packing", "data.trimming", "data.sharding", "data.order"),
     *("data.placement", "data.transforms", "data.classification", "data.mixing", "data.prepare"),
@@ -38,13 +38,15 @@ ORDER = [
     *("models.save", "models.segformer", "models.macs"),
     *("losses", "optim", "dist", "meter", "outbox", "trackers", "progress", "telemetry", "profiling"),
     *("engine", "partition", "ema", "commit", "lease", "snapshot", "checkpoint"),
-    *("metrics", "inference", "drawing", "evaluate"),
+    *("metrics", "inference", "protocol", "drawing", "evaluate"),
     *(
+        "overrides",
         "config",
         "rundir",
         "attempts",
         "tasks",
         "guard",
+        "announce",
         "run",
         "recovery",
         "train",

@@ -17,6 +17,7 @@ from segformer.config import (
     save_config,
 )
 from segformer.errors import ConfigError
+from segformer.predict import PredictConfig
 
 
 def run_config(*overrides):
@@ -61,7 +62,24 @@ WRONG = {
     "optim.lrr=3": "optim.lrr is not a setting; did you mean optim.lr?",
     "+foo=3": "foo is not a setting",
     "steps": "'steps' is not an override; write key=value",
-    "steps=many": "could not be converted to Integer",
+    "steps=many": "steps=many must be a whole number",
+    "steps=1e3": "steps=1e3 must be a whole number; write steps=1000",
+    "steps=null": "steps can't be null",
+    "optim.lr=abc": "optim.lr=abc must be a number",
+    "optim.betas=[0.9,a]": "optim.betas[1]=a must be a number",
+    "optim.lr.x=2": "optim.lr.x is not a setting; optim.lr has one value",
+    "engine.sync_batchnorm=maybe": "engine.sync_batchnorm=maybe must be true or false",
+    "name=[1]": "name=[1] must be a text",
+    "augment.crop=256": "augment.crop=256 must be a list, such as augment.crop=[512,512]",
+    "loader=9": "loader=9 is refused: loader is a group; it has workers, ",
+    "loss.terms.dise=1": "loss.terms has no dise; did you mean +loss.terms.dice=1?",
+    "loss.terms.dice=1": "loss.terms has no dice yet; add it with +loss.terms.dice=1",
+    "loss.terms.mse=1": "loss.terms has no mse; it takes cross_entropy, ",
+    "data.label_map.7=3": "write data.label_map={7: ...}",
+    "model.freeze=encoder": "model.freeze is not a setting; model has variant, ",
+    "lr=1": "lr is not a setting; did you mean optim.lr?",
+    "optm.lr=1": "optm is not a setting; did you mean optim?",
+    "model=3": "model=3 does not exist; use one of b0",
     "steps=0": "steps=0 must be 1 or more",
     "model=b9": "model=b9 does not exist; use one of b0, b1, b2, b3, b4, b5",
     "model.variant=b9": "model.variant=b9 is unknown; use one of b0, b1, b2, b3, b4, b5",
@@ -88,6 +106,13 @@ def test_a_wrong_override_is_one_line_and_exit_code_2(override, monkeypatch, cap
     assert len(printed.err.splitlines()) == 1, printed.err
     assert printed.err.startswith("ConfigError: ")
     assert WRONG[override] in printed.err
+
+
+def test_a_setting_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict.py"])
+    with pytest.raises(SystemExit):
+        cli(PredictConfig, "predict", print)
+    assert capsys.readouterr().err == "ConfigError: checkpoint is missing; give checkpoint=...\n"
 
 
 def test_other_ranks_leave_the_message_to_rank_zero(monkeypatch, capsys):

@@ -87,6 +87,8 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
     for folder in submissions(run_dir):
         job = _note(folder).get("job", "")
         if job and (state := job_state(job)).alive:
+            if state.name == "COMPLETING":
+                raise ConfigError(f"{run.run_dir}: job {job} is still ending; try again in a moment")
             raise ConfigError(
                 f"{run.run_dir} has job {job}, which is {state.name}; `python launch/slurm.py cancel "
                 f"{run.run_dir}` ends it, after saving its state"
@@ -190,6 +192,8 @@ def _note(folder: JobFolder) -> dict[str, Any]:
 
 def newest(run_dir: Path) -> tuple[JobFolder, str]:
     """The newest submission of a run and its job; ConfigError without one."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} does not exist; give the run_dir of a run that was submitted")
     for folder in reversed(submissions(run_dir)):
         if job := _note(folder).get("job"):
             return folder, job

@@ -358,7 +358,10 @@ def test_text_that_hydra_would_misread_keeps_its_value() -> None:
     [
         (["nodes=2", "run_dir=/proc/x"], "can't be made"),
         (["status"], "status needs a run's directory"),
-        (["status", "/nowhere"], "has not been submitted"),
+        (["status", "/nowhere"], "/nowhere does not exist"),
+        (["status", "/"], "has not been submitted"),
+        (["statu", "runs/x"], "'statu' is not a command; did you mean status?"),
+        (["train"], "'train' is not a command; use status, watch, cancel, "),
         (["resubmit", "/nowhere", "lr=1"], "a run keeps its settings"),
         (["shard", "data=sample"], "tasks=''"),
         (["shard", "tasks=2", "part=0/2"], "part is set by the array"),

@@ -5,8 +5,11 @@ import runpy
 
 import pytest
 
+from segformer.config import RunConfig
 from segformer.errors import ConfigError
 from segformer.slurm import submission
+from segformer.slurm.queue import JobState, would_start
+from segformer.slurm.settings import SlurmConfig
 
 
 def test_a_run_directory_that_others_may_exchange_is_refused(tmp_path):
@@ -70,3 +73,29 @@ def test_resubmitting_keeps_the_settings_of_before_and_judges_the_new_ones_by_th
 def test_resubmitting_changes_the_job_and_nothing_else(tmp_path, monkeypatch, override):
     with pytest.raises(ConfigError, match=r"refused|can't be changed"):
         resubmitted(monkeypatch, tmp_path, {"nodes": "1"}, override)
+
+
+def test_a_job_that_is_still_ending_asks_for_patience(tmp_path, monkeypatch):
+    folder = submission.make_folder(tmp_path / "run")
+    folder.settings.write_text(json.dumps({"job": "17"}))
+    monkeypatch.setattr(submission, "job_state", lambda job: JobState("COMPLETING"))
+    with pytest.raises(ConfigError, match="job 17 is still ending; try again in a moment"):
+        submission.submit(SlurmConfig(), RunConfig(run_dir=str(tmp_path / "run")))
+
+
+def sbatch_that_says(monkeypatch, tmp_path, text):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\necho 'sbatch: {text}' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+
+def test_without_a_controller_a_dry_run_says_so_in_a_plain_clause(monkeypatch, tmp_path):
+    text = "error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\nsbatch: fatal: "
+    sbatch_that_says(monkeypatch, tmp_path, f"{text}Could not establish a configuration source")
+    assert would_start(tmp_path / "script.sh") == "not asked: no Slurm controller reachable from here"
+
+
+def test_what_slurm_refuses_is_repeated(monkeypatch, tmp_path):
+    sbatch_that_says(monkeypatch, tmp_path, "error: invalid partition specified: x")
+    with pytest.raises(ConfigError, match="sbatch refused: invalid partition specified: x"):
+        would_start(tmp_path / "script.sh")
