@@ -123,6 +123,7 @@ def serving(folder: Path, **options: Any) -> Iterator[FileServer]:
 def s3_with(folder: Path) -> Iterator[str]:
     """The URL of the files of a folder in an S3 bucket; the environment leads boto and s3fs to it."""
     import boto3
+    import fsspec
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -143,11 +144,13 @@ def s3_with(folder: Path) -> Iterator[str]:
             yield "s3://bucket/sets/one"
     finally:
         server.stop()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # the next server has another port
 
 
 @contextmanager
 def gs_with(folder: Path) -> Iterator[str]:
     """The URL of the files of a folder in a bucket of Google Cloud Storage, likewise."""
+    import fsspec
     from gcp_storage_emulator.server import create_server
 
     with socket.socket() as free:
@@ -166,3 +169,4 @@ def gs_with(folder: Path) -> Iterator[str]:
             yield "gs://bucket/sets/one"
     finally:
         server.stop()
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
