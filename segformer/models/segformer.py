@@ -302,7 +302,7 @@ def check_strict(
     *,
     source: str,
     prefixes: tuple[str, ...] = ("",),
-    do: str = "",
+    do: str = "check model.variant and model.decoder_dim",
 ) -> None:
     """What `load_strict` refuses, without loading; `model` may be on the meta device. `do`: what helps."""
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
