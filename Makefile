@@ -72,7 +72,8 @@ test: install-dev slurm-packages
 
 # Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
 test-slow: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)" --ignore=tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/kernels
 
 test-slurm: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm
