@@ -1,7 +1,7 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
-# make test    the tests (about 10 minutes on two cores)
+# make test    the tests (about 12 minutes on two cores)
 # make test-slurm   the tests on a real Slurm, which they bring up on this machine (8 minutes; needs root)
-# make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (15 minutes more)
+# make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (20 minutes more)
 # make faults  the tests that kill processes, fill disks or corrupt files on purpose (those of Slurm need root)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
