@@ -27,18 +27,7 @@ def train_plainly(
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     model = build_model(cfg.model, len(shards.classes)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    frozen = tuple(
-        f"backbone.{part}{stage}."
-        for part in ("patch_embed", "block", "norm")
-        for stage in range(1, 5)
-        if stage <= cfg.optim.frozen_stages
-    )
-    norms, rest, head = [], [], []
-    for name, parameter in model.named_parameters():
-        if name.startswith(frozen):
-            continue
-        kind = head if "decode_head" in name else norms if "norm" in name else rest
-        kind.append(parameter)
+    norms, rest, head = _groups(model, cfg.optim.frozen_stages)
     base = cfg.optim.lr
     optimizer = torch.optim.AdamW(
         [
@@ -86,3 +75,15 @@ def train_plainly(
         optimizer.step()
         losses.append(float(loss.detach()))
     return before, {name: value.clone() for name, value in model.state_dict().items()}, losses
+
+
+def _groups(model: torch.nn.Module, frozen_stages: int) -> tuple[list, list, list]:
+    """Norms of the encoder, the rest of it, and the head, without the first stages."""
+    parts = [f"backbone.{part}" for part in ("patch_embed", "block", "norm")]
+    frozen = tuple(f"{part}{stage}." for part in parts for stage in range(1, frozen_stages + 1))
+    norms, rest, head = [], [], []
+    for name, parameter in model.named_parameters():
+        if not name.startswith(frozen):
+            kind = head if "decode_head" in name else norms if "norm" in name else rest
+            kind.append(parameter)
+    return norms, rest, head
