@@ -50,24 +50,24 @@ train: install
 	where="--num_accelerators $$ranks"; \
 	if [ -n "$$CUDA_VISIBLE_DEVICES" ]; then \
 		where="--include localhost:$$(echo "$$CUDA_VISIBLE_DEVICES" | cut -d, -f1-$$ranks)"; fi; \
-	port=$$($(BIN)/python -c 'from segformer.dist import free_port; print(free_port())'); \
+	port=$$($(BIN)/python -c 'from segformer.distributed.world import free_port; print(free_port())'); \
 	set -x; $(BIN)/deepspeed --log_level warning $$where --master_port $$port launch/train.py experiment=sample
 
-# Slurm's daemons and its data base, where they are absent and can be installed; without them tests/slurm is skipped.
+# Slurm's daemons and its data base, where they are absent and can be installed; without them tests/slurm/real is skipped.
 slurm-packages:
 	@for program in slurmctld slurmd slurmdbd mariadbd sbatch ip; do \
 		PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null && continue; \
 		if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
-			echo "$$program is absent, and installing it needs root and apt-get: tests/slurm will be skipped"; break; fi; \
+			echo "$$program is absent, and installing it needs root and apt-get: tests/slurm/real will be skipped"; break; fi; \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 			slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server-core iproute2 procps > /dev/null; } \
-			|| echo "Slurm's packages can't be installed: tests/slurm will be skipped"; \
+			|| echo "Slurm's packages can't be installed: tests/slurm/real will be skipped"; \
 		break; \
 	done
 
 test: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/kernels --ignore=tests/slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/kernels --ignore=tests/slurm/real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm/real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/kernels  # Triton must not be imported before
 
 # Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
@@ -76,7 +76,7 @@ test-slow: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/kernels
 
 test-slurm: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm/real
 
 # Each of them is part of test or of test-slow, too.
 faults: install-dev slurm-packages

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from bench.original import IGNORED, Original, plain_loss
 from segformer.errors import ConfigError
-from segformer.losses import cross_entropy
-from segformer.models.names import from_ours
 from segformer.models.segformer import build_model
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
+from segformer.models.weights.names import from_ours
+from segformer.training.losses import cross_entropy
 
 EAGER = ("fused", "reference", "transformers", "original", "smp")
 COMPILED = ("fused+compile", "transformers+compile")

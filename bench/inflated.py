@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from segformer.data.dataset import DatasetConfig
-from segformer.data.index import INDEX, LABELS, index_header
-from segformer.data.sharding import write_shards
-from segformer.data.shards import ShardSet, content_digest
+from segformer.data.shards.format import ShardSet, content_digest
+from segformer.data.shards.index import INDEX, LABELS, index_header
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 
 
 def inflate(folder: Path, out: Path, samples: int, classes: int) -> ShardSet:

@@ -31,14 +31,14 @@ from bench.naive import from_files, from_webdataset, naive_loader
 from bench.processes import cpu_seconds, settle
 from bench.record import conditions, spread, table, write_csv
 from bench.synthetic import KINDS, write_folder
-from segformer.data.dataset import DatasetConfig
-from segformer.data.decode import decode_image, decode_mask
-from segformer.data.loader import LoaderConfig, collate, train_batches
-from segformer.data.order import SampleOrder, make_order_spec
-from segformer.data.prepare import Ready, TrainSegmentation
-from segformer.data.sharding import write_shards
-from segformer.data.shards import ShardSet, Split
-from segformer.data.transforms import AugmentConfig, Normalize, draw_photometric, sample_rng
+from segformer.data.loading.loader import LoaderConfig, collate, train_batches
+from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.prepare import Ready, TrainSegmentation
+from segformer.data.loading.transforms import AugmentConfig, Normalize, draw_photometric, sample_rng
+from segformer.data.shards.format import ShardSet, Split
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import ConfigError
 
 SEED = 7

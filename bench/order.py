@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT, conditions, spread, table, write_csv
-from segformer.data.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import SampleOrder, make_order_spec
 from segformer.errors import ConfigError
 
 GLOBAL_BATCH = 16

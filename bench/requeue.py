@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT, conditions, spread, table, write_csv
-from segformer.attempts import attempts
-from segformer.checkpoint import list_steps
+from segformer.checkpoint.checkpointer import list_steps
 from segformer.errors import ConfigError
+from segformer.slurm.attempts import attempts
 from segformer.slurm.queue import job_state, slurm
 from segformer.slurm.submission import newest
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from segformer.meter import PEAK_FLOPS
 from segformer.models.macs import Work
+from segformer.telemetry.meter import PEAK_FLOPS
 
 REPEATS = 8
 SIDE = 2048  # of the matrices

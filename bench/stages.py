@@ -32,13 +32,19 @@ import torch
 
 from bench.footprint import MARKS, STATUS
 from bench.record import ROOT, conditions, spread, table, write_csv
-from segformer.dist import World, free_port, init_world, limit_threads
-from segformer.engine import EngineConfig, build_engine, prepare_model, resolve_precision, take_step
+from segformer.distributed.engine import (
+    EngineConfig,
+    build_engine,
+    resolve_precision,
+    take_step,
+)
+from segformer.distributed.world import World, free_port, init_world, limit_threads
 from segformer.errors import ConfigError
-from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models.segformer import build_model
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.optim import OptimConfig, build_optimizer
+from segformer.training.losses import LossConfig, SegmentationLoss
+from segformer.training.optim import OptimConfig, build_optimizer
+from segformer.training.run import prepare_model
 
 STAGES = {
     "0": EngineConfig(zero_stage=0, compile=False),

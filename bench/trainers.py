@@ -32,13 +32,13 @@ from PIL import Image
 from torch import Tensor
 
 from bench.record import ROOT, conditions, table, write_csv
-from segformer.config import RunConfig, compose
-from segformer.data.sharding import write_shards
-from segformer.dist import free_port
+from segformer.data.shards.sharding import write_shards
+from segformer.distributed.world import free_port
 from segformer.errors import ConfigError
-from segformer.metrics import SegmentationMetric
+from segformer.evaluation.metrics import SegmentationMetric
 from segformer.models.segformer import SegFormer
-from segformer.tasks import plain_normalize
+from segformer.training.config import RunConfig, compose
+from segformer.training.task import plain_normalize
 
 if TYPE_CHECKING:
     from bench.huggingface import Request

@@ -8,10 +8,10 @@ where to get them and where to put them. Files and checksums: conf/download/<nam
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from segformer.config import cli
-from segformer.data.dataset import DatasetConfig
-from segformer.data.download import Download, obtain
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.download import Download, obtain
 from segformer.errors import ConfigError, DataError
+from segformer.training.config import cli
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from segformer.config import cli
-from segformer.data.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sharding import find_turned, write_shards
-from segformer.data.shards import ShardSet
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.sharding import find_turned, write_shards
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.errors import ConfigError
+from segformer.training.config import cli
 
 
 @dataclass(kw_only=True, slots=True)

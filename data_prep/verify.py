@@ -6,11 +6,11 @@ shards defaults to data.shards of conf/data/<name>.yaml. Exit code 0: the shards
 import time
 from dataclasses import dataclass, field
 
-from segformer.config import cli
-from segformer.data.dataset import DatasetConfig
-from segformer.data.shards import ShardSet
-from segformer.data.verify import find_defects
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.verify import find_defects
+from segformer.data.sources.dataset import DatasetConfig
 from segformer.errors import ConfigError, DataError
+from segformer.training.config import cli
 
 SHOWN = 20  # defects that are printed
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this script is called bench too, and its folder comes first
 
-from segformer.command import importing  # noqa: E402
+from segformer.errors import importing  # noqa: E402
 
 with importing(__name__):
     from bench.kernels import KernelsBench
@@ -41,8 +41,8 @@ with importing(__name__):
     from bench.start import measure as measure_start
     from bench.trainers import TrainersBench
     from bench.trainers import measure as measure_trainers
-    from segformer.config import cli
     from segformer.errors import ConfigError
+    from segformer.training.config import cli
 
 BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages", "scaling", "slurm")
 

@@ -3,11 +3,11 @@
 python launch/convert.py source=<file, directory or run> out=<directory or .pth> to=ours|hf|nvlabs|smp|mmseg
 """
 
-from segformer.command import importing
+from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.config import cli
-    from segformer.conversion import ConvertConfig, convert
+    from segformer.inference.convert import ConvertConfig, convert
+    from segformer.training.config import cli
 
 if __name__ == "__main__":
     cli(ConvertConfig, "convert", convert)

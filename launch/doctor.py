@@ -6,11 +6,11 @@ python launch/doctor.py data=camvid root=<dir> ranks=8 gpu_gib=80
 Exit code 0: training may start; 2: it should not (the FAIL lines say why and what to do).
 """
 
-from segformer.command import importing
+from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.config import cli
     from segformer.doctor.examine import DoctorConfig, doctor
+    from segformer.training.config import cli
 
 if __name__ == "__main__":
     cli(DoctorConfig, "doctor", doctor)

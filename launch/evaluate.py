@@ -3,11 +3,11 @@
 Several ranks share the images: deepspeed --num_accelerators 4 launch/evaluate.py checkpoint=runs/sample
 """
 
-from segformer.command import importing
+from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.config import cli
-    from segformer.validate import ValidateConfig, validate
+    from segformer.inference.score import ValidateConfig, validate
+    from segformer.training.config import cli
 
 if __name__ == "__main__":
     cli(ValidateConfig, "evaluate", validate)

@@ -1,10 +1,10 @@
 """Export a run: python launch/export.py run=runs/sample [out=<folder>] [step=best|<step>]"""
 
-from segformer.command import importing
+from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.config import cli
-    from segformer.export import ExportConfig, export
+    from segformer.inference.export import ExportConfig, export
+    from segformer.training.config import cli
 
 if __name__ == "__main__":
     cli(ExportConfig, "export", export)

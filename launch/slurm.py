@@ -23,14 +23,14 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from segformer.command import ending, importing
+from segformer.errors import ending, importing
 
 with importing(__name__):
-    from segformer.config import CONF, RunConfig, cli, compose
     from segformer.errors import ConfigError
-    from segformer.overrides import near
     from segformer.slurm import commands, submission
     from segformer.slurm.settings import PROFILE_ONLY, TEXTS, SlurmConfig
+    from segformer.training.config import CONF, RunConfig, cli, compose
+    from segformer.training.overrides import near
 
 COMMANDS = ("status", "watch", "cancel", "resubmit")
 OTHERS = ("evaluate", "shard")

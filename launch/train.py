@@ -5,11 +5,11 @@ deepspeed --num_accelerators 2 launch/train.py experiment=sample
 torchrun --nproc-per-node 8 launch/train.py experiment=sample
 """
 
-from segformer.command import importing
+from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.config import RunConfig, cli
     from segformer.job import run_job
+    from segformer.training.config import RunConfig, cli
 
 if __name__ == "__main__":
     cli(RunConfig, "config", run_job)

@@ -1,7 +1,7 @@
 """SegFormer in PyTorch and the system that trains it.
 
 `import segformer` gives the model, loaded on first use; training, data and prediction are imported by their
-modules (segformer.train, segformer.data.shards, segformer.predict ...).
+modules (segformer.training.loop, segformer.data.shards.format, segformer.inference.predict and so on).
 """
 
 from __future__ import annotations

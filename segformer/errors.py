@@ -1,4 +1,4 @@
-"""The errors that a user can cause or must act on, and nothing else.
+"""Errors that a user can cause or must act on, and how a command ends with one.
 
     SegformerError          exit code 2, one line, no traceback
     +-- ConfigError         a setting, alone or beside another, makes no sense
@@ -9,9 +9,28 @@
     +-- RunTaken            another process has taken over the run directory of this one
     +-- RankLost            exit code 76: another rank ended or hangs; start again
 
-A message says what is wrong, where, what was found and what to do. Anything else that is raised is a bug of
-this program and keeps its traceback.
+    Ctrl-C                           "stopped" on stderr     130 = 128 + SIGINT, as shells count
+    nobody reads stdout (| head)     nothing                 141 = 128 + SIGPIPE
+    any other exception              its traceback           1: a bug of this program
+
+A message says what is wrong, where, what was found and what to do. Every script of launch/ and data_prep/
+imports the library below `with importing(__name__):`, which takes seconds, and runs its command inside
+`ending()`. Training handles Ctrl-C itself as long as it makes steps (distributed.world.StopFlag: it saves and
+ends with 75). Only rank zero prints what all ranks would.
 """
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class SegformerError(Exception):
@@ -50,3 +69,73 @@ class RankLost(SegformerError):
     """Another rank has ended or did not join a collective in time; the same command continues the run."""
 
     exit_code = 76
+
+
+def is_main_rank() -> bool:
+    """Whether this is rank zero, or there are no ranks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def importing(name: str) -> Iterator[None]:
+    """Ctrl-C ends the command `name` at once while the block runs.
+
+    A worker that imports the script again (its name isn't __main__ then) and a process that ignores Ctrl-C
+    keep what they have.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if name != "__main__" or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End without an exception: a library that is being imported might catch it."""
+    try:
+        if is_main_rank():
+            os.write(2, b"stopped\n")
+    finally:
+        os._exit(STOPPED)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """End the process as the table says where the block raises; leave it alone where it doesn't."""
+    code: object = 0
+    try:
+        yield
+    except SegformerError as error:
+        code = error.exit_code
+        if is_main_rank():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        elif not isinstance(error, Preempted):  # all ranks stop together, and rank zero says so
+            print(f"[rank {os.environ['RANK']}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = STOPPED
+        if is_main_rank():
+            print("stopped", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        code = UNREAD
+    except SystemExit as error:
+        code = error.code
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
+        code = code or UNREAD
+    if code:
+        sys.exit(code)  # type: ignore[arg-type]
+
+
+def _unread() -> bool:
+    """Whether the reader of stdout is gone; a pipe to a process of ours may break, too, and that is a bug."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

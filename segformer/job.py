@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from segformer.config import RunConfig
-from segformer.dist import init_world
-from segformer.export import ExportConfig, export
-from segformer.report import ReportConfig, report
-from segformer.train import train
+from segformer.distributed.world import init_world
+from segformer.inference.export import ExportConfig, export
+from segformer.inference.report import ReportConfig, report
+from segformer.training.config import RunConfig
+from segformer.training.loop import train
 
 
 def run_job(cfg: RunConfig) -> None:

@@ -38,8 +38,8 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_root` as shards."""
-    from segformer.config import RunConfig, compose
-    from segformer.data.sharding import write_shards
+    from segformer.data.shards.sharding import write_shards
+    from segformer.training.config import RunConfig, compose
 
     out = tmp_path_factory.mktemp("shards") / "tiny"
     data = compose(RunConfig, "config", ["data=sample"]).data
@@ -97,7 +97,7 @@ def _metrics() -> Callable[..., list[dict]]:
 @pytest.fixture(scope="session")
 def start_ranks() -> Callable[..., list[subprocess.Popen]]:
     """Start `ranks` CPU processes of a script as torchrun would, one thread each; their output is piped."""
-    from segformer.dist import free_port
+    from segformer.distributed.world import free_port
 
     def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
         port = str(free_port())

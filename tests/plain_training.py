@@ -9,13 +9,13 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from segformer.config import RunConfig, compose
-from segformer.data.loader import train_batches
-from segformer.data.order import SampleOrder, make_order_spec
-from segformer.data.shards import ShardSet
-from segformer.data.transforms import Normalize
-from segformer.dist import derive_seed
+from segformer.data.loading.loader import train_batches
+from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.transforms import Normalize
+from segformer.data.shards.format import ShardSet
+from segformer.distributed.world import derive_seed
 from segformer.models.segformer import build_model
+from segformer.training.config import RunConfig, compose
 
 
 def train_plainly(

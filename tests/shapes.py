@@ -5,8 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segformer.data.dataset import DatasetConfig
-from segformer.data.sharding import write_shards
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 
 CLASSES = ["checks", "disc", "stripes"]
 

@@ -1,1 +1,1 @@
-"""A look at data and settings before a run (examine.py), and what it is made of."""
+"""A look at data and settings before the GPU hour."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from segformer.data.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.doctor.scan import SplitScan
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segformer.config import RunConfig
-from segformer.data.dataset import class_palette
-from segformer.data.reader import ShardReader
-from segformer.data.shards import ShardSet
-from segformer.data.sources import class_folders
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
+from segformer.data.sources.dataset import class_palette
+from segformer.data.sources.listing import class_folders
 from segformer.doctor.contact import Picture, choose, write_sheet
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict, judge_labels, judge_source
 from segformer.doctor.memory import Forecast
@@ -34,6 +33,7 @@ from segformer.doctor.preflight import judge_run
 from segformer.doctor.scan import SplitScan, load_from_shards, scan_split, sizes
 from segformer.doctor.source_scan import load_from_folder, scan_folder
 from segformer.errors import ConfigError, DataError, SegformerError
+from segformer.training.config import RunConfig
 
 
 @dataclass(kw_only=True, slots=True)

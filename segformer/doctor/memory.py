@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from segformer.engine import bucket_elements
+from segformer.distributed.engine import bucket_elements
 from segformer.models.ops.dispatch import GPU_BLOCK_BYTES
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig

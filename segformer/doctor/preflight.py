@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from segformer.config import RunConfig
-from segformer.data.loader import worker_count
-from segformer.data.order import make_order_spec
+from segformer.data.loading.loader import worker_count
+from segformer.data.loading.order import make_order_spec
+from segformer.distributed.engine import resolve_stage
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
 from segformer.doctor.memory import Forecast, forecast
-from segformer.engine import resolve_stage
 from segformer.errors import ConfigError
-from segformer.tasks import training_crop
+from segformer.training.config import RunConfig
+from segformer.training.task import training_crop
 
 LEAST_SIDE = 32  # pixels of a crop that the encoder takes
 TIGHT = 0.85  # share of a GPU's memory above which the forecast is a warning: context and fragmentation

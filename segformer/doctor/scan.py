@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from segformer.data.decode import decode_image, decode_mask
-from segformer.data.reader import ShardReader
-from segformer.data.shards import Split
-from segformer.data.sources import Sample
+from segformer.data.shards.format import Split
+from segformer.data.shards.reader import ShardReader
+from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.listing import Sample
 from segformer.errors import DataError
 
 HELD = 32  # samples to choose from for a contact sheet, per class

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from segformer.data.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.decode import decode_image, image_orientation, orientation_text
-from segformer.data.sources import (
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.decode import decode_image, image_orientation, orientation_text
+from segformer.data.sources.listing import (
     Sample,
     class_folders,
     decode_pixels,

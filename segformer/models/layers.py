@@ -87,3 +87,16 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         return self.running_mean, self.running_var
+
+
+def synchronize_batch_norm(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Give every batch norm below `model` the statistics of all ranks' batches, however unequal they are.
+
+    reduce: the sum of a vector over all ranks, with gradient. torch.nn.SyncBatchNorm refuses CPU tensors in
+    training, and the tests of this system run on gloo ranks.
+    """
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.reduce = reduce
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError(f"{type(module).__name__} can't be synchronized; use models.layers.BatchNorm")

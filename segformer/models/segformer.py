@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.card import Card
-from segformer.models.convert import Weights, read_weights
 from segformer.models.head import AllMLPHead, FuseConv
 from segformer.models.mit import DropPath, MixTransformer, init_encoder_weights
-from segformer.models.names import listed
 from segformer.models.ops.suite import SUITES
-from segformer.models.save import check_savable, write_hf
-from segformer.models.sizes import find_sizes
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
+from segformer.models.weights.card import Card
+from segformer.models.weights.convert import Weights, read_weights
+from segformer.models.weights.names import listed
+from segformer.models.weights.save import check_savable, write_hf
+from segformer.models.weights.sizes import find_sizes
 
 
 class SegFormer(nn.Module):

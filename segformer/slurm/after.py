@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from segformer.attempts import FILE as ATTEMPTS
-from segformer.attempts import attempts, give_up
+from segformer.checkpoint.lease import Owner
 from segformer.errors import Preempted, RankLost, SegformerError
-from segformer.lease import Owner
+from segformer.slurm.attempts import FILE as ATTEMPTS
+from segformer.slurm.attempts import attempts, give_up
 from segformer.slurm.queue import JobState, job_state, ran_out_of_memory, slurm
 from segformer.slurm.script import JobFolder
 

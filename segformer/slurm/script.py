@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segformer.attempts import attempt_line
+from segformer.slurm.attempts import attempt_line
 from segformer.slurm.settings import SlurmConfig, memory, minutes
 
 

@@ -20,16 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from segformer.attempts import attempts, step_of
-from segformer.checkpoint import list_steps
-from segformer.config import RunConfig, load_config, save_config
+from segformer.checkpoint.checkpointer import list_steps
 from segformer.errors import ConfigError
-from segformer.progress import duration
+from segformer.slurm.attempts import attempts, step_of
 from segformer.slurm.code import snapshot
 from segformer.slurm.queue import JobState, job_state, slurm, submit_script, would_start
 from segformer.slurm.script import JobFolder, sbatch_script
 from segformer.slurm.settings import SlurmConfig
-from segformer.telemetry import newest_line
+from segformer.telemetry.logger import newest_line
+from segformer.telemetry.progress import duration
+from segformer.training.config import RunConfig, load_config, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCH_S = 5.0

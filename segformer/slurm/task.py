@@ -14,14 +14,14 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-from segformer.attempts import give_up
-from segformer.config import RunConfig, load_config
-from segformer.dist import SIGNALS, slurm_environment
+from segformer.checkpoint.lease import Owner
+from segformer.distributed.watchdog import is_lost_rank
+from segformer.distributed.world import SIGNALS, slurm_environment
 from segformer.errors import ConfigError, Preempted, RankLost, SegformerError
-from segformer.guard import is_lost_rank
 from segformer.job import run_job
-from segformer.lease import Owner
+from segformer.slurm.attempts import give_up
 from segformer.slurm.script import JobFolder
+from segformer.training.config import RunConfig, load_config
 
 RANK_ZERO_S = 60.0  # longer than Telemetry takes to close
 

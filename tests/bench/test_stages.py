@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from segformer.dist import World
+from segformer.distributed.world import World
 from segformer.errors import ConfigError
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))

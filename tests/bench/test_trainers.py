@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer.config import RunConfig, compose
-from segformer.data.transforms import AugmentConfig
+from segformer.data.loading.transforms import AugmentConfig
 from segformer.errors import ConfigError
 from segformer.models.segformer import SegFormer, build_model
-from segformer.optim import lr_factor, parameter_groups
+from segformer.training.config import RunConfig, compose
+from segformer.training.optim import lr_factor, parameter_groups
 
 STEPS = 300
 

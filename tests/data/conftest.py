@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from segformer.data.dataset import DatasetConfig
-from segformer.data.sharding import write_shards
-from segformer.data.shards import ShardSet, content_digest
+from segformer.data.shards.format import ShardSet, content_digest
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 
 SIZES = ((40, 56), (56, 40), (48, 48), (40, 56))  # height, width; one size comes twice
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from segformer.dist import init_world, synchronise_batch_norm
-from segformer.models.layers import BatchNorm
+from segformer.distributed.world import SumOverRanks, init_world
+from segformer.models.layers import BatchNorm, synchronize_batch_norm
 
 world = init_world()
 folder = Path(sys.argv[1])
 data = torch.load(folder / "input.pt", weights_only=True)
 torch.manual_seed(0)
 model = torch.nn.Sequential(BatchNorm(6, momentum=0.3))
-synchronise_batch_norm(model)
+synchronize_batch_norm(model, SumOverRanks.apply)
 bounds = [0, *data["shares"]]
 mine = slice(bounds[world.rank], bounds[world.rank + 1])
 x = data["x"][mine].clone().requires_grad_()

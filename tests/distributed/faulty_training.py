@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from segformer.config import RunConfig, cli
 from segformer.job import run_job
-from segformer.tasks import Segmentation
+from segformer.training.config import RunConfig, cli
+from segformer.training.task import Segmentation
 
 honest = Segmentation.loss
 

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from segformer.dist import init_world
-from segformer.engine import EngineConfig, build_engine
-from segformer.partition import gather_model, gather_optimizer, restore_optimizer
+from segformer.distributed.engine import EngineConfig, build_engine
+from segformer.distributed.world import init_world
+from segformer.distributed.zero_state import gather_model, gather_optimizer, restore_optimizer
 
 world = init_world()
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from segformer.checkpoint import load_checkpoint
-from segformer.config import RunConfig, compose
-from segformer.dist import StopFlag, init_world
-from segformer.guard import Watchdog
-from segformer.partition import gather_model, gather_optimizer
-from segformer.run import config_summary, set_up
-from segformer.telemetry import Telemetry
-from segformer.train import train
+from segformer.checkpoint.checkpointer import load_checkpoint
+from segformer.distributed.watchdog import Watchdog
+from segformer.distributed.world import StopFlag, init_world
+from segformer.distributed.zero_state import gather_model, gather_optimizer
+from segformer.telemetry.logger import Telemetry
+from segformer.training.config import RunConfig, compose
+from segformer.training.loop import train
+from segformer.training.run import config_summary, set_up
 
 
 def main():

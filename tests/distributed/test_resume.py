@@ -13,9 +13,9 @@ import pytest
 import torch
 from comparing import assert_identical, saved_state
 
-from segformer.checkpoint import list_steps, load_checkpoint
-from segformer.data.order import OrderSpec, SampleOrder
-from segformer.dist import free_port
+from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.data.loading.order import OrderSpec, SampleOrder
+from segformer.distributed.world import free_port
 
 STEPS = 40
 

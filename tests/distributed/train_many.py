@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from segformer.config import RunConfig, compose
-from segformer.dist import init_world
-from segformer.train import train
+from segformer.distributed.world import init_world
+from segformer.training.config import RunConfig, compose
+from segformer.training.loop import train
 
 world = init_world()
 for overrides in json.loads(Path(sys.argv[1]).read_text()):

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segformer.config import compose
-from segformer.data.dataset import DatasetConfig
-from segformer.data.sharding import write_shards
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 from segformer.doctor.contact import choose, sheet
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
 from segformer.doctor.examine import DoctorConfig, Report, as_json, as_text, doctor, examine
 from segformer.errors import ConfigError
+from segformer.training.config import compose
 
 CLASSES = ["sky", "road", "tree"]
 Masks = Callable[[int], np.ndarray]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from segformer.distributed.engine import bucket_elements
 from segformer.doctor.memory import Forecast, activation_bytes, forecast, state_bytes
-from segformer.engine import bucket_elements
-from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
-from segformer.optim import OptimConfig, build_optimizer
+from segformer.training.losses import LossConfig, SegmentationLoss
+from segformer.training.optim import OptimConfig, build_optimizer
 
 MODEL = ModelConfig(variant="b0")
 CLASSES = 19

@@ -6,10 +6,16 @@ import os
 import pytest
 import torch
 
-from segformer.data.transforms import NUM_PHOTOMETRIC, AugmentConfig, Normalize, draw_photometric, sample_rng
-from segformer.losses import LossConfig, SegmentationLoss
+from segformer.data.loading.transforms import (
+    NUM_PHOTOMETRIC,
+    AugmentConfig,
+    Normalize,
+    draw_photometric,
+    sample_rng,
+)
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
+from segformer.training.losses import LossConfig, SegmentationLoss
 
 pytestmark = [
     pytest.mark.gpu,

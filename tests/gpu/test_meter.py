@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from segformer.dist import World
-from segformer.meter import Meter, memory, peak_flops
+from segformer.distributed.world import World
+from segformer.telemetry.meter import Meter, memory, peak_flops
 
 pytestmark = [
     pytest.mark.gpu,

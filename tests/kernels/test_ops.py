@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models import head
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
@@ -20,6 +19,7 @@ from segformer.models.ops import argmax, cross_entropy, depthwise, reference, re
 from segformer.models.ops.dispatch import FLOATS
 from segformer.models.ops.suite import SUITES
 from segformer.models.segformer import SegFormer
+from segformer.training.losses import LossConfig, SegmentationLoss
 
 pytest.importorskip("triton", reason="Triton is not installed")
 

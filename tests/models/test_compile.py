@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from segformer.evaluate import bounded_compilation
-from segformer.losses import LossConfig, SegmentationLoss
+from segformer.evaluation.evaluate import bounded_compilation
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
 from segformer.models.ops.suite import SUITES
 from segformer.models.segformer import SegFormer
 from segformer.models.variants import OPS
+from segformer.training.losses import LossConfig, SegmentationLoss
 
 
 class Step(torch.nn.Module):

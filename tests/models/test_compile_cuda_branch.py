@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch._dynamo
 
-from segformer.losses import LossConfig, SegmentationLoss
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
 from segformer.models.ops import dispatch, resize
 from segformer.models.ops.suite import SUITES
 from segformer.models.segformer import SegFormer
+from segformer.training.losses import LossConfig, SegmentationLoss
 
 
 class OnGpu(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.models.convert import read_weights
-from segformer.models.names import from_ours
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialise, load_strict
 from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.models.weights.convert import read_weights
+from segformer.models.weights.names import from_ours
 
 OFFICIAL = ["b0", "b1", "b2", "b3", "b4", "b5"]
 # Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: of b0 to b5 those of the official

@@ -1,0 +1,347 @@
+"""Checkpoints: saved while training goes on, the newest good one found again, old ones deleted.
+
+    runs/x/checkpoints/
+      step-00016000/             a committed folder (atomic.py) of the files of format.py
+      step-00016500/
+
+    checkpointer = Checkpointer(cfg.checkpoint, folder, world, warn=..., failed=...)      # all ranks, always
+    checkpointer.settle()                                    # so that memory never holds two copies
+    checkpointer.save(gather_model(engine), gather_optimizer(engine, world), ema, state)  # goes on at once
+    checkpointer.save(..., last=True)                        # is on the disk when it returns
+    checkpointer.finish()                                    # before a run ends without a last save
+
+Save: every rank takes part in gathering the tensors; rank zero checks that they are finite and hands them to
+a thread, which writes. The thread never calls a collective: its outcome is learnt at the next save, settle or
+finish, by all ranks together. A save that fails (a full disk) costs nothing but itself: older checkpoints
+stay and the run goes on, until max_failures saves in a row have failed. The thread outlives an error of the
+main thread, so that a save that was handed over is finished before the process ends.
+
+Load: newest first; a checkpoint whose manifest, sizes or sha256 disagree is renamed bad-* and the next older
+one is tried. Where there are checkpoints but no good one, loading stops: training never restarts silently
+from scratch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from segformer.checkpoint.atomic import clean as clean
+from segformer.checkpoint.atomic import commit, delete, set_aside
+from segformer.checkpoint.format import Loaded as Loaded
+from segformer.checkpoint.format import TrainState as TrainState
+from segformer.checkpoint.format import check_finite, decode_state, read_files, step_name, writers_of
+from segformer.distributed.world import World
+from segformer.errors import CheckpointError, ConfigError
+
+_NAME = re.compile(r"step-([0-9]{8,})")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    save_every: int = 1000
+    "Optimiser steps between checkpoints; others are written for a new best, at a stop and at the end."
+    keep_last: int = 3
+    "Newest checkpoints to keep; the one with the best validation score stays beside them."
+    keep_every: int = 0
+    "Checkpoints of every multiple of so many steps stay for ever; 0: none."
+    background: bool = True
+    "Write in a thread while training goes on; needs host memory for one copy of the saved tensors."
+    notice_s: float = 0.0
+    "Seconds from a stop signal to the end of the job; a save that takes half of them is warned of. 0: any."
+    max_failures: int = 3
+    "Saves in a row that may fail (a full disk) before the run ends; older checkpoints stay."
+
+    def __post_init__(self) -> None:
+        least_of = {"save_every": 1, "keep_last": 1, "keep_every": 0, "max_failures": 1, "notice_s": 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more")
+        if self.keep_every % self.save_every:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
+                f"checkpoint.save_every={self.save_every}: other steps are not saved"
+            )
+
+
+@dataclass(slots=True)
+class _Write:
+    """A save in the writer's hands."""
+
+    step: int
+    thread: threading.Thread = field(init=False)
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    "From the beginning to the commit."
+    failure: str = ""
+    "Why the disk did not take it."
+    bug: BaseException | None = None
+    complaints: list[str] = field(default_factory=list)
+    "What could not be deleted afterwards."
+
+
+class Checkpointer:
+    """Saves a run while it goes on; one on every rank, every method called by all of them.
+
+    The ranks wait for a long write in rounds of `round_s` seconds, each of which begins with `progress`: one
+    long collective would meet the group's timeout.
+
+    `fence` raises where this process must not write any more; it is called in the writer's thread, before a
+    commit and before old ones are deleted. `warn` prints a line, `failed` records (step, reason) of a save
+    that failed; rank zero, main thread.
+    """
+
+    last_saved: int | None = None
+    "The newest step that this object has committed, as far as the ranks have learnt."
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        folder: Path,
+        world: World,
+        *,
+        warn: Callable[[str], None],
+        failed: Callable[[int, str], None],
+        fence: Callable[[], None] = lambda: None,
+        progress: Callable[[], None] = lambda: None,
+        round_s: float = 5.0,
+    ) -> None:
+        self._progress, self._round_s, self._fence = progress, round_s, fence
+        self._cfg, self._folder, self._world = cfg, folder, world
+        self._warn, self._failed = warn, failed
+        self._write: _Write | None = None  # this and what follows: rank zero only
+        self._failures, self._failure, self._warned = 0, "", False
+
+    def save(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        ema: dict[str, Tensor],
+        state: TrainState,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Save the run's state, {} for tensors off rank zero, {} for `ema` without averaging; all ranks.
+
+        The tensors belong to the writer from now on, the state is copied. Waits for the save before this
+        one, and for this one only where `last` is set or checkpoint.background is not.
+
+        Raises:
+            CheckpointError: a tensor is not finite; the last of checkpoint.max_failures saves in a row
+                failed; with `last`, this save failed. Older checkpoints are as they were.
+        """
+        self.settle()
+        self._world.on_main(lambda: self._start(model, optimizer, ema, state))  # all ranks
+        if last:
+            self.finish()
+        elif not self._cfg.background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight, if there is one, and agree on how it went; all ranks.
+
+        Raises:
+            CheckpointError: it failed, the last of checkpoint.max_failures in a row.
+        """
+        self._settle(final=False)
+
+    def finish(self) -> None:
+        """As `settle`, at the end of a run, where no failure can be made good any more; all ranks.
+
+        Raises:
+            CheckpointError: the newest save failed.
+        """
+        self._settle(final=True)
+
+    def _settle(self, *, final: bool) -> None:
+        settled = False
+        while not settled:
+            self._progress()
+            settled, self.last_saved = self._world.on_main(lambda: self._join(final))  # all ranks
+
+    def wait(self) -> None:
+        """Wait for the save in flight without asking how it went: the run ends with an error; any rank."""
+        if self._write is not None:
+            self._write.thread.join()
+
+    def _start(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        ema: dict[str, Tensor],
+        state: TrainState,
+    ) -> None:
+        """Check the tensors and hand them over; rank zero."""
+        check_finite((model, optimizer, ema), state.step)
+        write = _Write(state.step)
+        writers = writers_of(model, optimizer, ema, state)
+        job = partial(_write, write, writers, self._folder, self._cfg, state.best_step, self._fence)
+        # No daemon: the interpreter waits for it also where the main thread ends with an error.
+        write.thread = threading.Thread(target=job, name=f"checkpoint {state.step}", daemon=False)
+        write.thread.start()
+        self._write = write
+
+    def _join(self, final: bool) -> tuple[bool, int | None]:
+        """Wait a while; whether nothing is in flight any more, and the newest committed step; rank zero."""
+        write = self._write
+        if write is not None:
+            write.thread.join(self._round_s)
+            if write.thread.is_alive():
+                return False, self.last_saved
+            self._write = None
+            self._take(write)
+        count = f"{self._failures} of {self._cfg.max_failures} failures in a row"
+        if self._failure and (final or self._failures >= self._cfg.max_failures):
+            newest = "the one it started from" if self.last_saved is None else f"step {self.last_saved}"
+            raise CheckpointError(f"{self._failure}; {count}, the newest checkpoint is {newest}")
+        if write is not None and write.failure:
+            self._warn(f"{write.failure}; older checkpoints stay and training goes on ({count})")
+        return True, self.last_saved
+
+    def _take(self, write: _Write) -> None:
+        """Count the outcome of a write that has ended; rank zero."""
+        if write.bug is not None:
+            raise write.bug
+        for complaint in write.complaints:
+            self._warn(complaint)
+        self._failure = write.failure
+        if write.failure:
+            self._failures += 1
+            with contextlib.suppress(OSError):  # what it records in may be on the same full disk
+                self._failed(write.step, write.failure)
+        else:
+            self._failures, self.last_saved = 0, write.step
+            self._compare(write.seconds)
+
+    def _compare(self, seconds: float) -> None:
+        """Warn, once, of a save that leaves too little of the notice; rank zero."""
+        if self._cfg.notice_s and 2 * seconds > self._cfg.notice_s and not self._warned:
+            self._warned = True
+            self._warn(
+                f"a checkpoint takes {seconds:.0f} s, and the job has {self._cfg.notice_s:.0f} s to save "
+                f"before it is ended; resubmit with signal_delay_s={math.ceil(3 * seconds)}"
+            )
+
+
+def _write(
+    write: _Write,
+    writers: Mapping[str, Callable[[Path], object]],
+    folder: Path,
+    cfg: CheckpointConfig,
+    best_step: int | None,
+    fence: Callable[[], None],
+) -> None:
+    """What the thread does; its outcome is left in `write`."""
+    try:
+        commit(folder, step_name(write.step), writers, fence)
+        write.seconds = time.monotonic() - write.began
+        fence()
+        write.complaints = _prune(folder, cfg, write.step, best_step)
+    except CheckpointError as error:
+        write.failure = str(error)  # not the error itself: the frames of its traceback keep the tensors
+    except BaseException as error:  # the main thread raises it
+        write.bug = error
+
+
+def write_checkpoint(
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: TrainState,
+    cfg: CheckpointConfig,
+    folder: Path,
+    ema: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write one checkpoint, commit it, remove what `cfg` no longer keeps; without threads or other ranks.
+
+    Raises:
+        CheckpointError: a tensor is not finite, or the disk is full; older checkpoints stay as they are.
+    """
+    check_finite((model, optimizer, ema or {}), state.step)
+    path = commit(folder, step_name(state.step), writers_of(model, optimizer, ema or {}, state))
+    _prune(folder, cfg, state.step, state.best_step)
+    return path
+
+
+def _prune(folder: Path, cfg: CheckpointConfig, newest: int, best_step: int | None) -> list[str]:
+    """Delete what is not kept, after `newest` has been committed; what can't be deleted, as lines."""
+    steps = list_steps(folder)
+    kept = {newest, best_step, *steps[-cfg.keep_last :]}
+    if cfg.keep_every:
+        kept |= {step for step in steps if step % cfg.keep_every == 0}
+    return delete(folder / step_name(step) for step in steps if step not in kept)
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the committed checkpoints in `folder`, ascending."""
+    found = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match and match[0] == step_name(int(match[1])))
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    step: int | None = None,
+    quarantine: bool = False,
+    warn: Callable[[str], None] = print,
+    verify: bool = True,
+) -> Loaded | None:
+    """The newest good checkpoint in `folder`, or that of `step`; None without any.
+
+    A damaged checkpoint is passed over with a warning and, where `quarantine` is set, renamed bad-*: a run
+    does that once, when it starts; who only reads a run leaves it as it is. Without `verify` only presence
+    and sizes are looked at: for ranks that follow rank zero's choice.
+
+    Raises:
+        CheckpointError: `step` is missing or damaged, or there are checkpoints but none is good, or one was
+            written by another version of this program.
+    """
+    steps = list_steps(folder)
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {steps or 'none'}")
+    if not steps and not list(folder.glob("bad-*")):
+        return None
+    for candidate in [step] if step is not None else reversed(steps):
+        path = folder / step_name(candidate)
+        try:
+            model, optimizer, ema, text = read_files(path, digests=verify)
+        except CheckpointError as error:
+            if step is not None:
+                raise
+            warn(f"{error}; trying the one before it")
+            if quarantine:
+                set_aside(path)
+            continue
+        return Loaded(model, optimizer, ema, decode_state(path, text))
+    raise CheckpointError(
+        f"no checkpoint in {folder} is good; restore one, or delete the folder to start from scratch"
+    )
+
+
+def load_model_state(
+    run_dir: Path, step: int | None = None, *, averaged: bool = True
+) -> tuple[dict[str, Tensor], TrainState]:
+    """Parameters and buffers of a run's newest good checkpoint (or of `step`), and the state they belong to.
+
+    Where the run averages its weights, those are the parameters, unless `averaged` is off; buffers are
+    always the model's.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+    """
+    loaded = load_checkpoint(run_dir / "checkpoints", step=step)
+    if loaded is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first, or name another run")
+    if unknown := sorted(loaded.ema.keys() - loaded.model.keys()):
+        raise CheckpointError(f"{run_dir}: the averaged weights have {unknown[0]}, which the model has not")
+    return (loaded.model | loaded.ema if averaged else loaded.model), loaded.state

@@ -1,0 +1,150 @@
+"""The canonical state of a run at one step, as files that any world and ZeRO stage can continue from.
+
+    model.safetensors        parameters and buffers by name, fp32, whole
+    optimizer.safetensors    exp_avg.<parameter>, exp_avg_sq.<parameter>, fp32, whole
+    ema.safetensors          averaged parameters by name, fp32, whole; only where a run averages
+    state.json               TrainState: step, order spec, digest of the data, best score
+
+Because tensors are stored whole and by name, a run resumes at any world size and ZeRO stage. There is no
+pickle. DeepSpeed's own checkpoints do none of this: they need the same world size, and `latest` can point to
+a torn one.
+
+Tensors are streamed to their file and mapped from it: they cost no memory beside their own when they are
+written, and none until they are read when they are loaded; copy what shall outlive the files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from segformer.checkpoint.atomic import verify
+from segformer.errors import CheckpointError
+
+MODEL, OPTIMIZER, STATE = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+EMA = "ema.safetensors"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainState:
+    """Everything a resume needs beside the tensors; the position in the data is step x global_batch."""
+
+    step: int = 0
+    "Optimiser steps done."
+    order_spec: dict[str, Any] = field(default_factory=dict)
+    "The frozen sample order (data.order.OrderSpec)."
+    data_digest: str = ""
+    "Digest of the shards that the order refers to."
+    best_score: float | None = None
+    "Best validation score so far (mIoU or top-1); None before the first evaluation."
+    best_step: int | None = None
+    "Step of best_score."
+    corrupt: list[int] = field(default_factory=list)
+    "Samples of the training split that were found corrupt and replaced."
+    skipped: int = 0
+    "Optimiser steps that were left out because loss or gradient was not finite."
+    skipped_in_a_row: int = 0
+    "How many of them came last, one after the other."
+    bad_step: int = 0
+    "The step from which the run went back to a checkpoint and which it has not passed yet; 0 = none."
+
+
+class Loaded(NamedTuple):
+    """What one checkpoint holds; tensors on the CPU, mapped from the files."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    "Averaged parameters; {} where the run keeps none."
+    state: TrainState
+
+
+def step_name(step: int) -> str:
+    """The folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def check_finite(groups: tuple[dict[str, Tensor], ...], step: int) -> None:
+    """Refuse a tensor with NaN or infinity: it would be the end of the run that continues from it.
+
+    Raises:
+        CheckpointError: it names the first one.
+    """
+    for name, value in (item for group in groups for item in group.items()):
+        if not value.is_floating_point() or not value.numel():
+            continue
+        # Extremes, for NaN is passed on by both: `isfinite` would make a mask of the size of the tensor.
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
+            raise CheckpointError(f"not saving step {step}: {name} is not finite; lower optim.lr")
+
+
+def writers_of(
+    model: dict[str, Tensor], optimizer: dict[str, Tensor], ema: dict[str, Tensor], state: TrainState
+) -> dict[str, Callable[[Path], object]]:
+    """What `commit` takes: file name -> function that writes it. The state is copied, tensors are not."""
+    text = json.dumps(asdict(state), indent=1).encode()  # now: the loop goes on changing the state
+    tensors = {MODEL: model, OPTIMIZER: optimizer} | ({EMA: ema} if ema else {})
+    writers: dict[str, Callable[[Path], object]] = {
+        name: partial(_write_tensors, values) for name, values in tensors.items()
+    }
+    return writers | {STATE: partial(Path.write_bytes, data=text)}
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Stream tensors into a file: no copy of them is made."""
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what the operating system said, as text
+        raise OSError(str(error)) from error
+    path.chmod(mode)
+
+
+def read_files(
+    path: Path, *, digests: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bytes]:
+    """Model, optimiser, average ({} without one) and the text of the state; `digests` as in `verify`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    names = verify(path, FILES, digests=digests)
+    try:
+        ema = load_file(path / EMA) if EMA in names else {}
+        return load_file(path / MODEL), load_file(path / OPTIMIZER), ema, (path / STATE).read_bytes()
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def decode_state(path: Path, text: bytes) -> TrainState:
+    """The state of the checkpoint `path`; fields that an older version did not write take their defaults.
+
+    Raises:
+        CheckpointError: another version wrote it, or the folder was renamed.
+    """
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}/{STATE} can't be read: {error}") from error
+    known = {field.name for field in fields(TrainState)}
+    if not isinstance(values, dict) or (unknown := sorted(values.keys() - known)):
+        what = f"has {', '.join(unknown)}" if isinstance(values, dict) else "is no table"
+        raise CheckpointError(
+            f"{path}/{STATE} {what}, which this version does not know; continue with the version that wrote "
+            "it, or choose another name=..."
+        )
+    state = TrainState(**values)
+    if path.name != step_name(state.step):
+        raise CheckpointError(f"{path} holds step {state.step}; name it {step_name(state.step)} again")
+    return state

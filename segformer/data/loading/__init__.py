@@ -1,0 +1,1 @@
+"""Sample order, crop, augmentation, workers, batches."""

@@ -1,0 +1,1 @@
+"""The shard format: written, indexed, verified, read by range from anywhere."""

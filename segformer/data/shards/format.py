@@ -1,0 +1,268 @@
+"""The shard format, version 2, and opening it.
+
+    out/dataset.json        task, classes, palette, label map, licence; per split totals, class statistics,
+                            shards (bytes, sha256) and index (bytes, sha256); digest
+    out/train-000000.tar    members <key>.jpg (or <key>.image.png: the image) and <key>.png (8-bit grey mask
+                            of train ids, 255 = ignore) or <key>.cls (decimal class id); stock webdataset
+                            reads it
+    out/train.idx           one index a split (index.py)
+
+Every byte is covered: a crc32 per member in the index, a sha256 per tar and index in dataset.json, and
+`digest`, the sha256 of dataset.json itself without that entry. A sample id is the position of a sample in its
+split.
+
+Opening checks dataset.json, every index and the size of every tar, in time that hardly grows with the
+samples: the index is mapped into memory, not parsed. Each read checks the crc (reader.py); verify.py re-reads
+everything. Tars are never extracted."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segformer.data.shards.index import is_sane, parse_index
+from segformer.data.shards.storage import Storage, StorageConfig
+from segformer.data.sources.dataset import TASKS
+from segformer.errors import DataError
+
+FORMAT = "segformer-shards"
+VERSION = 2
+DESCRIPTION_LIMIT = 2**28  # bytes of dataset.json; 1 million shards need less
+
+_REQUESTS = 16  # sizes of remote shards asked for at a time
+_TAR_NAME = re.compile(r"[A-Za-z0-9_-]+-[0-9]{6}\.tar")
+_INDEX_NAME = re.compile(r"[A-Za-z0-9_-]+\.idx")
+
+
+class Split:
+    """The index of one split. Pickles as storage, name and digest: a worker maps the index again.
+
+    records: INDEX (num_samples,), read-only. class_pixels: int64 (K,), images per class for classification.
+    first_ids: int64 (shards + 1,), the sample id of each shard's first sample, then num_samples.
+    """
+
+    def __init__(
+        self, storage: Storage, name: str, content: dict[str, Any], digest: str, *, verify: bool = True
+    ) -> None:
+        entry = content["splits"][name]
+        self.storage = storage
+        self.name = name
+        self.digest = digest
+        self.task: str = content["task"]
+        self.files: list[str] = [shard["file"] for shard in entry["shards"]]
+        self.sha256: list[str] = [shard["sha256"] for shard in entry["shards"]]
+        self.shard_bytes: list[int] = [shard["bytes"] for shard in entry["shards"]]
+        self.shard_sizes: list[int] = [shard["samples"] for shard in entry["shards"]]
+        self.num_samples: int = sum(self.shard_sizes)
+        self.first_ids = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
+        self.class_pixels = np.array(entry["class_pixels"], np.int64)
+        self.index_file: str = entry["index"]["file"]
+        self._with_label: dict[int, np.ndarray] = {}
+        self.records, self._labels, self._keys = parts = self._map(entry["index"], verify)
+        if verify and not is_sane(
+            parts,
+            shard_sizes=self.shard_sizes,
+            shard_bytes=self.shard_bytes,
+            class_pixels=self.class_pixels,
+            task=self.task,
+        ):
+            raise self._damaged("contradicts itself or dataset.json")
+
+    @property
+    def heights(self) -> np.ndarray:
+        """Image heights in pixels, int32 (num_samples,)."""
+        return self.records["height"]
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Image widths in pixels, int32 (num_samples,)."""
+        return self.records["width"]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all samples, by sample id."""
+        return str(self._keys.tobytes(), "utf-8").split("\n")
+
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.first_ids, sample_id, side="right")) - 1
+
+    def key(self, sample_id: int) -> str:
+        """The key of one sample."""
+        start = int(self.records["key_end"][sample_id - 1]) + 1 if sample_id else 0
+        return str(self._keys[start : int(self.records["key_end"][sample_id])].tobytes(), "utf-8")
+
+    def describe(self, sample_id: int) -> str:
+        """Where a sample lies, for messages: file and key."""
+        return f"{self.storage.where(self.files[self.shard_of(sample_id)])!r}, key {self.key(sample_id)!r}"
+
+    def labels(self, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """(label ids, pixels) of one sample, ids ascending, without 255."""
+        start = int(self.records["labels_end"][sample_id - 1]) if sample_id else 0
+        part = self._labels[start : int(self.records["labels_end"][sample_id])]
+        return part["label"], part["pixels"]
+
+    def samples_with(self, label: int) -> np.ndarray:
+        """The samples that hold a label, sorted ids, int64."""
+        if label not in self._with_label:
+            places = np.flatnonzero(self._labels["label"] == label)
+            self._with_label[label] = np.searchsorted(self.records["labels_end"], places, side="right")
+        return self._with_label[label]
+
+    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Storage, str, str]]:
+        return _reopen, (self.storage, self.name, self.digest)
+
+    def _map(self, index: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
+        name = index["file"]
+        path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
+        try:
+            if verify and _sha256(path) != index["sha256"]:
+                raise self._damaged("is damaged (sha256 differs from dataset.json)")
+            raw = np.asarray(np.memmap(path, np.uint8, "r"))
+        except OSError as error:
+            raise self._damaged(f"cannot be read: {error.strerror}") from error
+        except ValueError as error:  # an empty file cannot be mapped
+            raise self._damaged("is empty") from error
+        try:
+            records, labels, keys = parse_index(raw)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        if len(raw) != index["bytes"] or len(records) != self.num_samples:
+            raise self._damaged("is not the one of dataset.json")
+        return records, labels, keys
+
+    def _damaged(self, what: str) -> DataError:
+        where = self.storage.where(self.index_file)
+        return DataError(f"index {where!r} {what}; copy it again or shard the data again")
+
+
+def _reopen(storage: Storage, name: str, digest: str) -> Split:
+    shards = ShardSet.open(storage, verify=False)
+    if shards.digest != digest:
+        raise DataError(f"shards {storage.where('')!r} changed while they were in use; start again")
+    return shards.split(name)
+
+
+class ShardSet:
+    """A finished folder of shards: classes, palette, digest and the index of every split.
+
+    stats: class pixels by split. palette: uint8 (K, 3). content: dataset.json.
+    """
+
+    def __init__(self, storage: Storage, content: dict[str, Any], *, verify: bool) -> None:
+        self.storage = storage
+        self.root = storage.root
+        self.content = content
+        self.digest: str = content["digest"]
+        self.task: str = content["task"]
+        self.classes: list[str] = content["classes"]
+        self.palette = np.array(content["palette"], np.uint8).reshape(-1, 3)
+        self.stats: dict[str, list[int]] = {
+            name: entry["class_pixels"] for name, entry in content["splits"].items()
+        }
+        self._verify = verify
+        self._splits: dict[str, Split] = {}
+
+    @classmethod
+    def open(
+        cls, path: str | Path | Storage, config: StorageConfig | None = None, *, verify: bool = True
+    ) -> "ShardSet":
+        """Open what sharding wrote, at a path or URL; DataError when it is missing, damaged or incomplete.
+
+        config: how remote shards are read. verify: check sha256 and sense of every index and the size of
+        every tar; without it only dataset.json, and the length of an index when its split is used.
+        """
+        storage = Storage.at(path, config)
+        content = _description(storage)
+        try:
+            shards = cls(storage, content, verify=verify)
+            if verify:
+                tars = [shard for entry in content["splits"].values() for shard in entry["shards"]]
+                with ThreadPoolExecutor(1 if storage.is_local else _REQUESTS) as pool:
+                    for _ in pool.map(lambda tar: check_size(storage, tar["file"], tar["bytes"]), tars):
+                        pass
+                for name in content["splits"]:
+                    shards.split(name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(storage, "is not complete") from error
+        return shards
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """Every split by name."""
+        return {name: self.split(name) for name in self.content["splits"]}
+
+    def split(self, name: str) -> Split:
+        """The index of one split; DataError names those that exist."""
+        if name not in self.content["splits"]:
+            raise DataError(
+                f"shards {self.root!r} have no split {name!r}, only "
+                f"{', '.join(self.content['splits'])}; choose one of these or shard it too (data.splits)"
+            )
+        if name not in self._splits:
+            self._splits[name] = Split(self.storage, name, self.content, self.digest, verify=self._verify)
+        return self._splits[name]
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """sha256 (hex) of dataset.json without its own digest; it covers every tar and index by theirs."""
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_size(storage: Storage, name: str, size: int) -> None:
+    """DataError unless a shard is there with its size."""
+    if storage.is_local and not Path(storage.root, name).is_file():
+        raise DataError(
+            f"shard {storage.where(name)!r} is missing; copy the whole folder again or shard the data again"
+        )
+    found = storage.size(name)
+    if found != size:
+        raise DataError(
+            f"shard {storage.where(name)!r} has {found} bytes instead of {size}; "
+            "copy it again or shard the data again"
+        )
+
+
+def _description(storage: Storage) -> dict[str, Any]:
+    """dataset.json, its digest checked."""
+    if storage.is_local and not Path(storage.root, "dataset.json").is_file():
+        raise DataError(
+            f"no shards in {storage.root!r}; "
+            f"write them: python data_prep/shard.py data=<name> out={storage.root}"
+        )
+    data = storage.read("dataset.json", limit=DESCRIPTION_LIMIT)
+    try:
+        content: dict[str, Any] = json.loads(data)
+        form = (content["format"], content["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(storage, "is not readable") from error
+    if form != (FORMAT, VERSION) or content.get("task") not in TASKS:
+        raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
+    if content.get("digest") != content_digest(content):
+        raise _unreadable(storage, "is damaged (its digest differs)")
+    try:
+        for split in content["splits"].values():
+            plain = _INDEX_NAME.fullmatch(split["index"]["file"])
+            for name in (shard["file"] for shard in split["shards"]):
+                plain = plain and _TAR_NAME.fullmatch(name)
+            if not plain:
+                raise _unreadable(storage, "names a shard or index that is no plain file name")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(storage, "is not complete") from error
+    return content
+
+
+def _unreadable(storage: Storage, what: str) -> DataError:
+    return DataError(f"{storage.where('dataset.json')!r} {what}; copy it again or shard the data again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,348 @@
+"""Write a data set as shards (the format is drawn in shards.py): folder -> out/dataset.json, indices, tars.
+
+    list    the samples of every split; training splits are shuffled once (seeded), splits named val... or
+            test... keep the order of their keys
+    scan    only with data.min_share: which training images are left out (trimming.py)
+    write   shard by shard, in processes, into a folder beside `out` (workfolder.py, packing.py)
+    join    parts -> one index a split, class statistics, dataset.json, then `out` appears by one rename
+
+The bytes depend on the input and the settings only, never on the number of processes or on how often the
+work was interrupted. A run that ends early, even by SIGKILL, leaves its finished shards; the same command
+keeps them, other settings or files start over.
+
+`out/.sources.json` holds hashes of the source files' names, sizes and times: with it the same command knows
+a finished set again without reading the source. It also counts the images that EXIF would turn. It is no
+part of the set.
+
+Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
+the same `out`, and every defect of the source that listing.py names."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
+from segformer.data.shards.index import pack_index, parse_index
+from segformer.data.shards.packing import (
+    Encoding,
+    ShardTask,
+    Turned,
+    make_shard,
+    member_key,
+    merge_turned,
+    source_hash,
+    stat_hash,
+)
+from segformer.data.shards.pool import advance, run
+from segformer.data.shards.trimming import Listing, is_training, keep, scan
+from segformer.data.shards.workfolder import WorkFolder, write_synced
+from segformer.data.sources.dataset import DatasetConfig, class_palette
+from segformer.data.sources.listing import Sample, class_folders, list_samples
+from segformer.errors import ConfigError, DataError
+
+NOTE = ".sources.json"
+
+_SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
+_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # `out` cannot be
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What decides the bytes of a set."""
+
+    cfg: DatasetConfig
+    encoding: Encoding
+    seed: int
+    samples_per_shard: int
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ConfigError(f"samples_per_shard={self.samples_per_shard}; use 1 or more")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed}; use 0 to 2^64 - 1")
+        if not self.cfg.splits:
+            raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
+
+    def description(self) -> dict[str, Any]:
+        """The first part of dataset.json."""
+        cfg = self.cfg
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "task": cfg.task,
+            "name": cfg.name,
+            "classes": list(cfg.classes),
+            "palette": class_palette(cfg).tolist(),
+            "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
+            "mask_colours": [list(colour) for colour in cfg.mask_colours],
+            "license": cfg.license,
+            "citation": cfg.citation,
+            "seed": self.seed,
+            "samples_per_shard": self.samples_per_shard,
+            "long_side": self.encoding.long_side,
+            "quality": self.encoding.quality,
+            "drop_classes": list(cfg.drop_classes),
+            "min_share": cfg.min_share,
+        }
+
+    def identity(self, listing: Listing) -> str:
+        """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
+        settings = asdict(replace(self.cfg, root="", shards=""))
+        names = hashlib.sha256()
+        for split, samples in listing.items():
+            names.update(
+                "\n".join([split, *(f"{sample.key}\0{sample.label}" for sample in samples)]).encode()
+            )
+        whole = [self.description(), settings, names.hexdigest(), cv2.__version__]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def write_shards(
+    cfg: DatasetConfig,
+    root: Path,
+    out: Path,
+    *,
+    seed: int,
+    samples_per_shard: int,
+    workers: int,
+    long_side: int = 0,
+    quality: int = 0,
+    part: tuple[int, int] | None = None,
+) -> None:
+    """Write every split of `cfg` from the folder `root` as shards into `out`.
+
+    workers: processes, -1 = one per core. long_side, quality: see packing.Encoding. part: (index, count), to
+    make every count-th shard only, from the index-th; several processes on several nodes may do so at a time,
+    and the same call without `part` then joins what they made. An `out` that already holds exactly this set
+    is left as it is; one that holds anything else is refused. DataError for whatever is wrong with the
+    source.
+    """
+    if part is not None and cfg.min_share:
+        raise ConfigError(
+            "part needs data.min_share=0: which images are left out is found over the whole set"
+        )
+    if cfg.task == "classification" and not cfg.classes:
+        cfg = replace(cfg, classes=class_folders(cfg, root))
+    job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
+    target = Path(os.path.realpath(out))
+    if not target.name:
+        raise ConfigError(f"out={str(out)!r} has no name, a set becomes one folder; give out=/<folder>")
+    listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
+    for samples in listing.values():
+        _check_keys(samples)
+    work = WorkFolder(target)
+    try:
+        if _occupied(target):
+            _check_finished(job, listing, work, workers)
+            print(f"{out} already holds exactly these shards; nothing to do")
+            return
+        if part is not None:
+            with work.share(job.identity(listing)):
+                _make(_plan(job, listing, work)[part[0] :: part[1]], work, workers)
+            return
+        with work.hold():
+            if _occupied(target):
+                raise DataError(f"{str(out)!r} has just been written by another process; run this again")
+            work.begin(job.identity(listing))
+            _write(job, listing, work, workers)
+    except OSError as error:
+        remedy = "make room or see to the permissions; the same command goes on with what is finished"
+        if error.errno in _NO_PLACE:
+            remedy = "give another out=<folder>"
+        raise DataError(
+            f"shards cannot be written to {str(out)!r}: {error.strerror or error}; {remedy}"
+        ) from error
+
+
+def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
+    scanned = scan(job.cfg, listing, _read_json(work.parts / "scan"), workers)
+    write_synced(work.parts / "scan", json.dumps(scanned).encode())
+    tasks = _plan(job, keep(listing, scanned), work)
+    notes = _make(tasks, work, workers)
+    content = job.description() | {"splits": {}}
+    for split in job.cfg.splits:
+        own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
+        dropped = sum(len(chunk["dropped"]) for chunk in scanned.get(split, []))
+        content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped}
+    content["digest"] = content_digest(content)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_synced(work.set / "dataset.json", text.encode())
+    stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
+    turned = merge_turned(note.get("turned") for note in notes)
+    note = {"scan": scanned, "shards": stats, "turned": turned}
+    write_synced(work.set / NOTE, json.dumps(note).encode())
+    indices = [entry["index"]["file"] for entry in content["splits"].values()]
+    work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
+
+
+def _make(tasks: list[ShardTask], work: WorkFolder, workers: int) -> list[dict[str, Any]]:
+    """Make the shards that are not there yet; the note of each."""
+    results = run(
+        make_shard,
+        tasks,
+        workers=workers,
+        total=sum(len(task.samples) for task in tasks),
+        desc="sharding",
+        guard=work.guard,
+        preload=["webdataset"],
+    )
+    earlier = sum(complete for _, complete in results)
+    if earlier:
+        print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
+    return [note for note, _ in results]
+
+
+def find_turned(out: Path) -> Turned | None:
+    """The images of a finished set that EXIF would turn; None without any, or where it is not known."""
+    try:
+        count, file, orientation = _read_json(out / NOTE)["turned"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return count, file, orientation
+
+
+def _check_keys(samples: list[Sample]) -> None:
+    seen: dict[str, str] = {}
+    for sample in samples:
+        key = member_key(sample.key)
+        if not key.isprintable() or "\\" in key or key.startswith("/") or len(key.encode()) > 90:
+            raise DataError(f"the name {sample.key!r} cannot be a key; use at most 90 printable characters")
+        if _SKIPPED.match(key):
+            raise DataError(
+                f"the name {sample.key!r} cannot be a key, webdataset skips names like __x__; "
+                f"rename {key.partition('/')[0]!r}"
+            )
+        if key in seen:
+            raise DataError(
+                f"{sample.key!r} and {seen[key]!r} differ only by dots, which keys cannot hold; rename one"
+            )
+        seen[key] = sample.key
+
+
+def _plan(job: _Job, listing: Listing, work: WorkFolder) -> list[ShardTask]:
+    tasks = []
+    for number, (split, samples) in enumerate(listing.items()):
+        if is_training(split):
+            # random_raw and a stable sort: NumPy does not promise to keep Generator.permutation.
+            draws = np.random.Philox(key=np.array([job.seed, number], np.uint64)).random_raw(len(samples))
+            samples = [samples[index] for index in np.argsort(draws, kind="stable")]
+        for shard, start in enumerate(range(0, len(samples), job.samples_per_shard)):
+            own, name = samples[start : start + job.samples_per_shard], f"{split}-{shard:06d}"
+            tasks.append(ShardTask(job.cfg, job.encoding, split, name, own, work.set, work.parts))
+    return tasks
+
+
+def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
+    """Write the index of a split from its parts; returns the split's entry of dataset.json."""
+    parts = [parse_index(np.fromfile(_part(work, note), np.uint8)) for note in notes]
+    records = np.concatenate([part[0] for part in parts])
+    labels = np.concatenate([part[1] for part in parts])
+    keys = b"\n".join(part[2].tobytes() for part in parts)
+    sizes = [len(part[0]) for part in parts]
+    label_starts = np.cumsum([0, *(len(part[1]) for part in parts[:-1])])
+    key_starts = np.cumsum([0, *(len(part[2]) + 1 for part in parts[:-1])])
+    records["labels_end"] += np.repeat(label_starts, sizes)
+    records["key_end"] += np.repeat(key_starts, sizes)
+    index = pack_index(records, labels, keys)
+    write_synced(work.set / f"{split}.idx", index)
+    pixels, total = labels["pixels"].astype(np.int64), len(cfg.classes)
+    class_pixels = np.zeros(total, np.int64)
+    np.add.at(class_pixels, labels["label"], pixels)
+    area = int((records["height"].astype(np.int64) * records["width"]).sum())
+    raw_ids: Counter[int] = Counter()
+    for note in notes:
+        raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
+    shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
+    return {
+        "samples": len(records),
+        "class_pixels": class_pixels.tolist(),
+        "class_images": np.bincount(labels["label"], minlength=total).tolist(),
+        "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
+        "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
+        "index": {
+            "file": f"{split}.idx",
+            "bytes": len(index),
+            "sha256": hashlib.sha256(index).hexdigest(),
+        },
+        "shards": [{key: note[key] for key in shard_keys} for note in notes],
+    }
+
+
+def _part(work: WorkFolder, note: dict[str, Any]) -> Path:
+    return work.parts / f"{note['file'].removesuffix('.tar')}.part"
+
+
+def _occupied(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
+
+
+def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
+    """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
+    out = work.out
+    refusal = "give another out=<folder> or remove it"
+    if not (out / "dataset.json").is_file():
+        raise DataError(f"{str(out)!r} exists and holds something else; {refusal}")
+    try:
+        content = ShardSet.open(out).content
+    except DataError as error:
+        raise DataError(f"{str(out)!r} exists and cannot be used ({error}); {refusal}") from error
+    other = [key for key, value in job.description().items() if content.get(key) != value]
+    if other:
+        raise DataError(
+            f"{str(out)!r} exists and holds something else ({', '.join(other)} differ); {refusal}"
+        )
+    note = _read_json(out / NOTE)
+    scanned = scan(job.cfg, listing, note.get("scan", {}), workers)
+    tasks = _plan(job, keep(listing, scanned), work)
+    shards = {shard["file"]: shard for split in content["splits"].values() for shard in split["shards"]}
+    same = list(shards) == [f"{task.name}.tar" for task in tasks]
+    stats: dict[str, str] = {}
+    if same:
+        known = note.get("shards", {})
+        checks = [
+            (task.samples, known.get(task.name), shards[f"{task.name}.tar"]["source_sha256"])
+            for task in tasks
+        ]
+        total = sum(len(task.samples) for task in tasks)
+        found = run(_source_stat, checks, workers=workers, total=total, desc="comparing")
+        same = None not in found
+        stats = {task.name: stat for task, stat in zip(tasks, found, strict=True) if stat is not None}
+    if not same:
+        raise DataError(f"{str(out)!r} exists and holds something else (the source differs); {refusal}")
+    if stats != note.get("shards") or scanned != note.get("scan"):
+        with suppress(OSError):  # a set that may only be read: the source is read again next time
+            note |= {"scan": scanned, "shards": stats}
+            write_synced(out / NOTE, json.dumps(note).encode())
+    if work.path.exists():  # left by a run that was killed between its last rename and its end
+        with suppress(DataError, OSError), work.hold():
+            work.remove()
+
+
+def _source_stat(check: tuple[Iterable[Sample], str | None, str]) -> str | None:
+    """The stat hash of the samples where they are what was sharded, None where they are not."""
+    samples, known, source = check
+    samples = list(samples)
+    stat = stat_hash(samples)
+    same = stat == known or source_hash(samples) == source
+    advance(len(samples))
+    return stat if same else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An object, empty where there is none: what these files hold can be found out again."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,1 @@
+"""Any data set as users have it -> (key, image, mask)."""

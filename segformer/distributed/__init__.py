@@ -1,0 +1,1 @@
+"""Ranks, the DeepSpeed engine, ZeRO state whole and by name, EMA, the watchdog."""

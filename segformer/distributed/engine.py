@@ -1,0 +1,263 @@
+"""The DeepSpeed engine: its configuration as a pure function, and how to build it on GPUs and on CPUs.
+
+Owns deepspeed (beside zero_state.py, which reads the optimiser's partitions). There is no DeepSpeed JSON
+file: `deepspeed_config` derives every key from the run's own settings, and `engine.extra` may add keys but
+not change derived ones.
+
+Choices, each for a reason:
+- The optimiser is torch.optim.AdamW, given to DeepSpeed: its own FusedAdam compiles a C++ extension at first
+  use.
+- bf16 is DeepSpeed's `torch_autocast`: parameters, gradients, optimiser state and batch-norm buffers stay
+  fp32. Its `bf16` mode casts BatchNorm's parameters but not its buffers, which fails, and at stage 0 it is
+  not AdamW (its first update was measured at 0.744 x lr).
+- Offloading leaves AdamW what it is, on the CPU: DeepSpeed's own CPU optimiser compiles an extension, too.
+- DeepSpeed's buckets are given the size of the model, at most 2^25 elements (128 MiB): its default of 5e8
+  elements takes 4 to 8 GB whatever the model is.
+- A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimisers look at the
+  norm themselves, at stage 0 it is done here.
+- torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
+  The loss stays outside the compiled function: losses other than cross entropy ask the data for its classes.
+- No scheduler is given: optim.py sets the lr before each step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from segformer.distributed.world import World
+from segformer.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "bf16")
+OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
+BUCKET = 2**25
+"Largest bucket of gradients or parameters that is sent at once, elements."
+OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How the model is trained on the devices at hand. What changes the result beyond rounding says so."""
+
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the
+    ranks; null means 1 on GPUs and 0 on a CPU, where ZeRO's copies cost more than they save."""
+    offload_optimizer: bool = False
+    "Keep gradients' averages, optimiser state and fp32 weights in the host's memory; ZeRO-1 to 3. Slow."
+    offload_parameters: bool = False
+    "Keep the partitioned parameters in the host's memory, too; ZeRO-3 only."
+    precision: str = "auto"
+    "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
+    compile: bool | None = None
+    "torch.compile the model; null means on GPUs, below ZeRO-3."
+    sync_batchnorm: bool = True
+    "Batch norm over the micro batches of all ranks; false changes what is learnt with the number of ranks."
+    grad_clip: float = 0.0
+    "Largest gradient norm; 0 for no clipping (as in the official recipe). Changes what is learnt."
+    timeout_s: float = 1800.0
+    "Seconds after which a collective that not every rank has joined ends the run."
+    extra: dict[str, Any] = field(default_factory=dict)
+    "Further keys of the DeepSpeed configuration; keys that are derived from other settings are refused."
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (None, 0, 1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2, 3 or null")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"engine.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "engine.compile=true needs engine.zero_stage=2 or below: at 3 parameters are not there when "
+                "the model is traced; use engine.compile=false"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ConfigError("engine.offload_parameters=true needs engine.zero_stage=3")
+        if self.timeout_s < 1:
+            raise ConfigError(f"engine.timeout_s={self.timeout_s} must be 1 or more")
+        if self.grad_clip < 0:
+            raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
+
+
+def resolve_stage(cfg: EngineConfig, device: torch.device) -> int:
+    """The ZeRO stage on a kind of device."""
+    if cfg.zero_stage is None:
+        return 0 if device.type == "cpu" and not cfg.offload_optimizer else 1
+    return cfg.zero_stage
+
+
+def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
+    """fp32 or bf16; ConfigError where bf16 is asked of a GPU that lacks it."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if cfg.precision == "auto":
+        return "bf16" if device.type == "cuda" and supported else "fp32"
+    if cfg.precision == "bf16" and not supported:
+        raise ConfigError(
+            f"engine.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp32"
+        )
+    return cfg.precision
+
+
+def _zero_config(cfg: EngineConfig, num_parameters: int) -> dict[str, Any]:
+    if cfg.zero_stage is None:
+        raise ValueError("engine.zero_stage has not been resolved")
+    zero: dict[str, Any] = {"stage": cfg.zero_stage}
+    if not cfg.zero_stage:
+        return zero
+    # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
+    zero["overlap_comm"] = torch.cuda.is_available()
+    zero["reduce_bucket_size"] = bucket_elements(num_parameters)
+    if cfg.zero_stage < 3:
+        zero["allgather_bucket_size"] = bucket_elements(num_parameters)
+    pinned = torch.cuda.is_available()
+    if cfg.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if cfg.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return zero
+
+
+def bucket_elements(num_parameters: int) -> int:
+    """Elements of DeepSpeed's buckets for a model of so many parameters; even, as ZeRO-1 and 2 demand."""
+    return min(num_parameters + num_parameters % 2, BUCKET)
+
+
+def deepspeed_config(
+    cfg: EngineConfig,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    world_size: int,
+    precision: str,
+    num_parameters: int,
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: a pure function of its arguments; cfg.zero_stage is a number.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of micro_batch x world_size, or engine.extra collides.
+    """
+    check_batch(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
+    zero = _zero_config(cfg, num_parameters)
+    derived: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": global_batch // (micro_batch * world_size),
+        "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,  # at stage 0: take_step
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+    }
+    extra = dict(cfg.extra)
+    zero_extra = extra.pop("zero_optimization", {})
+    if not isinstance(zero_extra, dict):
+        raise ConfigError(f"engine.extra.zero_optimization={zero_extra!r} must be a mapping")
+    taken = sorted((set(extra) & (set(derived) | OWN)) | (OWN_ZERO & set(zero_extra)))
+    if taken:
+        raise ConfigError(
+            f"engine.extra sets {', '.join(taken)}, which other settings decide; remove it there"
+        )
+    return derived | extra | {"zero_optimization": zero | zero_extra}
+
+
+def check_batch(*, global_batch: int, micro_batch: int, world_size: int) -> None:
+    """ConfigError unless global_batch = micro_batch x world_size x a whole number; it names what would do."""
+    if global_batch % (micro_batch * world_size) == 0:
+        return
+    if global_batch % world_size == 0:
+        share = global_batch // world_size
+        valid = [str(m) for m in range(1, share + 1) if share % m == 0]
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by micro_batch x world_size = "
+            f"{micro_batch} x {world_size}; use micro_batch={' or '.join(valid)}"
+        )
+    near = sorted(
+        {
+            max(world_size, global_batch // world_size * world_size),
+            -(-global_batch // world_size) * world_size,
+        }
+    )
+    sizes = [str(w) for w in range(1, global_batch + 1) if global_batch % w == 0]
+    raise ConfigError(
+        f"global_batch={global_batch} is not divisible by world_size={world_size}; use a world size of "
+        f"{', '.join(sizes)} or global_batch={' or '.join(map(str, near))}"
+    )
+
+
+def build_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cfg: EngineConfig,
+    world: World,
+    *,
+    global_batch: int,
+    micro_batch: int,
+) -> Any:
+    """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
+    precision = resolve_precision(cfg, world.device)
+    cfg = replace(cfg, zero_stage=resolve_stage(cfg, world.device))
+    config = deepspeed_config(
+        cfg,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        world_size=world.size,
+        precision=precision,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
+    logger.addFilter(_not_said_by_us)
+    if world.device.type == "cpu":
+        # On a CPU every start would compile a shared-memory extension (30-55 s, needs ninja and a compiler)
+        # that gloo does without. The table of extensions is private: deepspeed is pinned below 0.20.
+        deepspeed.ops.__compatible_ops__ = {}
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renamed; a user can do nothing about it.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    compile_model = cfg.zero_stage != 3 and torch.cuda.is_available() if cfg.compile is None else cfg.compile
+    if compile_model:
+        engine.compile()
+    return engine
+
+
+def _not_said_by_us(record: logging.LogRecord) -> bool:
+    """DeepSpeed's line about a step that was not taken: the run says it itself, with rank and samples."""
+    return "OVERFLOW!" not in record.getMessage()
+
+
+def take_step(engine: Any, grad_clip: float) -> tuple[float | None, bool]:
+    """The optimiser's step after the last backward: (norm of the averaged gradients, whether it was taken).
+
+    It is not taken where a gradient is not finite; all ranks decide alike, because the norm is that of the
+    averages. The norm is the one before clipping, None where DeepSpeed does not tell it.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm), bool(engine.was_step_applied())
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    total = float(norm)
+    finite = math.isfinite(total)
+    if not finite:  # AdamW passes over parameters without a gradient
+        engine.optimizer.zero_grad(set_to_none=True)
+    elif grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    engine.step()
+    return total, finite

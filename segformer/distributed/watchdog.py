@@ -1,0 +1,141 @@
+"""Watchdog: a rank that hangs or has lost the others ends with a word, and so does one that is out of memory.
+
+A Watchdog writes the stacks of every rank into the run directory when a rank has made no progress for a
+while, and ends the process with exit code 76 before the collectives' own timeout (engine.timeout_s) kills it
+without a word; `lost_ranks` turns what a collective says of a rank that has died into the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from segformer.distributed.world import World
+from segformer.errors import ConfigError, RankLost
+
+DUMP_SHARE, EXIT_SHARE = 0.8, 0.95  # of the collectives' timeout
+# What gloo, NCCL, the store and the operating system say when the other side, or the way to it, is gone.
+_LOST = re.compile(
+    r"connection (closed|reset|refused|timed out)|broken pipe|no route to host|network is unreachable|"
+    r"(read|write|connect|wait|socket) ?timeout|timed out waiting|socket closed|pair closure|"
+    r"remote process exited|communicator was aborted|failed to recv|failed to send|client socket|"
+    r"unhandled system error|Dist(Network|Store)Error|uncorrectable|ECC error|Xid",
+    re.IGNORECASE,
+)
+_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory")
+
+
+class Watchdog:
+    """Notices when a rank does not get on: writes down where it is, and then ends the process.
+
+    After DUMP_SHARE of `timeout_s` without progress the stacks of all threads go to
+    <run_dir>/stacks/rank-00003.txt. The dump is made by a thread of the interpreter's C code, so that it
+    works while Python code holds the interpreter and while the rank waits in a collective; a fatal signal
+    (segmentation fault) is dumped there, too. After EXIT_SHARE, where there are other ranks to wait for and
+    the loop has begun, the process says so and ends: NCCL would end it by SIGABRT without a word. The file
+    is removed at the end where nothing was written.
+    """
+
+    def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
+        self.path = folder / f"rank-{world.rank:05d}.txt"
+        self.begun = False
+        self._world = world
+        self._timeout_s = timeout_s
+        self._last = time.monotonic()
+        self._left = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a")
+        faulthandler.enable(self._file)
+        faulthandler.dump_traceback_later(self._timeout_s * DUMP_SHARE, file=self._file)
+        return self
+
+    def progress(self) -> None:
+        """The rank got on: begin to count the seconds again. The first call is that of the loop."""
+        self._last = time.monotonic()
+        faulthandler.dump_traceback_later(self._timeout_s * DUMP_SHARE, file=self._file)
+        if not self.begun:
+            self.begun = True
+            if self._world.size > 1:
+                threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        limit = self._timeout_s * EXIT_SHARE
+        while not self._left.wait(max(0.05, self._last + limit - time.monotonic())):
+            if time.monotonic() - self._last >= limit:
+                rank = "" if self._world.is_main else f"[rank {self._world.rank}] "
+                print(
+                    f"{rank}RankLost: {self.lost(f'no progress for {limit:.0f} s')}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(RankLost.exit_code)
+
+    def lost(self, why: str) -> str:
+        """What to say when another rank is gone."""
+        stacks = f"; where this rank was: {self.path}" if self.path.stat().st_size else ""
+        return (
+            f"another rank has ended or hangs ({why}){stacks}; look at the first error of the other ranks; "
+            "the same command continues from the newest checkpoint"
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
+        self._file.close()
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # the stacks of others
+                self.path.parent.rmdir()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error of a collective, or of the rendezvous, says that the other side is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(f"{type(error).__name__}: {error}"))
+
+
+@contextlib.contextmanager
+def lost_ranks(watchdog: Watchdog) -> Iterator[None]:
+    """Turn the errors of collectives whose other side is gone into RankLost, once the loop has begun.
+
+    Before that they are more often a wrong network or device, which starting again does not mend.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not watchdog.begun or not is_lost_rank(error):
+            raise
+        raise RankLost(watchdog.lost(str(error).strip().splitlines()[0][:200])) from error
+
+
+@contextlib.contextmanager
+def enough_memory(rank: int, what: str, advice: str) -> Iterator[None]:
+    """Turn an allocation that fails into a ConfigError: what was done, and what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _MEMORY.search(str(error)):
+            raise
+        raise ConfigError(f"rank {rank} is out of memory {what}; {advice}") from error
+
+
+def smaller_batch(micro_batch: int) -> str:
+    """Advice for a training step that doesn't fit."""
+    if micro_batch == 1:
+        return "use a smaller augment.crop, model.checkpointing=[0,1], or engine.zero_stage=3"
+    lower = max(size for size in range(1, micro_batch) if micro_batch % size == 0)
+    return (
+        f"use micro_batch={lower} (gradients are accumulated, batch norm sees fewer images), a smaller "
+        "augment.crop, or model.checkpointing=[0,1]"
+    )

@@ -1,0 +1,1 @@
+"""Scores, inference modes, drawing."""

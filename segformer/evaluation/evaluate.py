@@ -1,0 +1,145 @@
+"""Evaluation: every validation image once over all ranks, one table of counts, the scores.
+
+Protocol of segmentation: images are taken whole and unscaled, logits are brought to the label's size in fp32,
+tile by tile (models/ops/argmax.py). Of classification: the short side to eval_resize, then the centre.
+
+The batches of a rank hold images of one size only; ranks may have different numbers of batches. Under ZeRO-3
+each forward is a collective, so a rank that has run out repeats a forward that doesn't count until all are
+done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.loader import Batch, LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.shards.format import Split
+from segformer.distributed.world import World
+from segformer.errors import SegformerError
+from segformer.evaluation.metrics import AnyScores, ClassificationMetric, SegmentationMetric
+from segformer.models.ops.suite import SUITES, Ops
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    normalize: nn.Module,
+    split: Split,
+    loader: LoaderConfig,
+    world: World,
+    *,
+    num_classes: int,
+    batch_size: int,
+    bf16: bool,
+    interrupted: Callable[[], bool],
+    failed: Callable[[SegformerError], None],
+    view: ClassificationAugment | None = None,
+    ops: Ops = SUITES["fused"],
+    watch: Callable[[Batch, Tensor], None] | None = None,
+) -> AnyScores | None:
+    """The scores of `model` on a split, the same on every rank; all ranks.
+
+    Args:
+        model: (B, 3, H, W) float -> logits, (B, K, H/4, W/4) of segmentation and (B, K) of classification;
+            left in the mode it came in.
+        normalize: uint8 images -> model input, on the device.
+        batch_size: images per forward and rank.
+        bf16: run the model in bf16 autocast.
+        interrupted: asked before every batch and after the last, answers alike on all ranks; True ends the
+            evaluation with None.
+        failed: told what is wrong with the data that this rank reads. It must make `interrupted` answer True
+            on all ranks: raised here, the error would leave the others in a collective.
+        view: how the images of a classification set are cut; None for segmentation.
+        ops: the form of the operation that counts the pixels of a segmentation.
+        watch: shown every batch of this rank and its logits, once they are counted.
+    """
+    iterator = _batches(split, loader, world, batch_size, view)
+    metric = _metric(num_classes, view, ops).to(world.device)
+    training = model.training
+    model.eval()
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
+    try:
+        for _ in range(max(num_eval_batches(split, world.size, batch_size))):
+            if interrupted():
+                return None
+            batch = _next(iterator, failed)
+            if batch is not None:
+                batch = batch.to(world.device, non_blocking=True)
+                images = batch.images
+            autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
+            with autocast, bounded_compilation(model, images):
+                logits = model(normalize(images, None))
+            if batch is not None:
+                _count(metric, batch, logits, failed)
+                if watch is not None:
+                    watch(batch, logits)
+        if interrupted():
+            return None
+    finally:
+        iterator.close()
+        model.train(training)
+    with warnings.catch_warnings():  # a rank may have had no image: its zeros count
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
+        return metric.compute()
+
+
+def _batches(
+    split: Split, loader: LoaderConfig, world: World, batch_size: int, view: ClassificationAugment | None
+) -> Generator[Batch, None, None]:
+    batches = eval_batches(
+        split,
+        loader,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        batch_size=batch_size,
+        augment=view,
+    )
+    return iter(batches)
+
+
+def _metric(
+    num_classes: int, view: ClassificationAugment | None, ops: Ops
+) -> SegmentationMetric | ClassificationMetric:
+    return SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
+
+
+@contextlib.contextmanager
+def bounded_compilation(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """A compiled model runs without its graphs where a side is no multiple of 32.
+
+    All sizes of whole 32 share two or three graphs. The others have one for every way in which the maps of
+    the stages round, and compiling each would hold up a training run for minutes.
+    """
+    whole = images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
+    if whole or not getattr(model, "is_compiled", False):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _next(batches: Iterator[Batch], failed: Callable[[SegformerError], None]) -> Batch | None:
+    try:
+        return next(batches, None)
+    except SegformerError as error:
+        failed(error)
+        return None
+
+
+def _count(
+    metric: SegmentationMetric | ClassificationMetric,
+    batch: Batch,
+    logits: Tensor,
+    failed: Callable[[SegformerError], None],
+) -> None:
+    try:
+        metric.update(logits, batch.targets)
+    except SegformerError as error:
+        failed(error)

@@ -1,0 +1,265 @@
+"""The pictures of a run: the curve of its training, and what the model sees beside what it should see.
+
+    curve.png       loss (each log line, and smoothed), validation score at the right, learning rate below
+    overlays/*.jpg  image | target | prediction, with the colours of the classes that occur in either
+
+Both are drawn for a phone as well: text is at least 1/45 of a picture's width. metrics.jsonl may end in a
+torn line, and repeats steps after a restart; of two lines of one kind and step the later one counts.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.errors import ConfigError
+from segformer.evaluation.drawing import overlay
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL import Image
+    from PIL.ImageDraw import ImageDraw
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+LOSS, SCORE, RATE, INK, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#1F2933", "#E4E7EB"
+PANEL = 480  # long side of one of the three pictures, pixels
+GAP, FONT = 16, 36
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl by step, one of each kind and step; [] without the file."""
+    path = run_dir / "metrics.jsonl"
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            rows[str(row["kind"]), int(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a crash; its step was repeated after the restart
+    return sorted(rows.values(), key=lambda row: int(row["step"]))
+
+
+def series(rows: list[dict[str, Any]], kinds: tuple[str, ...], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the finite values of `key` in the rows of these kinds."""
+    points = [(int(r["step"]), _number(r.get(key))) for r in rows if r["kind"] in kinds]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    steps, values = zip(*finite, strict=True) if finite else ((), ())
+    return np.array(steps, np.int64), np.array(values, np.float64)
+
+
+def score_series(rows: list[dict[str, Any]]) -> tuple[str, np.ndarray, np.ndarray]:
+    """(name, steps, values) of what models are compared by: mIoU, or top-1 where it is a classifier."""
+    steps, values = series(rows, ("eval", "final"), "top1")
+    if len(steps):
+        return "top-1", steps, values
+    return "mIoU", *series(rows, ("eval", "final"), "miou")
+
+
+def _number(value: Any) -> float:
+    """A float of a JSON value; telemetry writes non-finite ones as text, unknown ones as null."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def smoothed(values: np.ndarray, width: float) -> np.ndarray:
+    """Mean under a Gaussian of standard deviation `width` values, centred so that the curve doesn't lag."""
+    index = np.arange(len(values))
+    reach = math.ceil(3 * width)
+    out = np.empty(len(values), np.float64)
+    for at in index:
+        near = slice(max(0, at - reach), at + reach + 1)
+        weight = np.exp(-0.5 * ((index[near] - at) / width) ** 2)
+        out[at] = (weight * values[near]).sum() / weight.sum()
+    return out
+
+
+def write_curve(run_dir: Path) -> Path | None:
+    """Draw metrics.jsonl as run_dir/curve.png; None where nothing has been logged yet."""
+    rows = read_metrics(run_dir)
+    steps, losses = series(rows, ("train",), "loss")
+    if not len(steps):
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(9, 5.6), dpi=150, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+    _draw_loss(top, steps, losses)
+    _draw_score(top.twinx(), *score_series(rows))
+    rate_steps, rates = series(rows, ("train",), "lr")
+    bottom.fill_between(rate_steps, rates, color=RATE, alpha=0.25, linewidth=0)
+    bottom.plot(rate_steps, rates, color=RATE, linewidth=1.4)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("lr", color=RATE, fontsize=14)
+    bottom.set_xlabel("optimiser step", color=INK, fontsize=14)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (top, bottom):
+        _style(axes)
+    path = run_dir / "curve.png"
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}; check the run directory") from error
+    return path
+
+
+def _draw_loss(axes: "Axes", steps: np.ndarray, losses: np.ndarray) -> None:
+    few = len(losses) < 12
+    axes.plot(steps, losses, color=LOSS, alpha=1 if few else 0.3, linewidth=1.2, marker="o" if few else None)
+    if not few:
+        mean = smoothed(losses, max(1.0, len(losses) / 40))
+        axes.plot(steps, mean, color=LOSS, linewidth=2.4)
+        # One spike must not flatten the rest.
+        low, high = losses.min(), max(mean.max(), np.percentile(losses, 98))
+        margin = 0.06 * (high - low) or 0.1
+        axes.set_ylim(max(0.0, low - margin), high + margin)
+    axes.set_ylabel("training loss", color=LOSS, fontsize=14)
+
+
+def _draw_score(axes: "Axes", name: str, steps: np.ndarray, values: np.ndarray) -> None:
+    axes.spines[:].set_visible(False)
+    if not len(steps):
+        axes.set_yticks([])
+        return
+    axes.plot(
+        steps,
+        100 * values,
+        color=SCORE,
+        linewidth=2.0,
+        marker="o",
+        markersize=7,
+        markeredgecolor="white",
+        clip_on=False,  # a score of 100 keeps its whole mark
+    )
+    axes.set_ylim(0, 100)
+    axes.set_ylabel(f"validation {name}, %", color=SCORE, fontsize=14)
+    axes.tick_params(colors=SCORE, labelsize=12, length=0)
+    best = int(np.argmax(values))
+    axes.annotate(
+        f"{100 * values[best]:.1f}",
+        (steps[best], 100 * values[best]),
+        xytext=(0, 9 if values[best] < 0.9 else -22),
+        textcoords="offset points",
+        ha="right" if best == len(values) - 1 and best else "center",
+        color=SCORE,
+        fontsize=14,
+        fontweight="bold",
+    )
+
+
+def _style(axes: "Axes") -> None:
+    axes.grid(True, color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.02)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=12, length=0)
+
+
+def mean_iou(target: np.ndarray, prediction: np.ndarray) -> float | None:
+    """Mean IoU of one picture over the classes in target or prediction; None where every pixel is ignored."""
+    valid = target != IGNORE_INDEX
+    target, prediction = target[valid], prediction[valid]
+    ious = [
+        np.logical_and(target == k, prediction == k).sum() / np.logical_or(target == k, prediction == k).sum()
+        for k in np.union1d(target, prediction)
+    ]
+    return float(np.mean(ious)) if ious else None
+
+
+def write_overlays(
+    samples: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
+    out: Path,
+    *,
+    classes: list[str],
+    palette: np.ndarray,
+) -> list[Path]:
+    """Draw (key, image, target, prediction) tuples into the folder `out`, in place of the drawings in it.
+
+    Image (H, W, 3) uint8 RGB; target and prediction (H, W) uint8, class ids, in the target also IGNORE_INDEX.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("[0-9][0-9]_*.jpg"):
+            old.unlink()
+        paths = []
+        for index, (key, image, target, prediction) in enumerate(samples):
+            path = out / f"{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[-80:]}.jpg"
+            picture = comparison(image, target, prediction, classes=classes, palette=palette)
+            picture.save(path, quality=90, subsampling=0)
+            paths.append(path)
+        return paths
+    except OSError as error:
+        raise ConfigError(f"{out} can't be written: {error.strerror}; check the run directory") from error
+
+
+def comparison(
+    image: np.ndarray, target: np.ndarray, prediction: np.ndarray, *, classes: list[str], palette: np.ndarray
+) -> "Image.Image":
+    """One picture: image | target | prediction with captions above and the classes below."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(FONT)
+    scale = PANEL / max(image.shape[:2])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    photograph = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    panels = [photograph]
+    for mask in (target, prediction):
+        resized = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        panels.append(overlay(photograph, resized, palette, alpha=0.55))
+    score = mean_iou(target, prediction)
+    captions = ["image", "target", "prediction" if score is None else f"prediction, mIoU {100 * score:.0f}%"]
+    column = max(size[0], *(math.ceil(font.getlength(text)) for text in captions))
+    width = 3 * column + 4 * GAP
+    found = [k for k in np.union1d(target, prediction) if k < len(classes)]
+    entries = [(classes[k], tuple(int(v) for v in palette[k])) for k in found]
+    if (target == IGNORE_INDEX).any():
+        entries.append(("ignored", (90, 90, 90)))
+    rows = _legend_rows([(name, colour, font.getlength(name)) for name, colour in entries], width)
+    head, line = FONT + 2 * GAP, FONT + GAP
+    canvas = Image.new("RGB", (width, head + size[1] + GAP + len(rows) * line + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = GAP + index * (column + GAP)
+        draw.text((left + column / 2, GAP), caption, INK, font, anchor="ma")
+        canvas.paste(Image.fromarray(panel), (left + (column - size[0]) // 2, head))
+    for index, row in enumerate(rows):
+        _draw_legend_row(draw, row, head + size[1] + GAP + index * line, font)
+    return canvas
+
+
+def _legend_rows(
+    entries: list[tuple[str, tuple[int, ...], float]], width: int
+) -> list[list[tuple[str, tuple[int, ...], float]]]:
+    """Entries (name, colour, left edge) broken into rows no wider than `width`."""
+    rows: list[list[tuple[str, tuple[int, ...], float]]] = [[]]
+    left = float(GAP)
+    for name, colour, length in entries:
+        needed = FONT + GAP / 2 + length + 2 * GAP
+        if rows[-1] and left + needed > width:
+            rows.append([])
+            left = float(GAP)
+        rows[-1].append((name, colour, left))
+        left += needed
+    return rows
+
+
+def _draw_legend_row(
+    draw: "ImageDraw", row: list[tuple[str, tuple[int, ...], float]], top: int, font: Any
+) -> None:
+    for name, colour, left in row:
+        box = (left, top + 2, left + FONT - 4, top + FONT - 2)
+        # Black stands for a class that `overlay` leaves uncoloured.
+        draw.rounded_rectangle(
+            box, radius=6, fill=colour if any(colour) else "white", outline="#7B8794", width=2
+        )
+        draw.text((left + FONT + GAP / 2, top + FONT / 2), name, INK, font, anchor="lm")

@@ -1,0 +1,282 @@
+"""The report of a run: one file that says what was trained, how it went and what came out.
+
+    runs/<name>/report.html     scores, table of classes, curve.png, overlays/*.jpg, configuration
+
+It opens offline on any device: pictures are base64 inside it, and nothing is fetched. Every text that comes
+from the run is escaped. A run without evaluation, checkpoint or shards gets a report without those parts, and
+a classifier one without overlays.
+"""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
+from segformer.data.sources.dataset import class_palette
+from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.inference.pictures import read_metrics, series, write_curve, write_overlays
+from segformer.inference.predict import Predictor
+from segformer.training.config import RunConfig, load_config
+from segformer.training.task import training_crop
+
+SCORES = {  # of each task: what it is called, its key in metrics.jsonl; the first one compares models
+    "segmentation": [("mIoU", "miou"), ("mean accuracy", "macc"), ("pixel accuracy", "aacc")],
+    "classification": [("top-1", "top1"), ("top-5", "top5"), ("mean accuracy", "macc")],
+}
+MANY_CLASSES = 200  # a longer table is folded away
+
+_STYLE = """
+:root { --ink: #1f2933; --soft: #5f6b7a; --line: #e4e7eb; --page: #f5f7fa; --card: #fff; --bar: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7eb; --soft: #9aa5b1; --line: #323f4b; --page: #12181f; --card: #1b232c;
+          --bar: #56b4e9; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { margin: 0; font-size: 28px; overflow-wrap: anywhere; }
+h2 { margin: 40px 0 12px; font-size: 20px; }
+p { margin: 4px 0 0; color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px;
+         margin-top: 20px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; }
+.card b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: 14px; }
+img { display: block; width: 100%; height: auto; border-radius: 12px; background: #fff; }
+table { width: 100%; border-collapse: collapse; background: var(--card); border-radius: 12px;
+        overflow: hidden; }
+th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line);
+         font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 500; font-size: 14px; }
+tr:last-child td { border-bottom: 0; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+.chip { display: inline-block; width: 14px; height: 14px; border-radius: 4px; margin-right: 8px;
+        border: 1px solid #7b8794; vertical-align: -2px; }
+.bar { width: 36%; }
+.bar i { display: block; height: 10px; border-radius: 5px; background: var(--bar); min-width: 2px; }
+figure { margin: 0 0 16px; }
+figcaption { color: var(--soft); font-size: 14px; margin-top: 4px; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-size: 20px; font-weight: 600; margin: 40px 0 12px; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px;
+      margin: 0; overflow-x: auto; font-size: 13px; line-height: 1.45; }
+@media (max-width: 560px) { .bar { display: none; } h1 { font-size: 23px; } .gallery { margin: 0 -8px; } }
+"""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """Which run to report on."""
+
+    run: str = "???"
+    "Directory of the run."
+    overlays: int | None = None
+    "Validation images to draw; null takes the run's own number."
+    device: str = "auto"
+    "Where to compute the predictions: cpu, cuda, cuda:1, or auto."
+
+    def __post_init__(self) -> None:
+        if self.overlays is not None and self.overlays < 0:
+            raise ConfigError(f"overlays={self.overlays} must be 0 or more")
+
+
+def report(cfg: ReportConfig) -> Path:
+    """Draw curve and overlays of a run and write its report; returns the path of report.html."""
+    run = Path(cfg.run)
+    run_config = _run_config(run)
+    count = run_config.overlays if cfg.overlays is None else cfg.overlays
+    notes = []
+    if write_curve(run) is None:
+        notes.append("nothing has been logged yet, so there is no curve")
+    if count and run_config.data.task == "segmentation":
+        try:
+            _draw_overlays(run, run_config, count, cfg.device)
+        except (CheckpointError, DataError) as error:  # a report of what there is beats none
+            notes.append(f"no new overlays: {error}")
+    path = write_report(run)
+    for note in notes:
+        print(f"report: {note}")
+    for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
+        if (run / name).exists():
+            print(f"{label}: {run / name}")
+    print(f"report: {path}")
+    return path
+
+
+def _run_config(run: Path) -> RunConfig:
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
+        )
+    return load_config(run / "config.yaml", RunConfig)
+
+
+def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> list[Path]:
+    """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
+    predictor = Predictor.from_export(run, device)
+    split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
+    reader = ShardReader(split)
+
+    def samples() -> Any:
+        for sample_id in (
+            np.linspace(0, split.num_samples - 1, min(count, split.num_samples)).round().astype(int)
+        ):
+            raw = reader.read(int(sample_id))
+            image = decode_image(raw.image)
+            yield raw.key, image, decode_mask(raw.target), predictor(image)
+
+    return write_overlays(samples(), run / "overlays", classes=predictor.classes, palette=predictor.palette)
+
+
+def write_report(run: Path) -> Path:
+    """Write run/report.html from config.yaml, metrics.jsonl, curve.png and overlays/."""
+    cfg = _run_config(run)
+    rows = read_metrics(run)
+    evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
+    title = html.escape(cfg.name)
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p>{html.escape(_subtitle(cfg))}</p>",
+        _cards(rows, evaluations, cfg),
+        _curve(run),
+        _class_table(evaluations[-1], cfg) if evaluations else "<p>No evaluation has been made yet.</p>",
+        _gallery(run),
+        f"<details><summary>Configuration</summary><pre>{_text(run / 'config.yaml')}</pre></details>",
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+    path = run / "report.html"
+    try:
+        path.write_text(page, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}; check the run directory") from error
+    return path
+
+
+def _subtitle(cfg: RunConfig) -> str:
+    crop = " x ".join(map(str, training_crop(cfg)))
+    network = "MiT" if cfg.data.task == "classification" else "SegFormer"
+    return (
+        f"{network}-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
+        f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"
+    )
+
+
+def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: RunConfig) -> str:
+    last = evaluations[-1] if evaluations else {}
+    (first, key), *others = SCORES[cfg.data.task]
+    _, scores = series(rows, ("eval", "final"), key)
+    steps, losses = series(rows, ("train",), "loss")
+    _, rates = series(rows, ("train",), "images_per_s")
+    values = [
+        (first, _percent(last.get(key))),
+        (f"best {first}", _percent(scores.max() if len(scores) else None)),
+        *((name, _percent(last.get(other))) for name, other in others),
+        ("last loss", f"{losses[-1]:.3f}" if len(losses) else "-"),
+        (f"of {cfg.steps} steps", str(steps[-1]) if len(steps) else "0"),
+        ("images/s, median", f"{np.median(rates):.1f}" if len(rates) else "-"),
+    ]
+    return '<div class="cards">' + "".join(_card(name, value) for name, value in values) + "</div>"
+
+
+def _card(name: str, value: str) -> str:
+    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+
+
+def _percent(value: Any) -> str:
+    """A share as per cent with one digit; "-" where it was not measured or the class did not occur."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) and value == value else "-"
+
+
+def _curve(run: Path) -> str:
+    path = run / "curve.png"
+    if not path.is_file():
+        return ""
+    return f"<h2>Training</h2>{_image(path, 'image/png', 'loss and validation score')}"
+
+
+Figures = tuple[tuple[str, ...], Sequence[tuple[Any, tuple[str, ...]]], tuple[str, ...]]
+"""Titles of columns; for every class the length of its bar and the columns' texts; the last row."""
+
+
+def _pixel_figures(row: dict[str, Any]) -> Figures:
+    ious, accuracies = list(row.get("iou") or []), list(row.get("acc") or [])
+    accuracies += [None] * (len(ious) - len(accuracies))
+    figures = [(iou, (_percent(iou), _percent(acc))) for iou, acc in zip(ious, accuracies, strict=False)]
+    return ("IoU, %", "accuracy, %"), figures, ("mean", _percent(row.get("miou")), _percent(row.get("macc")))
+
+
+def _image_figures(row: dict[str, Any]) -> Figures:
+    counts = list(row.get("counts") or [])
+    shares = [[hits / images if images else None for hits in right] for images, *right in counts]
+    figures = [
+        (first, (_percent(first), _percent(among), f"{images:,}"))
+        for (first, among), (images, *_) in zip(shares, counts, strict=True)
+    ]
+    total = ("all", _percent(row.get("top1")), _percent(row.get("top5")), f"{sum(n for n, *_ in counts):,}")
+    return ("top-1, %", "top-5, %", "images"), figures, total
+
+
+def _class_names(cfg: RunConfig) -> list[str]:
+    """The names in the configuration, or in the shards where it leaves them to these."""
+    if named := cfg.data.classes or cfg.data.class_dirs:
+        return list(named)
+    try:
+        return ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=False).classes
+    except (ConfigError, DataError):
+        return []  # numbers then
+
+
+def _cells(texts: tuple[str, ...]) -> str:
+    return "".join(f"<td>{text}</td>" for text in texts)
+
+
+def _class_table(row: dict[str, Any], cfg: RunConfig) -> str:
+    heads, figures, total = _pixel_figures(row) if "iou" in row else _image_figures(row)
+    names, colours = _class_names(cfg), class_palette(cfg.data)
+    lines = []
+    for k, (share, texts) in enumerate(figures):
+        name = html.escape(names[k] if k < len(names) else f"class {k}")
+        colour = "#{:02x}{:02x}{:02x}".format(*colours[k]) if k < len(colours) else "transparent"
+        bar = f'<i style="width:{100 * share:.1f}%"></i>' if isinstance(share, int | float) else ""
+        lines.append(
+            f'<tr><td><span class="chip" style="background:{colour}"></span>{name}</td>'
+            f'<td class="bar">{bar}</td>{_cells(texts)}</tr>'
+        )
+    last = f'<tr><td>{total[0]}</td><td class="bar"></td>{_cells(total[1:])}</tr>'
+    head = f'<tr><th>class</th><th class="bar"></th>{"".join(f"<th>{text}</th>" for text in heads)}</tr>'
+    table = f"<table>{head}{''.join(lines)}{last}</table>"
+    title = f"Classes at step {int(row['step'])}"
+    if len(lines) > MANY_CLASSES:
+        return f"<details><summary>{title}</summary>{table}</details>"
+    return f"<h2>{title}</h2>{table}"
+
+
+def _gallery(run: Path) -> str:
+    figures = [
+        f"<figure>{_image(path, 'image/jpeg', path.stem)}"
+        f"<figcaption>{html.escape(path.stem[3:])}</figcaption></figure>"
+        for path in sorted((run / "overlays").glob("*.jpg"))
+    ]
+    return f'<h2>Validation images</h2><div class="gallery">{"".join(figures)}</div>' if figures else ""
+
+
+def _image(path: Path, kind: str, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(text)}" src="data:{kind};base64,{data}">'
+
+
+def _text(path: Path) -> str:
+    return html.escape(path.read_text("utf-8"))

@@ -1,0 +1,142 @@
+"""The scores of a finished model: a run or an export, on any split of any shards with its classes.
+
+Protocol: whole images at their own size, logits brought to the size of the label, one confusion matrix over
+the split; a classifier is shown the centre of every image, cut as in its training. It is the protocol of the
+evaluations during training, so the numbers agree with theirs. For those of papers, images are resized, cut
+into windows, flipped and scaled (inference_mode.py).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+
+from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.loader import LoaderConfig
+from segformer.data.shards.format import ShardSet, Split
+from segformer.distributed.engine import EngineConfig, resolve_precision
+from segformer.distributed.world import init_world, limit_threads
+from segformer.errors import ConfigError, SegformerError
+from segformer.evaluation.evaluate import evaluate
+from segformer.evaluation.inference_mode import (
+    ProtocolConfig,
+    check_images,
+    describe,
+    settings,
+    under_protocol,
+)
+from segformer.evaluation.metrics import AnyScores
+from segformer.inference.export import Trained, open_checkpoint
+from segformer.telemetry.progress import duration
+from segformer.training.task import plain_normalize
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidateConfig(ProtocolConfig):
+    """What to score, on which images, and by which protocol."""
+
+    checkpoint: str = "???"
+    "Directory of a run, of one of its checkpoints, or of an export."
+    step: str = "newest"
+    "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
+    shards: str = ""
+    "Folder of shards; empty takes those that the model was trained with."
+    split: str = "val"
+    "Split of the shards."
+    batch: int = 1
+    "Images per forward and rank, of one size each."
+    precision: str = "auto"
+    "fp32, bf16 or auto, as engine.precision of a run: bf16 where the GPU has it, fp32 on a CPU."
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    "Worker processes."
+
+    def __post_init__(self) -> None:
+        ProtocolConfig.__post_init__(self)
+        if self.batch < 1:
+            raise ConfigError(f"batch={self.batch} must be 1 or more")
+        EngineConfig(precision=self.precision)
+
+
+def validate(cfg: ValidateConfig) -> AnyScores:
+    """Print the table of scores (rank zero) and return them; all ranks."""
+    world = init_world()
+    try:
+        limit_threads(world)
+        world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
+        trained, shards = _open(cfg)
+        start = time.monotonic()
+        failures: list[SegformerError] = []
+        scores = evaluate(
+            under_protocol(trained.build().to(world.device), cfg),
+            plain_normalize(trained.mean, trained.std).to(world.device),
+            shards.split(cfg.split),
+            cfg.loader,
+            world,
+            num_classes=len(shards.classes),
+            batch_size=cfg.batch,
+            bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
+            interrupted=lambda: world.any(bool(failures)),
+            failed=failures.append,
+            view=_view(trained),
+        )
+    finally:
+        world.close()
+    if scores is None:  # said once, by the rank that met it
+        raise failures[0] if failures else SystemExit(SegformerError.exit_code)
+    if world.is_main:
+        split = shards.split(cfg.split)
+        print(
+            f"{cfg.checkpoint} at step {trained.step} on {split.num_samples} images of {cfg.split} "
+            f"({_shown(trained, cfg)}) in {duration(time.monotonic() - start)}",
+            file=sys.stderr,
+        )
+        print(scores.table(shards.classes))
+    return scores
+
+
+def _view(trained: Trained) -> ClassificationAugment | None:
+    if trained.view is None:
+        return None
+    size, short = trained.view
+    return ClassificationAugment(size=size, eval_resize=short)
+
+
+def _shown(trained: Trained, cfg: ValidateConfig) -> str:
+    if trained.view is None:
+        return describe(cfg)
+    size, short = trained.view
+    return f"short side to {short}, centre {size} x {size}"
+
+
+def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
+    trained = open_checkpoint(cfg.checkpoint, cfg.step)
+    if not (cfg.shards or trained.shards):
+        raise ConfigError(
+            f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
+        )
+    shards = ShardSet.open(cfg.shards or trained.shards, cfg.loader.storage)
+    if shards.task != trained.task:
+        raise ConfigError(
+            f"{cfg.checkpoint} is a model for {trained.task}, {cfg.shards or trained.shards} was sharded for "
+            f"{shards.task}; give shards of its own"
+        )
+    if list(shards.classes) != trained.classes:
+        raise ConfigError(
+            f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "
+            f"the shards have {len(shards.classes)} ({', '.join(shards.classes[:3])}); give shards of its own"
+        )
+    _check_protocol(cfg, trained, shards.split(cfg.split))
+    return trained, shards
+
+
+def _check_protocol(cfg: ValidateConfig, trained: Trained, split: Split) -> None:
+    changed = settings(cfg)
+    if not changed:
+        return
+    if trained.task != "segmentation":
+        raise ConfigError(
+            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the centre of each image; "
+            "leave this out"
+        )
+    check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Files of weights of every known format, in and out."""

@@ -1,0 +1,1 @@
+"""Configuration, losses, optimizer, task, run, loop."""

@@ -1,0 +1,263 @@
+"""Configuration: the schema of a run, and how conf/*.yaml and command-line overrides become it.
+
+Owns hydra and omegaconf. The dataclass is the schema and its defaults, YAML is the choice: a key that is not
+a field fails with its name. Nothing is instantiated from a dotted path in a config (hydra's `_target_` runs
+any callable). Only hydra's compose API is used: `hydra.main` would give every rank its own time-stamped
+folder and drop results.
+
+`cli` is the whole command line of every script in launch/ and data_prep/:
+
+    python launch/train.py experiment=sample steps=100      overrides in hydra's grammar
+    python launch/train.py --help                           every key with its value
+    --local_rank=N                                          from `deepspeed`; ignored, the environment has it
+
+Values from the environment (`${oc.env:...}`) are refused: they would end up in saved configurations and in
+wandb.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from segformer.checkpoint.checkpointer import CheckpointConfig
+from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.distributed.engine import EngineConfig, check_batch
+from segformer.errors import ConfigError, ending, is_main_rank
+from segformer.models.variants import ModelConfig
+from segformer.telemetry.logger import TelemetryConfig
+from segformer.telemetry.profiling import ProfileConfig
+from segformer.training.losses import LossConfig
+from segformer.training.optim import OptimConfig
+from segformer.training.overrides import explain, first_line
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+FROZEN = (
+    *("seed", "steps", "global_batch", "train_split", "data", "augment", "model", "loss", "optim"),
+    "classification",
+    *("engine.grad_clip", "engine.sync_batchnorm"),
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
+_T = TypeVar("_T")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A training run. The fields in FROZEN decide what is learnt; a run directory keeps them for its life."""
+
+    name: str = "run"
+    "Name of the run: letters, digits, '.', '_', '-'."
+    run_dir: str = "runs/${name}"
+    "Where everything of the run goes; an existing one of the same configuration is continued."
+    seed: int = 0
+    "Seed of initialisation, sample order, augmentation and drop-out."
+    steps: int = 160_000
+    "Optimiser steps of the whole run."
+    global_batch: int = 16
+    "Images per optimiser step over all ranks; part of the recipe, never changed by the world size."
+    micro_batch: int | None = None
+    "Images per forward and rank; null takes global_batch / world size. Smaller ones accumulate gradients."
+    eval_every: int = 4000
+    "Optimiser steps between evaluations; one always follows the last step."
+    eval_batch: int = 1
+    "Images per evaluation forward and rank, of one size each."
+    eval_split: str = "val"
+    "Split that is evaluated."
+    train_split: str = "train"
+    "Split that is trained on."
+    max_skipped: int = 3
+    "Steps in a row whose loss or gradient is not finite before the run goes back to a checkpoint, or ends."
+    overlays: int = 8
+    "Validation images drawn with target and prediction at the end of the run."
+    data: DatasetConfig = field(default_factory=DatasetConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    classification: ClassificationAugment = field(default_factory=ClassificationAugment)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
+        for key in ("steps", "global_batch", "eval_every", "eval_batch", "max_skipped"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)} must be 1 or more")
+        if self.profile.steps and self.profile.steps[0] > self.steps:
+            raise ConfigError(
+                f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
+            )
+        if self.micro_batch is not None:
+            if self.micro_batch < 1:
+                raise ConfigError(f"micro_batch={self.micro_batch} must be 1 or more, or null")
+            check_batch(global_batch=self.global_batch, micro_batch=self.micro_batch, world_size=1)
+
+    def micro_batch_for(self, world_size: int) -> int:
+        """Images per forward and rank; ConfigError where the global batch can't be shared out."""
+        micro_batch = self.micro_batch or max(1, self.global_batch // world_size)
+        check_batch(global_batch=self.global_batch, micro_batch=micro_batch, world_size=world_size)
+        return micro_batch
+
+
+def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
+    """`key: saved -> now` for every frozen setting in which two configurations differ."""
+    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(now))
+    keys = [
+        key for key in sorted(old.keys() | new.keys()) if f"{key}.".startswith(tuple(f"{f}." for f in FROZEN))
+    ]
+    free = ("data.root", "data.shards")  # places; the digest of the shards is compared instead
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in keys
+        if old.get(key) != new.get(key) and key not in free
+    ]
+
+
+def save_config(cfg: Any, path: Path) -> None:
+    """Write a configuration dataclass as YAML, whole or not at all."""
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
+    if path.exists() and path.read_text() == text:
+        return
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)  # a full disk or a crash leaves the old one
+
+
+def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore[assignment]
+    """Read what `save_config` wrote; ConfigError where it isn't a configuration of this schema."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.load(path)
+        _refuse_resolvers(loaded)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{path} can't be read as a configuration: {first_line(str(error), schema)}"
+        ) from error
+
+
+def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
+    """conf/<config_name>.yaml with `overrides`, checked against `schema`.
+
+    The YAML's defaults list starts with `<config_name>_schema`, so that an unknown key fails.
+
+    Raises:
+        ConfigError: unknown key, group option or value; it names the nearest that exists.
+    """
+    return _to_object(schema, _compose(schema, config_name, overrides))
+
+
+def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    bad = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    if bad:
+        raise ConfigError(f"{bad[0]!r} is not an override; write key=value (all keys: --help)")
+    hydra = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
+    if hydra:
+        raise ConfigError(f"{hydra[0]!r} is refused: hydra's own settings are fixed")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = hydra_compose(config_name, overrides=[_whole(text) for text in overrides])
+            _refuse_resolvers(composed)
+            OmegaConf.resolve(composed)
+            return composed
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(f"{error}\n{error.__cause__ or ''}", schema)) from error
+
+
+def _whole(override: str) -> str:
+    """An override as hydra takes it.
+
+    `key={...}` becomes `++key={...}`: a dictionary takes new keys, an unknown `key` still fails. The name of
+    a file of conf/ stays text where it is a number.
+    """
+    if re.match(r"[A-Za-z_.]+=\{", override):
+        return f"++{override}"
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'" if re.fullmatch(r"[\d.]+", value) and (CONF / key).is_dir() else override
+
+
+def _refuse_resolvers(config: Any) -> None:
+    """ConfigError where a value asks for more than another key: `${name}` stays, `${oc.env:X}` doesn't."""
+    from omegaconf import OmegaConf
+
+    for key, value in _flat(OmegaConf.to_container(config, resolve=False)).items():  # type: ignore[arg-type]
+        for text in map(str, value if isinstance(value, list) else [value]):
+            if "${" in _REFERENCE.sub("", text):
+                raise ConfigError(
+                    f"{key}={text!r}: resolvers are refused, because their values would be saved with the run"
+                )
+
+
+def _to_object(schema: type[_T], composed: Any) -> _T:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(str(error), schema)) from error
+    except AttributeError as error:  # +key=value added a key that the dataclass doesn't have
+        name = str(error).rpartition("attribute ")[2].strip("'")
+        raise ConfigError(f"{name} is not a setting; --help lists all keys") from error
+    assert isinstance(config, schema)
+    return config
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
+    """Compose the configuration from the command line and call `function` with it.
+
+    --help prints the keys and their values; --check composes and checks them, and does nothing else. How the
+    process ends where something is wrong: segformer/errors.py.
+    """
+    arguments = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    with ending():
+        if {"--help", "-h"} & set(arguments):
+            from omegaconf import OmegaConf
+
+            composed = _compose(schema, config_name, [a for a in arguments if a not in ("--help", "-h")])
+            print(f"{sys.argv[0]} key=value ...\n\nkeys and values:\n{OmegaConf.to_yaml(composed)}")
+            return
+        try:
+            cfg = compose(schema, config_name, [a for a in arguments if a != "--check"])
+        except ConfigError:
+            if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
+                sys.exit(ConfigError.exit_code)
+            raise
+        if "--check" not in arguments:
+            function(cfg)

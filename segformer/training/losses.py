@@ -1,0 +1,306 @@
+"""Training losses on logits at a quarter of the label size, without ever holding the logits at the label
+size.
+
+    cross_entropy       pixel-wise cross entropy: class weights, label smoothing, ignore label 255
+    ohem_cross_entropy  the same over the hard pixels only (online hard example mining)
+    boundary_cross_entropy  the same, the pixels near the boundary of a class weighted up
+    focal               cross entropy times (1 - p_t)^gamma (Lin et al. 2017)
+    dice                1 - soft Dice, mean over the classes present (Milletari et al. 2016)
+    lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
+
+Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
+entropies do it tile by tile (models/ops/cross_entropy.py; ops=reference: whole), the others hold one image at
+a time and form it again in the backward pass.
+
+Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
+`valid` by the number of the others (transformers), at least 1. Class and boundary weights do not enter the
+divisor.
+
+`soft_cross_entropy` is the loss of classification, on targets that mixup and label smoothing made.
+
+Shapes: B batch, K classes, h w logits, H W target.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.errors import ConfigError
+from segformer.models.ops.reference import upsample_to
+from segformer.models.ops.suite import SUITES, Ops
+
+FUSED = SUITES["fused"]
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """Which losses are added up."""
+
+    terms: dict[str, float] = field(default_factory=dict)
+    """Name of a loss -> its weight in the sum; see LOSSES for the names."""
+    average: str = "all"
+    """Divisor of pixel-wise losses: all pixels (all) or those with a label (valid)."""
+    class_weights: list[float] = field(default_factory=list)
+    """One weight per class for the cross entropies; empty for equal weights."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread over all classes in cross_entropy."""
+    ohem_threshold: float = 0.7
+    """ohem_cross_entropy keeps pixels whose class has a lower probability than this."""
+    ohem_min_kept: float = 0.0625
+    """Share of the labelled pixels that ohem_cross_entropy keeps at least (the hardest ones)."""
+    focal_gamma: float = 2.0
+    """Exponent of focal: how strongly easy pixels lose weight."""
+    boundary_radius: int = 3
+    """boundary_cross_entropy: pixels at most this far from one of another class, along rows and columns, are
+    the boundary; pixels of the label map."""
+    boundary_weight: float = 1.0
+    """boundary_cross_entropy: such a pixel weighs 1 + this, any other 1."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.terms) - set(LOSSES)):
+            raise ConfigError(f"loss.terms has unknown losses {', '.join(unknown)}; use {', '.join(LOSSES)}")
+        if self.average not in ("all", "valid"):
+            raise ConfigError(f"loss.average={self.average} is unknown; use all or valid")
+        if any(weight < 0 for weight in [*self.class_weights, *self.terms.values()]):
+            raise ConfigError("loss.terms and loss.class_weights must not hold negative weights")
+        for name in ("label_smoothing", "ohem_threshold", "ohem_min_kept"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must be between 0 and 1")
+        for name in ("focal_gamma", "boundary_weight"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"loss.{name}={getattr(self, name)} must not be negative")
+        if self.boundary_radius < 1:
+            raise ConfigError(f"loss.boundary_radius={self.boundary_radius} must be 1 or more")
+
+
+def num_pixels(target: Tensor, average: str) -> Tensor | int:
+    """The divisor of a pixel-wise loss: all pixels, or those with a label, at least 1."""
+    if average == "all":
+        return target.numel()
+    return (target != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    average: str = "all",
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ops: Ops = FUSED,
+) -> Tensor:
+    """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
+    total, _ = ops.upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, class_weights=class_weights, label_smoothing=label_smoothing
+    )
+    return total / num_pixels(target, average)
+
+
+@torch.no_grad()
+def near_boundary(target: Tensor, radius: int) -> Tensor:
+    """Which pixels of target (B, H, W) have one of another class at most `radius` rows and columns away.
+
+    Ignored pixels are not near a boundary, and what lies beside them is not near one because of them. Bool.
+    """
+    valid = target != IGNORE_INDEX
+    label = target.to(torch.float32)  # whole numbers up to 255 are exact, and every device pools it
+    highest = _window_max(label.masked_fill(~valid, -1.0), radius)
+    lowest = -_window_max(-label, radius)  # 255 is above every class
+    return valid & (highest != lowest)
+
+
+def _window_max(values: Tensor, radius: int) -> Tensor:
+    """Largest of the (2 radius + 1)^2 values around each of (B, H, W): by columns, then by rows."""
+    side = 2 * radius + 1
+    by_column = F.max_pool2d(values[:, None], (side, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(by_column, (1, side), stride=1, padding=(0, radius))[:, 0]
+
+
+def boundary_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    radius: int,
+    weight: float,
+    average: str = "all",
+    class_weights: Tensor | None = None,
+    ops: Ops = FUSED,
+) -> Tensor:
+    """Cross entropy in which a pixel that is `near_boundary` counts 1 + weight times."""
+    pixel_weights = 1 + weight * near_boundary(target, radius).to(torch.float32)
+    total, _ = ops.upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, pixel_weights=pixel_weights, class_weights=class_weights
+    )
+    return total / num_pixels(target, average)
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    threshold: float,
+    min_kept: float,
+    class_weights: Tensor | None = None,
+    ops: Ops = FUSED,
+) -> Tensor:
+    """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
+    with torch.no_grad():
+        _, losses = ops.upsampled_cross_entropy(logits, target, IGNORE_INDEX)
+        valid = target != IGNORE_INDEX
+        hardest = losses[valid].sort(descending=True).values
+        bound = -math.log(max(threshold, 1e-30))
+        if len(hardest):
+            count = max(1, math.ceil(min_kept * len(hardest)))
+            bound = min(bound, float(hardest[count - 1]))
+        kept = (valid & (losses >= bound)).to(losses.dtype)
+    total, _ = ops.upsampled_cross_entropy(
+        logits, target, IGNORE_INDEX, pixel_weights=kept, class_weights=class_weights
+    )
+    return total / kept.sum().clamp(min=1)
+
+
+def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
+    """Stack function(probabilities (K, n), target (n,)) of the labelled pixels of each image.
+
+    The probabilities of an image are formed again in the backward pass, so one image is held at a time.
+    """
+
+    def one(image: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):
+            image = image.to(torch.promote_types(image.dtype, torch.float32))
+            enlarged = upsample_to(image[None], (labels.shape[0], labels.shape[1]))[0]
+            valid = labels != IGNORE_INDEX
+            return function(enlarged[:, valid].log_softmax(dim=0), labels[valid].long())
+
+    return torch.stack(
+        [
+            checkpoint(one, image, labels, use_reentrant=False, preserve_rng_state=False)
+            for image, labels in zip(logits, target, strict=True)
+        ]
+    )
+
+
+def focal(logits: Tensor, target: Tensor, *, gamma: float, average: str = "all") -> Tensor:
+    """Mean over pixels of -(1 - p_t)^gamma log p_t."""
+
+    def total(log_probability: Tensor, label: Tensor) -> Tensor:
+        hit = log_probability.gather(0, label[None])
+        # Above 0, because the slope of x^gamma is infinite at 0 for gamma < 1.
+        missed = (-hit.expm1()).clamp(min=torch.finfo(hit.dtype).tiny)
+        return -(missed**gamma * hit).sum()
+
+    return _per_image(total, logits, target).sum() / num_pixels(target, average)
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - 2 sum p y / (sum p + sum y) over the batch, mean over the classes present; 0 if there is none."""
+
+    def sums(log_probability: Tensor, label: Tensor) -> Tensor:
+        probability = log_probability.exp()
+        onehot = F.one_hot(label, len(probability)).t().to(probability.dtype)
+        return torch.stack([(probability * onehot).sum(1), probability.sum(1), onehot.sum(1)])
+
+    overlap, predicted, labelled = _per_image(sums, logits, target).sum(0)
+    present = (labelled > 0).to(overlap.dtype)
+    per_class = 1 - 2 * overlap / (predicted + labelled).clamp(min=1)
+    return (per_class * present).sum() / present.sum().clamp(min=1)
+
+
+def lovasz(logits: Tensor, target: Tensor) -> Tensor:
+    """Lovasz-softmax, the convex extension of 1 - IoU: mean over images and the classes present in each."""
+
+    def one(log_probability: Tensor, label: Tensor) -> Tensor:
+        losses = [log_probability.sum() * 0]
+        for index in label.unique().tolist():
+            foreground = (label == index).to(log_probability.dtype)
+            error, order = (foreground - log_probability[index].exp()).abs().sort(descending=True)
+            hits = foreground[order]
+            jaccard = 1 - (hits.sum() - hits.cumsum(0)) / (hits.sum() + (1 - hits).cumsum(0))
+            losses.append(error @ jaccard.diff(prepend=jaccard.new_zeros(1)))
+        return torch.stack(losses).sum() / max(1, len(losses) - 1)
+
+    return _per_image(one, logits, target).mean()
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of -sum_k t_k log softmax(z)_k: logits (B, K), targets (B, K) whose rows sum to 1.
+
+    A float32 scalar (float64 for float64), whatever autocast says.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+        return -(targets * log_probability).sum(dim=1).mean()
+
+
+Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None, Ops], Tensor]
+
+LOSSES: dict[str, Term] = {
+    "cross_entropy": lambda logits, target, cfg, weights, ops: cross_entropy(
+        logits,
+        target,
+        average=cfg.average,
+        class_weights=weights,
+        label_smoothing=cfg.label_smoothing,
+        ops=ops,
+    ),
+    "ohem_cross_entropy": lambda logits, target, cfg, weights, ops: ohem_cross_entropy(
+        logits,
+        target,
+        threshold=cfg.ohem_threshold,
+        min_kept=cfg.ohem_min_kept,
+        class_weights=weights,
+        ops=ops,
+    ),
+    "boundary_cross_entropy": lambda logits, target, cfg, weights, ops: boundary_cross_entropy(
+        logits,
+        target,
+        radius=cfg.boundary_radius,
+        weight=cfg.boundary_weight,
+        average=cfg.average,
+        class_weights=weights,
+        ops=ops,
+    ),
+    "focal": lambda logits, target, cfg, *_: focal(
+        logits, target, gamma=cfg.focal_gamma, average=cfg.average
+    ),
+    "dice": lambda logits, target, *_: dice(logits, target),
+    "lovasz": lambda logits, target, *_: lovasz(logits, target),
+}
+
+
+class SegmentationLoss(nn.Module):
+    """The weighted sum of the configured losses."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, cfg: LossConfig, num_classes: int, ops: Ops = FUSED) -> None:
+        """`ops`: the form of the cross entropies; the other losses have one."""
+        super().__init__()
+        if not cfg.terms:
+            raise ConfigError(f"loss.terms is empty; give one of {', '.join(LOSSES)} and its weight")
+        if cfg.class_weights and len(cfg.class_weights) != num_classes:
+            raise ConfigError(
+                f"loss.class_weights has {len(cfg.class_weights)} numbers for {num_classes} classes"
+            )
+        self.cfg, self.ops = cfg, ops
+        weights = torch.tensor(cfg.class_weights) if cfg.class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, K, h, w), target (B, H, W) of class numbers or 255 -> (loss, unweighted terms without
+        gradient).
+
+        Float32 scalars. A batch without any label gives 0, with gradients of 0.
+        """
+        parts = {
+            name: LOSSES[name](logits, target, self.cfg, self.class_weights, self.ops)
+            for name in self.cfg.terms
+        }
+        loss = torch.stack([self.cfg.terms[name] * part for name, part in parts.items()]).sum()
+        return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,178 @@
+"""What a run learns: all that differs between segmentation and classification.
+
+    Segmentation      image -> the class of every pixel    SegFormer, SegmentationLoss, scored by mIoU
+    Classification    image -> its class                   MiTClassifier, cross entropy with mixed targets
+                                                           (data/classification.py), scored by top-1
+
+A task builds the network, turns a batch into a loss, and scores a model; the loop (train.py) knows no more of
+it. Refuses shards of another task than data.task, and settings that mean nothing for the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from segformer.data.loading.classification import ClassificationAugment, mix
+from segformer.data.loading.loader import Batch
+from segformer.data.loading.transforms import AugmentConfig, Normalize
+from segformer.data.shards.format import ShardSet
+from segformer.distributed.engine import resolve_precision
+from segformer.distributed.world import World
+from segformer.errors import ConfigError, SegformerError
+from segformer.evaluation.drawing import Gallery
+from segformer.evaluation.evaluate import evaluate
+from segformer.evaluation.metrics import AnyScores
+from segformer.models.ops.suite import SUITES
+from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
+from segformer.models.variants import ModelConfig
+from segformer.training.config import RunConfig
+from segformer.training.losses import LossConfig, SegmentationLoss, soft_cross_entropy
+
+
+class Task:
+    """What a run learns. Base of the two kinds below; the same object serves all steps of a run."""
+
+    name: str
+    "As data.task says it."
+    augment: AugmentConfig | ClassificationAugment
+    "What the loader does to a training image."
+    view: ClassificationAugment | None
+    "How images are cut for evaluation; None = whole."
+    normalize: nn.Module
+    "(images uint8 (B, 3, H, W), photometric or None) -> what the model takes, on the device."
+
+    def __init__(self, cfg: RunConfig, shards: ShardSet) -> None:
+        self.cfg = cfg
+        self.shards = shards
+        self.num_classes = len(shards.classes)
+
+    def build_model(self, network: ModelConfig) -> SegFormer | MiTClassifier:
+        """The network, with random weights or those of `network.pretrained`."""
+        raise NotImplementedError
+
+    def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss with gradient, its parts without) of one micro batch, which is on the device.
+
+        position: number of the micro batch, counted over all ranks and steps; it seeds what is random here.
+        """
+        raise NotImplementedError
+
+    def evaluate(
+        self,
+        model: Any,
+        world: World,
+        *,
+        interrupted: Callable[[], bool],
+        failed: Callable[[SegformerError], None],
+        pictures: int = 0,
+    ) -> AnyScores | None:
+        """Scores on the evaluation split, None where `interrupted` said so; all ranks. See evaluate.py.
+
+        pictures: validation images to draw with target and prediction (scores.pictures); segmentation only.
+        """
+        split = self.shards.split(self.cfg.eval_split)
+        count = pictures if world.is_main and self.view is None else 0
+        gallery = Gallery(split.key, self.shards.palette, count)
+        scores = evaluate(
+            model,
+            self.normalize,
+            split,
+            self.cfg.loader,
+            world,
+            num_classes=self.num_classes,
+            batch_size=self.cfg.eval_batch,
+            bf16=resolve_precision(self.cfg.engine, world.device) == "bf16",
+            interrupted=interrupted,
+            failed=failed,
+            view=self.view,
+            ops=SUITES[self.cfg.model.ops],
+            watch=gallery.add,
+        )
+        if scores is not None:
+            scores.pictures = gallery.pictures
+        return scores
+
+
+class Segmentation(Task):
+    """A class for every pixel."""
+
+    name = "segmentation"
+    view = None
+
+    def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
+        super().__init__(cfg, shards)
+        self.augment = cfg.augment
+        self.normalize = Normalize(cfg.augment).to(world.device)
+        self.criterion = SegmentationLoss(cfg.loss, self.num_classes, SUITES[cfg.model.ops]).to(world.device)
+
+    def build_model(self, network: ModelConfig) -> SegFormer:
+        """See Task."""
+        return build_model(network, self.num_classes)
+
+    def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Task; parts: the terms of loss.terms, unweighted."""
+        loss, parts = self.criterion(model(self.normalize(batch.images, batch.photometric)), batch.targets)
+        return loss, parts
+
+
+class Classification(Task):
+    """A class for every image."""
+
+    name = "classification"
+
+    def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
+        super().__init__(cfg, shards)
+        self.mixing = self.augment = self.view = cfg.classification
+        self.normalize = plain_normalize(self.mixing.mean, self.mixing.std).to(world.device)
+
+    def build_model(self, network: ModelConfig) -> MiTClassifier:
+        """See Task."""
+        return build_classifier(network, self.num_classes)
+
+    def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Task; mixup, cutmix and label smoothing first."""
+        images = self.normalize(batch.images, None)
+        images, targets = mix(images, batch.targets, self.num_classes, self.mixing, self.cfg.seed, position)
+        loss = soft_cross_entropy(model(images), targets)
+        return loss, {"cross_entropy": loss.detach()}
+
+
+TASKS: dict[str, type[Segmentation] | type[Classification]] = {
+    task.name: task for task in (Segmentation, Classification)
+}
+
+
+def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
+    """The task of the shards; ConfigError where `cfg` is for another one."""
+    check_task(cfg, shards)
+    return TASKS[shards.task](cfg, shards, world)
+
+
+def check_task(cfg: RunConfig, shards: ShardSet) -> None:
+    """ConfigError where data.task is not that of the shards, or `loss` says what a classifier can't do."""
+    if cfg.data.task != shards.task:
+        raise ConfigError(
+            f"data.task={cfg.data.task}, but {cfg.data.shards} was sharded for {shards.task}; give the "
+            f"shards of this data set, or data.task={shards.task}"
+        )
+    terms = cfg.loss.terms in ({}, {"cross_entropy": 1})
+    plain = terms and not cfg.loss.class_weights and cfg.loss.label_smoothing == LossConfig().label_smoothing
+    if shards.task == "classification" and not plain:
+        raise ConfigError(
+            "loss has other terms, class weights or smoothing, which are of segmentation: a classifier "
+            "learns by cross entropy; leave loss out, and use classification.label_smoothing"
+        )
+
+
+def plain_normalize(mean: list[float], std: list[float]) -> Normalize:
+    """uint8 images -> (images - mean) / std, without any distortion."""
+    return Normalize(AugmentConfig(mean=list(mean), std=list(std)))
+
+
+def training_crop(cfg: RunConfig) -> list[int]:
+    """Height and width of what the model sees in training, pixels."""
+    side = cfg.classification.size
+    return [side, side] if cfg.data.task == "classification" else list(cfg.augment.crop)

@@ -1,0 +1,162 @@
+"""What ranks see of a Checkpointer: `checkpoint_ranks.py <scenario> <folder>`, on one rank or several."""
+
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from segformer.checkpoint import atomic as commit
+from segformer.checkpoint.checkpointer import (
+    CheckpointConfig,
+    Checkpointer,
+    TrainState,
+    list_steps,
+    load_checkpoint,
+    write_checkpoint,
+)
+from segformer.distributed.world import init_world
+from segformer.errors import CheckpointError
+
+
+def tensors(world, seed, size=64):
+    if not world.is_main:
+        return {}, {}, {}
+    generator = torch.Generator().manual_seed(seed)
+    return tuple({"w": torch.randn(size, size, generator=generator)} for _ in range(3))
+
+
+def allow(world, bytes_):
+    """How long a file of rank zero may become: what a full disk is to it. -1: as long as it likes."""
+    if world.is_main:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, resource.RLIM_INFINITY))
+
+
+def full_disk(world, folder):
+    """Saves fail, the run goes on, a save with room succeeds, and the third failure in a row ends all."""
+    warnings, failures = [], []
+    cfg = CheckpointConfig(save_every=1, max_failures=3)
+    checkpointer = Checkpointer(
+        cfg, folder, world, warn=warnings.append, failed=lambda *what: failures.append(what)
+    )
+    checkpointer.save(*tensors(world, 1), TrainState(step=1))
+    checkpointer.settle()
+    assert checkpointer.last_saved == 1
+    for step, room in ((2, False), (3, False), (4, True), (5, False), (6, False)):
+        allow(world, -1 if room else 8192)
+        checkpointer.save(*tensors(world, step), TrainState(step=step))
+        checkpointer.settle()
+        assert world.gather(checkpointer.last_saved) == [4 if step >= 4 else 1] * world.size
+    assert list_steps(folder) == [1, 4]
+    assert load_checkpoint(folder).state.step == 4
+    assert not list(folder.glob(".*"))
+    assert [step for step, _ in failures] == ([2, 3, 5, 6] if world.is_main else [])
+    assert all("File too large" in reason for _, reason in failures)
+    assert len(warnings) == len(failures)
+    checkpointer.save(*tensors(world, 7), TrainState(step=7))  # fails in the thread
+    try:
+        checkpointer.save(*tensors(world, 8), TrainState(step=8))
+    except CheckpointError as error:
+        assert world.is_main
+        assert [step for step, _ in failures] == [2, 3, 5, 6, 7]
+        print(f"CheckpointError: {error}")
+        world.close()
+        sys.exit(error.exit_code)
+
+
+def last(world, folder):
+    """The last save of a run has to succeed."""
+    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    checkpointer.save(*tensors(world, 1), TrainState(step=1), last=True)
+    assert list_steps(folder) == [1]
+    allow(world, 8192)
+    checkpointer.save(*tensors(world, 2), TrainState(step=2), last=True)
+
+
+def not_finite(world, folder):
+    """No rank goes on with weights that are not numbers, and nothing is written."""
+    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    model, optimizer, ema = tensors(world, 1)
+    if world.is_main:
+        ema["w"][3, 4] = float("inf")
+    checkpointer.save(model, optimizer, ema, TrainState(step=1))
+
+
+def slow_disk(world, folder):
+    """Ranks step and talk while rank zero's disk stands still; a long write is waited for in rounds."""
+    main_thread = threading.main_thread()
+
+    def watched(real):
+        def call(*args, **kwargs):
+            assert threading.current_thread() is main_thread, f"{real.__name__} off the main thread"
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("broadcast_object_list", "all_gather_object", "all_reduce", "barrier"):
+        setattr(dist, name, watched(getattr(dist, name)))
+    gate, real = threading.Event(), commit.os.fsync
+    commit.os.fsync = lambda descriptor: (gate.wait(60), real(descriptor))
+    rounds = []
+    checkpointer = Checkpointer(
+        CheckpointConfig(),
+        folder,
+        world,
+        warn=print,
+        failed=lambda *_: None,
+        progress=lambda: rounds.append(1),
+        round_s=0.02,
+    )
+    checkpointer.save(*tensors(world, 1), TrainState(step=1))
+    for _ in range(5):
+        assert world.any(world.rank == world.size - 1)
+    assert not gate.is_set()
+    assert list_steps(folder) == []
+    world.gather(None)
+    threading.Timer(0.5, gate.set).start()  # 25 rounds
+    checkpointer.finish()
+    assert checkpointer.last_saved == 1
+    world.gather(None)
+    assert list_steps(folder) == [1]
+
+
+def memory(world, folder):
+    """Saving and loading take next to no memory beside the tensors: 3 x 64 MiB of them."""
+    model, optimizer, ema = tensors(world, 1, size=4096)
+    for what, function in (
+        (
+            "save",
+            lambda: write_checkpoint(model, optimizer, TrainState(step=1), CheckpointConfig(), folder, ema),
+        ),
+        ("load", lambda: load_checkpoint(folder)),
+    ):
+        function()  # once, for what is allocated only once
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak_mib()
+        kept = function()
+        print(f"{what}: {peak_mib() - before:.0f} MiB")
+        assert peak_mib() - before < 16, what
+    assert torch.equal(kept.ema["w"], ema["w"])
+
+
+def peak_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def main():
+    torch.set_num_threads(1)
+    world = init_world(timeout_s=60)
+    scenario = {f.__name__: f for f in (full_disk, last, not_finite, slow_disk, memory)}[sys.argv[1]]
+    try:
+        scenario(world, Path(sys.argv[2]))
+    except CheckpointError as error:
+        print(f"CheckpointError: {error}")
+        sys.exit(error.exit_code)
+    finally:
+        world.close()
+
+
+main()

@@ -1,0 +1,387 @@
+"""Checkpoints as files: what is written is what is read, damage is found, the right ones are kept."""
+
+import contextlib
+import json
+import os
+import random
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from segformer.checkpoint import atomic as commit
+from segformer.checkpoint import format as snapshot
+from segformer.checkpoint.checkpointer import (
+    CheckpointConfig,
+    TrainState,
+    clean,
+    list_steps,
+    load_checkpoint,
+    load_model_state,
+    write_checkpoint,
+)
+from segformer.errors import CheckpointError, ConfigError
+
+ALL_FILES = (*snapshot.FILES, snapshot.EMA, commit.MANIFEST)
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    model = {"a.weight": first, "bn.num_batches_tracked": torch.tensor(3)}
+    return model, {"exp_avg.a.weight": second}, {"a.weight": third}
+
+
+def write(folder, step, averaged=True, cfg=None, **state):
+    model, optimizer, ema = tensors(step)
+    cfg = cfg or CheckpointConfig()
+    return write_checkpoint(
+        model, optimizer, TrainState(step=step, **state), cfg, folder, ema if averaged else None
+    )
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in right)
+
+
+def nobody(*what):
+    pytest.fail(str(what))
+
+
+# -- what is written is what is read
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_round_trip_returns_every_tensor_bit_for_bit(tmp_path, averaged):
+    state = {"order_spec": {"seed": 3}, "data_digest": "d", "best_score": 0.5, "best_step": 7, "skipped": 2}
+    write(tmp_path, 7, averaged, **state)
+    loaded = load_checkpoint(tmp_path)
+    model, optimizer, ema = tensors(7)
+    assert same(loaded.model, model)
+    assert same(loaded.optimizer, optimizer)
+    assert same(loaded.ema, ema if averaged else {})
+    assert loaded.state == TrainState(step=7, **state)
+
+
+def test_the_tensors_are_as_any_reader_of_safetensors_reads_them(tmp_path):
+    path = write(tmp_path, 7)
+    assert same(load_file(path / "ema.safetensors"), tensors(7)[2])
+    assert sorted(file.name for file in path.iterdir()) == sorted(ALL_FILES)
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    modes = {file.stat().st_mode & 0o777 for file in write(tmp_path, 7).iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / "missing") is None
+
+
+def test_a_step_that_does_not_exist_names_those_that_do(tmp_path):
+    write(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; it has \[4\]"):
+        load_checkpoint(tmp_path, step=9)
+
+
+def test_a_model_has_the_averaged_parameters_where_there_are_any_and_its_own_buffers(tmp_path):
+    write(tmp_path / "run/checkpoints", 1)
+    model, _, ema = tensors(1)
+    state, train_state = load_model_state(tmp_path / "run")
+    assert same(state, model | ema)
+    assert train_state.step == 1
+    assert same(load_model_state(tmp_path / "run", averaged=False)[0], model)
+    write(tmp_path / "plain/checkpoints", 1, averaged=False)
+    assert same(load_model_state(tmp_path / "plain")[0], model)
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        load_model_state(tmp_path / "none")
+
+
+def test_saving_and_loading_take_no_memory_beside_the_tensors(tmp_path, run_ranks):
+    run_ranks(1, "tests/checkpoint/checkpoint_ranks.py", "memory", str(tmp_path))
+
+
+def rewrite_state(path, **changes):
+    """A checkpoint as another version would have written it: changed, None for left out, and whole."""
+    values = json.loads((path / "state.json").read_bytes()) | changes
+    text = json.dumps({name: value for name, value in values.items() if value is not None}).encode()
+    names = commit.verify(path, snapshot.FILES)
+    files = {name: (path / name).read_bytes() for name in names} | {"state.json": text}
+    commit.commit(
+        path.parent, path.name, {n: lambda p, d=data: p.write_bytes(d) for n, data in files.items()}
+    )
+
+
+def test_a_state_of_another_version_is_one_clear_line_or_takes_defaults(tmp_path):
+    path = write(tmp_path, 3, skipped=5)
+    rewrite_state(path, skipped=None, bad_step=None)
+    assert load_checkpoint(tmp_path).state == TrainState(step=3)
+    rewrite_state(path, best_miou=0.5, loader={"epoch": 1})
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match="has best_miou, loader, which this version does not know"):
+            load_checkpoint(tmp_path, quarantine=True, warn=nobody, verify=verify)
+    assert list_steps(tmp_path) == [3], "it is not damaged"
+
+
+def test_a_checkpoint_that_was_renamed_is_not_taken_for_another_step(tmp_path):
+    write(tmp_path, 3).rename(tmp_path / "step-00000004")
+    with pytest.raises(CheckpointError, match="holds step 3"):
+        load_checkpoint(tmp_path)
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    """No kill shows this: the page cache outlives a process, but not the power."""
+    log, sync, rename = [], os.fsync, Path.rename
+
+    def logged_sync(descriptor):
+        log.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def logged_rename(path, target):
+        log.append((str(path), str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", logged_sync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    folder = tmp_path / "checkpoints"
+    final = write(folder, 1)
+    moved = next(i for i, entry in enumerate(log) if isinstance(entry, tuple))
+    temporary, target = log[moved]
+    assert target == str(final)
+    assert log[:moved][0] == str(tmp_path), "the folder of the checkpoints is new itself"
+    assert log[:moved][-1] == temporary
+    assert sorted(log[1 : moved - 1]) == sorted(f"{temporary}/{name}" for name in ALL_FILES)
+    assert log[moved - 2] == f"{temporary}/{commit.MANIFEST}"
+    assert log[moved + 1 :] == [str(folder)]
+
+
+# -- damage
+
+DAMAGES = {
+    "flip": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "delete": lambda path: path.unlink(),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, name, damage):
+    write(tmp_path, 1)
+    DAMAGES[damage](write(tmp_path, 2) / name)
+    warnings = []
+    assert load_checkpoint(tmp_path, warn=warnings.append, quarantine=True).state.step == 1
+    assert (tmp_path / "bad-step-00000002").exists()
+    assert "trying the one before" in warnings[0]
+    assert list_steps(tmp_path) == [1]
+
+
+@pytest.mark.faults
+def test_two_hundred_random_damages_are_all_found_and_the_one_before_is_loaded(tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    good = {name: (path / name).read_bytes() for name in ALL_FILES}
+    generator, warnings = random.Random(0), []
+    for count in range(200):
+        name = ALL_FILES[count % len(ALL_FILES)]
+        damaged = bytearray(good[name])
+        at = generator.randrange(len(damaged))
+        kind = generator.choice(["truncate", "flip", "overwrite"])
+        if kind == "truncate":
+            del damaged[at:]
+        elif kind == "flip":
+            damaged[at] ^= 1 << generator.randrange(8)
+        else:
+            damaged[at : at + 64] = generator.randbytes(len(damaged[at : at + 64]))
+        assert damaged != good[name]
+        (path / name).write_bytes(damaged)
+        loaded = load_checkpoint(tmp_path, warn=warnings.append)
+        assert len(warnings) == count + 1, (name, kind, at)
+        assert loaded.state.step == 1
+        assert same(loaded.model, tensors(1)[0])
+        (path / name).write_bytes(good[name])
+    assert load_checkpoint(tmp_path, warn=nobody).state.step == 2
+
+
+def test_every_single_bit_of_the_manifest_counts(tmp_path):
+    path = write(tmp_path, 1)
+    good = (path / commit.MANIFEST).read_bytes()
+    for bit in range(8 * len(good)):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (path / commit.MANIFEST).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            commit.verify(path, snapshot.FILES)
+    (path / commit.MANIFEST).write_bytes(good)
+    assert set(commit.verify(path, snapshot.FILES)) == set(ALL_FILES) - {commit.MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", '{"a": 1}', '{"../state.json": {}}', '{"\\u0000": {}}', "[" * 10**5]
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path, text):
+    path = write(tmp_path, 1)
+    (path / commit.MANIFEST).write_text(text)
+    for digests in (True, False):
+        with pytest.raises(CheckpointError, match="damaged"):
+            commit.verify(path, snapshot.FILES, digests=digests)
+
+
+def test_a_manifest_without_a_required_file_is_damage(tmp_path):
+    path = commit.commit(tmp_path, "step-00000001", {"state.json": lambda path: path.write_text("{}")})
+    with pytest.raises(CheckpointError, match=r"does not list model\.safetensors"):
+        commit.verify(path, snapshot.FILES)
+
+
+def test_without_verification_sizes_still_count(tmp_path):
+    path = write(tmp_path, 1)
+    DAMAGES["truncate"](path / "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(tmp_path, step=1, verify=False)
+
+
+def test_only_damaged_checkpoints_never_mean_a_silent_fresh_start(tmp_path):
+    DAMAGES["truncate"](write(tmp_path, 1) / "model.safetensors")
+    for _ in range(2):  # also at the next start, when it is already named bad-*
+        with pytest.raises(CheckpointError, match="start from scratch"):
+            load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True)
+
+
+def test_who_only_reads_a_run_leaves_its_damaged_checkpoint_in_place(tmp_path):
+    write(tmp_path, 1)
+    DAMAGES["truncate"](write(tmp_path, 2) / "model.safetensors")
+    assert load_checkpoint(tmp_path, warn=lambda text: None).state.step == 1
+    assert list_steps(tmp_path) == [1, 2]
+
+
+def test_the_same_step_can_be_damaged_twice(tmp_path):
+    write(tmp_path, 1)
+    for count in (1, 2):
+        DAMAGES["flip"](write(tmp_path, 2) / "state.json")
+        assert load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True).state.step == 1
+        assert len(list(tmp_path.glob("bad-*"))) == count
+
+
+# -- what is kept
+
+
+def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path):
+    cfg = CheckpointConfig(save_every=1, keep_last=2, keep_every=4)
+    for step in range(1, 12):
+        write(tmp_path, step, cfg=cfg, best_score=0.9, best_step=min(step, 3))
+    assert list_steps(tmp_path) == [3, 4, 8, 10, 11]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_save_never_deletes_itself_for_later_ones(tmp_path):
+    for step in (5, 6, 2):
+        write(tmp_path, step, cfg=CheckpointConfig(keep_last=1))
+    assert list_steps(tmp_path) == [2, 6]
+
+
+def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
+    seen, real = [], commit._delete
+    monkeypatch.setattr(commit, "_delete", lambda path: (seen.append(list_steps(tmp_path)), real(path)))
+    for step in (1, 2):
+        write(tmp_path, step, cfg=CheckpointConfig(keep_last=1))
+    assert seen == [[1, 2]]
+
+
+def test_deletion_removes_a_link_and_not_what_it_points_to(tmp_path):
+    precious = tmp_path / "elsewhere"
+    precious.mkdir()
+    (precious / "file").touch()
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step-00000001", ".tmp-step-00000009-ab", ".del-step-00000009-ab"):
+        (folder / name).symlink_to(precious)
+    write(folder, 2, cfg=CheckpointConfig(keep_last=1))
+    clean(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    assert (precious / "file").exists()
+
+
+def test_names_that_are_no_checkpoints_are_left_alone(tmp_path):
+    for name in ("step-7", "step-00000007x", "step-\u00b2\u00b2\u00b2\u00b2\u00b2\u00b2\u00b2\u00b2", "best"):
+        (tmp_path / name).mkdir()
+    write(tmp_path, 1, cfg=CheckpointConfig(keep_last=1))
+    assert list_steps(tmp_path) == [1]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"save_every": 0}, {"keep_last": 0}, {"keep_every": -1}, {"max_failures": 0},
+     {"save_every": 1000, "keep_every": 1500}],
+)  # fmt: skip
+def test_a_setting_without_sense_is_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=rf"checkpoint\.{list(wrong)[-1]}"):
+        CheckpointConfig(**wrong)
+
+
+def test_every_field_of_the_state_is_kept(tmp_path):
+    values = {"step": 9, "order_spec": {"a": 1}, "data_digest": "d", "best_score": 0.1, "best_step": 8,
+              "corrupt": [1, 2], "skipped": 3, "skipped_in_a_row": 1, "bad_step": 1}  # fmt: skip
+    assert {f.name for f in fields(TrainState)} == set(values), "a new field: give it a value here"
+    write_checkpoint(*tensors()[:2], TrainState(**values), CheckpointConfig(), tmp_path)
+    assert load_checkpoint(tmp_path).state == TrainState(**values)
+
+
+def test_a_folder_that_can_not_be_made_is_one_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"can't be written: .*irectory"):
+        write(tmp_path / "file" / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_value_that_is_not_finite_passes(tmp_path, value, group, dtype):
+    groups = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in g.items()} for g in tensors()]
+    name = next(iter(groups[group]))
+    groups[group][name][2, 3] = value
+    model, optimizer, ema = groups
+    with pytest.raises(CheckpointError, match=rf"{name} is not finite"):
+        write_checkpoint(model, optimizer, TrainState(step=1), CheckpointConfig(), tmp_path, ema)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_and_extreme_tensors_are_finite(tmp_path):
+    model = {"none": torch.empty(0, 3), "extreme": torch.tensor([3.4e38, -3.4e38, 1e-45])}
+    write_checkpoint(model, {}, TrainState(step=1), CheckpointConfig(), tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert same(loaded.model, model)
+    assert loaded.optimizer == {}
+
+
+def test_two_processes_that_save_the_same_step_never_mix_their_files(tmp_path):
+    """Both write files of their own; one of the folders is in place at the end, whole."""
+    seeds = (1, 2)
+    barrier = threading.Barrier(2)
+
+    def save(seed):
+        model, optimizer, ema = tensors(seed)
+
+        def wait(path):
+            barrier.wait(60)
+            path.write_bytes(b"{}")
+
+        writers = snapshot.writers_of(model, optimizer, ema, TrainState(step=1, best_score=seed))
+        with contextlib.suppress(CheckpointError):  # the other one was there in the middle of the rename
+            commit.commit(tmp_path, "step-00000001", {"wait": wait} | writers)
+
+    threads = [threading.Thread(target=save, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    clean(tmp_path)
+    loaded = load_checkpoint(tmp_path, warn=nobody)
+    assert any(same(loaded.model, tensors(seed)[0]) and loaded.state.best_score == seed for seed in seeds)

@@ -1,0 +1,329 @@
+"""Saving while training goes on: slow disks, full disks, kills, errors, several ranks."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+from segformer.checkpoint import atomic as commit
+from segformer.checkpoint.checkpointer import (
+    CheckpointConfig,
+    Checkpointer,
+    TrainState,
+    list_steps,
+    load_checkpoint,
+)
+from segformer.distributed.world import World
+from segformer.errors import CheckpointError
+
+ONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    return {"a.weight": first, "count": torch.tensor(3)}, {"exp_avg.a.weight": second}, {"a.weight": third}
+
+
+def nobody(*what):
+    pytest.fail(str(what))
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(CheckpointConfig(), tmp_path, ONE, warn=nobody, failed=nobody)
+
+
+# -- crashes and full disks
+
+
+@pytest.mark.faults
+def test_a_kill_at_every_step_leaves_the_old_or_the_new_checkpoint(tmp_path, run_ranks):
+    (printed,) = run_ranks(1, "tests/checkpoint/kill_saving.py", "steps", str(tmp_path / "run"))
+    assert int(printed) > 4 * 25
+
+
+def may_trace():
+    """Whether strace is here and may attach to another process."""
+    program = "import os, sys; sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:
+        try:
+            command = ["strace", "-p", str(process.pid), "-o", os.devnull]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+                attached = "attached" in strace.stderr.readline()
+                process.stdin.close()
+            return attached
+        except OSError:
+            return False
+        finally:
+            process.kill()
+
+
+@pytest.mark.faults
+def test_a_kill_at_every_system_call_leaves_the_old_or_the_new_checkpoint(tmp_path, run_ranks):
+    """Also at those inside of safetensors, which Python does not see."""
+    if not may_trace():
+        pytest.skip("needs strace, and the right to attach it")
+    (printed,) = run_ranks(1, "tests/checkpoint/kill_saving.py", "syscalls", str(tmp_path / "run"))
+    assert int(printed) > 50
+
+
+@pytest.mark.faults
+def test_a_hundred_kills_at_random_moments_lose_nothing_that_was_committed(tmp_path, run_ranks):
+    printed = run_ranks(1, "tests/checkpoint/kill_saving.py", "moments", str(tmp_path / "run"), "100")
+    assert printed == ["100\n"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_costs_saves_and_only_too_many_in_a_row_the_run(tmp_path, run_ranks, ranks):
+    printed = run_ranks(ranks, "tests/checkpoint/checkpoint_ranks.py", "full_disk", str(tmp_path), code=2)
+    (line,) = printed[0].splitlines()
+    assert "step-00000007 can't be written" in line
+    assert "File too large" in line
+    assert "3 of 3 failures in a row, the newest checkpoint is step 4" in line
+    assert printed[1:] == [""] * (ranks - 1)
+    assert list_steps(tmp_path) == [1, 4]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_last_save_of_a_run_has_to_succeed(tmp_path, run_ranks, ranks):
+    printed = run_ranks(ranks, "tests/checkpoint/checkpoint_ranks.py", "last", str(tmp_path), code=2)
+    assert printed[0].count("CheckpointError: ") == 1
+    assert len(printed[0].splitlines()) == 1
+    assert list_steps(tmp_path) == [1]
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a small disk: root only")
+def test_a_disk_that_fills_up_keeps_the_old_checkpoint_until_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        failures, warnings = [], []
+        checkpointer = Checkpointer(
+            CheckpointConfig(), disk / "checkpoints", ONE,
+            warn=warnings.append, failed=lambda *what: failures.append(what),
+        )  # fmt: skip
+        checkpointer.save(*tensors(1), TrainState(step=1))
+        checkpointer.settle()
+        (disk / "filler").write_bytes(bytes(230_000))
+        checkpointer.save(*tensors(2), TrainState(step=2))
+        checkpointer.settle()
+        assert list_steps(disk / "checkpoints") == [1]
+        assert load_checkpoint(disk / "checkpoints", warn=nobody).state.step == 1
+        assert failures[0][0] == 2
+        assert "No space left on device" in failures[0][1]
+        assert "training goes on (1 of 3" in warnings[0]
+        (disk / "filler").unlink()
+        checkpointer.save(*tensors(3), TrainState(step=3), last=True)
+        assert list_steps(disk / "checkpoints") == [1, 3]
+        assert not list((disk / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- while training goes on
+
+
+class Gate:
+    """os.fsync that stands still until it is opened, and notes which thread came."""
+
+    def __init__(self, monkeypatch):
+        self.open, self.threads, real = threading.Event(), [], os.fsync
+
+        def fsync(descriptor):
+            self.threads.append(threading.current_thread().name)
+            assert self.open.wait(60)
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_steps_go_on_while_a_slow_disk_takes_the_checkpoint_of_the_moment_of_the_save(
+    tmp_path, monkeypatch, checkpointer
+):
+    gate = Gate(monkeypatch)
+    state = TrainState(step=1, corrupt=[4])
+    checkpointer.save(*tensors(1), state)
+    state.step, state.best_score = 2, 0.5  # the steps that follow
+    state.corrupt.append(5)
+    assert not gate.open.is_set()
+    assert list_steps(tmp_path) == []
+    assert checkpointer.last_saved is None
+    gate.open.set()
+    checkpointer.finish()
+    assert checkpointer.last_saved == 1
+    assert load_checkpoint(tmp_path).state == TrainState(step=1, corrupt=[4])
+    assert set(gate.threads) == {"checkpoint 1"}
+
+
+def test_one_save_is_in_flight_and_the_next_one_waits_for_it(tmp_path, monkeypatch, checkpointer):
+    gate = Gate(monkeypatch)
+    checkpointer.save(*tensors(1), TrainState(step=1))
+    threading.Timer(0.2, gate.open.set).start()
+    checkpointer.save(*tensors(2), TrainState(step=2))
+    assert gate.open.is_set(), "the second save came back before the first one could end"
+    assert checkpointer.last_saved == 1
+    checkpointer.finish()
+    assert list_steps(tmp_path) == [1, 2]
+    assert gate.threads == sorted(gate.threads), "all of the first before any of the second"
+
+
+@pytest.mark.parametrize(("background", "last"), [(False, False), (True, True)])
+def test_a_save_that_is_told_to_is_on_the_disk_when_it_returns(tmp_path, background, last):
+    cfg = CheckpointConfig(background=background)
+    checkpointer = Checkpointer(cfg, tmp_path, ONE, warn=nobody, failed=nobody)
+    checkpointer.save(*tensors(1), TrainState(step=1), last=last)
+    assert checkpointer.last_saved == 1
+    assert list_steps(tmp_path) == [1]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def test_ranks_talk_while_the_disk_of_rank_zero_stands_still(tmp_path, run_ranks):
+    run_ranks(2, "tests/checkpoint/checkpoint_ranks.py", "slow_disk", str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_tensor_that_is_not_finite_ends_all_ranks_and_is_never_saved(tmp_path, run_ranks, ranks):
+    printed = run_ranks(ranks, "tests/checkpoint/checkpoint_ranks.py", "not_finite", str(tmp_path), code=2)
+    assert printed == ["CheckpointError: not saving step 1: w is not finite; lower optim.lr\n"] + [""] * (
+        ranks - 1
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_can_not_finish_on_a_failed_save_and_can_on_a_later_good_one(tmp_path):
+    folder, warnings, failures = tmp_path / "checkpoints", [], []
+    folder.touch()  # where the folder should be
+    checkpointer = Checkpointer(
+        CheckpointConfig(), folder, ONE, warn=warnings.append, failed=lambda *what: failures.append(what)
+    )
+    checkpointer.save(*tensors(1), TrainState(step=1))
+    checkpointer.settle()
+    assert len(warnings) == len(failures) == 1
+    with pytest.raises(CheckpointError, match=r"1 of 3 failures in a row, the newest .* is the one it"):
+        checkpointer.finish()
+    folder.unlink()
+    checkpointer.save(*tensors(2), TrainState(step=2))
+    checkpointer.finish()
+    checkpointer.finish()
+    assert checkpointer.last_saved == 2
+    assert len(warnings) == len(failures) == 1
+
+
+def test_a_record_that_can_not_be_written_either_does_not_end_the_run(tmp_path):
+    (tmp_path / "checkpoints").touch()
+
+    def failed(step, reason):
+        raise OSError(28, "No space left on device")
+
+    warnings = []
+    checkpointer = Checkpointer(
+        CheckpointConfig(), tmp_path / "checkpoints", ONE, warn=warnings.append, failed=failed
+    )
+    checkpointer.save(*tensors(1), TrainState(step=1))
+    checkpointer.settle()
+    assert len(warnings) == 1
+
+
+def test_a_bug_in_the_writer_is_raised_as_it_is(tmp_path, checkpointer):
+    checkpointer.save({"w": torch.ones(3, 4).t()}, {}, {}, TrainState(step=1))
+    with pytest.raises(ValueError, match="non contiguous"):
+        checkpointer.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_writer_lets_the_tensors_go(tmp_path, room):
+    folder = tmp_path / "checkpoints"
+    if not room:
+        folder.touch()  # where the folder should be
+    checkpointer = Checkpointer(
+        CheckpointConfig(), folder, ONE, warn=lambda _: None, failed=lambda *_: None
+    )  # fmt: skip
+    weight = torch.ones(3)
+    alive = weakref.ref(weight)
+    checkpointer.save({"w": weight}, {}, {}, TrainState(step=1))
+    del weight
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint"):
+            thread.join()
+    assert alive() is None, "before the next save has settled this one"
+    checkpointer.settle()
+    assert checkpointer.last_saved == (1 if room else None)
+
+
+def test_a_save_that_was_handed_over_survives_an_error_of_the_main_thread(tmp_path):
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from segformer.checkpoint.checkpointer import *\n"
+        "from segformer.checkpoint.checkpointer import Checkpointer, TrainState, CheckpointConfig\n"
+        "from segformer.distributed.world import World\n"
+        "world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device('cpu'))\n"
+        "saver = Checkpointer(CheckpointConfig(), Path(sys.argv[1]), world, warn=print, failed=print)\n"
+        "saver.save({'w': torch.ones(2000, 2000)}, {}, {}, TrainState(step=1))\n"
+        "raise SystemExit(9)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=120)
+    assert ended.returncode == 9
+    assert load_checkpoint(tmp_path, warn=nobody).state.step == 1
+
+
+def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_no_failure(tmp_path, monkeypatch):
+    warnings = []
+    checkpointer = Checkpointer(
+        CheckpointConfig(keep_last=1), tmp_path, ONE, warn=warnings.append, failed=nobody
+    )
+    checkpointer.save(*tensors(1), TrainState(step=1))
+    checkpointer.settle()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(commit, "_delete", refuse)
+    checkpointer.save(*tensors(2), TrainState(step=2))
+    checkpointer.finish()
+    assert list_steps(tmp_path) == [1, 2]
+    assert len(warnings) == 1
+    assert "step-00000001 can't be deleted: Permission denied" in warnings[0]
+
+
+def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkeypatch):
+    """A run that ends with an error gives the directory back afterwards."""
+    released, go = threading.Event(), threading.Event()
+
+    def fence():
+        assert not released.is_set(), "the directory was given back in the middle of a save"
+
+    checkpointer = Checkpointer(CheckpointConfig(), tmp_path, ONE, warn=nobody, failed=nobody, fence=fence)
+    sync = commit._sync
+    monkeypatch.setattr(commit, "_sync", lambda path: (go.wait(30), sync(path)))
+    model, optimizer, ema = tensors()
+    checkpointer.save(model, optimizer, ema, TrainState(step=3))
+    threading.Timer(0.2, go.set).start()
+    checkpointer.wait()
+    released.set()
+    assert list_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize(("notice_s", "warned"), [(0.0, False), (1e-3, True), (3600.0, False)])
+def test_a_save_that_takes_half_of_the_notice_is_warned_of_once(tmp_path, notice_s, warned):
+    lines = []
+    cfg = CheckpointConfig(notice_s=notice_s)
+    checkpointer = Checkpointer(cfg, tmp_path, ONE, warn=lines.append, failed=nobody)
+    for step in (1, 2):
+        checkpointer.save(*tensors(step), TrainState(step=step))
+        checkpointer.settle()
+    assert len(lines) == warned
+    assert not warned or "resubmit with signal_delay_s=" in lines[0]

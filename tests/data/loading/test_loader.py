@@ -1,0 +1,414 @@
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from servers import FAULTS, serving
+
+from segformer.data.loading.classification import ClassificationAugment, ClassificationGeometry
+from segformer.data.loading.loader import (
+    Batch,
+    LoaderConfig,
+    corrupt_budget,
+    eval_batches,
+    num_eval_batches,
+    train_batches,
+    worker_count,
+)
+from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.transforms import AugmentConfig, TrainGeometry, draw_photometric, sample_rng
+from segformer.data.shards import reader as reader_module
+from segformer.data.shards import storage
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
+from segformer.data.shards.storage import StorageConfig
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.decode import decode_image, decode_label, decode_mask
+from segformer.data.sources.listing import list_samples, load_sample
+from segformer.errors import ConfigError, DataError
+
+AUGMENT = AugmentConfig(crop=[32, 48], resize=[])
+STEPS = 7  # 42 samples: the two epochs of 21 samples end inside and at the end of a batch
+
+
+def stream(
+    shards: ShardSet,
+    *,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    micro: int = 6,
+    start: int = 0,
+    max_corrupt: float = 0,
+) -> list[Batch]:
+    """One rank's micro batches of global batches of 6, from step `start` to STEPS."""
+    split = shards.split("train")
+    order = SampleOrder(make_order_spec(split.shard_sizes, seed=5, global_batch=6, chunk=4, block=2))
+    batches = train_batches(
+        split,
+        order,
+        AUGMENT,
+        LoaderConfig(workers=workers, prefetch=2, max_corrupt=max_corrupt),
+        seed=11,
+        rank=rank,
+        world_size=world,
+        global_batch=6,
+        micro_batch=micro,
+        start_step=start,
+    )
+    iterator = iter(batches)
+    taken = [next(iterator) for _ in range((STEPS - start) * 6 // (world * micro))]
+    iterator.close()
+    return taken
+
+
+def fields(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """The tensors of a training batch."""
+    assert batch.photometric is not None
+    return batch.images, batch.targets, batch.photometric, batch.sample_ids
+
+
+def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
+    """All samples of some batches, in order."""
+    return tuple(torch.cat(parts) for parts in zip(*map(fields, batches), strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(shards: ShardSet) -> tuple[torch.Tensor, ...]:
+    """The stream of one rank without worker processes."""
+    return joined(stream(shards))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_the_same_bits_for_any_number_of_workers(
+    workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
+) -> None:
+    for ours, expected in zip(joined(stream(shards, workers=workers)), reference, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 3, 0), (3, 2, 0), (2, 1, 2), (1, 2, 0)])
+def test_global_batches_are_the_same_bits_for_any_ranks_and_accumulation(
+    world: int, micro: int, workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
+) -> None:
+    ranks = [
+        joined(stream(shards, rank=rank, world=world, micro=micro, workers=workers)) for rank in range(world)
+    ]
+    for field, expected in enumerate(reference):
+        per_rank = [ranks[rank][field].unflatten(0, (STEPS, -1)) for rank in range(world)]
+        assert torch.equal(torch.cat(per_rank, 1).flatten(0, 1), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_continues_at_any_step(
+    workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
+) -> None:
+    for ours, expected in zip(joined(stream(shards, start=3, workers=workers)), reference, strict=True):
+        assert torch.equal(ours, expected[18:])
+
+
+def test_every_epoch_of_the_stream_holds_every_sample_once(reference: tuple[torch.Tensor, ...]) -> None:
+    ids = reference[3]
+    for epoch in (ids[:21], ids[21:]):
+        assert sorted(epoch.tolist()) == list(range(21))
+
+
+def test_a_training_sample_is_its_augmented_pair(
+    shards: ShardSet, folder: Path, config: DatasetConfig, reference: tuple[torch.Tensor, ...]
+) -> None:
+    split = shards.split("train")
+    sources = {sample.key: sample for sample in list_samples(config, folder, "train")}
+    images, targets, photometric, ids = reference
+    for slot in (0, 20, 21, 41):
+        sample_id = int(ids[slot])
+        source = load_sample(config, sources[split.keys[sample_id]])
+        assert source.mask is not None
+        rng = sample_rng(11, slot // 21, sample_id)
+        image, mask, valid = TrainGeometry(AUGMENT)(decode_image(source.image), source.mask, rng)
+        np.testing.assert_array_equal(images[slot].permute(1, 2, 0), image)
+        np.testing.assert_array_equal(targets[slot], mask)
+        np.testing.assert_array_equal(photometric[slot], draw_photometric(AUGMENT, rng, valid))
+
+
+def test_batches_have_the_promised_types_and_layout(shards: ShardSet) -> None:
+    batch = stream(shards)[0]
+    assert batch.images.shape == (6, 3, 32, 48)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert [tensor.dtype for tensor in fields(batch)] == [
+        torch.uint8,
+        torch.uint8,
+        torch.float32,
+        torch.int64,
+    ]
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in fields(moved)} == {"meta"}
+
+
+def test_the_models_random_numbers_are_not_touched(shards: ShardSet) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    stream(shards)
+    list(eval_batches(shards.split("val"), LoaderConfig(workers=0), rank=0, world_size=1, batch_size=2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "workers"), [(1, 4, 0), (1, 1, 2), (2, 2, 0), (3, 4, 0), (12, 2, 0)]
+)
+def test_evaluation_reads_every_sample_once_in_batches_of_one_size(
+    world: int, size: int, workers: int, shards: ShardSet, folder: Path, config: DatasetConfig
+) -> None:
+    split = shards.split("val")
+    masks = {sample.key: load_sample(config, sample).mask for sample in list_samples(config, folder, "val")}
+    seen: list[int] = []
+    for rank in range(world):
+        batches = eval_batches(
+            split, LoaderConfig(workers=workers), rank=rank, world_size=world, batch_size=size
+        )
+        taken = list(batches)
+        assert len(taken) == len(batches) == num_eval_batches(split, world, size)[rank]
+        for batch in taken:
+            assert batch.photometric is None
+            assert len(batch.sample_ids) <= size
+            for target, sample_id in zip(batch.targets, batch.sample_ids.tolist(), strict=True):
+                np.testing.assert_array_equal(target, masks[split.keys[sample_id]])
+            seen += batch.sample_ids.tolist()
+    assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_ends_the_stream_with_one_line(
+    workers: int, shard_dir: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(shard_dir, tmp_path / "copy"))
+    shards = ShardSet.open(root)
+    split = shards.split("train")
+    with (root / split.files[1]).open("r+b") as tar:
+        tar.seek(int(split.records[9]["image_offset"]) + 30)
+        tar.write(b"\0\xff\0")
+    with pytest.raises(DataError, match=r"train-000001.tar', key '.*': the image at offset") as caught:
+        stream(shards, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def damaged(shard_dir: Path, tmp_path: Path) -> Callable[..., ShardSet]:
+    """A copy of the shards with a flipped byte in the image of some training samples."""
+
+    def make(*sample_ids: int) -> ShardSet:
+        root = Path(shutil.copytree(shard_dir, tmp_path / "damaged"))
+        shards = ShardSet.open(root)
+        split = shards.split("train")
+        for sample_id in sample_ids:
+            with (root / split.files[split.shard_of(sample_id)]).open("r+b") as tar:
+                tar.seek(int(split.records[sample_id]["image_offset"]) + 30)
+                tar.write(b"\0\xff\0")
+        return shards
+
+    return make
+
+
+def test_a_corrupt_sample_is_replaced_by_its_neighbour_alike_for_any_ranks_and_workers(
+    shards: ShardSet, damaged: Callable[..., ShardSet], reference: tuple[torch.Tensor, ...]
+) -> None:
+    """Samples 6 and 7 end the first shard of 8: both are replaced by its sample 0."""
+    hurt = damaged(6, 7)
+    whole = joined(stream(hurt, max_corrupt=0.1))
+    assert torch.equal(whole[3], reference[3]), "the order is that of the whole set"
+    untouched = ~torch.isin(reference[3], torch.tensor([6, 7]))
+    assert (~untouched).sum() == 4
+    decoded = decode_image(ShardReader(shards.split("train")).read(0).image)
+    mask = decode_mask(ShardReader(shards.split("train")).read(0).target)
+    for slot in range(42):
+        if untouched[slot]:
+            assert torch.equal(whole[0][slot], reference[0][slot])
+        else:
+            rng = sample_rng(11, slot // 21, int(reference[3][slot]))
+            image, target, _ = TrainGeometry(AUGMENT)(decoded, mask, rng)
+            np.testing.assert_array_equal(whole[0][slot].permute(1, 2, 0), image)
+            np.testing.assert_array_equal(whole[1][slot], target)
+    ranks = [joined(stream(hurt, max_corrupt=0.1, rank=rank, world=2, micro=3, workers=2)) for rank in (0, 1)]
+    for field, expected in enumerate(whole):
+        per_rank = [part[field].unflatten(0, (STEPS, -1)) for part in ranks]
+        assert torch.equal(torch.cat(per_rank, 1).flatten(0, 1), expected)
+    told = [found for batch in stream(hurt, max_corrupt=0.1) for found in batch.replaced]
+    assert sorted((found.sample_id, found.used) for found in told) == [(6, 0), (6, 0), (7, 0), (7, 0)]
+    assert all("damaged (crc32 differs)" in found.reason for found in told)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_are_gone_when_a_worker_opens_them_are_one_error(
+    workers: int, damaged: Callable[..., ShardSet]
+) -> None:
+    shards = damaged()
+    shards.split("train")
+    shutil.rmtree(shards.root)
+    with pytest.raises(DataError, match=r"no shards in .*damaged'|train-00000.\.tar' cannot be read"):
+        stream(shards, workers=workers)
+
+
+def test_more_corrupt_samples_than_the_budget_end_the_stream(damaged: Callable[..., ShardSet]) -> None:
+    hurt = damaged(3, 6, 7)
+    assert corrupt_budget(LoaderConfig(max_corrupt=0.1), hurt.split("train")) == 2
+    with pytest.raises(DataError, match=r"3 corrupt samples, and loader.max_corrupt allows 2 of this split"):
+        stream(hurt, max_corrupt=0.1)
+
+
+def test_evaluation_never_replaces(damaged: Callable[..., ShardSet]) -> None:
+    split = damaged(3).split("train")
+    loader = LoaderConfig(workers=0, max_corrupt=0.1)
+    with pytest.raises(DataError, match="the image at offset"):
+        list(eval_batches(split, loader, rank=0, world_size=1, batch_size=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_over_a_server_that_fails_every_fifth_request_is_the_local_one(
+    workers: int,
+    shard_dir: Path,
+    tmp_path: Path,
+    reference: tuple[torch.Tensor, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(reader_module, "CHUNK", 2)
+    config = StorageConfig(timeout=1, cache_dir=str(tmp_path))
+    with serving(shard_dir, fail=0.2, seed=4) as server:
+        got = joined(stream(ShardSet.open(server.url, config), workers=workers))
+        assert sum(server.done[fault] for fault in FAULTS) >= 4
+    for ours, expected in zip(got, reference, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_an_order_of_other_shards_is_refused(shards: ShardSet) -> None:
+    with pytest.raises(
+        DataError, match="sample order is of 22 samples in 2 shards, split 'train' has 21 in 3"
+    ):
+        train_batches(
+            shards.split("train"),
+            SampleOrder(make_order_spec([11, 11], seed=0, global_batch=2)),
+            AUGMENT,
+            LoaderConfig(workers=0),
+            seed=0,
+            rank=0,
+            world_size=1,
+            global_batch=2,
+            micro_batch=2,
+            start_step=0,
+        )
+
+
+def test_a_photograph_decodes_to_what_pillow_sees_before_any_turning() -> None:
+    pixels = cv2.resize(np.random.default_rng(2).integers(0, 256, (5, 7, 3), np.uint8), (70, 50))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees": masks belong to the stored pixels
+    for kind, options in (("JPEG", {"quality": 95, "subsampling": 0}), ("PNG", {})):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, exif=exif, **options)
+        expected = np.asarray(Image.open(buffer)).astype(int)
+        decoded = decode_image(buffer.getvalue())
+        assert decoded.shape == (50, 70, 3)
+        assert np.abs(decoded - expected).max() <= 1
+
+
+def test_bytes_that_are_no_picture_are_refused() -> None:
+    png = cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes()
+    colour = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
+    for data in (b"", b"GIF89a", png[:40], colour):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_mask(data)
+
+
+def test_a_class_id_is_a_whole_number() -> None:
+    assert decode_label(b"17") == 17
+    for data in (b"", b"-1", b"1.5", b"cat", b"1234567890"):
+        with pytest.raises(DataError, match="not a whole number"):
+            decode_label(data)
+
+
+def test_masks_in_shards_decode_to_train_ids(shards: ShardSet, folder: Path, config: DatasetConfig) -> None:
+    split = shards.split("val")
+    reader = ShardReader(split)
+    for sample_id, sample in enumerate(list_samples(config, folder, "val")):
+        np.testing.assert_array_equal(
+            decode_mask(reader.read(sample_id).target), load_sample(config, sample).mask
+        )
+
+
+def test_the_default_shares_the_cores_among_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)))
+    assert [worker_count(LoaderConfig(), ranks) for ranks in (1, 4, 8, 48)] == [8, 6, 3, 1]
+    assert worker_count(LoaderConfig(workers=5), 8) == 5
+    assert worker_count(LoaderConfig(workers=48), 8) == 48
+    with pytest.raises(ConfigError, match=r"workers=49 for each of 8 ranks .* 24 cores; use 0 to 48, or -1"):
+        worker_count(LoaderConfig(workers=49), 8)
+
+
+@pytest.mark.parametrize("settings", [{"workers": -2}, {"prefetch": 0}, {"timeout": 0}])
+def test_a_wrong_setting_is_refused_by_name(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=f"loader.{next(iter(settings))}="):
+        LoaderConfig(**settings)
+
+
+CLASSIFY = ClassificationAugment(size=24, eval_resize=28, magnitude=5)
+
+
+def class_stream(
+    shards: ShardSet, *, workers: int = 0, rank: int = 0, world: int = 1
+) -> list[tuple[torch.Tensor, ...]]:
+    """One rank's micro batches of two epochs of 13 images, 2 a global batch."""
+    split = shards.split("train")
+    order = SampleOrder(make_order_spec(split.shard_sizes, seed=5, global_batch=2))
+    batches = iter(
+        train_batches(
+            split,
+            order,
+            CLASSIFY,
+            LoaderConfig(workers=workers),
+            seed=11,
+            rank=rank,
+            world_size=world,
+            global_batch=2,
+            micro_batch=2 // world,
+            start_step=0,
+        )
+    )
+    taken = [next(batches) for _ in range(13)]
+    batches.close()
+    assert all(batch.photometric is None and not batch.replaced for batch in taken)
+    return [(batch.images, batch.targets, batch.sample_ids) for batch in taken]
+
+
+def test_classification_batches_are_crops_and_class_ids_alike_for_any_ranks_and_workers(
+    class_shards: ShardSet,
+) -> None:
+    whole = class_stream(class_shards)
+    reader = ShardReader(class_shards.split("train"))
+    geometry = ClassificationGeometry(CLASSIFY)
+    for position, sample_id in enumerate(torch.cat([ids for _, _, ids in whole]).tolist()):
+        raw = reader.read(sample_id)
+        images, targets, _ = whole[position // 2]
+        expected = geometry(decode_image(raw.image), sample_rng(11, position // 13, sample_id))
+        np.testing.assert_array_equal(images[position % 2].permute(1, 2, 0), expected)
+        assert targets[position % 2] == int(raw.target)
+        assert targets.dtype == torch.int64
+    split_up = [class_stream(class_shards, rank=rank, world=2, workers=rank) for rank in range(2)]
+    for step, expected_parts in enumerate(whole):
+        for field, expected_part in enumerate(expected_parts):
+            assert torch.equal(torch.cat([part[step][field] for part in split_up]), expected_part)
+
+
+def test_classification_evaluation_reads_every_image_once_at_one_size(class_shards: ShardSet) -> None:
+    split = class_shards.split("val")
+    batches = eval_batches(
+        split, LoaderConfig(workers=0), rank=0, world_size=1, batch_size=4, augment=CLASSIFY
+    )
+    taken = list(batches)
+    assert [tuple(batch.images.shape) for batch in taken] == [(4, 3, 24, 24), (2, 3, 24, 24)]
+    assert torch.cat([batch.sample_ids for batch in taken]).tolist() == list(range(6))
+    assert torch.cat([batch.targets for batch in taken]).tolist() == split.records["max_label"].tolist()

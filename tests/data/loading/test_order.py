@@ -1,0 +1,138 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segformer.data.loading.order import OrderSpec, SampleOrder, make_order_spec, micro_batch_range
+from segformer.errors import ConfigError, DataError
+
+specs = st.builds(
+    lambda sizes, seed, lanes, chunk, block: OrderSpec(sum(sizes), tuple(sizes), seed, lanes, chunk, block),
+    st.lists(st.integers(1, 90), min_size=1, max_size=6),
+    st.integers(0, 2**64 - 1),
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.integers(1, 6),
+)
+
+
+def naive(spec: OrderSpec, epoch: int) -> list[int]:
+    """One epoch, written out from the description of the order with lists."""
+
+    def shuffle(items: list, stream: int, block: int) -> list:
+        words = [np.array(words, np.uint64) for words in ([spec.seed, 1], [0, block, epoch, stream])]
+        draws = np.random.Philox(key=words[0], counter=words[1]).random_raw(len(items))
+        return [item for _, item in sorted(zip(draws.tolist(), items, strict=True), key=lambda pair: pair[0])]
+
+    chunks, first = [], 0
+    for size in spec.shard_sizes:
+        ids = list(range(first, first + size))
+        chunks += [ids[start : start + spec.chunk] for start in range(0, size, spec.chunk)]
+        first += size
+    chunks = shuffle(chunks, 0, 0)
+    sequence: list[int] = []
+    for number, start in enumerate(range(0, len(chunks), spec.block)):
+        sequence += shuffle([i for chunk in chunks[start : start + spec.block] for i in chunk], 1, number)
+    share, rest = divmod(spec.num_samples, spec.lanes)
+    lanes, at = [], 0
+    for lane in range(spec.lanes):
+        length = share + (lane < rest)
+        lanes.append(sequence[at : at + length])
+        at += length
+    return [lane[depth] for depth in range(share + 1) for lane in lanes if depth < len(lane)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs, st.integers(0, 3))
+def test_the_order_is_the_one_described(spec: OrderSpec, epoch: int) -> None:
+    count = spec.num_samples
+    assert SampleOrder(spec).ids(epoch * count, count).tolist() == naive(spec, epoch)
+
+
+@settings(max_examples=400, deadline=None)
+@given(specs, st.data())
+def test_every_epoch_holds_every_sample_once_over_any_ranks_batches_and_stops(
+    spec: OrderSpec, data: st.DataObject
+) -> None:
+    count, epochs = spec.num_samples, 3
+    seen = np.zeros((epochs + 1, count), np.int64)
+    q = 0
+    while q < epochs * count:  # each round is a restart with another layout, or another global batch
+        micro = data.draw(st.integers(1, 5))
+        world = data.draw(st.integers(1, 4))
+        accumulation = data.draw(st.integers(1, 3))
+        steps = data.draw(st.integers(1, 40))
+        layout = {"world_size": world, "global_batch": micro * world * accumulation, "micro_batch": micro}
+        order = SampleOrder(spec)
+        taken = []
+        for step in range(steps):
+            for rank in range(world):
+                for index in range(accumulation):
+                    q0, q1 = micro_batch_range(step, index, rank=rank, **layout)
+                    taken += range(q + q0, q + q1)
+                    ids = order.ids(q + q0, q1 - q0)
+                    for position, sample_id in zip(range(q + q0, q + q1), ids, strict=True):
+                        if position < epochs * count:
+                            seen[order.epoch_of(position), sample_id] += 1
+        assert sorted(taken) == list(range(q, q + len(taken)))
+        q += len(taken)
+    assert (seen[:epochs] == 1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs, st.integers(0, 500), st.integers(1, 200))
+def test_any_stretch_of_the_stream_equals_its_positions_one_by_one(
+    spec: OrderSpec, start: int, count: int
+) -> None:
+    order, again = SampleOrder(spec), SampleOrder(spec)
+    one_by_one = [int(again.ids(q, 1)[0]) for q in range(start, start + count)]
+    assert order.ids(start, count).tolist() == one_by_one
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "golden"),
+    [
+        ([100], 8, "0cab6dae1ad689a8"),
+        ([500, 500, 337], 16, "e062e1136fb8c22e"),
+        ([1000] * 20 + [210], 16, "9f29fda3e2faf06c"),
+    ],
+)
+def test_the_first_ten_thousand_positions_never_change(sizes: list[int], batch: int, golden: str) -> None:
+    ids = SampleOrder(make_order_spec(sizes, seed=20210531, global_batch=batch)).ids(0, 10_000)
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == golden
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        return SampleOrder(make_order_spec([300], seed=seed, global_batch=4)).ids(300 * number, 300).tolist()
+
+    assert len({tuple(epoch(seed, number)) for seed in (0, 1) for number in (0, 1)}) == 4
+
+
+def test_batches_of_sorted_shards_are_mixed_like_a_full_shuffle() -> None:
+    count, batch = 20_000, 16
+    order = SampleOrder(make_order_spec([1000] * 20, seed=1, global_batch=batch))
+    means = (order.ids(0, count) / count).reshape(-1, batch).mean(1)
+    assert 0.8 < means.var() / (1 / 12 / batch) < 1.2
+    centred = means - means.mean()
+    for lag in (1, 8, 64):
+        assert abs((centred[lag:] * centred[:-lag]).mean() / means.var()) < 0.2
+
+
+def test_the_spec_survives_json() -> None:
+    spec = make_order_spec([3, 4], seed=5, global_batch=2)
+    assert OrderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_another_version_of_the_order_is_refused() -> None:
+    values = make_order_spec([3, 4], seed=5, global_batch=2).to_dict() | {"version": 99}
+    with pytest.raises(DataError, match="version 99"):
+        OrderSpec.from_dict(values)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"global_batch=30 is not divisible by .* 4 x 2"):
+        micro_batch_range(0, 0, rank=0, world_size=2, global_batch=30, micro_batch=4)

@@ -1,0 +1,340 @@
+"""1,000 injected corruptions: each is detected, and none gives a silently short or different epoch.
+
+A case damages one small set of shards, opens it and reads every sample, as training does. What neither
+opening nor reading refuses must give exactly the samples that were written, and `find_defects` must name it.
+"""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from segformer.data.shards.format import ShardSet, content_digest
+from segformer.data.shards.reader import RawSample, ShardReader
+from segformer.data.shards.sharding import write_shards
+from segformer.data.shards.verify import find_defects
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.errors import DataError
+
+BLOCK = 512
+
+
+@dataclass
+class Victim:
+    """A set of shards, what was written in it, and a way to break and to mend it."""
+
+    folder: Path
+    other: Path
+    """The same data as shards of another seed: the same names, everything consistent in itself."""
+    rng: np.random.Generator
+    files: dict[str, bytes] = field(default_factory=dict)
+    samples: dict[str, list[RawSample]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.files = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.name[0] != "."}
+        self.samples = epoch(self.folder)
+        self.splits = ShardSet.open(self.folder).splits
+        self.touched: set[str] = set()
+
+    def write(self, name: str, data: bytes | None) -> None:
+        """A new file in the place of an old one, or none."""
+        (self.folder / name).unlink(missing_ok=True)
+        if data is not None:
+            (self.folder / name).write_bytes(data)
+        self.touched.add(name)
+
+    def mend(self) -> None:
+        for name in self.touched:
+            self.write(name, self.files[name])
+        self.touched.clear()
+
+    def pick(self, names: list[str]) -> str:
+        return names[int(self.rng.integers(len(names)))]
+
+    def tar(self) -> str:
+        return self.pick(sorted(name for name in self.files if name.endswith(".tar")))
+
+    def index(self) -> str:
+        return self.pick(sorted(name for name in self.files if name.endswith(".idx")))
+
+    def flip(self, name: str, start: int, end: int) -> None:
+        """Change one bit of bytes start to end."""
+        data = bytearray(self.files[name])
+        data[int(self.rng.integers(start, end))] ^= 1 << int(self.rng.integers(8))
+        self.write(name, bytes(data))
+
+    def member(self, kind: str) -> tuple[str, int, int]:
+        """(tar, begin, end) of a random image or target."""
+        split = self.splits[self.pick(sorted(self.splits))]
+        sample_id = int(self.rng.integers(split.num_samples))
+        record = split.records[sample_id]
+        begin = int(record[f"{kind}_offset"])
+        return split.files[split.shard_of(sample_id)], begin, begin + int(record[f"{kind}_size"])
+
+
+def epoch(folder: Path) -> dict[str, list[RawSample]]:
+    """Every sample of every split, as training reads them."""
+    found = {}
+    for name, split in ShardSet.open(folder).splits.items():
+        reader = ShardReader(split)
+        found[name] = [reader.read(sample_id) for sample_id in range(split.num_samples)]
+        reader.close()
+    return found
+
+
+def members(data: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        return [(entry, archive.extractfile(entry).read()) for entry in archive]  # type: ignore[union-attr]
+
+
+def packed(content: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    """A good tar of these members."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for entry, data in content:
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def flipped_image(victim: Victim) -> None:
+    victim.flip(*victim.member("image"))
+
+
+def flipped_target(victim: Victim) -> None:
+    victim.flip(*victim.member("target"))
+
+
+def flipped_header(victim: Victim) -> None:
+    name, begin, _ = victim.member(victim.pick(["image", "target"]))
+    victim.flip(name, begin - BLOCK, begin)
+
+
+def flipped_padding(victim: Victim) -> None:
+    name = victim.tar()
+    victim.flip(name, len(victim.files[name]) - 2 * BLOCK, len(victim.files[name]))
+
+
+def cut_in_header(victim: Victim) -> None:
+    name, begin, _ = victim.member(victim.pick(["image", "target"]))
+    victim.write(name, victim.files[name][: begin - int(victim.rng.integers(1, BLOCK))])
+
+
+def cut_in_payload(victim: Victim) -> None:
+    name, begin, end = victim.member(victim.pick(["image", "target"]))
+    victim.write(name, victim.files[name][: int(victim.rng.integers(begin, end))])
+
+
+def cut_between_members(victim: Victim) -> None:
+    """Before a header, or behind the padding of a member: what is left is a good tar for most readers."""
+    name, begin, _ = victim.member(victim.pick(["image", "target"]))
+    victim.write(name, victim.files[name][: begin - BLOCK])
+
+
+def cut_at_the_end_blocks(victim: Victim) -> None:
+    name = victim.tar()
+    last = max(entry.offset_data + entry.size for entry, _ in members(victim.files[name]))
+    ends = [-(-last // BLOCK) * BLOCK, len(victim.files[name]) - BLOCK, len(victim.files[name]) - 1]
+    victim.write(name, victim.files[name][: ends[int(victim.rng.integers(3))]])
+
+
+def cut_and_padded(victim: Victim) -> None:
+    """The right length, but zeros from a member on: a file whose blocks never reached the disk."""
+    name, begin, _ = victim.member(victim.pick(["image", "target"]))
+    data = victim.files[name]
+    victim.write(name, data[: begin - BLOCK] + bytes(len(data) - begin + BLOCK))
+
+
+def missing_member(victim: Victim) -> None:
+    name = victim.tar()
+    content = members(victim.files[name])
+    del content[int(victim.rng.integers(len(content)))]
+    data = packed(content)
+    victim.write(name, data + bytes(max(0, len(victim.files[name]) - len(data))))
+
+
+def swapped_members(victim: Victim) -> None:
+    """Two members of one kind change their contents, their places, or both."""
+    name = victim.tar()
+    content = members(victim.files[name])
+    first = int(victim.rng.integers(2))
+    one, two = victim.rng.choice(range(first, len(content), 2), 2, replace=False)
+    (a, data_a), (b, data_b) = content[one], content[two]
+    if data_a == data_b:  # class ids: nothing that training reads would change
+        return swapped_members(victim)
+    swap_headers = victim.rng.random() < 0.5
+    content[one], content[two] = ((b, data_b), (a, data_a)) if swap_headers else ((a, data_b), (b, data_a))
+    return victim.write(name, packed(content))
+
+
+def swapped_tars(victim: Victim) -> None:
+    one, two = victim.rng.choice(sorted(n for n in victim.files if n.endswith(".tar")), 2, replace=False)
+    victim.write(one, victim.files[two])
+    victim.write(two, victim.files[one])
+
+
+def tar_of_another_set(victim: Victim) -> None:
+    name = victim.pick(sorted(path.name for path in victim.other.glob("train-*.tar")))
+    victim.write(name, (victim.other / name).read_bytes())
+
+
+def missing_file(victim: Victim) -> None:
+    victim.write(victim.pick(sorted(victim.files)), None)
+
+
+def flipped_index(victim: Victim) -> None:
+    name = victim.index()
+    victim.flip(name, 0, len(victim.files[name]))
+
+
+def cut_index(victim: Victim) -> None:
+    name = victim.index()
+    victim.write(name, victim.files[name][: int(victim.rng.integers(len(victim.files[name])))])
+
+
+def index_of_another_split(victim: Victim) -> None:
+    names = sorted(name for name in victim.files if name.endswith(".idx"))
+    victim.rng.shuffle(names)
+    victim.write(names[0], victim.files[names[1]])
+
+
+def index_of_another_set(victim: Victim) -> None:
+    """Consistent in itself; half of the time dataset.json has its sum: only the crc is left."""
+    data = (victim.other / "train.idx").read_bytes()
+    victim.write("train.idx", data)
+    if victim.rng.random() < 0.5:
+        theirs = json.loads((victim.other / "dataset.json").read_text())["splits"]["train"]
+        content = json.loads(victim.files["dataset.json"])
+        content["splits"]["train"]["index"] = theirs["index"]
+        content["digest"] = content_digest(content)
+        victim.write("dataset.json", json.dumps(content).encode())
+
+
+def flipped_description(victim: Victim) -> None:
+    victim.flip("dataset.json", 0, len(victim.files["dataset.json"]))
+
+
+def cut_description(victim: Victim) -> None:
+    data = victim.files["dataset.json"].rstrip()
+    victim.write("dataset.json", data[: int(victim.rng.integers(len(data)))])
+
+
+def edited_description(victim: Victim) -> None:
+    """Shards left out, doubled, in another order, or other counts; half of the time with a new digest."""
+    content = json.loads(victim.files["dataset.json"])
+    shards = content["splits"]["train"]["shards"]
+    kind = int(victim.rng.integers(5))
+    if kind == 0:
+        del shards[int(victim.rng.integers(len(shards)))]
+    elif kind == 1:
+        shards.append(shards[0])
+    elif kind == 2:
+        shards[0], shards[1] = shards[1], shards[0]
+    elif kind == 3:
+        shards[-1]["samples"] -= 1
+    else:
+        content["splits"]["train"]["class_pixels"][0] += 1
+    if victim.rng.random() < 0.5:
+        content["digest"] = content_digest(content)
+    victim.write("dataset.json", json.dumps(content).encode())
+
+
+# Corruption -> how many cases.
+CASES: dict[Callable[[Victim], None], int] = {
+    flipped_image: 200,
+    flipped_target: 150,
+    flipped_header: 90,
+    flipped_padding: 20,
+    cut_in_header: 50,
+    cut_in_payload: 50,
+    cut_between_members: 50,
+    cut_at_the_end_blocks: 30,
+    cut_and_padded: 30,
+    missing_member: 50,
+    swapped_members: 60,
+    swapped_tars: 20,
+    tar_of_another_set: 20,
+    missing_file: 20,
+    flipped_index: 60,
+    cut_index: 20,
+    index_of_another_split: 10,
+    index_of_another_set: 20,
+    flipped_description: 20,
+    cut_description: 10,
+    edited_description: 20,
+}
+
+
+@pytest.fixture(scope="module")
+def victims(
+    make_folder: Callable[..., Path],
+    make_classes: Callable[..., Path],
+    config: DatasetConfig,
+    class_config: DatasetConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Victim]:
+    """JPEG images with masks, PNG images with masks, and JPEG images with class ids."""
+    base = tmp_path_factory.mktemp("victims")
+    counts = {"train": 11, "val": 3}
+    sources = [
+        (config, make_folder(base / "photos", counts)),
+        (replace(config, image_suffix=".png"), make_folder(base / "drawings", counts)),
+        (class_config, make_classes(base / "animals", counts)),
+    ]
+    for path in sorted((base / "drawings/images").rglob("*.jpg")):
+        cv2.imwrite(str(path.with_suffix(".png")), cv2.imread(str(path)))
+        path.unlink()
+    found = []
+    for number, (cfg, root) in enumerate(sources):
+        out, other = base / f"shards-{number}", base / f"other-{number}"
+        write_shards(cfg, root, out, seed=1, samples_per_shard=4, workers=1)
+        write_shards(cfg, root, other, seed=2, samples_per_shard=4, workers=1)
+        found.append(Victim(out, other, np.random.default_rng(number)))
+    return found
+
+
+def cases(victims: list[Victim]) -> Iterator[tuple[str, Victim]]:
+    """Every case in turn, applied to one of the sets and mended afterwards."""
+    for damage, count in CASES.items():
+        for number in range(count):
+            victim = victims[number % len(victims)]
+            damage(victim)
+            yield damage.__name__, victim
+            victim.mend()
+
+
+def detected_by(victim: Victim) -> str:
+    """open, read or verify; "nothing" or "a different epoch" where the corruption gets through."""
+    try:
+        ShardSet.open(victim.folder)
+    except DataError:
+        return "open"
+    try:
+        samples = epoch(victim.folder)
+    except DataError:
+        return "read"
+    if samples != victim.samples:
+        return "a different epoch"
+    return "verify" if find_defects(victim.folder) else "nothing"
+
+
+def test_a_thousand_corruptions_are_detected_and_none_changes_an_epoch(victims: list[Victim]) -> None:
+    assert sum(CASES.values()) == 1000
+    applied: Counter[str] = Counter()
+    ways: dict[str, Counter[str]] = {}
+    for name, victim in cases(victims):
+        applied[name] += 1
+        ways.setdefault(name, Counter())[detected_by(victim)] += 1
+    assert applied == {damage.__name__: count for damage, count in CASES.items()}
+    found = {name: way.total() for name, way in ways.items() if set(way) <= {"open", "read", "verify"}}
+    assert found == applied, ways
+    only_verify = {name for name, way in ways.items() if way["verify"]}
+    assert only_verify <= {"flipped_header", "flipped_padding"}, ways  # bytes that training never reads
+    assert all(epoch(victim.folder) == victim.samples for victim in victims)

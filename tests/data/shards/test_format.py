@@ -1,0 +1,265 @@
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from segformer.data.shards.format import ShardSet, Split, content_digest
+from segformer.data.shards.index import INDEX, LABELS, pack_index, parse_index
+from segformer.data.shards.reader import ShardReader
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.listing import list_samples, load_sample
+from segformer.errors import DataError
+
+
+@pytest.fixture
+def copy(shard_dir: Path, tmp_path: Path) -> Path:
+    """The shards, to be damaged."""
+    return Path(shutil.copytree(shard_dir, tmp_path / "copy"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """A new file in the place of an old one, which may be mapped."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_every_sample_comes_back_as_it_was(shards: ShardSet, folder: Path, config: DatasetConfig) -> None:
+    for name, split in shards.splits.items():
+        sources = {sample.key: sample for sample in list_samples(config, folder, name)}
+        reader = ShardReader(split)
+        read = [reader.read(sample_id) for sample_id in range(split.num_samples)]
+        assert [raw.key for raw in read] == split.keys == [split.key(i) for i in range(split.num_samples)]
+        assert sorted(split.keys) == sorted(sources)
+        for raw in read:
+            assert raw.image == sources[raw.key].image.read_bytes()
+
+
+def test_the_set_describes_itself(shards: ShardSet, shard_dir: Path) -> None:
+    assert shards.task == shards.split("val").task == "segmentation"
+    assert shards.root == str(shard_dir)
+    assert shards.classes == ["sky", "road", "tree"]
+    assert shards.palette.shape == (3, 3)
+    assert len(shards.digest) == 64
+    assert {name: split.num_samples for name, split in shards.splits.items()} == {"train": 21, "val": 10}
+    assert shards.split("train").shard_sizes == [8, 8, 5]
+    assert [shards.split("train").shard_of(i) for i in (0, 7, 8, 20)] == [0, 0, 1, 2]
+
+
+def test_the_histograms_are_those_of_the_masks(shards: ShardSet, folder: Path, config: DatasetConfig) -> None:
+    for name, split in shards.splits.items():
+        masks = {s.key: load_sample(config, s).mask for s in list_samples(config, folder, name)}
+        holders: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        for sample_id, key in enumerate(split.keys):
+            labels, pixels = np.unique(masks[key], return_counts=True)
+            expected = dict(zip(labels.tolist(), pixels.tolist(), strict=True))
+            expected.pop(255, None)
+            ids, counts = split.labels(sample_id)
+            assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == expected
+            for label in expected:
+                holders[label].append(sample_id)
+        for label, expected_ids in holders.items():
+            found = split.samples_with(label)
+            assert found.dtype == np.int64
+            assert found.tolist() == expected_ids
+        assert split.samples_with(77).tolist() == []
+        np.testing.assert_array_equal(split.class_pixels, shards.stats[name])
+
+
+def test_a_classification_set_has_its_class_ids(class_shards: ShardSet) -> None:
+    assert class_shards.task == "classification"
+    assert class_shards.classes == ["cat", "dog", "owl"]
+    split = class_shards.split("train")
+    reader = ShardReader(split)
+    for sample_id, key in enumerate(split.keys):
+        label = class_shards.classes.index(key.split("/")[0])
+        assert reader.read(sample_id).target == str(label).encode()
+        assert split.records["max_label"][sample_id] == label
+        assert [part.tolist() for part in split.labels(sample_id)] == [[label], [1]]
+    assert split.class_pixels.tolist() == [5, 4, 4]
+    assert [len(split.samples_with(label)) for label in range(3)] == [5, 4, 4]
+
+
+def test_an_unknown_split_names_those_that_exist(shards: ShardSet) -> None:
+    with pytest.raises(DataError, match="no split 'test', only train, val"):
+        shards.split("test")
+
+
+def test_a_split_pickles_small_and_opens_again(shards: ShardSet) -> None:
+    split = shards.split("train")
+    data = pickle.dumps(ShardReader(split))
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert again.read(9) == ShardReader(split).read(9)
+    assert again.split.keys == split.keys
+
+
+def test_a_set_that_was_replaced_is_noticed_by_a_worker(copy: Path) -> None:
+    data = pickle.dumps(ShardSet.open(copy).split("train"))
+    content = json.loads((copy / "dataset.json").read_text()) | {"license": "another"}
+    content["digest"] = content_digest(content)
+    (copy / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="changed while they were in use"):
+        pickle.loads(data)
+
+
+def test_nobody_can_change_the_index_in_memory(shards: ShardSet) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        shards.split("train").records["height"][0] = 1
+
+
+def test_shards_that_do_not_exist_are_refused_with_the_command_that_writes_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"python data_prep/shard.py"):
+        ShardSet.open(tmp_path / "nothing")
+
+
+def test_shards_of_the_first_version_are_refused_by_name(copy: Path) -> None:
+    content = json.loads((copy / "dataset.json").read_text()) | {"version": 1}
+    content["digest"] = content_digest(content)
+    (copy / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is not of format segformer-shards 2; copy it again or shard"):
+        ShardSet.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("dataset.json", "dataset.json' (is|names)"), ("train.idx", "train.idx' is damaged")],
+)
+def test_a_flipped_bit_in_a_description_is_found_when_opening(copy: Path, file: str, message: str) -> None:
+    whole = (copy / file).read_bytes()
+    for offset in range(1, len(whole), max(1, len(whole) // 40)):
+        data = bytearray(whole)
+        data[offset] ^= 1 << offset % 7
+        replace_bytes(copy / file, bytes(data))
+        with pytest.raises(DataError, match=message):
+            ShardSet.open(copy)
+
+
+def test_a_missing_or_shortened_tar_is_found_when_opening(copy: Path) -> None:
+    tar = copy / "train-000001.tar"
+    data = tar.read_bytes()
+    for length in (0, 512, 5000, len(data) - 1):
+        tar.write_bytes(data[:length])
+        with pytest.raises(DataError, match=f"train-000001.tar' has {length} bytes instead of {len(data)}"):
+            ShardSet.open(copy)
+    tar.unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar' is missing"):
+        ShardSet.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../train-000000.tar", "train-000000.tar.gz", "/train-000000.tar"])
+def test_a_shard_name_that_leaves_the_folder_is_refused(name: str, copy: Path) -> None:
+    content = json.loads((copy / "dataset.json").read_text())
+    content["splits"]["train"]["shards"][0]["file"] = name
+    content["digest"] = content_digest(content)
+    (copy / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="names a shard or index that is no plain file name"):
+        ShardSet.open(copy)
+
+
+def test_a_description_without_an_entry_is_refused(copy: Path) -> None:
+    content = json.loads((copy / "dataset.json").read_text())
+    for key in ("classes", "palette", "splits", "task"):
+        rest = {name: value for name, value in content.items() if name != key}
+        rest["digest"] = content_digest(rest)
+        (copy / "dataset.json").write_text(json.dumps(rest))
+        with pytest.raises(DataError, match=r"dataset.json' is not"):
+            ShardSet.open(copy)
+    for key in ("index", "shards", "class_pixels"):
+        rest = json.loads(json.dumps(content))
+        del rest["splits"]["val"][key]
+        rest["digest"] = content_digest(rest)
+        (copy / "dataset.json").write_text(json.dumps(rest))
+        with pytest.raises(DataError, match=r"dataset.json' is not complete"):
+            ShardSet.open(copy)
+
+
+# What is wrong -> a change of (records, labels, keys). Each would mislead a reader.
+NONSENSE: dict[str, Callable[[np.ndarray, np.ndarray, bytearray], object]] = {
+    "image before the tar": lambda r, _h, _k: r["image_offset"].__setitem__(0, -1),
+    "image of no bytes": lambda r, _h, _k: r["image_size"].__setitem__(3, 0),
+    "target inside the image": lambda r, _h, _k: r["target_offset"].__setitem__(2, r["image_offset"][2]),
+    "target past the tar": lambda r, _h, _k: r["target_size"].__setitem__(7, 10**9),
+    "two samples in one place": lambda r, _h, _k: r["image_offset"].__setitem__(5, r["image_offset"][4]),
+    "no height": lambda r, _h, _k: r["height"].__setitem__(1, 0),
+    "an image bomb": lambda r, _h, _k: r["width"].__setitem__(1, 2**30),
+    "labels that go back": lambda r, _h, _k: r["labels_end"].__setitem__(4, 0),
+    "more labels than there are": lambda r, h, _k: r["labels_end"].__setitem__(20, len(h) + 1),
+    "keys that go back": lambda r, _h, _k: r["key_end"].__setitem__(4, 0),
+    "a newline in a key": lambda _r, _h, k: k.__setitem__(1, 10),
+    "an unknown class": lambda _r, h, _k: h["label"].__setitem__(-1, 3),
+    "a class twice": lambda _r, h, _k: h["label"].__setitem__(1, h["label"][0]),
+    "more pixels than the image": lambda _r, h, _k: h["pixels"].__setitem__(0, 2**31),
+    "another total": lambda _r, h, _k: h["pixels"].__setitem__(0, h["pixels"][0] - 1),
+    "another highest label": lambda r, _h, _k: r["max_label"].__setitem__(0, 7),
+}
+
+
+@pytest.mark.parametrize("wrong", NONSENSE)
+def test_an_index_that_makes_no_sense_is_refused_even_with_the_right_sum(
+    wrong: str, copy: Path, reseal: Callable[..., None]
+) -> None:
+    path = copy / "train.idx"
+    records, labels, keys = (part.copy() for part in parse_index(np.fromfile(path, np.uint8)))
+    blob = bytearray(keys.tobytes())
+    NONSENSE[wrong](records, labels, blob)
+    replace_bytes(path, pack_index(records, labels, bytes(blob)))
+    reseal(copy)
+    with pytest.raises(DataError, match=r"train.idx' contradicts itself"):
+        ShardSet.open(copy)
+
+
+def test_every_flipped_bit_in_a_member_is_found_when_reading(copy: Path) -> None:
+    split = ShardSet.open(copy).split("val")
+    rng = np.random.default_rng(1)
+    whole = (copy / split.files[0]).read_bytes()
+    for _ in range(200):
+        sample_id = int(rng.integers(8))  # in the first shard
+        record = split.records[sample_id]
+        member = "image" if rng.random() < 0.5 else "target"
+        offset = int(record[f"{member}_offset"] + rng.integers(record[f"{member}_size"]))
+        data = bytearray(whole)
+        data[offset] ^= 1 << int(rng.integers(8))
+        (copy / split.files[0]).write_bytes(data)
+        with pytest.raises(DataError, match=rf"val-000000.tar', key '00{sample_id}': the {member} at offset"):
+            ShardReader(split).read(sample_id)
+
+
+def test_a_tar_that_shrinks_while_training_is_a_short_read(copy: Path) -> None:
+    split = ShardSet.open(copy).split("val")
+    reader = ShardReader(split)
+    reader.read(0)
+    with (copy / split.files[0]).open("r+b") as stream:
+        stream.truncate(int(split.records[1]["target_offset"]) + 3)
+    with pytest.raises(DataError, match=r"val-000000.tar' ends \d+ bytes early"):
+        reader.read(1)
+
+
+def test_a_large_index_opens_without_a_step_per_sample(copy: Path, reseal: Callable[..., None]) -> None:
+    """200,000 samples, which a loop in Python would need seconds for; the tar behind them is a hole."""
+    count, area = 200_000, 40 * 56
+    records, labels = np.zeros(count, INDEX), np.zeros(2 * count, LABELS)
+    records["image_offset"] = 512 + 4096 * np.arange(count)
+    records["image_size"], records["target_size"] = 1000, 700
+    records["target_offset"] = records["image_offset"] + 1536
+    records["height"], records["width"], records["max_label"] = 40, 56, 2
+    records["labels_end"], records["key_end"] = 2 * np.arange(1, count + 1), 10 * np.arange(1, count + 1) - 1
+    labels["label"], labels["pixels"] = np.tile([0, 2], count), area // 2
+    keys = "\n".join(f"{number:09d}" for number in range(count)).encode()
+    replace_bytes(copy / "val.idx", pack_index(records, labels, keys))
+    with (copy / "val-000000.tar").open("wb") as stream:
+        stream.truncate(512 + 4096 * count)
+    content = json.loads((copy / "dataset.json").read_text())
+    content["splits"]["val"]["class_pixels"] = [count * area // 2, 0, count * area // 2]
+    content["splits"]["val"]["shards"] = [{"file": "val-000000.tar", "samples": count}]
+    content["splits"]["val"]["shards"][0] |= {"bytes": 512 + 4096 * count, "sha256": ""}
+    reseal(copy, content, tars=False)
+    began = time.monotonic()
+    split: Split = ShardSet.open(copy).split("val")
+    assert split.key(123_456) == "000123456"
+    assert len(split.samples_with(2)) == count
+    assert time.monotonic() - began < 1.0

@@ -1,0 +1,179 @@
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import FileServer, serving
+
+from segformer.data.shards import reader as reader_module
+from segformer.data.shards import storage
+from segformer.data.shards.format import ShardSet, Split
+from segformer.data.shards.reader import CHUNK, CorruptSampleError, RawSample, ShardReader
+from segformer.data.shards.sharding import write_shards
+from segformer.data.shards.storage import StorageConfig
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.errors import DataError
+
+
+@pytest.fixture
+def remote(shard_dir: Path, tmp_path: Path) -> Callable[..., Split]:
+    """The training split as a server gives it."""
+
+    def opened(server: FileServer, **options: Any) -> Split:
+        config = StorageConfig(**{"timeout": 0.5, "cache_dir": str(tmp_path / "cache"), **options})
+        return ShardSet.open(server.url, config).split("train")
+
+    return opened
+
+
+def tar_requests(server: FileServer) -> list[tuple[str, str]]:
+    return [(name, asked) for kind, name, asked in server.requests if kind == "GET" and name.endswith(".tar")]
+
+
+def all_samples(split: Split) -> list[RawSample]:
+    reader = ShardReader(split)
+    return [reader.read(sample_id) for sample_id in range(split.num_samples)]
+
+
+def test_a_remote_epoch_is_the_local_one_with_one_request_a_chunk(
+    shard_dir: Path, remote: Callable[..., Split]
+) -> None:
+    local = ShardSet.open(shard_dir).split("train")
+    with serving(shard_dir) as server:
+        split = remote(server)
+        assert all_samples(split) == all_samples(local)
+        chunks = sum(-(-size // CHUNK) for size in split.shard_sizes)
+        assert len(tar_requests(server)) == chunks
+        assert all(asked for _, asked in tar_requests(server))
+
+
+def test_chunks_are_fetched_side_by_side_and_once(shard_dir: Path, remote: Callable[..., Split]) -> None:
+    with serving(shard_dir) as server:
+        reader = ShardReader(remote(server))
+        reader.fetch(range(reader.split.num_samples))
+        requests = tar_requests(server)
+        assert len(requests) == len(set(requests)) == len(reader.split.files)
+        for sample_id in range(reader.split.num_samples):
+            reader.read(sample_id)
+        assert len(tar_requests(server)) == len(requests)
+        reader.close()
+
+
+def test_memory_is_limited(
+    shard_dir: Path, remote: Callable[..., Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "CHUNK", 2)
+    with serving(shard_dir) as server:
+        reader = ShardReader(remote(server, memory_mb=0))
+        for sample_id in (0, 1, 0, 2, 3, 0):
+            reader.read(sample_id)
+            assert len(reader._chunks) == 1
+            assert reader._held == sum(map(len, reader._chunks.values()))
+        assert len(tar_requests(server)) == 3
+        reader.close()
+
+
+def test_large_samples_are_fetched_one_by_one(
+    shard_dir: Path, remote: Callable[..., Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "MAX_CHUNK_BYTES", 1)
+    with serving(shard_dir) as server:
+        split = remote(server)
+        assert all_samples(split) == all_samples(ShardSet.open(shard_dir).split("train"))
+        assert len(tar_requests(server)) == split.num_samples
+
+
+def test_the_disk_cache_serves_the_second_reader_and_survives_damage(
+    shard_dir: Path, remote: Callable[..., Split], tmp_path: Path
+) -> None:
+    with serving(shard_dir) as server:
+        split = remote(server, cache_gb=1)
+        first = all_samples(split)
+        asked = len(tar_requests(server))
+        assert all_samples(split) == first
+        assert len(tar_requests(server)) == asked, "the second reader asks for nothing"
+        parts = sorted((tmp_path / "cache" / "parts" / split.digest[:32]).iterdir())
+        assert len(parts) == asked
+        data = bytearray(parts[0].read_bytes())
+        data[700] ^= 1  # the first member begins at 512
+        parts[0].write_bytes(data)
+        parts[1].write_bytes(b"half")
+        assert all_samples(split) == first
+        assert len(tar_requests(server)) == asked + 2, "damaged parts are fetched again"
+        assert all_samples(split) == first
+        assert len(tar_requests(server)) == asked + 2
+
+
+def test_the_disk_cache_keeps_to_its_limit(
+    shard_dir: Path, remote: Callable[..., Split], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "CHUNK", 1)
+    with serving(shard_dir) as server:
+        split = remote(server, cache_gb=10_000 / 1e9, memory_mb=0)
+        folder = tmp_path / "cache" / "parts" / split.digest[:32]
+        reader, largest = ShardReader(split), 0
+        for sample_id in range(split.num_samples):
+            reader.read(sample_id)
+            largest = max(largest, sum(path.stat().st_size for path in folder.iterdir()))
+        assert 5_000 < largest <= 10_000 * (1 + 1 / reader_module.CACHE_SHARE)
+        reader.close()
+
+
+def test_the_limit_of_the_disk_cache_is_for_all_data_sets_together(
+    shard_dir: Path, tmp_path: Path, config: DatasetConfig, folder: Path
+) -> None:
+    other = tmp_path / "other"
+    write_shards(config, folder, other, seed=4, samples_per_shard=8, workers=1)
+    limit = 30_000
+    settings = StorageConfig(cache_dir=str(tmp_path / "cache"), cache_gb=limit / 1e9)
+    for root in (shard_dir, other):
+        with serving(root) as server:
+            all_samples(ShardSet.open(server.url, settings).split("train"))
+    parts = [path for path in (tmp_path / "cache" / "parts").rglob("*") if path.is_file()]
+    assert 0 < sum(path.stat().st_size for path in parts) <= limit * (1 + 1 / reader_module.CACHE_SHARE)
+
+
+def test_a_flaky_server_loses_and_reorders_nothing(
+    shard_dir: Path, remote: Callable[..., Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(reader_module, "CHUNK", 2)
+    with serving(shard_dir, fail=0.2, seed=1) as server:
+        split = remote(server)
+        assert all_samples(split) == all_samples(ShardSet.open(shard_dir).split("train"))
+        assert sum(server.done[fault] for fault in ("503", "short", "reset", "stall")) > 2
+
+
+@pytest.mark.parametrize("member", ["image", "target"])
+def test_a_flipped_bit_is_named_with_shard_key_and_offset(
+    shard_dir: Path, tmp_path: Path, member: str, remote: Callable[..., Split]
+) -> None:
+    shutil.copytree(shard_dir, tmp_path / "copy")
+    split = ShardSet.open(tmp_path / "copy").split("train")
+    offset = int(split.records[9][f"{member}_offset"])
+    tar = tmp_path / "copy" / split.files[split.shard_of(9)]
+    data = bytearray(tar.read_bytes())
+    data[offset + 30] ^= 4
+    tar.write_bytes(data)
+    with serving(tmp_path / "copy") as server:
+        for damaged in (split, remote(server)):
+            with pytest.raises(CorruptSampleError, match=rf"{tar.name}.*{split.key(9)}.*{member} at offset"):
+                ShardReader(damaged).read(9)
+            ShardReader(damaged).read(10)
+    with pytest.raises(CorruptSampleError) as caught:
+        ShardReader(split).read(9)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.sample_id, str(copy)) == (9, str(caught.value))
+
+
+def test_a_shard_cut_short_after_opening_is_an_error(shard_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(shard_dir, tmp_path / "copy")
+    split = ShardSet.open(tmp_path / "copy").split("train")
+    tar = tmp_path / "copy" / split.files[0]
+    tar.write_bytes(tar.read_bytes()[: int(split.records[3]["target_offset"])])
+    reader = ShardReader(split)
+    reader.read(2)
+    with pytest.raises(DataError, match=f"{tar.name}' ends .* bytes early"):
+        reader.read(3)

@@ -1,0 +1,572 @@
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from segformer.data.shards import pool
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
+from segformer.data.shards.sharding import write_shards
+from segformer.data.shards.verify import find_defects
+from segformer.data.shards.workfolder import WorkFolder
+from segformer.data.sources.dataset import DatasetConfig, image_header
+from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.listing import list_samples, load_sample
+from segformer.errors import ConfigError, DataError
+from segformer.training.config import RunConfig, compose
+
+ROOT = Path(__file__).resolve().parents[3]
+CAMVID = ROOT.parent / "shared/data/camvid"
+
+# webdataset closes the tars that it opens by garbage collection, which Python reports.
+leaves_files_open = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def write(cfg: DatasetConfig, root: Path, out: Path, **settings: Any) -> None:
+    write_shards(cfg, root, out, **{"seed": 3, "samples_per_shard": 2, "workers": 1} | settings)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    workers: int, folder: Path, shard_dir: Path, config: DatasetConfig, tmp_path: Path
+) -> None:
+    write_shards(config, folder, tmp_path / "out", seed=3, samples_per_shard=8, workers=workers)
+    assert hashes(tmp_path / "out") == hashes(shard_dir)
+
+
+@leaves_files_open
+def test_stock_webdataset_reads_the_shards(shard_dir: Path, folder: Path, config: DatasetConfig) -> None:
+    sources = {sample.key: sample for sample in list_samples(config, folder, "train")}
+    urls = sorted(str(path) for path in shard_dir.glob("train-*.tar"))
+    seen = []
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pil"):
+        source = sources[sample["__key__"]]
+        seen.append(sample["__key__"])
+        np.testing.assert_array_equal(np.asarray(sample["png"])[..., 0], load_sample(config, source).mask)
+        np.testing.assert_array_equal(np.asarray(sample["jpg"]), np.asarray(Image.open(source.image)))
+    assert seen == ShardSet.open(shard_dir).split("train").keys
+
+
+@leaves_files_open
+def test_stock_webdataset_reads_classification_shards(class_shards: ShardSet) -> None:
+    urls = sorted(str(path) for path in Path(class_shards.root).glob("train-*.tar"))
+    seen = []
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pil"):
+        folder_name = sample["__key__"].split("/")[0]
+        seen.append(sample["__key__"])
+        assert sample["cls"] == class_shards.classes.index(folder_name)
+        height, width = np.asarray(sample["jpg"]).shape[:2]
+        place = class_shards.split("train").keys.index(sample["__key__"])
+        assert (height, width) == tuple(class_shards.split("train").records[["height", "width"]][place])
+    assert seen == class_shards.split("train").keys
+
+
+def test_training_is_shuffled_by_the_seed_and_validation_is_not(
+    folder: Path, shards: ShardSet, config: DatasetConfig, tmp_path: Path
+) -> None:
+    write_shards(config, folder, tmp_path / "out", seed=4, samples_per_shard=8, workers=1)
+    other = ShardSet.open(tmp_path / "out")
+    assert shards.split("val").keys == other.split("val").keys == sorted(other.split("val").keys)
+    orders = [split.keys for split in (shards.split("train"), other.split("train"))]
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert len({tuple(order) for order in [*orders, sorted(orders[0])]}) == 3
+
+
+def test_class_pixels_and_sizes_are_those_of_the_masks(
+    shards: ShardSet, folder: Path, config: DatasetConfig
+) -> None:
+    for name, split in shards.splits.items():
+        masks = {s.key: load_sample(config, s).mask for s in list_samples(config, folder, name)}
+        assert shards.stats[name] == [
+            sum(int((mask == k).sum()) for mask in masks.values()) for k in range(3)
+        ]
+        ignored = sum(int((mask == 255).sum()) for mask in masks.values())
+        assert shards.content["splits"][name]["ignored_pixels"] == ignored
+        for sample_id, key in enumerate(split.keys):
+            mask = masks[key]
+            assert (split.heights[sample_id], split.widths[sample_id]) == mask.shape
+            labels = mask[mask != 255]
+            assert split.records["max_label"][sample_id] == (labels.max() if labels.size else -1)
+
+
+@leaves_files_open
+def test_png_images_and_names_with_dots_survive(config: DatasetConfig, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8)
+    for kind, data in (("images", image), ("masks", image[..., 0] % 3)):
+        (tmp_path / kind / "train/town.a").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / kind / "train/town.a/street.01.png"), data)
+    cfg = replace(config, splits=["train"], image_suffix=".png")
+    write_shards(cfg, tmp_path, tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    raw = ShardReader(ShardSet.open(tmp_path / "out").split("train")).read(0)
+    assert raw.key == "town.a/street_01"
+    assert raw.image == (tmp_path / "images/train/town.a/street.01.png").read_bytes()
+    tar = str(tmp_path / "out/train-000000.tar")
+    (sample,) = webdataset.WebDataset(tar, shardshuffle=False).decode("pil")
+    np.testing.assert_array_equal(np.asarray(sample["image.png"]), image[..., ::-1])
+    np.testing.assert_array_equal(np.asarray(sample["png"])[..., 0], image[..., 0] % 3)
+
+
+def test_names_that_differ_only_by_dots_are_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 2})
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        for number, name in enumerate(("a.b", "a_b")):
+            (root / kind / f"train/00{number}{end}").rename(root / kind / f"train/{name}{end}")
+    with pytest.raises(DataError, match=r"'a_b' and 'a.b' differ only by dots"):
+        write_shards(
+            replace(config, splits=["train"]), root, tmp_path / "out", seed=0, samples_per_shard=8, workers=1
+        )
+
+
+@leaves_files_open
+@pytest.mark.parametrize("name", ["__x__", "____", "a/__x__", "__x", "__x__y"])
+def test_names_that_stock_webdataset_skips_are_refused(
+    name: str, make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 2}), tmp_path / "out"
+    cfg = replace(config, splits=["train"])
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        (root / kind / "train" / name).mkdir(parents=True)
+        (root / kind / f"train/001{end}").rename(root / kind / "train" / name / f"001{end}")
+    if name in ("__x__", "____"):
+        with pytest.raises(DataError, match=rf"the name '{name}/001' cannot be a key, webdataset skips"):
+            write(cfg, root, out)
+        return
+    write(cfg, root, out)
+    found = webdataset.WebDataset(str(out / "train-000000.tar"), shardshuffle=False)
+    assert sorted(sample["__key__"] for sample in found) == sorted(["000", f"{name}/001"])
+
+
+def test_a_file_that_is_named_like_the_words_of_webdataset_is_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 1})
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        (root / kind / f"train/000{end}").rename(root / kind / f"train/__x__{end}")
+    with pytest.raises(DataError, match=r"'__x__' cannot be a key"):
+        write(replace(config, splits=["train"]), root, tmp_path / "out")
+
+
+def test_the_source_hash_is_over_names_classes_and_bytes(
+    folder: Path, shards: ShardSet, config: DatasetConfig
+) -> None:
+    entry = shards.content["splits"]["val"]["shards"][0]
+    digest = hashlib.sha256()
+    for sample in list_samples(config, folder, "val")[: entry["samples"]]:
+        digest.update(f"{sample.key}\0{sample.label}".encode())
+        for kind, end in (("images", "jpg"), ("masks", "png")):
+            data = (folder / kind / "val" / f"{sample.key}.{end}").read_bytes()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    assert entry["source_sha256"] == digest.hexdigest()
+
+
+def test_a_finished_set_is_left_alone_and_says_so(
+    folder: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
+    assert "already holds exactly these shards" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 2}), tmp_path / "out"
+    cfg = replace(config, splits=["train"])
+    write_shards(cfg, root, out, seed=0, samples_per_shard=8, workers=1)
+    others = [(replace(cfg, classes=["a", "b", "c"]), 0), (cfg, 1)]
+    for other, seed in others:
+        with pytest.raises(DataError, match="holds something else"):
+            write_shards(other, root, out, seed=seed, samples_per_shard=8, workers=1)
+    mask = root / "masks/train/000.png"
+    pixels = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(mask), np.where(pixels == 1, 0, pixels))
+    with pytest.raises(DataError, match="holds something else"):
+        write_shards(cfg, root, out, seed=0, samples_per_shard=8, workers=1)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").touch()
+    with pytest.raises(DataError, match="holds something else"):
+        write_shards(cfg, root, tmp_path / "notes", seed=0, samples_per_shard=8, workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_before_the_first_shard_leaves_nothing_behind(
+    workers: int, make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 5})
+    for path in (root / "images/train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"jpg' is not a whole JPEG or PNG: empty file \(0 bytes\)"):
+        write(replace(config, splits=["train"]), root, tmp_path / "out", workers=workers)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_digest_covers_the_classes(
+    folder: Path, config: DatasetConfig, tmp_path: Path, shards: ShardSet
+) -> None:
+    other = replace(config, classes=["sky", "road", "shrub"])
+    write_shards(other, folder, tmp_path / "out", seed=3, samples_per_shard=8, workers=1)
+    assert ShardSet.open(tmp_path / "out").digest != shards.digest
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["license"] == "none"
+
+
+def test_wrong_settings_are_refused(folder: Path, config: DatasetConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="samples_per_shard=0"):
+        write_shards(config, folder, tmp_path / "out", seed=0, samples_per_shard=0, workers=1)
+    with pytest.raises(ConfigError, match="seed=-1"):
+        write_shards(config, folder, tmp_path / "out", seed=-1, samples_per_shard=1, workers=1)
+    with pytest.raises(ConfigError, match=r"data.splits is empty"):
+        write_shards(
+            replace(config, splits=[]), folder, tmp_path / "out", seed=0, samples_per_shard=1, workers=1
+        )
+    with pytest.raises(ConfigError, match=r"workers=-2; use -1"):
+        write(config, folder, tmp_path / "out", workers=-2)
+    with pytest.raises(ConfigError, match=r"out='/' has no name"):
+        write(config, folder, Path("/"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_raw_ids_are_counted_before_the_label_map(
+    folder: Path, config: DatasetConfig, tmp_path: Path
+) -> None:
+    merged = replace(config, classes=["ground", "rest"], label_map={0: 1, 1: 0, 2: 255, 9: 0, 255: 255})
+    write(merged, folder, tmp_path / "out", samples_per_shard=8)
+    content = ShardSet.open(tmp_path / "out").content
+    for split in ("train", "val"):
+        masks = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (folder / "masks" / split).iterdir()]
+        ids, pixels = np.unique(np.concatenate([mask.reshape(-1) for mask in masks]), return_counts=True)
+        counts = dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+        entry = content["splits"][split]
+        assert {int(raw): count for raw, count in entry["raw_ids"].items()} == counts
+        assert entry["class_pixels"] == [counts[1], counts[0]]
+        assert entry["ignored_pixels"] == counts[2] + counts[255]
+        assert entry["class_images"] == [sum(bool((mask == raw).any()) for mask in masks) for raw in (1, 0)]
+
+
+def area_average(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each pixel of the result is the mean over the rectangle that it covers in `pixels` (H, W, 3)."""
+
+    def weights(target: int, source: int) -> np.ndarray:
+        edges = np.linspace(0, source, target + 1)
+        left, right = edges[:-1, None], edges[1:, None]
+        covered = np.minimum(right, np.arange(source) + 1) - np.maximum(left, np.arange(source))
+        return covered.clip(0) / (source / target)
+
+    rows, columns = weights(height, pixels.shape[0]), weights(width, pixels.shape[1])
+    return np.einsum("yh,xw,hwc->yxc", rows, columns, pixels.astype(float))
+
+
+def test_images_above_the_long_side_are_reduced_with_their_masks(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 4})  # longer sides 56, 56, 48, 56
+    for path in (root / "images/train").iterdir():
+        cv2.imwrite(str(path.with_suffix(".png")), cv2.imread(str(path)))
+        path.unlink()
+    cfg = replace(config, splits=["train"], image_suffix=".png")
+    write(cfg, root, tmp_path / "out", long_side=48)
+    split = ShardSet.open(tmp_path / "out").split("train")
+    assert find_defects(tmp_path / "out") == []
+    assert split.heights.max() == split.widths.max() == 48
+    for sample in list_samples(cfg, root, "train"):
+        raw, loaded = ShardReader(split).read(split.keys.index(sample.key)), load_sample(cfg, sample)
+        mask, image = loaded.mask, decode_image(loaded.image)
+        assert mask is not None
+        if max(mask.shape) > 48:
+            height, width = (34, 48) if loaded.width == 56 else (48, 34)
+            image = area_average(image, height, width)
+            rows = ((np.arange(height) + 0.5) * loaded.height / height).astype(int)
+            columns = ((np.arange(width) + 0.5) * loaded.width / width).astype(int)
+            mask = mask[rows][:, columns]
+        else:
+            assert raw.image == loaded.image
+        np.testing.assert_array_equal(decode_mask(raw.target), mask)
+        np.testing.assert_allclose(decode_image(raw.image), image, atol=1)
+
+
+def test_a_quality_makes_every_image_a_jpeg(config: DatasetConfig, tmp_path: Path) -> None:
+    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 5, 3), np.uint8), (60, 50))
+    for kind, data in (("images", image), ("masks", image[..., 0] % 3)):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / kind / "train/a.png"), data)
+    cfg = replace(config, splits=["train"], image_suffix=".png")
+    sizes = []
+    for quality in (30, 90):
+        write(cfg, tmp_path, tmp_path / f"out{quality}", quality=quality)
+        raw = ShardReader(ShardSet.open(tmp_path / f"out{quality}").split("train")).read(0)
+        assert image_header(raw.image) == ("jpeg", 50, 60)
+        assert np.abs(decode_image(raw.image)[..., ::-1].astype(int) - image).mean() < 12
+        sizes.append(len(raw.image))
+    assert sizes[0] < sizes[1]
+
+
+def test_images_without_the_wanted_classes_are_left_out_of_training(
+    folder: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = replace(config, drop_classes=["road", "tree"], min_share=0.5)
+    write(cfg, folder, tmp_path / "out", samples_per_shard=8)
+    shares = {}
+    for sample in list_samples(config, folder, "train"):
+        mask = load_sample(config, sample).mask
+        assert mask is not None
+        shares[sample.key] = ((mask == 1) | (mask == 2)).mean()
+    wanted = sorted(key for key, share in shares.items() if share >= 0.5)
+    assert 0 < len(wanted) < 21
+    shards = ShardSet.open(tmp_path / "out")
+    assert sorted(shards.split("train").keys) == wanted
+    assert shards.split("val").num_samples == 10
+    assert {name: split["dropped"] for name, split in shards.content["splits"].items()} == {
+        "train": 21 - len(wanted),
+        "val": 0,
+    }
+    left_out = f"train: {21 - len(wanted)} of 21 images are left out (road, tree below 50 % of the pixels)"
+    assert left_out in capsys.readouterr().out
+    write(cfg, folder, tmp_path / "again", samples_per_shard=8, workers=2)
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "out")
+    write(cfg, folder, tmp_path / "again", samples_per_shard=8)
+    assert "already holds exactly these shards" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"leaves no image of train"):
+        write(replace(cfg, drop_classes=["road"], min_share=0.999), folder, tmp_path / "none")
+
+
+def test_a_finished_set_is_known_again_without_reading_the_source(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 4}), tmp_path / "out"
+    cfg = replace(config, splits=["train"])
+    write(cfg, root, out)
+    image = root / "images/train/001.jpg"
+    before, data = image.stat(), image.read_bytes()
+    image.write_bytes(data[::-1])
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    write(cfg, root, out)  # same name, size and time: not looked into
+    os.utime(image)
+    with pytest.raises(DataError, match="the source differs"):
+        write(cfg, root, out)
+    image.write_bytes(data)
+    write(cfg, root, out)  # another time, but the same bytes
+    (out / ".sources.json").unlink()
+    write(cfg, root, out)
+    assert (out / ".sources.json").exists()
+
+
+def test_a_second_process_is_refused(folder: Path, config: DatasetConfig, tmp_path: Path) -> None:
+    with (
+        WorkFolder(tmp_path / "out").hold(),
+        pytest.raises(DataError, match=r"another process is writing .*out'; wait until it has finished"),
+    ):
+        write(config, folder, tmp_path / "out")
+    write(config, folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def interrupted(make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path) -> Path:
+    """A source of 5 + 1 images whose last one was damaged, sharded as far as it went, and mended."""
+    root = make_folder(tmp_path / "set", {"train": 5, "val": 1})
+    whole = (root / "images/val/000.jpg").read_bytes()
+    (root / "images/val/000.jpg").write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"val/000.jpg' is not a whole JPEG"):
+        write(config, root, tmp_path / "out")
+    (root / "images/val/000.jpg").write_bytes(whole)
+    return root
+
+
+def test_finished_shards_are_kept_after_a_failure(
+    interrupted: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat() for path in (tmp_path / ".out.tmp/set").glob("*.tar")}
+    assert len(before) == 3
+    write(config, interrupted, tmp_path / "out")
+    assert "3 of 4 shards were complete already and are kept" in capsys.readouterr().out
+    for name, stat in before.items():
+        after = (tmp_path / "out" / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+    write(config, interrupted, tmp_path / "undisturbed")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("change", ["seed", "classes", "a further image"])
+def test_other_settings_or_files_start_over_and_say_so(
+    change: str, interrupted: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, seed = config, 3
+    if change == "seed":
+        seed = 4
+    elif change == "classes":
+        cfg = replace(config, classes=["sky", "road", "shrub"])
+    else:
+        for kind, end in (("images", ".jpg"), ("masks", ".png")):
+            source = interrupted / kind / "train"
+            (source / f"new{end}").write_bytes((source / f"000{end}").read_bytes())
+    write(cfg, interrupted, tmp_path / "out", seed=seed)
+    printed = capsys.readouterr().out
+    assert "holds shards of other settings or other files; starting over" in printed
+    assert "are kept" not in printed
+    write(cfg, interrupted, tmp_path / "undisturbed", seed=seed)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("damage", ["source", "tar", "part", "note"])
+def test_a_kept_shard_whose_source_or_file_changed_is_written_again(
+    damage: str, interrupted: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / ".out.tmp"
+    if damage == "source":
+        path = sorted((interrupted / "masks/train").iterdir())[0]
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(pixels == 1, 0, pixels))
+    else:
+        names = {"tar": "set/train-000000.tar", "part": "parts/train-000000.part"}
+        path = work / names.get(damage, "parts/train-000000.json")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    write(config, interrupted, tmp_path / "out")
+    assert "2 of 4 shards were complete already and are kept" in capsys.readouterr().out
+    write(config, interrupted, tmp_path / "undisturbed")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")
+
+
+WITHOUT_LOCKS = """
+import errno
+import fcntl
+import sys
+from pathlib import Path
+
+def refuse(descriptor, kind):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = refuse  # in the worker processes too: they run this file once more
+
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sharding import write_shards
+
+if __name__ == "__main__":
+    cfg = DatasetConfig(name="random", classes=["sky", "road", "tree"], license="none")
+    write_shards(cfg, Path(sys.argv[1]), Path(sys.argv[2]), seed=3, samples_per_shard=8, workers=2)
+"""
+
+
+def test_file_systems_without_locks_work_too(folder: Path, shard_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(WITHOUT_LOCKS)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py"), str(folder), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "out") == hashes(shard_dir)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_lock_counts_as_taken_only_where_there_are_none(
+    code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "lock").open("w") as one, (tmp_path / "lock").open("w") as other:
+        assert pool.flock(one.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert not pool.flock(other.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+        def refuse(descriptor: int, kind: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        if code == errno.EIO:
+            with pytest.raises(OSError, match="Input/output error"):
+                pool.flock(other.fileno(), fcntl.LOCK_SH)
+        else:
+            assert pool.flock(other.fileno(), fcntl.LOCK_SH)
+
+
+def _end_at_the_second(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.faults
+def test_a_worker_that_dies_is_one_error_and_not_a_wait() -> None:
+    with pytest.raises(DataError, match="a worker process died while counting; if memory ran out"):
+        pool.run(_end_at_the_second, range(4), workers=2, total=4, desc="counting")
+
+
+@pytest.mark.faults
+def test_sigkill_at_every_step_loses_no_finished_shard(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 3, "val": 1})
+    script = Path(__file__).with_name("kill_sharding.py")
+    command = [sys.executable, str(script), str(root), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+
+
+@pytest.mark.faults
+def test_sigkill_with_worker_processes_and_the_same_command_again(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root, out = make_folder(tmp_path / "set", {"train": 200, "val": 20}), tmp_path / "out"
+    write(config, root, tmp_path / "undisturbed")
+    command = [
+        *(sys.executable, "data_prep/shard.py", "data=folder", f"root={root}", f"out={out}", "seed=3"),
+        *("samples_per_shard=2", "workers=2", "data.classes=[sky,road,tree]", "data.license=none"),
+        "data.name=random",
+    ]
+    kept: dict[str, int] = {}
+    for finished in (1, 40):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+            while len(list(tmp_path.glob(".out.tmp/parts/*.json"))) < finished:
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert not out.exists()
+        now = {path.name: path.stat().st_ino for path in tmp_path.glob(".out.tmp/set/*.tar")}
+        assert kept.items() <= now.items()
+        kept = {
+            name: now[name] for name in now if (tmp_path / ".out.tmp/parts" / f"{name[:-4]}.json").exists()
+        }
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = re.search(r"^(\d+) of 110 shards were complete already and are kept$", done.stdout, re.MULTILINE)
+    assert found
+    assert len(kept) <= int(found[1]) <= len(kept) + 2  # a worker may finish one before it notices
+    assert kept.items() <= {path.name: path.stat().st_ino for path in out.glob("*.tar")}.items()
+    assert hashes(out) == hashes(tmp_path / "undisturbed")
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="CamVid is not there")
+def test_camvid_is_the_same_bytes_with_one_and_two_workers(tmp_path: Path) -> None:
+    camvid = compose(RunConfig, "config", ["data=camvid"]).data
+    for workers in (1, 2):
+        write(camvid, CAMVID, tmp_path / str(workers), samples_per_shard=128, workers=workers)
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    assert sum(split.num_samples for split in ShardSet.open(tmp_path / "1").splits.values()) == 701

@@ -1,0 +1,160 @@
+import errno
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from servers import serving
+
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.index import pack_index, parse_index
+from segformer.data.shards.verify import find_defects, verify
+from segformer.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def copy(shard_dir: Path, tmp_path: Path) -> Path:
+    """The shards, to be damaged."""
+    return Path(shutil.copytree(shard_dir, tmp_path / "copy"))
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_what_was_written_has_no_defect(shard_dir: Path, class_shards: ShardSet) -> None:
+    assert find_defects(shard_dir, workers=2) == []
+    assert find_defects(class_shards.root) == []
+    verify(shard_dir)
+
+
+def test_a_flipped_bit_anywhere_in_a_tar_is_found(copy: Path) -> None:
+    tar = copy / "train-000000.tar"
+    size = tar.stat().st_size
+    for offset in range(0, size, size // 50):
+        flip(tar, offset, offset % 8)
+        with pytest.raises(DataError, match=r"train-000000.tar' is damaged"):
+            verify(copy)
+        flip(tar, offset, offset % 8)
+
+
+def test_every_defect_is_named_with_file_and_key(copy: Path) -> None:
+    split = ShardSet.open(copy).split("train")
+    for sample_id, member in ((2, "image"), (5, "target")):
+        flip(copy / "train-000000.tar", int(split.records[f"{member}_offset"][sample_id]) + 9)
+    (copy / "train-000001.tar").unlink()
+    flip(copy / "val.idx", 300)
+    flip(copy / "val-000001.tar", 300)
+    found = find_defects(copy, workers=1)
+    for number, part in enumerate(
+        (
+            "val.idx' is damaged (sha256",
+            "train-000000.tar' is damaged (sha256",
+            f"train-000000.tar', key {split.key(2)!r}: the image at offset",
+            f"train-000000.tar', key {split.key(5)!r}: the target at offset",
+            "train-000001.tar' is missing",
+            "val-000001.tar' is damaged (sha256",
+        )
+    ):
+        assert part in found[number]
+    assert len(found) == 6
+    assert find_defects(copy, workers=2) == found
+    with pytest.raises(DataError, match=r"^6 defects in the shards, the first: index .*val.idx' is damaged"):
+        verify(copy)
+
+
+def test_a_shard_that_cannot_be_read_is_named(shard_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.file_digest
+
+    def fail(stream: Any, name: str) -> Any:
+        if str(stream.name).endswith(".tar"):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    found = find_defects(shard_dir)
+    assert len(found) == 5
+    assert f"shard {str(shard_dir / 'train-000000.tar')!r} cannot be read: Input/output error; " in found[0]
+
+
+def test_a_damaged_description_is_the_one_defect(copy: Path) -> None:
+    (copy / "dataset.json").write_text("{}")
+    assert [str(copy / "dataset.json") in line for line in find_defects(copy)] == [True]
+
+
+def test_members_that_the_index_does_not_know_are_found(copy: Path, reseal: Callable[..., None]) -> None:
+    """The tar's trailing blocks are overwritten with one more member; all sums are made to fit."""
+    tar = copy / "val-000001.tar"
+    subprocess.run(
+        ["tar", "--append", "-f", tar, "-C", ROOT, "README.md"], check=True, stdout=subprocess.DEVNULL
+    )
+    reseal(copy)
+    (defect,) = find_defects(copy)
+    assert "holds 'README.md', which the index does not know" in defect
+
+
+def test_labels_other_than_the_index_says_are_found(copy: Path, reseal: Callable[..., None]) -> None:
+    records, labels, keys = (part.copy() for part in parse_index(np.fromfile(copy / "val.idx", np.uint8)))
+    labels["pixels"][0] -= 1
+    content = json.loads((copy / "dataset.json").read_text())
+    content["splits"]["val"]["class_pixels"][labels["label"][0]] -= 1
+    (copy / "val.idx").unlink()
+    (copy / "val.idx").write_bytes(pack_index(records, labels, keys.tobytes()))
+    reseal(copy, content)
+    (defect,) = find_defects(copy)
+    assert "val-000000.tar', key '000': its labels are not those of the index" in defect
+
+
+def test_images_of_another_size_than_the_index_says_are_found(
+    copy: Path, reseal: Callable[..., None]
+) -> None:
+    records, labels, keys = (part.copy() for part in parse_index(np.fromfile(copy / "val.idx", np.uint8)))
+    records["height"][3] += 1
+    (copy / "val.idx").unlink()
+    (copy / "val.idx").write_bytes(pack_index(records, labels, keys.tobytes()))
+    reseal(copy)
+    (defect,) = find_defects(copy)
+    assert "key '003': image or mask is (40, 56), the index has (41, 56) (height, width)" in defect
+
+
+def test_shards_on_a_server_are_read_again_too(copy: Path) -> None:
+    with serving(copy) as server:
+        assert find_defects(server.url) == []
+        split = ShardSet.open(copy).split("train")
+        flip(copy / "train-000002.tar", int(split.records["image_offset"][17]) + 5)
+        found = find_defects(server.url)
+    assert [f"{server.url}/train-000002.tar" in line for line in found] == [True, True]
+
+
+def test_the_command_says_whole_or_names_the_defects_and_fails(copy: Path) -> None:
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "data_prep/verify.py", f"shards={copy}", "workers=1"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    whole = run()
+    assert (whole.returncode, whole.stderr) == (0, "")
+    assert "31 samples" in whole.stdout
+    assert "no defect" in whole.stdout
+    image = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    for path in copy.glob("train-*.tar"):
+        data = bytearray(path.read_bytes())
+        data[600 : 600 + len(image)] = image
+        path.write_bytes(data)
+    damaged = run()
+    assert damaged.returncode == 2
+    assert damaged.stdout.count("is damaged") == 6  # three sums, three images
+    assert damaged.stderr.startswith("DataError: 6 defects in ")
+    assert len(damaged.stderr.splitlines()) == 1

@@ -1,0 +1,387 @@
+"""Every file of conf/data on a miniature tree in the official layout of its set, sharded and read back.
+
+The paths, raw ids and class names below are written out here, not taken from the configuration."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig, class_palette
+from segformer.data.sources.decode import decode_image, decode_label, decode_mask
+from segformer.data.sources.listing import list_samples, load_sample
+from segformer.errors import DataError
+from segformer.training.config import RunConfig, compose
+
+ROOT = Path(__file__).resolve().parents[3]
+CAMVID = ROOT.parent / "shared/data/camvid"
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Files of a set: (split, image, mask) and what its raw ids are, by class name (None: ignored)."""
+
+    pairs: list[tuple[str, str, str]]
+    ids: dict[int, str | None]
+    classes: int
+    lists: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+    """Files that lie beside the images and masks and must not disturb."""
+    indexed: bool = False
+    unknown: int = 250
+    """A raw id that the set does not have."""
+
+
+def voc(masks: str, images: str, lists: str, train: str) -> dict[str, object]:
+    """The layout of VOC's devkit."""
+    keys = {train: ["2007_000032", "2008_000008"], "val": ["2007_000033"]}
+    return {
+        "pairs": [
+            ("val" if split == "val" else "train", f"{images}/{key}.jpg", f"{masks}/{key}.png")
+            for split, names in keys.items()
+            for key in names
+        ],
+        "lists": {f"{lists}/{split}.txt": "\n".join(names) + "\n" for split, names in keys.items()},
+        "extra": [f"{images}/2012_004331.jpg"],
+    }
+
+
+ADE = [
+    ("train", "images/training/ADE_train_00000001.jpg", "annotations/training/ADE_train_00000001.png"),
+    ("train", "images/training/ADE_train_00000002.jpg", "annotations/training/ADE_train_00000002.png"),
+    ("val", "images/validation/ADE_val_00000001.jpg", "annotations/validation/ADE_val_00000001.png"),
+]
+VOC_IDS: dict[int, str | None] = {0: "background", 1: "aeroplane", 7: "car", 15: "person", 20: "tvmonitor"}
+CONTEXT_IDS: dict[int, str | None] = {1: "aeroplane", 14: "car", 37: "person", 47: "sky", 59: "wood"}
+PLAIN = [
+    ("train", "images/train/a.jpg", "masks/train/a.png"),
+    ("val", "images/val/b.jpg", "masks/val/b.png"),
+]
+CITY = "aachen/aachen_000000_000019"
+CITY_VAL = "munster/munster_000173_000019"
+LAYOUTS = {
+    "ade20k": Layout(
+        ADE,
+        {0: None, 1: "wall", 13: "person", 21: "car", 127: "animal", 150: "flag"},
+        150,
+        unknown=151,
+        extra=["objectInfo150.txt", "sceneCategories.txt"],
+    ),
+    "ade20k_4": Layout(
+        ADE,
+        {
+            0: None,
+            1: "background",
+            3: "background",
+            150: "background",
+            5: "plant",
+            10: "plant",
+            18: "plant",
+            67: "plant",
+            73: "plant",
+            13: "person_or_animal",
+            127: "person_or_animal",
+            21: "vehicle",
+            77: "vehicle",
+            81: "vehicle",
+            84: "vehicle",
+            91: "vehicle",
+            103: "vehicle",
+            104: "vehicle",
+            117: "vehicle",
+            128: "vehicle",
+        },
+        4,
+        unknown=151,
+    ),
+    "cityscapes": Layout(
+        [
+            (
+                "train",
+                f"leftImg8bit/train/{CITY}_leftImg8bit.png",
+                f"gtFine/train/{CITY}_gtFine_labelIds.png",
+            ),
+            (
+                "val",
+                f"leftImg8bit/val/{CITY_VAL}_leftImg8bit.png",
+                f"gtFine/val/{CITY_VAL}_gtFine_labelIds.png",
+            ),
+        ],
+        {
+            0: None,
+            3: None,
+            6: None,
+            9: None,
+            29: None,
+            30: None,
+            7: "road",
+            8: "sidewalk",
+            11: "building",
+            17: "pole",
+            21: "vegetation",
+            23: "sky",
+            24: "person",
+            25: "rider",
+            26: "car",
+            31: "train",
+            33: "bicycle",
+        },
+        19,
+        unknown=34,
+        extra=[
+            f"gtFine/train/{CITY}_gtFine_color.png",
+            f"gtFine/train/{CITY}_gtFine_instanceIds.png",
+            f"gtFine/train/{CITY}_gtFine_polygons.json",
+            "leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png",
+        ],
+    ),
+    "coco_stuff164k": Layout(
+        [
+            ("train", "images/train2017/000000000009.jpg", "annotations/train2017/000000000009.png"),
+            ("val", "images/val2017/000000000139.jpg", "annotations/val2017/000000000139.png"),
+        ],
+        {
+            0: "person",
+            10: "fire hydrant",
+            12: "stop sign",
+            89: "toothbrush",
+            91: "banner",
+            181: "wood",
+            255: None,
+        },
+        171,
+        unknown=11,
+        indexed=True,
+    ),
+    "voc2012": Layout(
+        ids={**VOC_IDS, 255: None},
+        classes=21,
+        indexed=True,
+        **voc("SegmentationClass", "JPEGImages", "ImageSets/Segmentation", "train"),
+    ),
+    "voc2012_aug": Layout(
+        ids={**VOC_IDS, 255: None},
+        classes=21,
+        **voc("SegmentationClassAug", "JPEGImages", "ImageSets/Segmentation", "trainaug"),
+    ),
+    "pascal_context_59": Layout(
+        ids={0: None, **CONTEXT_IDS},
+        classes=59,
+        unknown=60,
+        **voc("SegmentationClassContext", "JPEGImages", "ImageSets/SegmentationContext", "train"),
+    ),
+    "pascal_context_60": Layout(
+        ids={0: "background", **CONTEXT_IDS, 255: None},
+        classes=60,
+        unknown=60,
+        **voc("SegmentationClassContext", "JPEGImages", "ImageSets/SegmentationContext", "train"),
+    ),
+    "mapillary_vistas": Layout(
+        [
+            ("train", "training/images/-0AbC_dEf.jpg", "training/v1.2/labels/-0AbC_dEf.png"),
+            ("val", "validation/images/x9Yz.jpg", "validation/v1.2/labels/x9Yz.png"),
+        ],
+        {0: "Bird", 13: "Road", 19: "Person", 55: "Car", 64: "Ego Vehicle", 65: None},
+        65,
+        unknown=66,
+        indexed=True,
+        extra=["training/v1.2/instances/-0AbC_dEf.png", "testing/images/q.jpg"],
+    ),
+    "camvid": Layout(
+        [
+            ("train", "images/train/0001TP_006690.jpg", "masks/train/0001TP_006690.png"),
+            ("val", "images/val/0016E5_07959.jpg", "masks/val/0016E5_07959.png"),
+            ("test", "images/test/0001TP_008550.jpg", "masks/test/0001TP_008550.png"),
+        ],
+        {0: "sky", 3: "road", 8: "car", 10: "bicyclist", 255: None},
+        11,
+    ),
+    "sample": Layout(
+        [
+            ("train", "images/train/a.jpg", "masks/train/a.png"),
+            ("val", "images/val/b.jpg", "masks/val/b.png"),
+        ],
+        {0: "background", 1: "nucleus", 255: None},
+        2,
+    ),
+    "folder": Layout(
+        [
+            ("train", "images/train/a.jpg", "masks/train/a.png"),
+            ("val", "images/val/b.jpg", "masks/val/b.png"),
+        ],
+        {0: "bark", 1: "leaf", 255: None},
+        2,
+    ),
+}
+OVERRIDES = {"folder": ["data.classes=[bark,leaf]", "data.name=folder"]}
+TRIMMED = "ADE_train_00000002"  # of ade20k_4: all background
+
+
+def adapter(name: str) -> DatasetConfig:
+    return compose(RunConfig, "config", [f"data={name}", *OVERRIDES.get(name, [])]).data
+
+
+def raw_mask(layout: Layout, number: int, name: str) -> np.ndarray:
+    """Every raw id of the layout as a square of 4 x 4 pixels, turned by the number of the image."""
+    ids = list(layout.ids)
+    if name == "ade20k_4" and number == 1:
+        ids = [1, 0]
+    row = np.repeat(np.roll(ids, number), 4).astype(np.uint8)
+    return np.tile(row, (4, 1))
+
+
+def write_mask(path: Path, ids: np.ndarray, indexed: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(ids)
+    if indexed:
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    picture.save(path)
+
+
+def write_tree(root: Path, name: str) -> dict[tuple[str, str], np.ndarray]:
+    """The files of a layout; (split, name of the image) -> raw ids."""
+    layout, raw = LAYOUTS[name], {}
+    for number, (split, image, mask) in enumerate(layout.pairs):
+        ids = raw_mask(layout, number, name)
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(root / image), np.full((*ids.shape, 3), 40 * number, np.uint8))
+        write_mask(root / mask, ids, layout.indexed)
+        raw[split, image] = ids
+    for path, text in layout.lists.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    for path in layout.extra:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return raw
+
+
+def read(out: Path) -> Iterator[tuple[str, str, bytes, bytes]]:
+    """(split, key, image, target) of every sample of a set of shards."""
+    for name, split in ShardSet.open(out).splits.items():
+        reader = ShardReader(split)
+        for sample_id in range(split.num_samples):
+            raw = reader.read(sample_id)
+            yield name, raw.key, raw.image, raw.target
+        reader.close()
+
+
+def test_every_file_of_conf_data_has_a_miniature_tree_here() -> None:
+    assert {path.stem for path in (ROOT / "conf/data").glob("*.yaml")} == {*LAYOUTS, "imagenet"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_official_layout_becomes_shards_with_the_official_classes(name: str, tmp_path: Path) -> None:
+    cfg, layout = adapter(name), LAYOUTS[name]
+    raw = write_tree(tmp_path / "set", name)
+    write_shards(cfg, tmp_path / "set", tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    classes = ShardSet.open(tmp_path / "out").classes
+    assert len(classes) == len(class_palette(cfg)) == layout.classes
+    found = {}
+    for split, key, image, target in read(tmp_path / "out"):
+        source = next(path for s, path in raw if s == split and Path(path).name.startswith(Path(key).name))
+        expected = np.vectorize(
+            {ident: classes.index(label) if label else IGNORED for ident, label in layout.ids.items()}.get
+        )(raw[split, source])
+        np.testing.assert_array_equal(decode_mask(target), expected)
+        assert decode_image(image).shape[:2] == expected.shape
+        found[split, source] = True
+    if name == "ade20k_4":
+        raw = {place: ids for place, ids in raw.items() if TRIMMED not in place[1]}
+    assert found.keys() == raw.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if LAYOUTS[name].unknown])
+def test_an_id_that_the_set_does_not_have_is_refused(name: str, tmp_path: Path) -> None:
+    cfg, layout = adapter(name), LAYOUTS[name]
+    write_tree(tmp_path, name)
+    split, _, mask = layout.pairs[0]
+    ids = raw_mask(layout, 0, name)
+    ids[0, 0] = layout.unknown
+    write_mask(tmp_path / mask, ids, layout.indexed)
+    with pytest.raises(DataError, match=rf"holds the ids {layout.unknown}, outside"):
+        [load_sample(cfg, sample) for sample in list_samples(cfg, tmp_path, split)]
+
+
+def test_the_trim_leaves_out_training_images_only(tmp_path: Path) -> None:
+    cfg = adapter("ade20k_4")
+    write_tree(tmp_path / "set", "ade20k_4")
+    for _, _, mask in ADE:
+        write_mask(tmp_path / "set" / mask, raw_mask(LAYOUTS["ade20k_4"], 1, "ade20k_4"), False)
+    write_mask(tmp_path / "set" / ADE[0][2], raw_mask(LAYOUTS["ade20k_4"], 0, "ade20k_4"), False)
+    for _, image, mask in ADE:
+        shape = np.asarray(Image.open(tmp_path / "set" / mask)).shape
+        cv2.imwrite(str(tmp_path / "set" / image), np.zeros((*shape, 3), np.uint8))
+    write_shards(cfg, tmp_path / "set", tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    assert [(split, key) for split, key, *_ in read(tmp_path / "out")] == [
+        ("train", "ADE_train_00000001"),
+        ("val", "ADE_val_00000001"),
+    ]
+
+
+def test_cityscapes_has_the_nineteen_classes_in_the_order_of_their_train_ids() -> None:
+    assert adapter("cityscapes").classes == [
+        *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+        *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train"),
+        *("motorcycle", "bicycle"),
+    ]
+
+
+def test_coco_stuff_leaves_out_the_eleven_things_without_segmentation() -> None:
+    cfg = adapter("coco_stuff164k")
+    assert sorted(set(range(182)) - set(cfg.label_map)) == [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    assert sorted(train for train in cfg.label_map.values() if train != IGNORED) == list(range(171))
+
+
+def test_ade20k_s_four_classes_are_those_of_the_150_by_name() -> None:
+    names, four = adapter("ade20k").classes, adapter("ade20k_4")
+    merged = {
+        "plant": {"tree", "grass", "plant", "field", "flower", "palm"},
+        "person_or_animal": {"person", "animal"},
+        "vehicle": {"car", "boat", "bus", "truck", "airplane", "van", "ship", "minibike", "bicycle"},
+    }
+    for label, members in merged.items():
+        raws = {raw for raw, train in four.label_map.items() if train == four.classes.index(label)}
+        assert {names[raw - 1] for raw in raws} == members
+
+
+def test_imagenet_is_a_thousand_class_folders(tmp_path: Path) -> None:
+    cfg = adapter("imagenet")
+    assert (len(cfg.class_dirs), cfg.class_dirs[0], cfg.class_dirs[-1]) == (1000, "n01440764", "n15075141")
+    some = {"n01440764": 0, "n02012849": 134, "n03126707": 517, "n15075141": 999}
+    for split in ("train", "val"):
+        for name in cfg.class_dirs:
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+        for name in some:
+            data = cv2.imencode(".jpg", np.zeros((9, 7, 3), np.uint8))[1].tobytes()
+            (tmp_path / "set" / split / name / f"{split}_{name}.JPEG").write_bytes(data)
+    write_shards(cfg, tmp_path / "set", tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    assert ShardSet.open(tmp_path / "out").classes == cfg.class_dirs
+    labels = {(split, key): decode_label(target) for split, key, _, target in read(tmp_path / "out")}
+    assert labels == {
+        (split, f"{name}/{split}_{name}"): label for split in ("train", "val") for name, label in some.items()
+    }
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="the whole of CamVid is not in ../shared/data/camvid")
+def test_the_whole_of_camvid_is_listed_and_holds_its_eleven_classes() -> None:
+    cfg = adapter("camvid")
+    samples = {split: list_samples(cfg, CAMVID, split) for split in cfg.splits}
+    assert {split: len(found) for split, found in samples.items()} == {"train": 367, "val": 101, "test": 233}
+    seen: set[int] = set()
+    for sample in samples["val"]:
+        mask = load_sample(cfg, sample).mask
+        assert mask is not None
+        assert mask.shape == (360, 480)
+        seen |= set(np.unique(mask).tolist())
+    for sample in samples["train"] + samples["test"]:
+        seen |= set(np.unique(cv2.imread(str(sample.mask), cv2.IMREAD_UNCHANGED)).tolist())
+    assert seen == {*range(11), IGNORED}

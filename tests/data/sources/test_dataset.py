@@ -1,0 +1,112 @@
+import io
+import struct
+import zlib
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.data.sources.dataset import DatasetConfig, class_palette, image_header, label_table
+from segformer.errors import ConfigError
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a grey PNG of 8 bits."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"exif": True}, {"quality": 100, "subsampling": 0}]
+)
+def test_the_header_of_a_jpeg_gives_its_size(options: dict[str, object]) -> None:
+    picture = Image.fromarray(np.zeros((37, 61, 3), np.uint8))
+    if options.pop("exif", False):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turned by 90 degrees: the stored size counts
+        options["exif"] = exif.tobytes() + b"\0" * 5000
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", **options)
+    assert image_header(buffer.getvalue()) == ("jpeg", 37, 61)
+
+
+def test_an_image_above_the_pixel_limit_is_refused_by_its_header() -> None:
+    assert image_header(png_header(5000, 5000)) == ("png", 5000, 5000)
+    with pytest.raises(ValueError, match="20000 x 20000 pixels"):
+        image_header(png_header(20000, 20000))
+
+
+def test_every_cut_of_a_header_is_refused_or_gives_the_true_size() -> None:
+    for data in (cv2.imencode(".jpg", np.zeros((9, 7, 3)))[1].tobytes(), png_header(7, 9)):
+        for length in range(60):
+            try:
+                assert image_header(data[:length])[1:] == (9, 7)
+            except ValueError:
+                continue
+
+
+def test_generated_colours_are_those_of_pascal_voc() -> None:
+    palette = class_palette(DatasetConfig(classes=[str(index) for index in range(22)]))
+    known = {
+        0: [0, 0, 0],
+        1: [128, 0, 0],
+        2: [0, 128, 0],
+        3: [128, 128, 0],
+        15: [192, 128, 128],
+        20: [0, 64, 128],
+    }
+    assert {index: palette[index].tolist() for index in known} == known
+
+
+def test_given_colours_are_used(config: DatasetConfig) -> None:
+    palette = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert class_palette(replace(config, palette=palette)).tolist() == palette
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_suffix": ".tif"}, "data.image_suffix='.tif'"),
+        ({"mask_suffix": ".jpg"}, "data.mask_suffix='.jpg'"),
+        ({"splits": ["../train"]}, "data.splits"),
+        ({"classes": ["a", "b", "a"]}, "names a twice"),
+        ({"classes": [str(index) for index in range(256)]}, "256 names"),
+        ({"classes": ["a"], "palette": [[0, 0, 0], [1, 1, 1]]}, "2 colours for 1 classes"),
+        ({"classes": ["a"], "palette": [[0, 0, 256]]}, "0 to 255"),
+        ({"classes": ["a"], "label_map": {3: 1}}, "maps 3 to 1"),
+        ({"classes": ["a"], "label_map": {70000: 0}}, "70000"),
+        ({"task": "detection"}, "use segmentation or classification"),
+        ({"split_dirs": {"a b": "x"}}, "data.split_dirs names 'a b'"),
+        ({"mask_colours": [[0, 0]]}, r"data.mask_colours holds \[0, 0\]"),
+        ({"mask_colours": [[0, 0, 1], [0, 0, 1]]}, r"\[0, 0, 1\] twice"),
+        ({"min_share": 0.5}, "needs data.drop_classes"),
+        ({"classes": ["a"], "min_share": 1.0, "drop_classes": ["a"]}, "data.min_share=1.0"),
+        ({"classes": ["a"], "drop_classes": ["a", "b"]}, "data.drop_classes names b,"),
+        ({"class_dirs": ["a"]}, "data.class_dirs means nothing where data.task=segmentation"),
+        ({"task": "classification", "label_map": {0: 255}}, "data.label_map means nothing"),
+        ({"task": "classification", "class_dirs": ["a/b"]}, "the name of a folder"),
+        ({"task": "classification", "classes": ["x"], "class_dirs": ["a", "b"]}, "1 names for 2 folders"),
+        ({"task": "classification", "class_dirs": ["a", "a"]}, "data.class_dirs names a twice"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DatasetConfig(**settings)
+
+
+def test_no_classes_are_an_error_only_when_they_are_needed() -> None:
+    with pytest.raises(ConfigError, match=r"data.classes is empty"):
+        label_table(DatasetConfig())
+
+
+def test_a_classification_set_may_have_more_classes_than_a_mask_holds() -> None:
+    names = [f"n{number:05d}" for number in range(1000)]
+    assert len(class_palette(DatasetConfig(task="classification", classes=names))) == 1000
+
+
+def test_a_folder_is_that_of_the_split_or_what_split_dirs_gives() -> None:
+    cfg = DatasetConfig(split_dirs={"val": "validation"}, mask_dir="masks")
+    assert [cfg.folder("image", split) for split in ("train", "val")] == ["images/train", "images/validation"]
+    assert cfg.folder("mask", "val") == "masks"

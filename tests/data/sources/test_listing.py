@@ -1,0 +1,459 @@
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.decode import decode_image
+from segformer.data.sources.listing import Sample, class_folders, list_samples, load_sample
+from segformer.errors import DataError
+
+IDS = np.array([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1]], np.uint8)
+COLOURS = [[0, 0, 0], [200, 10, 10], [10, 200, 255]]
+CLASSES = DatasetConfig(task="classification", image_dir="{split}", image_suffix=".JPEG")
+
+
+def png(width: int, height: int, bits: int, rows: bytes) -> bytes:
+    """A grey PNG written chunk by chunk."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def packed(ids: np.ndarray, bits: int) -> bytes:
+    """Rows of a grey PNG of 1 to 16 bits, filter type 0."""
+    rows = b""
+    for row in ids:
+        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits += "0" * (-len(digits) % 8)
+        rows += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
+    return rows
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Callable[[bytes], Sample]:
+    """A sample of a 4 x 3 image and the given mask file."""
+
+    def make(mask: bytes) -> Sample:
+        image = tmp_path / "a.png"
+        cv2.imwrite(str(image), np.zeros((3, 4, 3), np.uint8))
+        (tmp_path / "m.png").write_bytes(mask)
+        return Sample("a", str(image), str(tmp_path / "m.png"))
+
+    return make
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_grey_mask_of_any_depth_gives_the_ids_it_stores(
+    bits: int, pair: Callable[[bytes], Sample], config: DatasetConfig
+) -> None:
+    mask = load_sample(config, pair(png(4, 3, bits, packed(IDS, bits)))).mask
+    np.testing.assert_array_equal(mask, IDS)
+
+
+def test_a_one_bit_mask_gives_zero_and_one(pair: Callable[[bytes], Sample], config: DatasetConfig) -> None:
+    mask = load_sample(config, pair(png(4, 3, 1, packed(IDS % 2, 1)))).mask
+    np.testing.assert_array_equal(mask, IDS % 2)
+
+
+def test_an_indexed_mask_gives_indices_and_not_colours(
+    pair: Callable[[bytes], Sample], config: DatasetConfig
+) -> None:
+    picture = Image.fromarray(IDS).convert("P")
+    picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
+    picture.putdata(IDS.reshape(-1).tolist())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    mask = load_sample(config, pair(buffer.getvalue())).mask
+    np.testing.assert_array_equal(mask, IDS)
+
+
+def test_a_label_map_renames_merges_and_ignores_ids_above_255(pair: Callable[[bytes], Sample]) -> None:
+    raw = np.array([[7, 900, 0, 8], [255, 7, 8, 8], [7, 7, 900, 0]], np.uint16)
+    cfg = DatasetConfig(classes=["thing", "stuff"], label_map={7: 0, 8: 1, 900: 1, 0: 255})
+    mask = load_sample(cfg, pair(png(4, 3, 16, packed(raw, 16)))).mask
+    expected = [[{7: 0, 8: 1, 900: 1}.get(int(value), 255) for value in row] for row in raw]
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_the_image_bytes_are_those_of_the_file(folder: Path, config: DatasetConfig) -> None:
+    sample = list_samples(config, folder, "val")[3]
+    loaded = load_sample(config, sample)
+    mask = np.asarray(Image.open(sample.mask))
+    assert loaded.image == sample.image.read_bytes()
+    np.testing.assert_array_equal(loaded.mask, mask)
+    assert (loaded.height, loaded.width) == mask.shape
+    assert loaded.raw_ids == {value: int((mask == value).sum()) for value in np.unique(mask)}
+
+
+def painted(mode: str) -> bytes:
+    """IDS in COLOURS, as a PNG of the mode."""
+    picture = Image.fromarray(np.array(COLOURS, np.uint8)[IDS])
+    picture = picture.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else picture.convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_mask_painted_in_colours_gives_their_positions(
+    mode: str, pair: Callable[[bytes], Sample], config: DatasetConfig
+) -> None:
+    loaded = load_sample(replace(config, mask_colours=COLOURS), pair(painted(mode)))
+    np.testing.assert_array_equal(loaded.mask, IDS)
+    assert loaded.raw_ids == {0: 4, 1: 4, 2: 4}
+
+
+def test_a_grey_mask_counts_as_colours_where_colours_are_given(pair: Callable[[bytes], Sample]) -> None:
+    cfg = DatasetConfig(
+        classes=["a", "b"], mask_colours=[[0] * 3, [7] * 3, [9] * 3], label_map={0: 1, 1: 0, 2: 255}
+    )
+    mask = load_sample(cfg, pair(png(4, 3, 8, packed(np.array([0, 7, 9], np.uint8)[IDS], 8)))).mask
+    np.testing.assert_array_equal(mask, np.array([1, 0, 255])[IDS])
+
+
+def test_a_colour_that_is_not_listed_is_an_error_that_names_it_and_its_place(
+    pair: Callable[[bytes], Sample], config: DatasetConfig
+) -> None:
+    with pytest.raises(DataError, match=r"colour \[10, 200, 255\] at row 0, column 2"):
+        load_sample(replace(config, mask_colours=COLOURS[:2]), pair(painted("RGB")))
+    sixteen = png(4, 3, 16, packed(IDS.astype(np.uint16), 16))
+    with pytest.raises(DataError, match="16 bits a channel"):
+        load_sample(replace(config, mask_colours=COLOURS), pair(sixteen))
+
+
+def test_a_mask_that_is_no_png_is_refused(pair: Callable[[bytes], Sample], config: DatasetConfig) -> None:
+    with pytest.raises(DataError, match="not a PNG"):
+        load_sample(config, pair(cv2.imencode(".jpg", np.zeros((3, 4), np.uint8))[1].tobytes()))
+
+
+def test_samples_are_sorted_and_found_in_sub_folders_by_long_suffixes(tmp_path: Path) -> None:
+    cfg = DatasetConfig(
+        image_dir="left/{split}",
+        mask_dir="fine/{split}",
+        image_suffix="_left.png",
+        mask_suffix="_ids.png",
+        classes=["a"],
+    )
+    for key in ("bonn/b_2", "bonn/b_10", "aachen/a.1"):
+        for kind, end in (("left", "_left.png"), ("fine", "_ids.png"), ("fine", "_colour.png")):
+            path = tmp_path / kind / "train" / f"{key}{end}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    samples = list_samples(cfg, tmp_path, "train")
+    assert [sample.key for sample in samples] == ["aachen/a.1", "bonn/b_10", "bonn/b_2"]
+    assert samples[0].mask == tmp_path / "fine/train/aachen/a.1_ids.png"
+
+
+def _resize(path: Path) -> None:
+    cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[:-1])
+
+
+def _colour(path: Path) -> None:
+    cv2.imwrite(str(path), np.zeros((40, 56, 3), np.uint8))
+
+
+def _paint(path: Path) -> None:
+    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    mask[0, :2] = 254, 9
+    cv2.imwrite(str(path), mask)
+
+
+def _halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing root": (lambda root: shutil.rmtree(root), "is not a folder"),
+    "missing image folder": (lambda root: shutil.rmtree(root / "images/train"), "image folder .* is missing"),
+    "missing mask folder": (lambda root: shutil.rmtree(root / "masks/train"), "mask folder .* is missing"),
+    "image without mask": (lambda root: (root / "masks/train/001.png").unlink(), r"no mask \(001\)"),
+    "mask without image": (lambda root: (root / "images/train/001.jpg").unlink(), r"no image \(001\)"),
+    "unread picture": (lambda root: (root / "images/train/x.JPG").touch(), r"do not end in '.jpg' \(x.JPG\)"),
+    "empty split": (
+        lambda root: [path.unlink() for path in root.rglob("train/*")],
+        "the split is empty",
+    ),
+    "id outside the classes": (lambda root: _paint(root / "masks/train/000.png"), "holds the ids 9, 254"),
+    "mask of another size": (lambda root: _resize(root / "masks/train/000.png"), "56 x 39 pixels"),
+    "mask in colour": (lambda root: _colour(root / "masks/train/000.png"), "3 channels"),
+    "image of 0 bytes": (lambda root: (root / "images/train/000.jpg").write_bytes(b""), "0 bytes"),
+    "truncated image": (lambda root: _halve(root / "images/train/000.jpg"), "truncated"),
+    "truncated mask": (
+        lambda root: _halve(root / "masks/train/000.png"),
+        "truncated|incomplete|unrecognized",
+    ),
+    "text as image": (lambda root: (root / "images/train/000.jpg").write_text("<html>"), "not a JPEG or PNG"),
+}
+
+
+def read_all(config: DatasetConfig, root: Path) -> None:
+    """What sharding reads of the training split."""
+    for sample in list_samples(config, root, "train"):
+        load_sample(config, sample)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_that_names_it(
+    name: str, make_folder: Callable[..., Path], tmp_path: Path, config: DatasetConfig
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 2})
+    change, message = WRONG[name]
+    change(root)
+    with pytest.raises(DataError, match=message) as caught:
+        read_all(config, root)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 11, 12, 13, 16, 20, 500])
+def test_an_image_that_training_cannot_decode_is_refused(
+    cut: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Pillow reads a PNG that lacks up to 22 bytes, OpenCV does not, and says so on standard error."""
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: it is truncated"):
+        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+    assert capfd.readouterr().err == ""
+
+
+def test_an_image_with_fewer_rows_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(4, 3, 8, packed(IDS, 8)[:-5]))
+    with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: image cannot be decoded"):
+        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+
+
+def test_a_jpeg_that_opencv_fills_up_is_refused(tmp_path: Path) -> None:
+    """Pillow still looks at JPEGs: it sees broken data that OpenCV decodes to something."""
+    path, small = tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    data = cv2.imencode(".jpg", cv2.resize(small, (64, 48)))[1].tobytes()
+    refused = []
+    for at in range(600, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= 128
+        path.write_bytes(changed)
+        try:
+            decode_image(bytes(changed))
+            load_sample(CLASSES, Sample("a", str(path), label=0))
+        except DataError as error:
+            refused += ["broken data stream" in str(error)]
+    assert any(refused)
+
+
+def test_a_flipped_bit_in_a_mask_is_refused(pair: Callable[[bytes], Sample], config: DatasetConfig) -> None:
+    whole = png(4, 3, 8, packed(IDS, 8))
+    for at in range(8, len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        with pytest.raises(DataError, match=r"m.png'"):
+            load_sample(config, pair(bytes(damaged)))
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Callable[[str], DatasetConfig]:
+    """Two folders of x, y and z, and a list of the training split with the given text."""
+    for kind, end in (("JPEGImages", ".jpg"), ("Labels", ".png")):
+        (tmp_path / kind).mkdir()
+        for key in "xyz":
+            (tmp_path / kind / f"{key}{end}").touch()
+
+    def make(text: str) -> DatasetConfig:
+        (tmp_path / "train.txt").write_text(text)
+        return DatasetConfig(
+            image_dir="JPEGImages", mask_dir="Labels", split_lists={"train": "train.txt"}, classes=["a"]
+        )
+
+    return make
+
+
+def test_a_list_chooses_the_samples_of_its_split(
+    listed: Callable[[str], DatasetConfig], tmp_path: Path
+) -> None:
+    cfg = listed("z\r\n\n  x \n")
+    assert [sample.key for sample in list_samples(cfg, tmp_path, "train")] == ["x", "z"]
+    assert [sample.key for sample in list_samples(cfg, tmp_path, "val")] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x\nq\n", r"1 of the 2 keys in 'train.txt' have no file .*JPEGImages/<key>.jpg \(q\)"),
+        ("x.jpg\n", r"without folder and suffix"),
+        ("../x\n", "have no file"),
+        ("x\ny\nx\n", r"names x twice"),
+        ("\n\n", "is empty"),
+    ],
+)
+def test_a_wrong_list_is_an_error_that_names_the_line(
+    text: str, message: str, listed: Callable[[str], DatasetConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=message):
+        list_samples(listed(text), tmp_path, "train")
+
+
+def test_a_missing_list_is_an_error(listed: Callable[[str], DatasetConfig], tmp_path: Path) -> None:
+    cfg = listed("x")
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(DataError, match=r"train.txt' of the split train cannot be read: No such file"):
+        list_samples(cfg, tmp_path, "train")
+
+
+def test_linked_sub_folders_are_read_and_circles_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 2})
+    for kind in ("images", "masks"):
+        (root / kind / "train").rename(tmp_path / kind)
+        (root / kind / "train").mkdir()
+        (root / kind / "train/more").symlink_to(tmp_path / kind)
+    assert [sample.key for sample in list_samples(config, root, "train")] == ["more/000", "more/001"]
+    (root / "images/train/again").symlink_to(root / "images")
+    with pytest.raises(DataError, match="links to a folder that it lies in"):
+        list_samples(config, root, "train")
+
+
+def test_circles_of_several_links_are_refused(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 2})
+    for kind in ("images", "masks"):
+        for name, other in (("a", "b"), ("b", "a")):
+            (root / kind / "train" / name).mkdir()
+            (root / kind / "train" / name / "onward").symlink_to(f"../{other}")
+    with pytest.raises(DataError, match=r"(a|b)/onward/onward' links to a folder that it lies in"):
+        list_samples(config, root, "train")
+
+
+def test_a_link_into_a_folder_beside_it_is_no_circle(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 1})
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        for name in ("a/deep", "ab", "c"):
+            (root / kind / "train" / name).mkdir(parents=True)
+        (root / kind / f"train/000{end}").rename(root / kind / f"train/a/deep/000{end}")
+        (root / kind / "train/ab/link").symlink_to("../a")
+        (root / kind / "train/c/link").symlink_to("../ab/link")
+    keys = ["a/deep/000", "ab/link/deep/000", "c/link/deep/000"]
+    assert [sample.key for sample in list_samples(config, root, "train")] == keys
+
+
+CLOSED = """
+import os
+import sys
+from pathlib import Path
+from segformer.data.dataset import DatasetConfig
+from segformer.data.sources import list_samples
+from segformer.errors import DataError
+if os.geteuid() == 0:
+    try:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    except OSError:
+        sys.exit(77)
+try:
+    list_samples(DatasetConfig(classes=["a"]), Path("."), "train")
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """In a process without the rights of root; it starts in a folder whose parents it may not enter."""
+    root = make_folder(tmp_path / "set", {"train": 2})
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755)
+    (root / "images/train/closed").mkdir(mode=0)
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("this root cannot become another user")
+    assert "'images/train/closed' cannot be listed: Permission denied" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def class_tree(tmp_path: Path) -> Path:
+    """Three class folders, of which validation has two."""
+    for name in ("train/cat/1", "train/cat/2", "train/ant/1", "train/bee/1", "val/ant/9", "val/cat/8"):
+        path = tmp_path / f"{name}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path.with_suffix(".jpeg")), np.zeros((5, 7, 3), np.uint8))
+        path.with_suffix(".jpeg").rename(path)
+    return tmp_path
+
+
+def test_class_folders_give_the_labels_of_all_splits_alike(class_tree: Path) -> None:
+    assert class_folders(CLASSES, class_tree) == ["ant", "bee", "cat"]
+    train, val = (list_samples(CLASSES, class_tree, split) for split in ("train", "val"))
+    assert [(sample.key, sample.label) for sample in train] == [
+        *(("ant/1", 0), ("bee/1", 1), ("cat/1", 2), ("cat/2", 2))
+    ]
+    assert [(sample.key, sample.label) for sample in val] == [("ant/9", 0), ("cat/8", 2)]
+    loaded = load_sample(CLASSES, val[0])
+    assert (loaded.mask, loaded.raw_ids, loaded.height, loaded.width) == (None, {}, 5, 7)
+    assert loaded.image == val[0].image.read_bytes()
+
+
+def test_class_dirs_give_the_order_of_the_labels(class_tree: Path) -> None:
+    (class_tree / "val/bee").mkdir()
+    cfg = replace(CLASSES, class_dirs=["cat", "bee", "ant"])
+    assert [(s.key, s.label) for s in list_samples(cfg, class_tree, "val")] == [("ant/9", 2), ("cat/8", 0)]
+
+
+CLASS_FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
+    "folder missing": (lambda root: None, {"class_dirs": ["ant", "bee", "cat", "dog"]}, r"missing .*\(dog\)"),
+    "folder unknown": (lambda root: None, {"class_dirs": ["ant", "cat"]}, r"in no class folder \(bee/1\)"),
+    "loose image": (
+        lambda root: (root / "train/x.JPEG").touch(),
+        {},
+        r"1 images in .* are in no class folder \(x\)",
+    ),
+    "names that do not fit": (lambda root: None, {"classes": ["a", "b"]}, "has 3 class folders"),
+    "no images": (lambda root: [p.unlink() for p in root.rglob("train/*/*")], {}, "the split is empty"),
+}
+
+
+@pytest.mark.parametrize("name", CLASS_FAULTS)
+def test_a_wrong_class_tree_is_an_error_that_names_it(name: str, class_tree: Path) -> None:
+    change, settings, message = CLASS_FAULTS[name]
+    change(class_tree)
+    with pytest.raises(DataError, match=message):
+        list_samples(replace(CLASSES, **settings), class_tree, "train")
+
+
+def test_listing_costs_microseconds_per_file(tmp_path: Path) -> None:
+    for kind, end in (("images", ".jpg"), ("masks", ".png")):
+        for part in range(4):
+            folder = tmp_path / kind / "train" / f"{part}"
+            folder.mkdir(parents=True)
+            for number in range(500):
+                os.close(os.open(folder / f"{number}{end}", os.O_CREAT | os.O_WRONLY))
+    start = time.perf_counter()
+    samples = list_samples(DatasetConfig(classes=["a"]), tmp_path, "train")
+    assert len(samples) == 2000
+    assert time.perf_counter() - start < 2  # 1 ms a sample; measured: 3 microseconds

@@ -1,0 +1,164 @@
+"""The EXIF orientation of images: read from the header, never applied to data, and said aloud."""
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from segformer.data.shards.sharding import find_turned, write_shards
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.decode import decode_image, image_orientation
+from segformer.data.sources.listing import Sample, load_sample
+from segformer.doctor.source_scan import scan_folder
+from segformer.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def encoded(kind: str, orientation: int | None, size: tuple[int, int] = (40, 20), **options: object) -> bytes:
+    """A picture of one colour, with an orientation beside other EXIF entries."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    if orientation is not None:
+        exif[0x010E], exif[0x0112], exif[0x0131] = "a picture", orientation, "a camera"
+        options["exif"] = exif
+    Image.new("RGB", size, (90, 120, 30)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turn(path: Path, orientation: int) -> None:
+    """Write the JPEG again with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as picture:
+        picture.load()
+    picture.save(path, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_what_was_written(kind: str, orientation: int) -> None:
+    assert image_orientation(encoded(kind, orientation)) == orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [None, 0, 9, 65535])
+def test_without_a_known_orientation_an_image_counts_as_upright(kind: str, orientation: int | None) -> None:
+    assert image_orientation(encoded(kind, orientation)) == 1
+
+
+@pytest.mark.parametrize(("order", "number"), [("II", "little"), ("MM", "big")])
+def test_both_byte_orders_are_read(order: str, number: str) -> None:
+    def word(value: int, size: int) -> bytes:
+        return value.to_bytes(size, number)  # type: ignore[arg-type]
+
+    entry = word(0x0112, 2) + word(3, 2) + word(1, 4) + word(8, 2) + b"\0\0"
+    tiff = order.encode() + word(42, 2) + word(8, 4) + word(1, 2) + entry + word(0, 4)
+    segment = b"Exif\0\0" + tiff
+    app1 = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
+    xmp = b"\xff\xe1\0\x1fhttp://ns.adobe.com/xap/1.0/\0"
+    plain = encoded("JPEG", None)
+    assert image_orientation(plain[:2] + xmp + b"\xff" + app1 + plain[2:]) == 8
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_cut_or_damaged_header_has_some_orientation_and_no_error(kind: str) -> None:
+    data = encoded(kind, 6)
+    rng = np.random.default_rng(0)
+    for length in range(len(data)):
+        assert image_orientation(data[:length]) in (1, 6)
+    for _ in range(3000):
+        broken = bytearray(data)
+        broken[rng.integers(len(data))] = rng.integers(256)
+        assert 1 <= image_orientation(bytes(broken)) <= 8
+
+
+def test_reading_the_orientation_costs_a_hundredth_of_decoding() -> None:
+    data = encoded("JPEG", 6, (1280, 960))
+    start = time.perf_counter()
+    for _ in range(20):
+        decode_image(data)
+    decoding = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(20):
+        image_orientation(data)
+    assert time.perf_counter() - start < decoding / 100
+
+
+@pytest.fixture
+def turned_set(make_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A set of 5 and 3 pairs in which two images have an orientation of 3 and one of 2."""
+    root = make_folder(tmp_path / "set", {"train": 5, "val": 3})
+    turn(root / "images/train/003.jpg", 3)
+    turn(root / "images/train/001.jpg", 2)
+    turn(root / "images/val/002.jpg", 3)
+    turn(root / "images/val/000.jpg", 1)
+    return root
+
+
+def test_sharding_counts_the_images_that_exif_would_turn(
+    turned_set: Path, config: DatasetConfig, tmp_path: Path
+) -> None:
+    for samples in (2, 100):
+        out = tmp_path / f"out-{samples}"
+        for _ in range(2):  # written, and found there
+            write_shards(config, turned_set, out, seed=0, samples_per_shard=samples, workers=1)
+            assert find_turned(out) == (3, "images/train/001.jpg", 2)
+
+
+def test_a_set_without_turned_images_has_none_to_report(shard_dir: Path, tmp_path: Path) -> None:
+    assert find_turned(shard_dir) is None
+    assert find_turned(tmp_path) is None
+
+
+def test_the_shards_do_not_depend_on_the_note_of_turned_images(
+    turned_set: Path, config: DatasetConfig, tmp_path: Path
+) -> None:
+    write_shards(config, turned_set, tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    assert "turned" not in (tmp_path / "out/dataset.json").read_text()
+
+
+def test_the_command_warns_of_turned_images_in_one_line(turned_set: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "data_prep/shard.py", "data=folder", f"root={turned_set}", "workers=1"]
+    command += [f"out={tmp_path / 'out'}", "data.classes=[sky,road,tree]"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("WARNING"))
+        assert line == (
+            "WARNING: 3 of 8 images are stored rotated (EXIF orientation 2, first 'images/train/001.jpg'), "
+            "which is not applied: their masks must fit the stored pixels; where they fit the upright "
+            "picture, turn the files (mogrify -auto-orient) and shard again"
+        )
+
+
+def test_classification_images_are_counted_too(
+    make_classes: Callable[..., Path], class_config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_classes(tmp_path / "set", {"train": 3, "val": 3})
+    turn(root / "val/dog/001.jpg", 8)
+    write_shards(class_config, root, tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    assert find_turned(tmp_path / "out") == (1, "val/dog/001.jpg", 8)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_mask_of_another_size_names_the_orientation(
+    config: DatasetConfig, tmp_path: Path, orientation: int
+) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    image, mask = tmp_path / "images/train/a.jpg", tmp_path / "masks/train/a.png"
+    image.write_bytes(encoded("JPEG", orientation))
+    cv2.imwrite(str(mask), np.zeros((40, 20), np.uint8))
+    with pytest.raises(DataError, match="20 x 40 pixels, its image 40 x 20; they must agree") as error:
+        load_sample(config, Sample("a", str(image), str(mask)))
+    hint = "; the image is stored rotated (EXIF orientation 6), which is not applied: the mask must fit"
+    assert (hint in str(error.value)) == (orientation == 6)
+    (defect,) = scan_folder(config, tmp_path, "train", threads=1).defects["size"].examples
+    assert (hint in defect) == (orientation == 6)

@@ -1,0 +1,124 @@
+"""The DeepSpeed configuration as a pure function, and its batch arithmetic."""
+
+import pytest
+import torch
+
+from segformer.distributed.engine import (
+    EngineConfig,
+    bucket_elements,
+    check_batch,
+    deepspeed_config,
+    resolve_precision,
+    resolve_stage,
+)
+from segformer.errors import ConfigError
+
+
+def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp32"):
+    return deepspeed_config(
+        cfg or EngineConfig(zero_stage=1),
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        world_size=world_size,
+        precision=precision,
+        num_parameters=3_700_000,
+    )
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 16), (1, 4), (2, 8), (4, 2), (16, 1)])
+def test_accumulation_keeps_the_global_batch(world_size, micro_batch):
+    made = config(world_size=world_size, micro_batch=micro_batch)
+    accumulation = made["gradient_accumulation_steps"]
+    assert accumulation * micro_batch * world_size == made["train_batch_size"] == 16
+
+
+def test_bf16_is_autocast_and_never_a_whole_model_cast():
+    made = config(precision="bf16")
+    assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "bf16" not in made
+    assert "fp16" not in made
+
+
+def test_extra_adds_keys_also_inside_zero_optimization():
+    made = config(
+        EngineConfig(zero_stage=3, extra={"zero_optimization": {"reduce_bucket_size": 7}, "dump_state": True})
+    )
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["reduce_bucket_size"] == 7
+    assert made["dump_state"] is True
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"train_batch_size": 3},
+        {"zero_optimization": {"stage": 2}},
+        {"bf16": {}},
+        {"scheduler": {}},
+        {"optimizer": {}},
+    ],
+)
+def test_extra_may_not_change_a_derived_key(extra):
+    with pytest.raises(ConfigError, match=r"engine\.extra sets"):
+        config(EngineConfig(zero_stage=1, extra=extra))
+
+
+def test_extra_zero_optimization_must_be_a_mapping():
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        config(EngineConfig(zero_stage=1, extra={"zero_optimization": 3}))
+
+
+def test_a_micro_batch_that_does_not_divide_names_those_that_do():
+    with pytest.raises(ConfigError, match="use micro_batch=1 or 2 or 4"):
+        check_batch(global_batch=16, micro_batch=3, world_size=4)
+
+
+def test_a_world_that_does_not_divide_names_sizes_and_batches_that_do():
+    with pytest.raises(ConfigError, match="world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
+        check_batch(global_batch=16, micro_batch=1, world_size=3)
+
+
+def test_auto_precision_is_fp32_on_a_cpu():
+    assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
+
+
+def test_compiling_at_stage_3_is_refused_and_not_the_default():
+    with pytest.raises(ConfigError, match=r"engine\.compile=true needs engine\.zero_stage=2 or below"):
+        EngineConfig(zero_stage=3, compile=True)
+    assert EngineConfig(zero_stage=3).compile is None
+
+
+@pytest.mark.parametrize("bad", [{"zero_stage": 4}, {"precision": "fp8"}, {"grad_clip": -1.0}])
+def test_nonsense_is_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=rf"engine\.{next(iter(bad))}"):
+        EngineConfig(**bad)
+
+
+def test_the_stage_follows_the_device_unless_it_is_given():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [resolve_stage(EngineConfig(), device) for device in (cpu, gpu)] == [0, 1]
+    assert resolve_stage(EngineConfig(offload_optimizer=True), cpu) == 1
+    assert resolve_stage(EngineConfig(zero_stage=2), cpu) == 2
+
+
+def test_buckets_have_the_size_of_the_model_and_no_more_than_128_mib():
+    assert config(EngineConfig(zero_stage=1))["zero_optimization"]["reduce_bucket_size"] == 3_700_000
+    assert bucket_elements(10**9) * 4 == 128 * 2**20
+    assert bucket_elements(3_320_163) == 3_320_164, "ZeRO-1 and 2 assert an even number"
+    assert "reduce_bucket_size" not in config(EngineConfig(zero_stage=0))["zero_optimization"]
+
+
+def test_offloading_is_asked_of_deepspeed_with_our_own_adamw():
+    made = config(EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True))
+    assert made["zero_force_ds_cpu_optimizer"] is False
+    assert {made["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {
+        "cpu"
+    }
+
+
+@pytest.mark.parametrize(
+    "bad", [{"zero_stage": 0, "offload_optimizer": True}, {"zero_stage": 2, "offload_parameters": True}]
+)
+def test_offloading_what_is_not_partitioned_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"needs engine\.zero_stage="):
+        EngineConfig(**bad)

@@ -1,0 +1,405 @@
+"""Protocols of published scores, against loops over single images that share no code with them."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segformer.data.loading.loader import LoaderConfig
+from segformer.data.shards.format import ShardSet
+from segformer.distributed.world import World
+from segformer.errors import ConfigError, SegformerError
+from segformer.evaluation.evaluate import evaluate
+from segformer.evaluation.inference_mode import (
+    Protocol,
+    ProtocolConfig,
+    check_images,
+    describe,
+    resized,
+    settings,
+    under_protocol,
+    windows,
+)
+from segformer.evaluation.metrics import Scores
+from segformer.inference.export import write_export
+from segformer.inference.score import ValidateConfig, validate
+from segformer.models.segformer import build_classifier, build_model
+from segformer.models.variants import ModelConfig
+from segformer.training.config import compose
+from segformer.training.task import plain_normalize
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = 5
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+
+class Lopsided(nn.Module):
+    """Logits at a quarter size that depend on the column, on far pixels, and on left and right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Conv2d(3, CLASSES, 7, stride=4, padding=3).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.convolution(images)
+        ramp = torch.linspace(-1, 1, logits.shape[3], dtype=logits.dtype)
+        weight = torch.arange(CLASSES, dtype=logits.dtype)[:, None, None]
+        return 3 * logits + ramp * weight + images.mean((1, 2, 3))[:, None, None, None] * weight.flip(0)
+
+
+def pictures(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def bilinear(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def whole(model: nn.Module, image: Tensor) -> Tensor:
+    """Logits (1, K, h, w) of an image (1, 3, h, w)."""
+    return bilinear(model(image), (image.shape[2], image.shape[3]))
+
+
+def slid(model: nn.Module, image: Tensor, window: list[int], stride: list[int]) -> Tensor:
+    """The same by windows, summed and counted pixel by pixel in numpy."""
+    height, width = image.shape[2:]
+    total, count = np.zeros((CLASSES, height, width)), np.zeros((height, width))
+    tops = [*range(0, max(height - window[0], 0), stride[0]), max(height - window[0], 0)]
+    lefts = [*range(0, max(width - window[1], 0), stride[1]), max(width - window[1], 0)]
+    for top in tops:
+        for left in lefts:
+            crop = image[:, :, top : top + window[0], left : left + window[1]]
+            logits = whole(model, crop)[0].numpy()
+            for y in range(crop.shape[2]):
+                for x in range(crop.shape[3]):
+                    total[:, top + y, left + x] += logits[:, y, x]
+                    count[top + y, left + x] += 1
+    return torch.from_numpy(total / count)[None]
+
+
+def averaged(
+    model: nn.Module, image: Tensor, sizes: list[tuple[int, int]], flip: bool, forward: Callable[..., Tensor]
+) -> Tensor:
+    """Mean probabilities at the original size over resized images of `sizes`, and their mirror images."""
+    found = []
+    for size in sizes:
+        scaled = bilinear(image, size)
+        found.append(bilinear(forward(model, scaled), image.shape[2:]).softmax(1))
+        if flip:
+            mirrored = bilinear(forward(model, scaled.flip(-1)), image.shape[2:])
+            found.append(mirrored.softmax(1).flip(-1))
+    return torch.stack(found).mean(0)
+
+
+def each(images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([function(image[None]) for image in images])
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride"),
+    [
+        ((96, 130), [64, 64], [48, 48]),  # the last windows move inwards
+        ((96, 128), [64, 64], [32, 64]),  # they need not
+        ((70, 65), [64, 64], [64, 64]),  # one pixel left over
+        ((40, 100), [64, 48], [10, 7]),  # higher than the image
+        ((50, 40), [64, 64], [48, 48]),  # larger than the image
+        ((64, 64), [64, 64], []),
+        ((100, 90), [40, 33], []),
+    ],
+    ids=str,
+)
+def test_windows_are_averaged_like_a_loop_over_pixels(
+    size: tuple[int, int], window: list[int], stride: list[int]
+) -> None:
+    model, images = Lopsided(), pictures(2, 3, *size)
+    found = Protocol(model, ProtocolConfig(window=window, stride=stride))(images)
+    used = stride or [3 * side // 4 for side in window]
+    torch.testing.assert_close(found, each(images, lambda image: slid(model, image, window, used)))
+
+
+def test_cityscapes_takes_three_windows_in_one_row() -> None:
+    found = windows((1024, 2048), (1024, 1024), (768, 768))
+    assert [(s.start, s.stop) for _, s in found] == [(0, 1024), (768, 1792), (1024, 2048)]
+    assert {(s.start, s.stop) for s, _ in found} == {(0, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("flip", "scales"), [(True, []), (False, [0.5, 1.0, 1.75]), (True, [0.5, 1.0, 1.75])], ids=str
+)
+@pytest.mark.parametrize("window", [[], [40, 36]], ids=str)
+def test_probabilities_are_averaged_at_the_original_size(
+    flip: bool, scales: list[float], window: list[int]
+) -> None:
+    model, images = Lopsided(), pictures(2, 3, 66, 83)
+    cfg = ProtocolConfig(window=window, stride=[20, 30] if window else [], flip=flip, scales=scales)
+    sizes = [(33, 42), (66, 83), (116, 145)] if scales else [(66, 83)]  # 41.5 -> 42, 115.5, 145.25
+
+    def forward(model: nn.Module, image: Tensor) -> Tensor:
+        return slid(model, image, window, [20, 30]) if window else whole(model, image)
+
+    expected = each(images, lambda image: averaged(model, image, sizes, flip, forward))
+    torch.testing.assert_close(Protocol(model, cfg)(images), expected)
+
+
+def test_flipping_a_lopsided_network_makes_it_even() -> None:
+    model, images = Lopsided(), pictures(1, 3, 64, 64)
+    protocol = Protocol(model, ProtocolConfig(flip=True))
+    torch.testing.assert_close(protocol(images.flip(3)), protocol(images).flip(3))
+    with torch.no_grad():
+        assert not torch.allclose(model(images.flip(3)), model(images).flip(3), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "size", "expected"),
+    [
+        ({"short_side": 512}, (683, 1024), (512, 768)),  # 767.6
+        ({"short_side": 512}, (256, 300), (512, 600)),
+        ({"short_side": 512, "long_side": 2048}, (1024, 683), (768, 512)),
+        ({"short_side": 512, "long_side": 2048}, (200, 1000), (410, 2048)),  # 409.6, 2.048 and not 2.56
+        ({"short_side": 512, "long_side": 2048, "size_divisor": 32}, (200, 1000), (416, 2048)),
+        ({"short_side": 512, "size_divisor": 32}, (683, 1024), (512, 768)),
+        ({"size_divisor": 32}, (65, 64), (96, 64)),
+        ({}, (65, 64), (65, 64)),
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_mmcv(
+    keys: dict[str, int], size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert resized(ProtocolConfig(**keys), size)[1] == expected
+
+
+def test_scales_multiply_both_limits_as_in_mmsegmentation() -> None:
+    cfg = ProtocolConfig(short_side=45, long_side=100)
+    assert resized(cfg, (60, 80), 0.75)[1] == (33, 44)  # limits 33 and 75 of 33.75
+    assert resized(cfg, (60, 300), 0.75)[1] == (15, 75)
+
+
+def test_a_resized_image_gives_the_classes_of_two_resizes() -> None:
+    model, images = Lopsided(), pictures(2, 3, 100, 72)
+    logits = Protocol(model, ProtocolConfig(short_side=48))(images)
+    assert logits.shape == (2, CLASSES, 67, 48)
+    expected = each(images, lambda image: whole(model, bilinear(image, (67, 48))))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_stretching_to_the_divisor_is_a_resize_of_its_own() -> None:
+    model, images = Lopsided(), pictures(1, 3, 100, 72)
+    found = Protocol(model, ProtocolConfig(short_side=48, size_divisor=32))(images)
+    expected = each(images, lambda image: whole(model, bilinear(bilinear(image, (67, 48)), (96, 64))))
+    torch.testing.assert_close(found, expected)
+
+
+def test_resizing_is_that_of_opencv() -> None:
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.float32)
+    keep = nn.Identity()
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
+    for short in (32, 140):
+        found = Protocol(keep, ProtocolConfig(short_side=short))(tensor)[0].permute(1, 2, 0).numpy()
+        expected = cv2.resize(image, found.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_the_defaults_are_the_network_itself() -> None:
+    model = Lopsided()
+    assert under_protocol(model, ValidateConfig(batch=3, split="test")) is model
+    assert isinstance(under_protocol(model, ValidateConfig(flip=True)), Protocol)
+    assert describe(ProtocolConfig()) == "whole images, original size"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_that_of_the_network(training: bool) -> None:
+    model = Lopsided().train(training)
+    protocol = Protocol(model, ProtocolConfig(flip=True))
+    assert protocol.training is training
+    protocol.eval()
+    assert not model.training
+    protocol.train(training)
+    assert model.training is training
+
+
+def test_bf16_autocast_averages_in_float32() -> None:
+    model = build_model(ModelConfig(variant="b0"), CLASSES).eval()
+    protocol = Protocol(model, ProtocolConfig(window=[64, 64], flip=True))
+    images = pictures(2, 3, 80, 96).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = protocol(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(2, 80, 96))
+    torch.testing.assert_close(found, protocol(images), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"short_side": -1}, "short_side=-1 must be 0 or more"),
+        ({"short_side": 16}, "short_side=16 is too small"),
+        ({"short_side": 512, "long_side": 500}, "long_side=500 is below short_side=512"),
+        ({"long_side": 500}, "long_side=500 limits short_side, which is 0"),
+        ({"size_divisor": -32}, "size_divisor=-32 must be 0 or more"),
+        ({"window": [64]}, r"window=\[64\] must be"),
+        ({"window": [64, 31]}, r"window=\[64, 31\] must be"),
+        ({"window": [64, -64]}, r"window=\[64, -64\] must be"),
+        ({"stride": [64, 64]}, r"stride=\[64, 64\] has no window"),
+        ({"window": [64, 64], "stride": [64]}, r"stride=\[64\] must be"),
+        ({"window": [64, 64], "stride": [48, 65]}, r"stride=\[48, 65\] must be.*leaves pixels out"),
+        ({"window": [64, 64], "stride": [0, 48]}, r"stride=\[0, 48\] must be"),
+        ({"scales": [1.0, 0.0]}, "0.0 is no factor"),
+        ({"scales": [-0.5]}, "-0.5 is no factor"),
+        ({"scales": [math.nan]}, "nan is no factor"),
+        ({"scales": [math.inf]}, "inf is no factor"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ValidateConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_images_that_would_become_too_small_are_refused_before_the_first() -> None:
+    sizes = [(640, 480), (56, 90)]
+    check_images(ProtocolConfig(flip=True), sizes)
+    check_images(ProtocolConfig(scales=[0.5, 1], size_divisor=32), sizes)
+    with pytest.raises(
+        ConfigError, match=r"scales=\[0.5, 1\]: an image of 56 x 90 .* becomes 28 x 45, .* 29"
+    ):
+        check_images(ProtocolConfig(scales=[0.5, 1]), sizes)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """A network with random weights for the classes of tiny_shards."""
+    classes = list(ShardSet.open(str(tiny_shards)).classes)
+    config = ModelConfig(variant="b0")
+    torch.manual_seed(3)
+    state = build_model(config, len(classes)).state_dict()
+    return write_model(state, config, classes, tmp_path_factory.mktemp("protocol") / "export", tiny_shards)
+
+
+def write_model(
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    classes: list[str],
+    out: Path,
+    shards: Path,
+    **extra: object,
+) -> Path:
+    return write_export(
+        state,
+        config,
+        num_classes=len(classes),
+        classes=classes,
+        palette=[[9 * k, 0, 0] for k in range(len(classes))],
+        mean=MEAN,
+        std=STD,
+        out=out,
+        extra={"step": 7, "digest": "d", "scores": None, "shards": str(shards), **extra},
+    )
+
+
+def test_evaluate_takes_the_keys_and_prints_the_protocol(
+    exported: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    given = [
+        "short_side=64",
+        "long_side=90",
+        "window=[48,64]",
+        "stride=[32,48]",
+        "flip=true",
+        "scales=[1,1.5]",
+    ]
+    options = [f"checkpoint={exported}", "loader.workers=0", "precision=fp32"]
+    printed, _ = run_ranks(2, "launch/evaluate.py", *options, *given)
+    assert (
+        "windows of 48 x 64 every 32 x 48; short side to 64, long side at most 90; scales 1, 1.5; " in printed
+    )
+    cfg = compose(ValidateConfig, "evaluate", [*options, *given])
+    assert settings(cfg)[-1] == "scales=[1.0, 1.5]"
+    scores = validate(cfg)
+    assert isinstance(scores, Scores)
+    plain = validate(compose(ValidateConfig, "evaluate", options))
+    assert isinstance(plain, Scores)
+    assert scores.confusion != plain.confusion
+    assert np.sum(scores.confusion) == np.sum(plain.confusion) > 0
+    assert f"{100 * scores.miou:.2f}" in printed.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("keys", [{"short_side": 72}, {"flip": True}], ids=str)
+def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys: dict[str, int]) -> None:
+    """With the resize of `evaluate` after those of the protocol."""
+    shards = ShardSet.open(str(tiny_shards))
+    split, classes = shards.split("val"), len(shards.classes)
+    torch.manual_seed(5)
+    network = build_model(ModelConfig(variant="b0"), classes).eval()
+    expected, seen = np.zeros((classes, classes), np.int64), []
+
+    def count(batch, _logits) -> None:
+        image = plain_normalize(MEAN, STD)(batch.images, None)
+        size = tuple(image.shape[2:])
+        if "flip" in keys:
+            logits = averaged(network, image, [size], True, whole)
+        else:
+            ratio = 72 / min(size)
+            small = bilinear(image, (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5)))
+            logits = bilinear(whole(network, small).double(), size)
+        chosen, labels = logits.argmax(1).numpy().ravel(), batch.targets.numpy().ravel().astype(int)
+        np.add.at(expected, (labels[labels < classes], chosen[labels < classes]), 1)
+        seen.append(size)
+
+    scores = evaluate(
+        Protocol(network, ProtocolConfig(**keys)),
+        plain_normalize(MEAN, STD),
+        split,
+        LoaderConfig(workers=0),
+        World(0, 0, 1, 1, torch.device("cpu")),
+        num_classes=classes,
+        batch_size=1,
+        bf16=False,
+        interrupted=lambda: False,
+        failed=_raise,
+        watch=count,
+    )
+    assert len(seen) == 3
+    assert scores is not None
+    # Only pixels whose best two classes are equal but for rounding may move.
+    assert np.abs(np.array(scores.confusion) - expected).sum() <= 2e-4 * expected.sum()
+
+
+def test_scales_too_small_for_an_image_of_the_split_end_before_the_first(exported: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^scales=\[0.05\]: an image of "):
+        validate(ValidateConfig(checkpoint=str(exported), scales=[0.05]))
+
+
+def _raise(error: SegformerError) -> None:
+    raise error
+
+
+def test_a_classifier_refuses_a_protocol_in_one_sentence(tmp_path: Path) -> None:
+    shards = shapes.write_set(tmp_path, {"train": 3, "val": 3})
+    classes = list(ShardSet.open(str(shards)).classes)
+    config = ModelConfig(variant="b0")
+    state = build_classifier(config, len(classes)).state_dict()
+    out = write_model(state, config, classes, tmp_path / "export", shards, view=[48, 56])
+    with pytest.raises(ConfigError, match=r"^short_side=64, flip=True: .* is a classifier"):
+        validate(ValidateConfig(checkpoint=str(out), short_side=64, flip=True))
+
+
+def test_the_commands_of_the_documentation_compose() -> None:
+    found = []
+    for line in (ROOT / "docs/recipes.md").read_text("utf-8").splitlines():
+        command, launched, arguments = line.partition("python launch/evaluate.py ")
+        if launched and not command.strip():
+            found.append(compose(ValidateConfig, "evaluate", arguments.split()))
+    assert [describe(cfg) for cfg in found] == [
+        "whole images; short side to 512, long side at most 2048; sides up to multiples of 32",
+        "windows of 1024 x 1024 every 768 x 768, original size",
+    ]

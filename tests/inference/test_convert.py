@@ -1,0 +1,299 @@
+"""launch/convert.py: what it prints and writes, and the mistakes that end with one line and code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.errors import CheckpointError, ConfigError
+from segformer.inference.convert import ConvertConfig, convert
+from segformer.inference.export import ExportConfig, export, read_export
+from segformer.models.segformer import SegFormer, build_model
+from segformer.models.variants import ModelConfig
+from segformer.models.weights.convert import read_weights
+from segformer.training.config import RunConfig, compose, save_config
+
+NAMES = ["wall", "sky", "car"]
+
+
+@pytest.fixture(scope="module")
+def nvlabs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of NVlabs for 3 classes, with its dead parameter and class names."""
+    torch.manual_seed(0)
+    state = build_model(ModelConfig(), 3).state_dict()
+    state["decode_head.conv_seg.weight"] = torch.ones(3, 128, 1, 1)
+    state["decode_head.conv_seg.bias"] = torch.ones(3)
+    path = tmp_path_factory.mktemp("nvlabs") / "segformer.b0.pth"
+    torch.save({"state_dict": state, "meta": {"CLASSES": NAMES}}, path)
+    return path
+
+
+def run(source: Path, out: Path, to: str = "ours", **options: Any) -> list[Path]:
+    return convert(ConvertConfig(source=str(source), out=str(out), to=to, **options))
+
+
+def test_it_prints_what_was_found_left_out_and_written(
+    nvlabs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(nvlabs, tmp_path / "out", "hf")
+    lines = dict(
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "left out" not in line
+    )
+    assert lines["source"] == f"{nvlabs}: NVlabs"
+    assert lines["model"] == "b0, segmentation, 3 classes, decoder_dim 256, 3,714,915 parameters"
+    assert lines["epsilons"].startswith("original: 1e-06 in blocks, 1e-05")
+    assert lines["classes"] == "wall, sky, car"
+    assert lines["wrote"].startswith(f"{tmp_path}/out/model.safetensors, ")
+    assert lines["note"].endswith("these weights are of profile original: outputs differ slightly")
+    assert lines["use"] == f'SegformerForSemanticSegmentation.from_pretrained("{tmp_path}/out")'
+
+
+def test_it_names_the_parameters_that_it_leaves_out(
+    nvlabs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(nvlabs, tmp_path / "out")
+    expected = "left out   2 tensors: decode_head.conv_seg.bias, decode_head.conv_seg.weight"
+    assert expected in capsys.readouterr().out.splitlines()
+
+
+def test_a_chain_through_every_format_brings_the_tensors_back_bit_for_bit(
+    nvlabs: Path, tmp_path: Path
+) -> None:
+    run(nvlabs, tmp_path / "a", "ours")
+    run(tmp_path / "a", tmp_path / "b.pth", "smp")
+    run(tmp_path / "b.pth", tmp_path / "c", "hf")
+    run(tmp_path / "c", tmp_path / "d.pth", "nvlabs")
+    first, last = read_weights(nvlabs), read_weights(tmp_path / "d.pth")
+    assert all(torch.equal(last.state[name], tensor) for name, tensor in first.state.items())
+    run(tmp_path / "d.pth", tmp_path / "e.pth", "mmseg", encoder_only=True)
+    encoder = read_weights(tmp_path / "e.pth").state
+    assert all(torch.equal(first.state[name], tensor) for name, tensor in encoder.items())
+
+
+def test_ours_is_read_by_every_command(nvlabs: Path, tmp_path: Path) -> None:
+    run(nvlabs, tmp_path / "out")
+    trained = read_export(tmp_path / "out")
+    assert trained.classes == NAMES
+    assert trained.model.norm_profile == "original"
+    model = build_model(ModelConfig(pretrained=str(tmp_path / "out")), 3)
+    again = SegFormer.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_is_converted_with_its_own_epsilons_and_classes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    overrides = ["data=sample", f"run_dir={folder}", "model.norm_profile=mmseg"]
+    save_config(compose(RunConfig, "config", overrides), folder / "config.yaml")
+    model = build_model(ModelConfig(), 2)
+    moments = {"exp_avg.x": torch.zeros(1)}
+    write_checkpoint(
+        model.state_dict(), moments, TrainState(step=9), CheckpointConfig(), folder / "checkpoints"
+    )
+    run(folder, tmp_path / "out")
+    exported = read_export(export(ExportConfig(run=str(folder))))
+    converted = read_export(tmp_path / "out")
+    assert converted.model.norm_profile == "mmseg"
+    assert (converted.classes, converted.palette) == (exported.classes, exported.palette)
+    assert (converted.step, converted.mean) == (9, exported.mean)
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_class_map_from_a_file_resizes_the_class_layer(nvlabs: Path, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"map.{suffix}"
+    file.write_text(json.dumps({"other": None, "auto": "car"}) if suffix == "json" else "other:\nauto: car\n")
+    run(nvlabs, tmp_path / "out", class_map=str(file))
+    weights = read_weights(tmp_path / "out")
+    assert weights.card.classes == ["other", "auto"]
+    source = read_weights(nvlabs).state["decode_head.linear_pred.weight"]
+    assert torch.equal(weights.state["decode_head.linear_pred.weight"][1], source[2])
+
+
+def test_fresh_rows_are_those_of_the_seed(nvlabs: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(nvlabs, tmp_path / name, class_map={0: None}, seed=seed)
+    a, b, c = (read_weights(tmp_path / n).state["decode_head.linear_pred.weight"] for n in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_class_names_come_from_a_list_or_a_data_config(nvlabs: Path, tmp_path: Path) -> None:
+    palette = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    (tmp_path / "data.yaml").write_text(f"name: x\nclasses: [a, b, c]\npalette: {palette}\n")
+    run(nvlabs, tmp_path / "one", classes=str(tmp_path / "data.yaml"))
+    assert read_weights(tmp_path / "one").card.palette == palette
+    run(nvlabs, tmp_path / "two", classes=["a", "b", "c"])
+    assert (
+        read_weights(tmp_path / "one").card.classes == read_weights(tmp_path / "two").card.classes == [*"abc"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["a"]}, "classes has 1 names, but the model has 3 classes"),
+        ({"classes": "nowhere.yaml"}, "classes=nowhere.yaml can't be read"),
+        ({"classes": ["a", "b", "a"]}, "classes has several classes named a; give each its own name"),
+        ({"classes": [1, 2, 3]}, "classes must be a list of names"),
+        ({"classes": {"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}}, "its palette can't be used"),
+        ({"class_map": "nowhere.yaml"}, "class_map=nowhere.yaml can't be read"),
+        ({"class_map": ["a"]}, "class_map must be a mapping"),
+        ({"class_map": {0: 7}}, "7 is no class of the file; use 0 to 2"),
+        ({"to": "mmseg"}, "must be the name of a .pth file"),
+        ({"encoder_only": True, "class_map": {0: 0}}, "has no segmentation head"),
+        ({"encoder_only": True, "classes": ["a"]}, "the model has no classes"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_and_nothing_is_written(
+    nvlabs: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(nvlabs, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_yaml_is_one_line(nvlabs: Path, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("a: [1\nb: }")
+    with pytest.raises(ConfigError, match=r"map\.yaml is no YAML or JSON") as caught:
+        run(nvlabs, tmp_path / "out", class_map=str(tmp_path / "map.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["class_map", "classes"])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.yaml", "[" * 20_000, "is nested too deeply"),
+        ("x.json", "[" * 20_000, "is nested too deeply"),
+        ("x.yaml", "sky: 1\ncar: 2\nsky: 0\n", "has sky twice; give each key once"),
+        ("x.yaml", "0: 1\n0: 0\n", "has 0 twice"),
+        ("x.json", '{"sky": 1, "car": 2, "sky": 0}', "has sky twice"),
+        ("x.yaml", "!!int ''", "is no YAML or JSON"),
+    ],
+    ids=["deep yaml", "deep json", "twice", "number twice", "twice json", "no number"],
+)
+def test_a_file_that_cannot_be_meant_is_one_line(
+    nvlabs: Path, tmp_path: Path, key: str, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(nvlabs, tmp_path / "out", **{key: str(tmp_path / name)})
+    assert str(caught.value).startswith(f"{key}={tmp_path}/{name} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_with_a_merge_is_still_read(nvlabs: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("base: &b {name: x}\n<<: *b\nname: y\nclasses: [a, b, c]\n")
+    run(nvlabs, tmp_path / "out", classes=str(tmp_path / "x.yaml"))
+    assert read_weights(tmp_path / "out").card.classes == ["a", "b", "c"]
+
+
+def test_class_names_are_printed_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build_model(ModelConfig(), 3).state_dict()
+    torch.save({"state_dict": state, "meta": {"CLASSES": ["a\x1b[2J", "b\nc", "d"]}}, tmp_path / "x.pth")
+    run(tmp_path / "x.pth", tmp_path / "out")
+    assert "classes    'a\\x1b[2J', 'b\\nc', d" in capsys.readouterr().out.splitlines()
+
+
+def test_the_source_is_never_written_over(nvlabs: Path, tmp_path: Path) -> None:
+    run(nvlabs, tmp_path / "a")
+    before = (tmp_path / "a/config.json").read_bytes()
+    for source, out in (("a", "a"), ("a/model.safetensors", "a"), ("a", "b/../a")):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match="is where the source lies"):
+            run(tmp_path / source, tmp_path / out, "hf")
+    assert (tmp_path / "a/config.json").read_bytes() == before
+
+
+def test_a_file_with_a_hole_is_refused_by_name_and_nothing_is_written(nvlabs: Path, tmp_path: Path) -> None:
+    state = read_weights(nvlabs).state
+    del state["backbone.block1.1.mlp.fc2.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    for to, out in (("ours", "o"), ("hf", "o"), ("nvlabs", "o.pth"), ("smp", "o.pth")):
+        with pytest.raises(
+            CheckpointError, match=r"x\.pth as b0 does not.*1 missing: backbone\.block1\.1\.mlp"
+        ):
+            run(tmp_path / "x.pth", tmp_path / out, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_what_does_not_fit_ends_with_what_a_user_of_convert_can_do(nvlabs: Path, tmp_path: Path) -> None:
+    state = read_weights(nvlabs).state
+    state["decode_head.linear_c2.proj.weight"] = torch.zeros(256, 65)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(
+        CheckpointError, match=r"1 of another shape: .*; get the whole file again, or "
+    ) as caught:
+        run(tmp_path / "x.pth", tmp_path / "out")
+    assert "model.variant" not in str(caught.value)
+    run(tmp_path / "x.pth", tmp_path / "out", encoder_only=True)
+
+
+def test_a_checkpoint_without_the_counter_and_with_a_loss_is_converted_and_both_are_said(
+    nvlabs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {f"net.{name}": tensor for name, tensor in read_weights(nvlabs).state.items()}
+    del state["net.decode_head.linear_fuse.bn.num_batches_tracked"]
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(3)}}, tmp_path / "last.ckpt")
+    run(tmp_path / "last.ckpt", tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert "left out   1 tensors: criterion.weight" in lines
+    assert "note       the prefix 'net.' was taken off the names" in lines
+    assert any(line.startswith("note       decode_head.linear_fuse.bn.num_batches_tracked") for line in lines)
+    assert read_export(tmp_path / "out").state.keys() == read_weights(nvlabs).state.keys()
+
+
+def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "launch/convert.py", *arguments]
+    return subprocess.run(line, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tmp_path: Path) -> None:
+    done = command(
+        root,
+        f"source={nvlabs}",
+        f"out={tmp_path}/out",
+        "class_map={background: null, big car: car, air: 1}",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "class map  3 -> 3 classes: background, big car, air" in done.stdout
+    assert read_weights(tmp_path / "out").card.classes == ["background", "big car", "air"]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"<!DOCTYPE html><html></html>", [], "CheckpointError: {file} is a web page saved under this name"),
+        (b"", ["to=onnx"], "ConfigError: to=onnx is unknown; use one of ours, hf, nvlabs, smp, mmseg"),
+        (b"", ["class_mapp={0:1}"], "ConfigError: class_mapp is not a setting"),
+        (b"", ["seed=99999999999999999999999"], "ConfigError: seed=99999999999999999999999 must be from 0"),
+        (b"", ["source="], "ConfigError: source= is empty; give a file, directory or run"),
+        (b"", ["out="], "ConfigError: out= is empty; give a directory or .pth file"),
+        (b"", ["out='  '"], "ConfigError: out= is empty"),
+        (b"", ["out=x.pth"], "ConfigError: out=x.pth is the name of a file, but to=ours writes a directory"),
+        (
+            b"",
+            ["to=hf", "out=x.SAFETENSORS"],
+            "ConfigError: out=x.SAFETENSORS is the name of a file, but to=hf",
+        ),
+        (b"", [f"source={'x' * 300}"], f"CheckpointError: {'x' * 300} can't be read: File name too long"),
+    ],
+    ids=["web page", "target", "misspelt", "seed", "no source", "no out", "spaces", "ours", "hf", "long"],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    root: Path, tmp_path: Path, content: bytes, arguments: list[str], message: str
+) -> None:
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+    done = command(root, f"source={file}", f"out={tmp_path}/out", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message.format(file=file))
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

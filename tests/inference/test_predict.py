@@ -1,0 +1,270 @@
+"""Prediction of files: what is written, and the inputs that are refused."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.data.sources.decode import decode_image
+from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.inference.export import write_export
+from segformer.inference.predict import PredictConfig, Predictor, overlay, predict, read_image
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+
+PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    model = build_model(ModelConfig(), 3).eval()
+    return write_export(
+        model.state_dict(),
+        ModelConfig(),
+        num_classes=3,
+        classes=["background", "nucleus", "debris"],
+        palette=PALETTE,
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        out=tmp_path_factory.mktemp("model") / "export",
+        extra={},
+    )
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with a JPEG, a grey PNG, and a file that is no picture."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 256, (50, 70, 3), np.uint8)).save(folder / "b.JPG")
+    Image.fromarray(generator.integers(0, 256, (33, 21), np.uint8)).save(folder / "a.png")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def config(checkpoint: Path, source: Path, output: Path) -> PredictConfig:
+    return PredictConfig(checkpoint=str(checkpoint), input=str(source), output=str(output), device="cpu")
+
+
+def test_the_mask_is_an_indexed_png_of_class_ids_at_the_size_of_the_image(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (path,) = predict(config(checkpoint, photos / "b.JPG", tmp_path / "out"))
+    predictor = Predictor.from_export(checkpoint, "cpu")
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        assert picture.getpalette()[:9] == [value for colour in PALETTE for value in colour]
+        assert np.array_equal(np.array(picture), predictor(read_image(photos / "b.JPG")))
+        assert picture.size == (70, 50)
+
+
+def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(config(checkpoint, photos, tmp_path / "deep/out"))
+    names = sorted(path.name for path in (tmp_path / "deep/out").iterdir())
+    assert names == ["a.png", "a_overlay.jpg", "b.png", "b_overlay.jpg"]
+    with Image.open(tmp_path / "deep/out/a_overlay.jpg") as picture:
+        assert picture.size == (21, 33)
+    assert "b.JPG" in capsys.readouterr().out
+
+
+def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoint: Path) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
+    predictor = Predictor.from_export(checkpoint, "cpu")
+    turned = np.ascontiguousarray(image.transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert np.array_equal(predictor(image), predictor(turned))
+
+
+def pictures() -> dict[str, Image.Image]:
+    """Smooth pictures of every mode that a JPEG or PNG may have."""
+    small = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
+    colour = Image.fromarray(small).resize((70, 50), Image.Resampling.BICUBIC)
+    deep = np.linspace(0, 65535, 70 * 50).astype(np.uint16).reshape(50, 70)
+    found = {f"{mode}.png": colour.convert(mode) for mode in ("L", "LA", "RGB", "RGBA", "P", "1")}
+    found |= {f"{mode}.jpg": colour.convert(mode) for mode in ("L", "RGB", "CMYK")}
+    return found | {"I;16.png": Image.fromarray(deep)}
+
+
+@pytest.mark.parametrize("orientation", [None, 1])
+@pytest.mark.parametrize("name", pictures())
+def test_a_photograph_is_decoded_as_in_training(tmp_path: Path, name: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    pictures()[name].save(tmp_path / name, exif=exif)
+    decoded = read_image(tmp_path / name)
+    np.testing.assert_array_equal(decoded, decode_image((tmp_path / name).read_bytes()))
+    assert decoded.std() > 20  # and not one colour, as 16 bits clipped at 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_photograph_is_turned_as_its_exif_orientation_says(
+    tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    pictures()["RGB.png"].save(path, exif=exif)
+    with Image.open(path) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture))
+    decoded = read_image(path)
+    assert decoded.flags.c_contiguous
+    assert np.abs(decoded.astype(int) - expected).max() <= (4 if suffix == "jpg" else 0)
+
+
+def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to view
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    (mask,) = predict(config(checkpoint, tmp_path / "turned.jpg", tmp_path / "out"))
+    for path in (mask, tmp_path / "out/turned_overlay.jpg"):
+        with Image.open(path) as picture:
+            assert picture.size == (20, 40)
+
+
+def test_overlay_blends_colour_keeps_black_classes_and_outlines_regions() -> None:
+    image = np.full((60, 60, 3), 100, np.uint8)
+    mask = np.zeros((60, 60), np.uint8)
+    mask[20:40, 20:40] = 1
+    drawn = overlay(image, mask, np.array(PALETTE, np.uint8), alpha=0.5)
+    assert (drawn[5, 5] == 100).all()
+    assert drawn[30, 30].tolist() == [50, 150, 90]
+    assert drawn[20, 30].tolist() == [0, 200, 80]
+
+
+def test_overlay_dims_what_is_ignored() -> None:
+    image = np.full((9, 9, 3), 100, np.uint8)
+    drawn = overlay(image, np.full((9, 9), IGNORE_INDEX, np.uint8), np.array(PALETTE, np.uint8))
+    assert (drawn == 35).all()
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "missing"])
+def test_a_missing_input_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name} does not exist"):
+        predict(config(checkpoint, tmp_path / name, tmp_path / "out"))
+
+
+def test_a_folder_without_pictures_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no"):
+        predict(config(checkpoint, tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"GIF89a" + b"\0" * 40, b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_jpeg_or_png_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x.jpg' is not a whole JPEG or PNG"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.JPG"])
+def test_a_truncated_picture_is_refused(photos: Path, tmp_path: Path, name: str) -> None:
+    data = (photos / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(DataError, match="not a whole"):
+        read_image(tmp_path / name)
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="10000 x 10000 pixels; the limit is 50000000; make it smaller"):
+            read_image(tmp_path / "bomb.png")
+
+
+def test_two_pictures_of_one_stem_are_refused(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "a.jpg").write_bytes((photos / "b.JPG").read_bytes())
+    with pytest.raises(DataError, match=r"a.jpg and a.png would both become"):
+        predict(config(checkpoint, photos, tmp_path / "out"))
+
+
+def test_an_input_is_never_overwritten(checkpoint: Path, photos: Path) -> None:
+    before = (photos / "a.png").read_bytes()
+    with pytest.raises(ConfigError, match="would overwrite the input"):
+        predict(config(checkpoint, photos / "a.png", photos))
+    assert (photos / "a.png").read_bytes() == before
+
+
+def test_the_folder_of_the_input_is_refused_as_output(checkpoint: Path, photos: Path) -> None:
+    (photos / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"output=.*/photos is the input folder: .*choose another"):
+        predict(config(checkpoint, photos, photos / "../photos"))
+    assert sorted(path.name for path in photos.iterdir()) == ["b.JPG", "notes.txt"]
+
+
+def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "x.png").write_bytes(b"text")
+    Image.new("1", (10_000, 10_000)).save(photos / "y.png")
+    message = r"2 of the 4 images in input=.*photos can't be used; the first: '.*x.png' is not a whole"
+    with pytest.raises(DataError, match=message):
+        predict(config(checkpoint, photos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (40, 40))
+    picture.save(tmp_path / "long.jpg", icc_profile=b"\0" * 400_000)
+    assert len(predict(config(checkpoint, tmp_path / "long.jpg", tmp_path / "out"))) == 1
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_an_output_that_cannot_be_a_folder_is_refused(
+    checkpoint: Path, photos: Path, tmp_path: Path, output: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="output="):
+        predict(config(checkpoint, photos, tmp_path / output))
+
+
+def test_a_checkpoint_that_is_none_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a run"):
+        predict(config(photos, photos, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused(checkpoint: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match="device="):
+        Predictor.from_export(checkpoint, device)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5])
+def test_alpha_outside_0_to_1_is_refused(alpha: float) -> None:
+    with pytest.raises(ConfigError, match="alpha="):
+        PredictConfig(checkpoint="a", input="b", output="c", alpha=alpha)
+
+
+def test_the_command_line_predicts_and_refuses_with_one_line(
+    root: Path, checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "launch/predict.py", f"checkpoint={checkpoint}", *overrides]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    good = run(f"input={photos}", f"output={tmp_path / 'out'}")
+    assert good.returncode == 0, good.stderr
+    assert (tmp_path / "out/b_overlay.jpg").is_file()
+    bad = run(f"input={photos / 'notes.txt'}", f"output={tmp_path / 'out'}")
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert bad.stderr.startswith("DataError: ")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 90), (31, 33)])
+def test_images_smaller_than_the_encoder_takes_are_predicted_at_their_size(
+    checkpoint: Path, size: tuple[int, int]
+) -> None:
+    assert Predictor.from_export(checkpoint, "cpu")(np.zeros((*size, 3), np.uint8)).shape == size

@@ -1,0 +1,268 @@
+"""The report of a run and its pictures: what they show, and that they show it without the network."""
+
+import html.parser
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.errors import CheckpointError, ConfigError
+from segformer.inference.pictures import (
+    PANEL,
+    comparison,
+    mean_iou,
+    read_metrics,
+    smoothed,
+    write_curve,
+    write_overlays,
+)
+from segformer.inference.report import ReportConfig, report, write_report
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+from segformer.training.config import RunConfig, compose, save_config
+
+PALETTE = np.array([[0, 0, 0], [0, 200, 80]], np.uint8)
+CLASSES = ["background", "nucleus"]
+
+
+class References(html.parser.HTMLParser):
+    """Collects everything that a browser would fetch, and the text it would show."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_metrics(run: Path, steps: int = 60, evaluations: tuple[int, ...] = (30, 60)) -> None:
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            row = {"kind": "train", "step": step, "loss": 1 / step, "lr": 1e-3 / step, "images_per_s": 8.0}
+            file.write(json.dumps(row) + "\n")
+        for step in evaluations:
+            row = {"kind": "eval", "step": step, "miou": step / 100, "macc": 0.7, "aacc": 0.9}
+            file.write(json.dumps({**row, "iou": [0.95, None], "acc": [0.97, 0.4]}) + "\n")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(compose(RunConfig, "config", ["data=sample", f"run_dir={folder}"]), folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def trained(run: Path, tiny_shards: Path) -> Path:
+    """A run with a checkpoint, on a few images of the shipped sample."""
+    cfg = compose(RunConfig, "config", ["experiment=sample", f"data.shards={tiny_shards}", f"run_dir={run}"])
+    save_config(cfg, run / "config.yaml")
+    model = build_model(ModelConfig(), 2)
+    moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
+    state = TrainState(step=60, data_digest="d")
+    write_checkpoint(model.state_dict(), moments, state, CheckpointConfig(), run / "checkpoints")
+    write_metrics(run)
+    return run
+
+
+def test_a_run_gets_curve_overlays_and_a_report_of_them(trained: Path) -> None:
+    path = report(ReportConfig(run=str(trained), overlays=3, device="cpu"))
+    assert path == trained / "report.html"
+    assert len(list((trained / "overlays").glob("*.jpg"))) == 3
+    page = References(path.read_text("utf-8"))
+    assert page.tags.count("img") == 4  # the curve and three overlays
+    for shown in ("60.0", "nucleus", "95.0", "97.0", "sample", "global_batch: 8"):
+        assert shown in page.text
+
+
+def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["data=folder", "data.task=classification", "data.classes=[cat,dog]", "data.shards=nowhere"]
+    save_config(compose(RunConfig, "config", [*overrides, "classification.size=96"]), run / "config.yaml")
+    write_metrics(run, evaluations=())
+    row = {"kind": "final", "step": 60, "top1": 0.625, "top5": 0.875, "macc": 0.55, "acc": [0.7, None]}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**row, "step": 30, "top1": 0.75, "kind": "eval"}) + "\n")
+        file.write(json.dumps({**row, "counts": [[1000, 700, 900], [0, 0, 0]]}) + "\n")
+    page = References(report(ReportConfig(run=str(run), device="cpu")).read_text("utf-8"))
+    assert page.tags.count("img") == 1
+    for shown in (
+        "62.5top-1",
+        "75.0best top-1",
+        "87.5top-5",
+        "crops of 96 x 96",
+        "cat70.090.01,000",
+        "dog--0",
+    ):
+        assert shown in page.text
+    assert "mIoU" not in page.text
+    assert "overlays" not in capsys.readouterr().out
+
+
+def test_the_classes_of_a_run_that_leaves_them_to_its_shards_are_numbers_without_these(run: Path) -> None:
+    overrides = ["data=folder", "data.task=classification", "data.shards=nowhere"]
+    save_config(compose(RunConfig, "config", overrides), run / "config.yaml")
+    counts = [[4, 2, 4]] * 300
+    row = {"kind": "final", "step": 1, "top1": 0.5, "top5": 1.0, "macc": 0.5, "counts": counts}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    page = References(write_report(run).read_text("utf-8"))
+    assert "class 299" in page.text
+    assert page.tags.count("details") == 2, "a long table is folded away, as the configuration"
+
+
+def test_the_report_fetches_nothing(trained: Path) -> None:
+    text = report(ReportConfig(run=str(trained), overlays=1, device="cpu")).read_text("utf-8")
+    page = References(text)
+    assert page.links
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in text
+    assert "@import" not in text
+
+
+def test_text_of_the_run_is_escaped(run: Path) -> None:
+    cfg = compose(RunConfig, "config", ["data=sample"])
+    cfg.data.classes = ["<script>alert(1)</script>", "b&b"]
+    cfg.data.name = '"><img src=x>'
+    save_config(cfg, run / "config.yaml")
+    write_metrics(run)
+    page = References(write_report(run).read_text("utf-8"))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_the_name_of_an_overlay_is_escaped(run: Path) -> None:
+    (run / "overlays").mkdir()
+    Image.new("RGB", (4, 4)).save(run / "overlays/00_<b onload=x>&.jpg")
+    page = References(write_report(run).read_text("utf-8"))
+    assert "b" not in page.tags[page.tags.index("figure") :]
+
+
+def test_a_class_without_a_score_is_a_dash_and_not_zero(run: Path) -> None:
+    write_metrics(run)
+    row = write_report(run).read_text("utf-8").split("nucleus</td>")[1].split("</tr>")[0]
+    assert "<td>-</td><td>40.0</td>" in row
+
+
+def test_a_run_without_anything_but_its_configuration_gets_a_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = References(report(ReportConfig(run=str(run), device="cpu")).read_text("utf-8"))
+    assert "No evaluation has been made yet" in page.text
+    assert not (run / "curve.png").exists()
+    printed = capsys.readouterr().out
+    assert "nothing has been logged" in printed
+    assert "no new overlays" in printed
+
+
+def test_a_run_without_evaluations_gets_a_curve(run: Path) -> None:
+    write_metrics(run, evaluations=())
+    path = write_curve(run)
+    with Image.open(path) as picture:
+        assert picture.size == (1350, 840)
+
+
+def test_a_run_of_one_logged_step_gets_a_curve(run: Path) -> None:
+    write_metrics(run, steps=1, evaluations=(1,))
+    assert write_curve(run).is_file()
+
+
+def test_losses_that_are_not_numbers_do_not_stop_the_curve(run: Path) -> None:
+    write_metrics(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 61, "loss": "nan", "lr": null}\n')
+        file.write('{"kind": "train", "step": 62, "loss": "inf", "lr": 0.0}\n')
+    assert write_curve(run).is_file()
+
+
+def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run: Path) -> None:
+    lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 9.0), (2, 2.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
+    assert [(row["step"], row["loss"]) for row in read_metrics(run)] == [(1, 3.0), (2, 2.0)]
+
+
+def test_smoothing_keeps_a_constant_and_a_straight_line_and_reduces_noise() -> None:
+    line = np.linspace(0, 1, 101)
+    assert np.allclose(smoothed(np.full(50, 3.0), 5.0), 3.0)
+    assert np.allclose(smoothed(line, 3.0)[20:-20], line[20:-20])
+    noise = np.random.default_rng(0).normal(size=400)
+    assert smoothed(noise, 5.0).std() < 0.5 * noise.std()
+
+
+def test_the_mean_iou_of_a_picture_is_that_of_sets_of_pixels() -> None:
+    target = np.array([[0, 0, 1, 1, IGNORE_INDEX]], np.uint8)
+    prediction = np.array([[0, 1, 1, 2, 2]], np.uint8)
+    ious = []
+    for k in (0, 1, 2):
+        t = {i for i in range(4) if target[0, i] == k}
+        p = {i for i in range(4) if prediction[0, i] == k}
+        ious.append(len(t & p) / len(t | p))
+    assert mean_iou(target, prediction) == pytest.approx(np.mean(ious))
+    assert mean_iou(np.full((2, 2), IGNORE_INDEX, np.uint8), np.zeros((2, 2), np.uint8)) is None
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (30, 200), (200, 30), (1000, 700)])
+def test_a_comparison_colours_the_prediction_at_the_right_for_any_shape(shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), 255, np.uint8)
+    target = np.zeros(shape, np.uint8)
+    picture = np.array(comparison(image, target, np.ones(shape, np.uint8), classes=CLASSES, palette=PALETTE))
+    blend = np.rint(0.45 * 255 + 0.55 * PALETTE[1])
+    columns = np.flatnonzero((np.abs(picture - blend) <= 1).all(axis=2).sum(axis=0) > 50)
+    assert columns.min() > picture.shape[1] / 2
+    assert abs(len(columns) - PANEL * shape[1] / max(shape)) <= 1
+
+
+def test_overlays_replace_those_of_an_earlier_report_and_leave_other_files(run: Path) -> None:
+    out = run / "overlays"
+    blank = np.zeros((40, 40), np.uint8)
+    sample = ("a/b c", np.zeros((40, 40, 3), np.uint8), blank, blank)
+    write_overlays([sample, sample], out, classes=CLASSES, palette=PALETTE)
+    (out / "mine.txt").touch()
+    (path,) = write_overlays([sample], out, classes=CLASSES, palette=PALETTE)
+    assert path.name == "00_a_b_c.jpg"
+    assert sorted(p.name for p in out.iterdir()) == ["00_a_b_c.jpg", "mine.txt"]
+
+
+def test_more_than_a_row_of_classes_makes_a_taller_legend() -> None:
+    mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    names = [f"a rather long class name {k}" for k in range(64)]
+    palette = np.full((64, 3), 80, np.uint8)
+    image = np.zeros((8, 8, 3), np.uint8)
+    many = comparison(image, mask, mask, classes=names, palette=palette)
+    few = comparison(image, mask * 0, mask * 0, classes=names, palette=palette)
+    assert many.height > few.height
+    assert many.width == few.width
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        report(ReportConfig(run=str(tmp_path)))
+
+
+def test_an_overlay_folder_that_cannot_be_written_is_refused(run: Path) -> None:
+    (run / "overlays").touch()
+    with pytest.raises(ConfigError, match="can't be written"):
+        write_overlays([], run / "overlays", classes=CLASSES, palette=PALETTE)
+
+
+def test_a_negative_number_of_overlays_is_refused() -> None:
+    with pytest.raises(ConfigError, match="overlays=-1"):
+        ReportConfig(run="r", overlays=-1)

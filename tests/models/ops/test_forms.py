@@ -1,0 +1,178 @@
+"""The two forms of the network, `model.ops=fused` and `reference`, are one function."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segformer.models.head import AllMLPHead
+from segformer.models.mit import MixTransformer
+from segformer.models.ops.suite import SUITES
+from segformer.models.segformer import SegFormer, build_model
+from segformer.models.variants import OPS, ModelConfig
+from segformer.training.losses import LossConfig, SegmentationLoss
+
+SMALL = (8, 16, 40, 64)  # a quarter of MiT-B0's channels, one block a stage
+
+
+def small(form: str, *, checkpointing: tuple[int, ...] = (), drop: float = 0.0) -> SegFormer:
+    """A small network with the same weights in every form."""
+    torch.manual_seed(0)
+    ops, one = SUITES[form], (1, 1, 1, 1)
+    options = {"ops": ops, "checkpointing": checkpointing, "drop_path_rate": drop}
+    encoder = MixTransformer(SMALL, one, (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), **options)
+    head = AllMLPHead(SMALL, 32, 5, ops=ops, dropout=drop)
+    head.linear_fuse.bn.running_mean.normal_()
+    head.linear_fuse.bn.running_var.uniform_(0.5, 2)
+    return SegFormer(encoder, head, 5)
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16: bool = False):
+    """Logits, and the gradient of the cross entropy by every parameter as one vector, both in float64."""
+    ops = model.decode_head.ops
+    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), model.num_classes, ops)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(images)
+        loss, _ = criterion(logits, target)
+    loss.backward()
+    found = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+    return logits.detach().double(), found
+
+
+def test_the_suites_are_the_choices_of_the_configuration():
+    assert tuple(SUITES) == OPS
+
+
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])  # on two, linear maps are oneDNN's convolutions
+def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training, threads, use_threads):
+    use_threads(threads)
+    torch.manual_seed(0)
+    images, target = torch.randn(2, 3, 95, 130), torch.randint(0, 150, (2, 95, 130))
+    found = []
+    for form in OPS:
+        torch.manual_seed(1)
+        cfg = ModelConfig(variant=variant, ops=form, drop_path_rate=0.0, dropout=0.0)
+        model = build_model(cfg, 150).train(training)
+        # every ReLU on its right side: at its kink, a difference in the last digit is one in the gradient
+        torch.nn.init.constant_(model.decode_head.linear_fuse.bn.bias, 8.0)
+        found.append(gradients(model, images, target))
+    (logits, grads), (expected, exact) = found
+    assert relative(logits, expected) < 1e-5
+    assert relative(grads, exact) < 1e-5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_and_gradients_agree_within_1e_9_in_float64(training):
+    images, target = torch.randn(2, 3, 95, 130).double(), torch.randint(0, 5, (2, 95, 130))
+    found = [gradients(small(form).double().train(training), images, target) for form in OPS]
+    for got, expected in zip(*found, strict=True):
+        assert relative(got, expected) < 1e-9
+
+
+def test_in_bfloat16_the_fused_form_is_no_further_from_float64_than_the_reference():
+    torch.manual_seed(0)
+    images, target = torch.randn(2, 3, 96, 128), torch.randint(0, 5, (2, 96, 128))
+    exact, exact_grads = gradients(small("reference").double(), images.double(), target)
+    errors = {}
+    for form in OPS:
+        logits, grads = gradients(small(form), images, target, bf16=True)
+        errors[form] = relative(logits, exact), relative(grads, exact_grads)
+    for fused, reference in zip(errors["fused"], errors["reference"], strict=True):
+        assert 0 < fused < 1.1 * reference < 0.1  # a tenth: two roundings of one size
+
+
+def penalty(model: SegFormer, images: torch.Tensor, target: torch.Tensor | None, **options: bool):
+    """Squares of all gradients of the cross entropy, or of the sum of the logits, added up."""
+    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 5, model.decode_head.ops)
+    logits = model(images)
+    loss = logits.sum() if target is None else criterion(logits, target)[0]
+    grads = torch.autograd.grad(loss, list(model.parameters()), **options)
+    return torch.stack([grad.square().sum() for grad in grads]).sum()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_second_derivative_is_refused_by_the_fused_form_and_right_in_the_reference(labelled):
+    """The sum of the logits has a constant gradient, where once_differentiable would say nothing."""
+    images = torch.randn(1, 3, 32, 64).double()
+    target = torch.randint(0, 5, (1, 32, 64)) if labelled else None
+    models = {form: small(form).double().eval() for form in OPS}
+    with pytest.raises(RuntimeError, match=r"no second derivative.*model.ops=reference"):
+        penalty(models["fused"], images, target, create_graph=True)
+    model = models["reference"]
+    weight = model.backbone.patch_embed1.proj.weight
+    way = torch.randn_like(weight)
+    (slope,) = torch.autograd.grad(penalty(model, images, target, create_graph=True), weight)
+    values = []
+    for shift in (1e-5, -2e-5):  # one step up, and from there one below the start
+        with torch.no_grad():
+            weight += shift * way
+        values.append(penalty(model, images, target).item())
+    assert (slope * way).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.tuples(st.integers(32, 1100), st.integers(32, 1100)))
+@pytest.mark.parametrize("gradient", [False, True])
+def test_any_image_size_gives_shape_and_values_of_the_reference(gradient, size):
+    check_size(size, gradient)
+
+
+@pytest.mark.parametrize(
+    "size", [(32, 32), (32, 1100), (1100, 32), (1097, 1093), (33, 33), (37, 541), (1100, 1100), (63, 65)]
+)
+def test_extreme_image_sizes_give_shape_and_values_of_the_reference(size):
+    check_size(size, gradient=False)
+
+
+def check_size(size: tuple[int, int], gradient: bool) -> None:
+    images = torch.randn(1, 3, *size)
+    with torch.set_grad_enabled(gradient):
+        got, expected = (small(form).eval()(images).detach() for form in OPS)
+    assert got.shape == expected.shape == (1, 5, -(-size[0] // 4), -(-size[1] // 4))
+    assert relative(got, expected.double()) < 1e-5
+
+
+def bytes_kept(function, images: torch.Tensor) -> int:
+    """Bytes of the tensors that autograd keeps of one call, parameters among them."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = function(images)  # kept alive until the count
+        return sum(storage.nbytes() for storage in kept.values()) if result is not None else 0
+
+
+@pytest.mark.parametrize("form", OPS)
+def test_checkpointing_gives_the_same_gradients_with_the_same_random_drops(form):
+    images, target = torch.randn(2, 3, 64, 96), torch.randint(0, 5, (2, 64, 96))
+    found = []
+    for stages in ((), (1, 2, 3, 4)):
+        model = small(form, checkpointing=stages, drop=0.3).train()
+        torch.manual_seed(3)
+        found.append(gradients(model, images, target))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert relative(found[1][1], found[0][1]) < 1e-6
+
+
+def test_checkpointing_keeps_less_than_half_of_the_reference_encoder():
+    images = torch.randn(2, 3, 64, 96)
+    whole, again = (
+        bytes_kept(small("reference", checkpointing=stages).train().backbone, images)
+        for stages in ((), (1, 2, 3, 4))
+    )
+    assert again < whole / 2
+
+
+def test_the_fused_step_keeps_less_than_six_tenths_of_the_reference():
+    images = torch.randn(2, 3, 64, 96)
+    fused, reference = (bytes_kept(small(form).train(), images) for form in OPS)
+    assert fused < 0.6 * reference

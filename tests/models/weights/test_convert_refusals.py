@@ -1,0 +1,364 @@
+"""Files that are refused: each is really written, and each is one clear CheckpointError."""
+
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.errors import CheckpointError
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+from segformer.models.weights.convert import Weights, read_weights
+from segformer.models.weights.names import from_ours
+from segformer.models.weights.save import write_hf
+from segformer.models.weights.sizes import find_sizes
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(), 3).state_dict()
+
+
+@pytest.fixture
+def export(state: dict[str, Tensor], tmp_path: Path) -> Path:
+    sizes = find_sizes(state)
+    weights = Weights(source="", state=state, sizes=sizes, format="ours", norm_profile="original")
+    write_hf(weights, tmp_path / "export", section={})
+    return tmp_path / "export"
+
+
+class Touch:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, int]]:
+        return os.mknod, (str(self.path), 0o600)
+
+
+class History:
+    """Stands for the objects that training tools leave in their checkpoints."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_code_is_refused_and_runs_nothing(
+    state: dict[str, Tensor], tmp_path: Path, legacy: bool
+) -> None:
+    content = {"state_dict": state, "meta": Touch(tmp_path / "ran")}
+    torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"bad\.pth is refused: it is a pickle that holds posix\.mknod"):
+        read_weights(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_object_of_a_training_tool_is_named_with_what_to_do(
+    state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({"state_dict": state, "message_hub": History()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"holds \S*History, .*torch\.save\(checkpoint\['state_dict'\]"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"holds torch\.nn\.modules\.linear\.Linear"):
+        read_weights(tmp_path / "model.pt")
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15000000\n"
+
+
+@pytest.mark.parametrize("name", ["segformer.b0.pth", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (HTML, "is a web page saved under this name; download"),
+        (POINTER, "is a Git LFS pointer.*git lfs pull"),
+        (b"", "is empty"),
+        (b"\x00" * 4096, "is neither a PyTorch nor a safetensors file"),
+        (b"PK\x03\x04" + b"\x00" * 100, "can't be read as a PyTorch file"),
+        (b"\x80\x02garbage", "can't be read as a PyTorch file"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken json   ", "cannot be read as safetensors"),
+    ],
+    ids=["html", "lfs", "empty", "zeros", "zip", "pickle", "safetensors"],
+)
+def test_what_is_no_file_of_weights_is_refused_whatever_its_name(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(written(tmp_path / name, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [100, 5000, 0.5, 0.9999])
+@pytest.mark.parametrize("kind", ["pth", "legacy", "safetensors"])
+def test_a_truncated_file_is_refused(
+    state: dict[str, Tensor], tmp_path: Path, kind: str, keep: float
+) -> None:
+    file = tmp_path / f"weights.{kind}"
+    if kind == "safetensors":
+        save_file(from_ours(state, "hf"), file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=kind == "pth")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(CheckpointError, match="may be truncated") as caught:
+        read_weights(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_of_a_pth_is_found(state: dict[str, Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(state, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    with pytest.raises(CheckpointError, match=r"is damaged: the crc32 of its record \S+ is wrong"):
+        read_weights(written(file, bytes(content)))
+
+
+def test_other_archives_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.pth", "w") as archive:
+        archive.add(__file__, "test.py")
+    with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+        archive.writestr("test.py", "x = 1")
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(CheckpointError, match=rf"{name} (is neither|can't be read)"):
+            read_weights(tmp_path / name)
+
+
+RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(64)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (RESNET, r"none of its 2 tensors has a name of a SegFormer \(conv1\.weight"),
+        ({"state_dict": RESNET}, "none of its 2 tensors"),
+        ({}, "holds a dict, not a dictionary of tensors"),
+        ([torch.zeros(1)], "holds a list, not a dictionary"),
+        (torch.zeros(3), "holds a Tensor, not a dictionary"),
+        ({"epoch": 3, "lr": 0.1}, r"2 of 2 entries are no tensors: epoch, lr"),
+        ({"backbone.norm1.weight": torch.zeros(32).to_sparse()}, "not in plain floating point"),
+        (
+            {"backbone.norm1.weight": torch.zeros(32, dtype=torch.int8)},
+            r"norm1\.weight \(int8\).*unquantised",
+        ),
+    ],
+    ids=["resnet", "wrapped resnet", "empty", "list", "tensor", "numbers", "sparse", "int8"],
+)
+def test_other_contents_are_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_weights(tmp_path / "x.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite_are_refused_by_name(
+    state: dict[str, Tensor], tmp_path: Path, value: float
+) -> None:
+    bad = {name: tensor.clone() for name, tensor in state.items()}
+    bad["backbone.norm3.bias"][7] = value
+    torch.save(bad, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN or infinity: backbone\.norm3\.bias"):
+        read_weights(tmp_path / "x.pth")
+
+
+def enlarged(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Networks with our names and other sizes."""
+    channels = state | {"backbone.patch_embed1.proj.weight": torch.zeros(32, 4, 7, 7)}
+    deeper = dict(state)
+    for name, tensor in state.items():
+        if name.startswith("backbone.block2.1."):
+            deeper[name.replace("block2.1.", "block2.2.")] = tensor
+    pvt = dict(state)
+    for stage in (1, 2):
+        for block in (0, 1):
+            name = f"backbone.block{stage}.{block}.mlp.fc1.weight"
+            pvt[name] = torch.cat([state[name]] * 2)
+    wide = state | {"backbone.patch_embed4.proj.weight": torch.zeros(300, 160, 3, 3)}
+    swapped = state | {"backbone.block1.0.attn.sr.weight": torch.zeros(32, 32, 1, 1)}
+    hole = {name: tensor for name, tensor in state.items() if name != "backbone.patch_embed3.proj.weight"}
+    flat = state | {"backbone.patch_embed1.proj.weight": torch.zeros(32)}
+    headless = {name: t for name, t in state.items() if name != "decode_head.linear_pred.weight"}
+    return {
+        "channels": channels,
+        "deeper": deeper,
+        "pvt": pvt,
+        "wide": wide,
+        "swapped": swapped,
+        "hole": hole,
+        "flat": flat,
+        "headless": headless,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("channels", "nearest is b0, but it has input channels 4 instead of 3"),
+        ("deeper", "depths 2,3,2,2 instead of 2,2,2,2"),
+        ("pvt", "mlp_ratios 8,8,4,4 instead of 4,4,4,4"),
+        ("wide", "embed_dims 32,64,160,300 instead of 32,64,160,256"),
+        ("swapped", "sr_ratios 1,4,2,1 instead of 8,4,2,1"),
+        ("hole", r"backbone\.patch_embed3\.proj\.weight is missing; the file is incomplete"),
+        ("flat", r"patch_embed1\.proj\.weight has the shape \(32,\)"),
+        ("headless", r"decode_head\.linear_pred\.weight is missing"),
+    ],
+)
+def test_sizes_of_no_variant_are_refused_and_named(
+    state: dict[str, Tensor], tmp_path: Path, kind: str, message: str
+) -> None:
+    torch.save(enlarged(state)[kind], tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth: .*{message}"):
+        read_weights(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "glpn"),
+        ("num_attention_heads", [1, 2, 4, 8]),
+        ("strides", [4, 2, 2, 1]),
+        ("hidden_act", "relu"),
+        ("hidden_sizes", [64, 128, 320, 512]),
+    ],
+)
+def test_a_config_of_another_network_is_refused(
+    state: dict[str, Tensor], tmp_path: Path, key: str, value: object
+) -> None:
+    save_file(from_ours(state, "hf"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=f"config.json says {key}="):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "has no config.json"),
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, not an object"),
+        ("[" * 100_000, "is not valid JSON"),
+    ],
+    ids=["none", "torn", "list", "deep"],
+)
+def test_a_directory_without_a_sound_config_is_refused(
+    state: dict[str, Tensor], tmp_path: Path, config: str | None, message: str
+) -> None:
+    save_file(from_ours(state, "hf"), tmp_path / "model.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path)
+
+
+def test_a_directory_without_weights_is_refused_and_a_file_in_it_suggested(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing.*expected one of"):
+        read_weights(tmp_path)
+    (tmp_path / "mit_b0.pth").touch()
+    with pytest.raises(CheckpointError, match=r"give the file itself: \S+mit_b0\.pth"):
+        read_weights(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_weights(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"names part-2\.safetensors, which is missing"),
+        ("outside", r"names '\.\./part-2\.safetensors', which is no file beside it"),
+        ("absolute", "which is no file beside it; refused"),
+        ("unlisted", r"holds tensors that \S+ does not list: stray"),
+        ("lacking", "lists tensors that its files lack: ghost"),
+        ("list", "has no weight_map"),
+    ],
+)
+def test_damaged_shards_are_refused(
+    state: dict[str, Tensor], tmp_path: Path, damage: str, message: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    theirs = from_ours(state, "hf")
+    files = ["part-1.safetensors", "part-2.safetensors"]
+    weight_map = {name: files[index % 2] for index, name in enumerate(theirs)}
+    for file in files:
+        stray = {"stray": torch.zeros(1)} if damage == "unlisted" else {}
+        save_file({n: t for n, t in theirs.items() if weight_map[n] == file} | stray, folder / file)
+    second = {"outside": "../part-2.safetensors", "absolute": str(tmp_path / "part-2.safetensors")}.get(
+        damage
+    )
+    if second:
+        (folder / files[1]).rename(tmp_path / files[1])
+        weight_map = {name: second if file == files[1] else file for name, file in weight_map.items()}
+    if damage == "missing":
+        (folder / files[1]).unlink()
+    if damage == "lacking":
+        weight_map["ghost"] = files[0]
+    index = {"weight_map": list(weight_map) if damage == "list" else weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("variant", "b9"),
+        ("norm_profile", "batch"),
+        ("norm_profile", ["hf"]),
+        ("classes", "all"),
+        ("classes", ["one"]),
+        ("palette", [[0, 0, 300]] * 3),
+        ("mean", [1.0]),
+        ("std", None),
+    ],
+)
+def test_a_damaged_section_of_an_export_is_refused(export: Path, key: str, value: object) -> None:
+    config = json.loads((export / "config.json").read_text())
+    config["segformer"][key] = value
+    (export / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r'section "segformer" beside it is damaged'):
+        read_weights(export)
+
+
+def test_an_export_with_the_weights_of_another_is_refused(export: Path) -> None:
+    file = export / "model.safetensors"
+    tensors = load_file(file)
+    tensors["decode_head.classifier.bias"] += 1
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"damaged or of another export \(sha256\)"):
+        read_weights(export)
+
+
+def test_a_damaged_checkpoint_of_a_run_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
+    moments = {"exp_avg.x": torch.zeros(1)}
+    path = write_checkpoint(state, moments, TrainState(step=5), CheckpointConfig(), tmp_path / "checkpoints")
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors is not the one"):
+        read_weights(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        read_weights(tmp_path)

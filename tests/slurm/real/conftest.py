@@ -1,0 +1,228 @@
+"""A real cluster and runs on it; everything here is skipped, with the reason, where none can be started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 80
+JOB = ("gpus_per_node=0", "cpus_per_task=2", "mem=2G", "time=20m", "signal_delay_s=60")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted run."""
+
+    cluster: Cluster
+    run_dir: Path
+    id: str
+
+    def lines(self, kind: str = "train") -> list[dict]:
+        """Its lines of one kind so far."""
+        path = self.run_dir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return [line for line in map(json.loads, whole) if line["kind"] == kind]
+
+    @property
+    def step(self) -> int:
+        """The newest step that was logged."""
+        return max((line["step"] for line in self.lines()), default=0)
+
+    @property
+    def attempts(self) -> list[dict]:
+        """Its starts."""
+        path = self.run_dir / "slurm/attempts.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
+        """Wait until a step has been logged."""
+        self.cluster.wait(lambda: self.step >= step, timeout_s, f"step {step} of {self.run_dir.name}")
+
+    def wait_for_attempt(self, count: int, timeout_s: float = 120) -> None:
+        """Wait until the run has begun `count` times."""
+        self.cluster.wait(lambda: len(self.attempts) >= count, timeout_s, f"attempt {count}")
+
+    def gone_on(self, times: int) -> bool:
+        """Whether the run has been continued so many times, and has made ten steps since."""
+        continued, lines = self.lines("continued"), self.lines()
+        begin = continued[-1]["step"] if continued else 0
+        return len(continued) >= times and bool(lines) and lines[-1]["step"] >= begin + 10
+
+    def wait_until_gone_on(self, times: int, timeout_s: float = 150) -> None:
+        """Wait for `gone_on`."""
+        self.cluster.wait(lambda: self.gone_on(times), timeout_s, f"continuation {times}")
+
+    def end(self, timeout_s: float = 180) -> str:
+        """Wait for the end; the state."""
+        self.cluster.wait_for_state(self.id, *ENDED, timeout_s=timeout_s)
+        return self.cluster.job(self.id)["JobState"]
+
+    def logs(self) -> str:
+        """Everything that was printed."""
+        paths = sorted(self.run_dir.glob("slurm/*/logs/*"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in paths)
+
+
+def _kill(job: Job) -> None:
+    job.cluster.run("scancel", "--signal=KILL", "--full", job.id, check=False)
+    job.cluster.run("scancel", job.id, check=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _available() -> None:
+    if reason := Cluster.missing():
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def _one_thread() -> Iterator[None]:
+    """One thread a rank, here and there: sums of floats depend on their number."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Iterator[Cluster]:
+    """Three nodes, and two apart."""
+    with Cluster(tmp_path_factory.mktemp("cluster"), nodes=3, apart=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def overrides(tiny_shards: Path) -> Callable[..., list[str]]:
+    """A run of 4 images a step that logs every step and writes down its samples.
+
+    Without drop-out, whose masks depend on the number of ranks.
+    """
+
+    def of(run_dir: Path, *more: str) -> list[str]:
+        return [
+            *("experiment=sample", f"name={run_dir.name}", f"run_dir={run_dir}"),
+            *(f"data.shards={tiny_shards}", f"steps={STEPS}", "global_batch=4", "eval_every=1000"),
+            *("overlays=0", "augment.crop=[64,64]", "loader.workers=0", "telemetry.log_every=1"),
+            *("model.drop_path_rate=0", "model.dropout=0", "checkpoint.save_every=1000"),
+            *("telemetry.progress=false", "telemetry.ledger=true"),
+            *more,
+        ]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """launch/slurm.py on the login node of a cluster."""
+
+    def run(cluster: Cluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return cluster.run(sys.executable, ROOT / "launch/slurm.py", *arguments, check=check)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(
+    cluster: Cluster, overrides: Callable[..., list[str]], launch: Callable[..., object]
+) -> Callable[..., Job]:
+    """Submit a run by launch/slurm.py: (its directory, *settings)."""
+
+    def of(run_dir: Path, *settings: str) -> Job:
+        given = {setting.partition("=")[0] for setting in settings}
+        shape = [s for s in ("nodes=2", "tasks_per_node=2", *JOB) if s.partition("=")[0] not in given]
+        said = launch(cluster, *shape, *overrides(run_dir, *settings)).stdout
+        return Job(cluster, run_dir, said.partition(":")[0].removeprefix("job "))
+
+    return of
+
+
+@pytest.fixture
+def submit(start: Callable[..., Job], tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Submit a run in a folder of the test: (*settings); it is killed at the end of the test."""
+    jobs = []
+
+    def of(*settings: str) -> Job:
+        jobs.append(start(tmp_path / f"job{len(jobs)}", *settings))
+        return jobs[-1]
+
+    yield of
+    for job in jobs:
+        _kill(job)
+
+
+@pytest.fixture(scope="session")
+def alone(
+    overrides: Callable[..., list[str]], run_ranks: Callable[..., list[str]], _one_thread: None
+) -> Callable[..., None]:
+    """The same run on four ranks of this machine, without Slurm: (its directory, *settings)."""
+
+    def of(run_dir: Path, *settings: str) -> None:
+        run_ranks(4, "launch/train.py", *overrides(run_dir, *settings))
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def undisturbed(alone: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run without Slurm."""
+    run_dir = tmp_path_factory.mktemp("local") / "whole"
+    alone(run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def powered(cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with all its nodes up, before and after."""
+    yield cluster
+    for node in cluster.nodes:
+        if cluster.down(node):
+            cluster.boot(node)
+    cluster.wait(cluster.idle, 60, "all nodes idle again")
+
+
+@pytest.fixture(scope="session")
+def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """A run that meets its time limit of two minutes three times, on nodes of its own.
+
+    It takes minutes, so it begins with the first test and costs nothing while it waits: its ranks are stopped
+    (SIGSTOP) after some steps of each attempt, until the signal of the time limit waits for them.
+    """
+    job = start(tmp_path_factory.mktemp("limited") / "job", "time=2m", "partition=apart")
+    over = threading.Event()
+
+    def hold_back() -> None:
+        for attempt in range(1, 4):
+            while not over.is_set() and not job.gone_on(attempt - 1):
+                time.sleep(0.2)
+            stopped = [node for node in job.cluster.apart if job.cluster.signal("STOP", node)]
+            try:
+                while not over.is_set() and not all(job.cluster.told(node) for node in stopped):
+                    time.sleep(0.5)
+            finally:
+                for node in stopped:
+                    job.cluster.signal("CONT", node)
+
+    def keep() -> None:
+        try:
+            hold_back()
+        except Exception as error:
+            failed.append(error)
+
+    failed: list[Exception] = []
+    thread = threading.Thread(target=keep, name="limited")
+    thread.start()
+    yield job
+    over.set()
+    thread.join()
+    _kill(job)
+    assert not failed, failed[0]

@@ -1,0 +1,395 @@
+"""The batch script of launch/slurm.py: what stands in it, and that no field can bring a command into it."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from segformer.errors import ConfigError
+from segformer.slurm.script import JobFolder, command_script, sbatch_script
+from segformer.slurm.settings import SlurmConfig, memory, minutes
+from segformer.slurm.submission import describe, plain_path
+from segformer.training.config import RunConfig, compose, load_config, save_config
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = [
+    "a\nrm -rf x",
+    "a\r\nb",
+    "a\0b",
+    "a b",
+    "a;b",
+    "a'b",
+    'a"b',
+    "a`b`",
+    "$(touch x)",
+    "${HOME}",
+    "a|b",
+    "a>b",
+    "../../x",
+    "-x",
+    "--wrap=x",
+    "\N{FULLWIDTH DIGIT ONE}",
+    "a" * 300,
+]
+TEXTS = ["partition", "account", "qos", "constraint", "mem", "time"]
+UNUSUAL = ["a b", "-x", "--wrap=x", "a" * 300]  # as names of folders
+
+
+def load(name: str) -> ModuleType:
+    """launch/ is a folder of scripts, so the module is loaded from its file."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+slurm = load("slurm")
+
+
+def script(*overrides: str, **fields: object) -> str:
+    run = compose(RunConfig, "config", list(overrides))
+    cfg, run_dir = SlurmConfig(**fields), plain_path("run_dir", run.run_dir)
+    describe(cfg, run)
+    return sbatch_script(cfg, run.name, JobFolder(run_dir / "slurm/0001"), ROOT, run_dir)
+
+
+def options(text: str) -> dict[str, str]:
+    """The #SBATCH options of a script, as sbatch splits them."""
+    words = [shlex.split(line.removeprefix("#SBATCH "))[0] for line in text.splitlines() if "#SBATCH" in line]
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    return {key: value for key, _, value in pairs}
+
+
+def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/slurm.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp_path: Path) -> None:
+    run = f"run_dir={tmp_path / 'run'}"
+    ended = command_line("nodes=4", "experiment=sample", "model=b2", "steps=7", run, "dry_run=true")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("#!/bin/bash\n")
+    assert options(ended.stdout)["nodes"] == "4"
+    assert "4 nodes x 1 ranks" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_is_accepted_by_bash() -> None:
+    checked = subprocess.run(
+        ["bash", "-n"], input=script(nodes="2"), text=True, capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_every_field_reaches_its_option() -> None:
+    found = options(
+        script(
+            "name=trial",
+            nodes="2",
+            gpus_per_node=8,
+            cpus_per_task=12,
+            mem="480 GB",
+            time="1d12h",
+            partition="gpu,long",
+            account="vision",
+            qos="high",
+            constraint="h100&nvlink",
+            signal_delay_s=300,
+            sbatch={"exclusive": True, "reservation": "ours"},
+        )
+    )
+    wanted = {
+        "job-name": "trial",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "12",
+        "mem": "480G",
+        "time": "2160",
+        "partition": "gpu,long",
+        "account": "vision",
+        "qos": "high",
+        "constraint": "h100&nvlink",
+        "signal": "USR2@300",
+        "exclusive": "",
+        "reservation": "ours",
+        "requeue": "",
+        "chdir": str(ROOT),
+    }
+    assert {key: found.get(key) for key in wanted} == wanted
+    assert set(found) - set(wanted) == {"error", "open-mode", "output"}
+
+
+def test_what_is_not_asked_for_is_left_to_the_cluster() -> None:
+    assert not {"mem", "partition", "account", "qos", "constraint", "wckey"} & set(options(script()))
+
+
+def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration() -> None:
+    lines = script("name=trial", "run_dir=runs/trial").splitlines()
+    words = shlex.split(next(line for line in lines if line.startswith("srun")))
+    assert {"--kill-on-bad-exit=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--wait=0"} < set(words)
+    folder = ROOT / "runs/trial/slurm/0001"
+    command = [sys.executable, "-u", str(folder / "code/launch/slurm_job.py")]
+    assert words[-5:] == [*command, "rank", str(folder)]
+    assert shlex.split(lines[-1]) == [*command, "after", str(folder), "$?"]
+    assert lines.index("trap : TERM USR2 CONT") < lines.index("# command")
+    assert f"export PYTHONPATH={folder}/code" in "\n".join(lines)
+
+
+def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch() -> None:
+    found = options(script(nodes="1-2", gpus_per_node=8, cpus_per_task=4))
+    assert (found["nodes"], found["gpus-per-node"], found["mincpus"]) == ("1-2", "8", "32")
+    # what Slurm keeps of these would keep the job from starting again on fewer nodes
+    assert not {"ntasks", "ntasks-per-node", "cpus-per-task"} & set(found)
+    with pytest.raises(ConfigError, match=r"nodes=2-4: with 3 of them global_batch=16 is not divisible"):
+        script(nodes="2-4", gpus_per_node=4)
+
+
+def test_a_command_without_ranks_runs_once_and_without_srun() -> None:
+    folder = JobFolder(ROOT / "runs/slurm/shard/0001")
+    text = command_script(SlurmConfig(), "shard", folder, ROOT, "true", ranks=False, tasks=4)
+    assert "srun" not in text
+    assert options(text)["array"] == "0-3%4"
+
+
+def test_nodes_without_gpus_get_the_ranks_that_are_asked_for() -> None:
+    found = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
+    assert found["ntasks-per-node"] == "2"
+    assert "gpus-per-node" not in found
+
+
+def test_lines_of_the_profile_stand_before_the_training() -> None:
+    lines = script(setup=["module load cuda", "export NCCL_DEBUG=WARN"]).splitlines()
+    places = [lines.index(line) for line in ("module load cuda", "export NCCL_DEBUG=WARN", "# command")]
+    assert places == sorted(places)
+
+
+def test_a_global_batch_that_cannot_be_shared_is_refused_with_what_can() -> None:
+    with pytest.raises(
+        ConfigError, match=r"global_batch=16 .*world_size=12; use a world size of 1, 2, 4, 8, 16"
+    ):
+        script(nodes="3", gpus_per_node=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field in TEXTS for value in HOSTILE if (field, value) != ("constraint", "a|b")],
+)
+def test_a_hostile_text_is_refused_in_every_field(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}="):
+        SlurmConfig(**{field: value})
+
+
+def test_features_of_a_constraint_stay_one_word() -> None:
+    assert options(script(constraint="a|b"))["constraint"] == "a|b"
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_name_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="name="):
+        RunConfig(name=value)
+
+
+@pytest.mark.parametrize("value", [value for value in HOSTILE if value not in UNUSUAL])
+def test_a_hostile_path_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="run_dir="):
+        plain_path("run_dir", f"runs/{value}")
+
+
+@pytest.mark.parametrize("value", UNUSUAL)
+def test_an_unusual_run_directory_stays_one_word(value: str) -> None:
+    folder = JobFolder(ROOT / value / "slurm/0001")
+    lines = sbatch_script(SlurmConfig(), "x", folder, ROOT, ROOT / value).rstrip().splitlines()
+    assert len(lines) == len(script().rstrip().splitlines())
+    assert shlex.split(lines[-1])[-2] == str(folder.path)
+
+
+@pytest.mark.parametrize(
+    "field", ["nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node", "signal_delay_s"]
+)
+@pytest.mark.parametrize("value", ["a;b", "1\nrm x", "$(touch x)", "'", "1.5", "-1", "10000000"])
+def test_a_hostile_number_is_refused_by_the_command_line(
+    field: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["slurm.py", f"{field}={value}", "dry_run=true"])
+    with pytest.raises(SystemExit) as ended:
+        slurm.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", HOSTILE[:4] + HOSTILE[5:8] + ["$(touch x)", "a\\"])
+@pytest.mark.parametrize("field", ["name", *TEXTS])
+def test_a_hostile_text_never_reaches_a_script_through_the_command_line(
+    field: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["slurm.py", f"{field}={value}", "dry_run=true"])
+    with pytest.raises(SystemExit) as ended:
+        slurm.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "setup=[ls]",
+        "+setup=[ls]",
+        "++setup=[ls]",
+        "~setup",
+        "setup.0=ls",
+        "sbatch.wrap=ls",
+        "+sbatch={wrap: ls}",
+        "cluster.setup=[ls]",
+        "+cluster={setup: [ls]}",
+        "cluster@x=default",
+        "cluster=../../x",
+        "local=../x",
+    ],
+)
+def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override: str) -> None:
+    with pytest.raises(ConfigError, match="belong to a cluster profile"):
+        slurm.split_overrides([override])
+
+
+@pytest.mark.parametrize("line", ["a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J"])
+def test_a_setup_line_with_control_characters_is_refused(line: str) -> None:
+    with pytest.raises(ConfigError, match="setup holds"):
+        SlurmConfig(setup=[line])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"wrap": "ls"},
+        {"output": "x"},
+        {"nodes": 3},
+        {"a b": "x"},
+        {"Comment": "x"},
+        {"comment": "a\nb"},
+        {"comment": "$(ls)"},
+        {"comment": ["a"]},
+        {"exclusive": None},
+        {"exclusive": False},
+    ],
+)
+def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="sbatch"):
+        SlurmConfig(sbatch=extra)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("24h", 1440),
+        ("24 hours", 1440),
+        ("90 minutes", 90),
+        ("90m", 90),
+        ("90", 90),
+        ("2d", 2880),
+        ("1d12h30m", 2190),
+        ("12:00:00", 720),
+        ("0:10:01", 11),
+        ("1-12:00:00", 2160),
+        ("1-12", 2160),
+        ("1-12:30", 2190),
+    ],
+)
+def test_durations_are_read_as_sbatch_and_people_mean_them(text: str, wanted: int) -> None:
+    assert minutes(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "12:00", "h", "24x", "1.5h", "-1", "0", "400d", "1h 2d", "24h;ls", "٣h"]
+)
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="time="):
+        minutes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("", ""), ("0", "0"), ("480G", "480G"), ("480 gb", "480G"), ("64GiB", "64G"), ("900", "900")],
+)
+def test_memory_is_written_as_sbatch_reads_it(text: str, wanted: str) -> None:
+    assert memory(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"nodes": "0"},
+        {"nodes": "4-2"},
+        {"nodes": "2-"},
+        {"gpus_per_node": -1},
+        {"signal_delay_s": 59},
+        {"time": "3m"},
+        {"gpus_per_node": 4, "tasks_per_node": 2},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SlurmConfig(**fields)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
+def test_every_shipped_profile_makes_a_script(name: str) -> None:
+    cfg = compose(SlurmConfig, "slurm", [f"cluster={name}"])
+    assert sbatch_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
+
+
+def test_text_that_hydra_would_misread_keeps_its_value() -> None:
+    given = ["partition=a,b", "constraint=a&b|c", "time=90 minutes", "time='2h'", "account=my-1.project"]
+    job, training = slurm.split_overrides([*given, "steps=5", "nodes=3"])
+    cfg = compose(SlurmConfig, "slurm", job)
+    assert (cfg.partition, cfg.constraint, cfg.time, cfg.nodes) == ("a,b", "a&b|c", "2h", "3")
+    assert training == ["steps=5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nodes=2", "run_dir=/proc/x"], "can't be made"),
+        (["status"], "status needs a run's directory"),
+        (["status", "/nowhere"], "/nowhere does not exist"),
+        (["status", "/"], "has not been submitted"),
+        (["statu", "runs/x"], "'statu' is not a command; did you mean status?"),
+        (["train"], "'train' is not a command; use status, watch, cancel, "),
+        (["resubmit", "/nowhere", "lr=1"], "a run keeps its settings"),
+        (["shard", "data=sample"], "tasks=''"),
+        (["shard", "tasks=2", "part=0/2"], "part is set by the array"),
+        (["evaluate", "chekpoint=x"], "chekpoint"),
+        (["node=2", "dry_run=true"], "did you mean nodes?"),
+        (["stepz=2", "dry_run=true"], "did you mean steps?"),
+        (["nodes=many", "dry_run=true"], "nodes"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line_and_code_2(arguments: list[str], message: str) -> None:
+    ended = command_line(*arguments)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("ConfigError: ")
+    assert message in ended.stderr
+
+
+def test_the_saved_configuration_is_the_one_that_was_composed(tmp_path: Path) -> None:
+    run = compose(RunConfig, "config", ["experiment=sample", "model=b2"])
+    save_config(run, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", RunConfig) == run
+
+
+def test_submitit_is_not_imported_before_it_is_needed() -> None:
+    script = "runpy.run_path('launch/slurm.py', run_name='__main__')"
+    unwanted = "assert not {'submitit', 'deepspeed'} & set(sys.modules)"
+    check = f"import runpy, sys; sys.argv = ['x', '--help']; {script}; {unwanted}"
+    ended = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"^partition: ''$", ended.stdout, re.MULTILINE)

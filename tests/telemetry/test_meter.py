@@ -1,0 +1,190 @@
+"""Rates of an interval, alone and over real ranks; what is unknown is None."""
+
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from segformer.distributed.world import World
+from segformer.telemetry.meter import (
+    PEAK_FLOPS,
+    EnergyCounter,
+    LossSpike,
+    Meter,
+    host_memory_gib,
+    memory,
+    memory_gib,
+    peak_flops,
+    percentile,
+)
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that the test turns."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_rates_are_means_since_the_last_reset(clock):
+    meter = Meter()
+    for _ in range(4):
+        clock.now += 0.5
+        meter.add(images=16, waited=0.125)
+    rates = meter.rates()
+    assert rates["images_per_s"] == 32.0
+    assert rates["step_s"] == 0.5
+    assert rates["data_wait"] == 0.25
+    meter.reset()
+    clock.now += 1.0
+    meter.add(images=16, waited=0.0)
+    rates = meter.rates()
+    assert (rates["images_per_s"], rates["step_s"], rates["data_wait"]) == (16.0, 1.0, 0.0)
+
+
+def test_step_times_are_told_by_percentiles_and_a_pause_between_steps_counts_for_the_mean(clock):
+    meter = Meter()
+    for seconds in [1.0] * 98 + [5.0, 9.0]:
+        clock.now += seconds
+        meter.add(images=1, waited=0.0)
+    clock.now += 100.0
+    rates = meter.rates()
+    assert rates["step_p50_s"] == pytest.approx(1.0)
+    assert rates["step_p99_s"] == pytest.approx(5.0)
+    assert rates["step_s"] == pytest.approx(2.12)
+
+
+def test_an_interval_without_steps_has_no_step_times(clock):
+    rates = Meter().rates()
+    assert (rates["step_p50_s"], rates["step_p99_s"], rates["images_per_s"]) == (None, None, 0.0)
+
+
+def test_percentiles_are_values_and_as_those_of_the_standard_library():
+    rng = random.Random(0)
+    for count in (1, 2, 3, 10, 101):
+        values = [rng.random() for _ in range(count)]
+        assert percentile(values, 1.0) == max(values)
+        assert percentile(values, 0.5) == statistics.median_low(values)
+        assert sum(v <= percentile(values, 0.99) for v in values) >= 0.99 * count
+
+
+def test_mfu_is_the_operations_of_the_images_over_those_of_the_devices(clock):
+    meter = Meter(flops_per_image=2e12)
+    meter._peak = 100e12
+    clock.now += 2.0
+    meter.add(images=40, waited=0.0)
+    assert meter.rates()["mfu"] == pytest.approx(0.4)  # 20 images/s x 2 T / 100 T
+
+
+def test_what_a_cpu_can_t_say_is_none():
+    meter = Meter(flops_per_image=1e9)
+    meter.add(images=1, waited=0.0)
+    rates = meter.rates()
+    assert {name for name, value in rates.items() if value is None} == {
+        *("mfu", "power_w", "energy_j_per_image")
+    }
+    assert peak_flops(CPU) is None
+    assert EnergyCounter(CPU).read() is None
+
+
+def test_peaks_are_dense_and_those_of_one_chip_agree():
+    assert PEAK_FLOPS["NVIDIA H100 80GB HBM3"] == 989.4e12
+    assert PEAK_FLOPS["NVIDIA A100-SXM4-80GB"] == PEAK_FLOPS["NVIDIA A100-SXM4-40GB"] == 312e12
+    assert all(50e12 < peak < 3000e12 for peak in PEAK_FLOPS.values())
+    assert "NVIDIA H100 80GB HBM3 MIG 1g.10gb" not in PEAK_FLOPS
+
+
+def test_energy_is_the_difference_of_the_counter(clock):
+    meter = Meter()
+    counter = iter([1000.0, 1600.0])
+    meter.energy.read = lambda: next(counter)
+    meter.reset()
+    clock.now += 2.0
+    meter.add(images=30, waited=0.0)
+    rates = meter.rates()
+    assert rates["power_w"] == pytest.approx(300.0)
+    assert rates["energy_j_per_image"] == pytest.approx(20.0)
+
+
+SCRIPT = """
+import json, sys, time
+from segformer.dist import init_world
+from segformer.meter import Meter
+world = init_world(60)
+meter = Meter(world, flops_per_image=1e9)
+told = [("both", 0.1), ("slow", 0.1 if world.rank != 1 else 0.25)]
+for name, seconds in told:
+    for _ in range(4):
+        meter.add(images=8, waited=0.0 if world.rank != 2 else 0.001, seconds=seconds)
+    time.sleep(0.2)
+    print(name, json.dumps(meter.rates()), flush=True)
+    meter.reset()
+meter.add(images=8, waited=0.0, seconds=None if world.rank == 0 else 1.0)
+print("unknown", json.dumps(meter.rates()), flush=True)
+world.close()
+"""
+
+
+def test_ranks_find_the_slow_one_and_the_one_that_waits(run_ranks, tmp_path):
+    import json
+
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    for output in run_ranks(3, str(script)):
+        lines = [line.split(" ", 1) for line in output.splitlines() if " {" in line]
+        found = {name: json.loads(text) for name, text in lines}
+        assert found["both"]["straggler"] == pytest.approx(1.0)
+        assert found["slow"]["straggler"] == pytest.approx(2.5)
+        assert found["slow"]["straggler_rank"] == 1
+        assert found["unknown"]["straggler"] is None
+        assert found["unknown"]["straggler_rank"] is None
+        assert 0 < found["slow"]["data_wait"] <= 0.004 / 0.2  # rank 2's, on every rank
+        assert found["slow"]["mfu"] is None
+
+
+def test_one_rank_is_no_straggler():
+    meter = Meter(World(rank=0, local_rank=0, size=1, local_size=1, device=CPU))
+    meter.add(images=1, waited=0.0)
+    assert meter.rates()["straggler"] == 1.0
+
+
+def test_a_spike_stands_out_from_the_median_of_the_intervals_before_it():
+    spike = LossSpike(window=6, least=3)
+    assert [spike.ratio(loss) for loss in (4.0, 1.0, 2.0)] == [None, None, None]
+    assert spike.ratio(6.0) == 3.0  # median of 4, 1, 2
+    assert spike.ratio(math.inf) == math.inf
+    assert spike.ratio(3.0) == 1.0  # of 4, 1, 2, 6: the infinite one isn't remembered
+    for _ in range(6):
+        spike.ratio(10.0)
+    assert spike.ratio(10.0) == 1.0
+    assert math.isnan(spike.ratio(math.nan))
+
+
+def test_a_loss_of_zero_has_no_spikes():
+    spike = LossSpike(least=1)
+    spike.ratio(0.0)
+    assert spike.ratio(1.0) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_memory_of_a_cpu_is_the_resident_set():
+    (line,) = [
+        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmRSS")
+    ]
+    expected = int(line.split()[1]) / 2**20
+    assert memory_gib(CPU) == pytest.approx(expected, rel=0.02)
+    assert host_memory_gib() == pytest.approx(expected, rel=0.02)
+    assert memory(CPU).keys() == {"memory_gib", "host_memory_gib"}

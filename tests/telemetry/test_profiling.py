@@ -1,0 +1,137 @@
+"""The profile of a few steps of a real model: a trace that can be read, a table that names what is slow."""
+
+import dataclasses
+import gzip
+import json
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from segformer.distributed.world import World
+from segformer.errors import ConfigError
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+from segformer.telemetry.profiling import ProfileConfig, Profiler
+
+MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+
+
+def train(profiler, steps):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(), 3)
+    images = torch.randn(2, 3, 64, 64)
+    for step in range(1, steps + 1):
+        with profiler.step(step):
+            model(images).sum().backward()
+    profiler.close()
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Folder and lines of a run of 5 steps of which 2 and 3 are profiled."""
+    folder, lines = tmp_path_factory.mktemp("run"), []
+    train(Profiler(ProfileConfig(steps=[2, 3]), folder, MAIN, lines.append), 5)
+    return folder / "profile", lines
+
+
+def test_the_trace_holds_the_operations_of_the_steps_that_were_asked_for(profiled):
+    folder, _ = profiled
+    events = json.loads(gzip.decompress((folder / "trace-rank0.json.gz").read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert names.count("(between operations)") == 2
+    embeddings = [event for event in events if event.get("name") == "aten::conv2d"]
+    first = [e for e in embeddings if e["args"]["Input Dims"][1] == [32, 3, 7, 7]]
+    assert len(first) == 2, "one first patch embedding a step, forward only"
+    assert first[0]["args"]["Input Dims"][0] == [2, 3, 64, 64]
+
+
+def test_the_table_names_the_slow_operations_with_their_shapes(profiled):
+    folder, _ = profiled
+    text = (folder / "table.txt").read_text()
+    lines = text.splitlines()
+    assert lines[0].startswith("steps 2 to 3 of rank 0, CPU")
+    header = next(line for line in lines if line.startswith("operation"))
+    assert header.split("  ")[0] == "operation"
+    assert re.search(r"aten::\w*convolution .* 2x\d+x\d+x\d+, \d+x\d+x\d+x\d+", text), text
+    rows = lines[lines.index(header) + 2 : -1]
+    times = [float(re.search(r"\s(\d+\.\d{3})\s", row).group(1)) for row in rows]
+    assert times == sorted(times, reverse=True)
+    shares = [float(re.search(r"(\d+\.\d)%", row).group(1)) for row in rows]
+    more = float(re.search(r"more: (\d+\.\d)%", lines[-1]).group(1))
+    assert sum(shares) + more == pytest.approx(100, abs=0.1 * len(rows))
+    assert max(map(len, lines)) < 220
+
+
+def test_it_says_that_the_steps_are_slower_and_where_the_files_are(profiled):
+    _, lines = profiled
+    assert lines[0] == "profiling from step 2 to 3: these steps are slower"
+    assert "steps 2 to 3" in lines[1]
+    assert "trace-rank0.json.gz" in lines[1]
+    assert lines[2].endswith("table.txt")
+
+
+@pytest.mark.parametrize(("rank", "files"), [(0, set()), (1, {"trace-rank1.json.gz", "table.txt"})])
+def test_only_the_ranks_that_are_named_write(tmp_path, rank, files):
+    world = dataclasses.replace(MAIN, rank=rank)
+    train(Profiler(ProfileConfig(steps=[1, 1], ranks=[1]), tmp_path, world, lambda _: None), 1)
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_the_steps_whose_times_say_nothing_are_known():
+    profiler = Profiler(ProfileConfig(steps=[2, 3]), Path(), MAIN)
+    assert [profiler.covers(step) for step in (1, 2, 3, 4)] == [False, True, True, False]
+    assert not Profiler(ProfileConfig(), Path(), MAIN).covers(1)
+    assert Profiler(ProfileConfig(steps=[2, 3]), Path(), dataclasses.replace(MAIN, rank=1)).covers(2)
+
+
+def test_nothing_is_written_unless_it_was_asked_for(tmp_path):
+    train(Profiler(ProfileConfig(), tmp_path, MAIN), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_or_starts_within_the_steps_profiles_what_it_has(tmp_path):
+    lines = []
+    train(Profiler(ProfileConfig(steps=[1, 9]), tmp_path / "ends", MAIN, lines.append), 2)
+    assert "steps 1 to 2" in lines[1]
+    profiler = Profiler(ProfileConfig(steps=[1, 4]), tmp_path / "starts", MAIN, lines.append)
+    for step in (3, 4, 5):
+        with profiler.step(step):
+            torch.ones(3).sum()
+    assert "steps 3 to 4" in (tmp_path / "starts/profile/table.txt").read_text()
+
+
+def test_a_step_that_fails_ends_the_profile_and_keeps_its_error(tmp_path):
+    profiler = Profiler(ProfileConfig(steps=[1, 2]), tmp_path, MAIN)
+    with pytest.raises(ZeroDivisionError), profiler.step(1):
+        1 / 0  # noqa: B018
+    profiler.close()
+    assert not list(tmp_path.iterdir())
+    train(Profiler(ProfileConfig(steps=[1, 1]), tmp_path, MAIN), 1)  # another one can start
+
+
+@pytest.mark.faults
+def test_a_full_disk_costs_the_profile_and_not_the_run(tmp_path):
+    lines = []
+    profiler = Profiler(ProfileConfig(steps=[1, 1]), tmp_path, MAIN, lines.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        train(profiler, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "can't be written" in lines[-1]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("steps", [[3], [4, 3], [0, 3], [1, 2, 3]])
+def test_steps_that_make_no_sense_are_refused(steps):
+    with pytest.raises(ConfigError, match=r"profile\.steps"):
+        ProfileConfig(steps=steps)
+
+
+def test_ranks_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match=r"profile\.ranks"):
+        ProfileConfig(steps=[1, 2], ranks=[])

@@ -1,0 +1,435 @@
+"""wandb and TensorBoard beside a run: what they are given arrives, and nothing they do holds it up.
+
+wandb is the real client in processes of their own, against real sockets: a server that takes what it is
+sent, one that stops to answer, one that answers and refuses to work, one that never answers, none.
+"""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from segformer.distributed.world import World
+from segformer.errors import ConfigError
+from segformer.telemetry.logger import Telemetry, TelemetryConfig
+from segformer.telemetry.queue import MAX_BYTES, MAX_ENTRIES, Outbox
+from segformer.telemetry.trackers import GRACE_S, PROBE_S, answers, confusion_picture, without_secrets
+
+CANARY = "c0ffee" * 6 + "cafe"  # as long as a key of wandb
+TIMEOUT_S = 4
+SCRIPT = f"""
+import json, sys, time
+from pathlib import Path
+import torch
+from segformer.dist import World
+from segformer.telemetry import Telemetry, TelemetryConfig
+run_dir, mode, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+config = {{"lr": 0.5, "api_key": "{CANARY}", "note": "it is {CANARY}"}}
+cfg = TelemetryConfig(wandb=mode, wandb_timeout_s={TIMEOUT_S}, progress=False)
+scores = {{"miou": 0.5, "iou": [0.25, None], "confusion": [[3, 1], [0, 0]]}}
+
+def run():
+    times = [time.monotonic()]
+    log = Telemetry(cfg, run_dir, world, name="run", steps=40, config=config)
+    times.append(time.monotonic())
+    log.start(0)
+    slowest = 0.0
+    for step in range(1, 41):
+        began = time.monotonic()
+        log.train(step, {{"loss": 1 / step, "lr": 1e-4}})
+        if step == 20:
+            log.scores("eval", step, scores, ["a", "b"])
+        slowest = max(slowest, time.monotonic() - began)
+        if step == 20 and pause:
+            print("half", flush=True)
+            sys.stdin.readline()
+    times.append(time.monotonic())
+    log.close()
+    times.append(time.monotonic())
+    found = {{"open": times[1] - times[0], "slowest": slowest, "close": times[3] - times[2]}}
+    print(json.dumps(found), flush=True)
+
+for _ in range(2 if mode == "offline" else 1):
+    run()
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """As much of wandb's server as its client needs; hangs where the server says so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._hang("HEAD")
+        self._answer(404, b"")
+
+    do_GET = do_HEAD  # noqa: N815  (the name that http.server calls)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._hang("POST")
+        self.server.bodies.append(body)
+        answer = {"data": None}
+        if self.path == "/graphql" and (asked := json.loads(body))["operationName"] == "CreateRunFiles":
+            names = asked["variables"]["files"]
+            files = [{"name": name, "uploadUrl": f"{self.server.url}/upload/{name}"} for name in names]
+            answer = {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
+        self._answer(200, json.dumps(answer).encode())
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._hang("PUT")
+        self.server.uploads[self.path.removeprefix("/upload/")] = body
+        self._answer(200, b"")
+
+    def _hang(self, method):
+        if method in self.server.hangs:
+            self.server.over.wait()
+
+    def _answer(self, code, body):
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *hangs):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.hangs = set(hangs)
+        self.bodies, self.uploads, self.over = [], {}, threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_):
+        """A client that gave up is no error of the server."""
+
+    def stop(self):
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Started:
+    """A process that logs a run of 40 steps (offline: and starts it again), and what came of it."""
+
+    def __init__(self, folder, mode, url, pause=False):
+        self.run_dir, self.url = folder / "run", url
+        home = folder / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        env = clean | {"WANDB_BASE_URL": url, "WANDB_API_KEY": CANARY, "HOME": str(home), "no_proxy": "*"}
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(self.run_dir), mode, str(int(pause))],
+            env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait(self):
+        out, self.err = self.process.communicate("\n", timeout=120)
+        assert self.process.returncode == 0, self.err
+        self.times = json.loads(out.splitlines()[-1])
+        lines = [line for line in self.err.splitlines() if not line.startswith("step ")]
+        # On a busy machine the import of wandb may take longer than the start waits for it.
+        self.said = [line for line in lines if not line.startswith("wandb has not started")]
+        self.seconds = time.monotonic() - self.began
+        return self
+
+    def recorded(self):
+        return sorted(path.parent.name for path in self.run_dir.glob("wandb/*run-*/run-*.wandb"))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The processes of all cases, side by side."""
+    folder = tmp_path_factory.mktemp("wandb")
+    hole = socket.create_server(("127.0.0.1", 0))  # connects, and never says a word
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    servers = {"online": Server(), "stops": Server(), "refuses": Server("POST")}
+    cases = {"stops": Started(folder / "stops", "online", servers["stops"].url, pause=True)}
+    assert cases["stops"].process.stdout.readline() == "half\n"
+    time.sleep(1)  # some of it is on its way
+    servers["stops"].hangs |= {"HEAD", "POST", "PUT"}
+    urls = {name: servers[name].url for name in ("refuses", "online")}
+    urls |= {"hole": f"http://127.0.0.1:{hole.getsockname()[1]}", "closed": closed}
+    for name, url in urls.items():  # two at a time
+        cases[name] = Started(folder / name, "online", url)
+        cases[list(cases)[-2]].wait()
+    cases["offline"] = Started(folder / "offline", "offline", closed)
+    cases["closed"].wait()
+    cases["offline"].wait()
+    for name, server in servers.items():
+        cases[name].server = server
+        server.stop()
+    hole.close()
+    return cases
+
+
+def test_a_server_gets_values_pictures_and_the_step_they_belong_to(ran):
+    case = ran["online"]
+    streams = [json.loads(body)["files"] for body in case.server.bodies if body.startswith(b'{"files"')]
+    lines = [line for files in streams for line in files.get("wandb-history.jsonl", {}).get("content", [])]
+    rows = {}
+    for row in map(json.loads, lines):
+        rows.setdefault(row["step"], {}).update(row)
+    assert sorted(rows) == list(range(1, 41))
+    assert rows[8]["train/loss"] == 0.125
+    assert rows[20]["eval/miou"] == 0.5
+    assert rows[20]["eval/iou/a"] == 0.25
+    assert "eval/iou/b" not in rows[20], "a class without a score has no point"
+    assert any(name.startswith("media/images/eval/confusion") for name in case.server.uploads)
+    assert not case.said, "silent where all is well"
+
+
+def test_offline_keeps_one_run_id_over_restarts(ran):
+    identifier = (ran["offline"].run_dir / "wandb_id.txt").read_text()
+    # The folders' names end otherwise when both runs began within one second.
+    recorded = list(ran["offline"].run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [path.name for path in recorded] == [f"run-{identifier}.wandb"] * 2
+
+
+@pytest.mark.parametrize("name", ["closed", "hole", "refuses"])
+def test_a_server_that_can_t_be_used_means_offline_and_one_line(name, ran):
+    case = ran[name]
+    assert len(case.said) == 1, case.err
+    assert case.said[0].startswith(f"wandb: no run at {case.url} (")
+    assert "wandb sync" in case.said[0]
+    assert any(folder.startswith("offline-run-") for folder in case.recorded())
+    recorded = next(case.run_dir.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
+    assert b"eval/miou" in recorded
+
+
+@pytest.mark.parametrize("name", ["closed", "hole", "refuses", "online"])
+def test_the_start_waits_no_longer_than_it_says(name, ran):
+    assert ran[name].times["open"] < PROBE_S + TIMEOUT_S + GRACE_S + 1
+
+
+def test_no_step_waits_for_wandb(ran):
+    assert {name: case.times["slowest"] for name, case in ran.items() if case.times["slowest"] > 2} == {}
+
+
+def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(ran):
+    case = ran["stops"]
+    assert case.times["close"] < TIMEOUT_S + 6
+    assert case.seconds < 60, "and the interpreter exits"
+    (line,) = case.said
+    assert line.startswith(f"wandb has not sent everything within {TIMEOUT_S} s; `wandb sync ")
+    assert b"train/loss" in next(case.run_dir.glob("wandb/run-*/run-*.wandb")).read_bytes()
+
+
+def test_the_key_is_in_no_file_and_in_nothing_that_is_sent(ran):
+    for case in ran.values():
+        files = [path for path in case.run_dir.parent.rglob("*") if path.is_file()]
+        assert len(files) > 3
+        assert not [path for path in files if CANARY.encode() in path.read_bytes()]
+        assert CANARY not in case.err
+    server = ran["online"].server
+    assert not [body for body in [*server.bodies, *server.uploads.values()] if CANARY.encode() in body]
+    assert any(b"0.5" in body for body in server.bodies), "the rest of the configuration is sent"
+
+
+def test_no_machine_is_described(ran):
+    sent = b"".join([*ran["online"].server.bodies, *ran["online"].server.uploads.values()])
+    for said in (sys.executable, os.getcwd(), socket.gethostname()):
+        assert said.encode() not in sent
+    assert not list(ran["online"].run_dir.rglob("requirements.txt"))
+
+
+class Slow:
+    """A tracker that hangs in its first call until it is let go."""
+
+    def __init__(self):
+        self.free, self.got = threading.Event(), []
+
+    def scalars(self, step, values):
+        self.free.wait()
+        self.got.append(step)
+
+    def close(self):
+        self.got.append("closed")
+
+
+def test_what_a_tracker_can_t_keep_up_with_is_dropped_and_counted():
+    slow = Slow()
+    box = Outbox("slow", lambda say: slow)
+    began = time.monotonic()
+    for step in range(3 * MAX_ENTRIES):
+        box.put(lambda tracker, step=step: tracker.scalars(step, {}))
+    assert time.monotonic() - began < 1
+    assert MAX_ENTRIES <= 3 * MAX_ENTRIES - box.dropped <= MAX_ENTRIES + 1
+    kept = 3 * MAX_ENTRIES - box.dropped
+    slow.free.set()
+    box.finish(10)
+    assert slow.got == [*range(kept), "closed"], "in order, and none twice"
+    assert f"slow missed {2 * MAX_ENTRIES - (kept - MAX_ENTRIES)} entries" in box.lines()[-1]
+
+
+def test_pictures_are_bounded_by_their_size():
+    slow = Slow()
+    box = Outbox("slow", lambda say: slow)
+    box.put(lambda tracker: tracker.scalars(0, {}), MAX_BYTES)
+    while box._items:
+        time.sleep(0.01)
+    box.put(lambda tracker: tracker.scalars(1, {}), MAX_BYTES)
+    box.put(lambda tracker: tracker.scalars(2, {}), 1)
+    box.put(lambda tracker: tracker.scalars(3, {}))
+    slow.free.set()
+    box.finish(10)
+    assert slow.got == [0, 1, 3, "closed"]
+    assert box.dropped == 1
+
+
+def test_a_tracker_that_hangs_is_left_behind():
+    slow = Slow()
+    box = Outbox("slow", lambda say: slow)
+    for step in range(3):
+        box.put(lambda tracker, step=step: tracker.scalars(step, {}))
+    began = time.monotonic()
+    box.finish(0.2)
+    assert 0.1 < time.monotonic() - began < 2
+    lines = box.lines()
+    assert lines[0] == "slow has not finished after 0.2 s and is left behind"
+    slow.free.set()
+
+
+class Weak:
+    """A tracker whose numbers never arrive; pictures do."""
+
+    def __init__(self):
+        self.got = []
+
+    def scalars(self, step, values):
+        raise RuntimeError("no\nspace")
+
+    def pictures(self, step, pictures):
+        self.got.append(step)
+
+    def close(self):
+        raise RuntimeError("still none")
+
+
+def test_a_tracker_that_fails_says_why_once_and_the_next_entries_still_go_through():
+    weak = Weak()
+    box = Outbox("weak", lambda say: weak)
+    box.put(lambda tracker: tracker.scalars(1, {}))
+    box.put(lambda tracker: tracker.pictures(2, {}))
+    box.finish(10)
+    assert weak.got == [2]
+    first, last = box.lines()
+    assert first == "weak: no space"
+    assert last.startswith("weak missed 2 entries (0 dropped, 2 failed)")
+
+
+def test_a_tracker_that_can_t_be_opened_is_left_out():
+    def opener(say):
+        raise OSError("no room")
+
+    box = Outbox("shut", opener)
+    box.put(lambda tracker: None)
+    box.finish(10)
+    assert box.lines()[0] == "shut can't be started and is left out: no room"
+    assert box.dropped == 1
+
+
+def test_an_answer_is_an_answer_whatever_it_says():
+    server = Server()
+    assert answers(server.url) is None
+    server.stop()
+    assert answers("http://127.0.0.1:1") is not None
+    assert answers("nonsense") is not None
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        began = time.monotonic()
+        assert "no answer" in answers(f"http://127.0.0.1:{hole.getsockname()[1]}", 0.3)
+        assert time.monotonic() - began < 2
+
+
+def test_secrets_are_left_out_by_name_and_by_value(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "verysecretvalue")
+    config = {"lr": 1.0, "hf_token": "x", "data": {"root": "a/verysecretvalue/b", "name": "sample"}}
+    assert without_secrets(config) == {"lr": 1.0, "data": {"name": "sample"}}
+
+
+def test_a_confusion_matrix_is_dark_where_the_predictions_are():
+    picture = confusion_picture([[8, 2, 0], [0, 0, 0], [0, 0, 5]])
+    assert picture.dtype == np.uint8
+    assert picture.shape == (180, 180, 3)
+    cells = picture[30::60, 30::60].astype(int).sum(-1)
+    assert cells[0, 0] < cells[0, 1] < cells[0, 2] == 3 * 255
+    assert cells[2, 2] < cells[0, 0]
+    assert (picture[60:120] == picture[60, 0]).all(), "a class without pixels is of one grey"
+    assert confusion_picture(np.eye(1000)).shape == (1000, 1000, 3)
+
+
+MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+
+
+def tensorboard(folder, steps, start=0):
+    cfg = TelemetryConfig(tensorboard=True, progress=False)
+    with Telemetry(cfg, folder, MAIN, name="run", steps=9, config={"lr": 0.5, "token": CANARY}) as log:
+        log.start(start)
+        for step in steps:
+            log.train(step, {"loss": float(10 * start + step), "lr": 0.1})
+        scores = {"miou": 0.25, "iou": [0.5, None], "confusion": [[3, 1], [0, 0]]}
+        log.scores("eval", step, scores, ["road", "sky"])
+        log.pictures(step, {"photo": np.full((4, 6, 3), 200, np.uint8)})
+
+
+def test_tensorboard_s_own_reader_finds_values_pictures_and_no_point_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tensorboard(tmp_path, [1, 2, 3, 4])
+    time.sleep(1.1)  # event files are ordered by the second in their names
+    tensorboard(tmp_path, [3, 4, 5], start=2)  # a restart from step 2
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    losses = [(event.step, event.value) for event in reader.Scalars("train/loss")]
+    assert losses == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+    assert [(e.step, e.value) for e in reader.Scalars("eval/iou/road")] == [(5, 0.5)]
+    assert "eval/iou/sky" not in reader.Tags()["scalars"]
+    (picture,) = reader.Images("pictures/photo")
+    assert (picture.width, picture.height) == (6, 4)
+    assert reader.Images("eval/confusion")[0].height == 120
+    for path in (tmp_path / "tensorboard").iterdir():
+        assert b"| lr | 0.5 |" in path.read_bytes()
+        assert CANARY.encode() not in path.read_bytes()
+
+
+def test_tensorboard_hides_what_a_rollback_makes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = TelemetryConfig(tensorboard=True, progress=False)
+    with Telemetry(cfg, tmp_path, MAIN, name="run", steps=9, config={}) as log:
+        log.start(0)
+        for step in (1, 2, 3):
+            log.train(step, {"loss": float(step)})
+        time.sleep(1.1)  # event files are ordered by the second in their names
+        log.start(1)
+        log.train(2, {"loss": 22.0})
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [(1, 1.0), (2, 22.0)]
+
+
+def test_tensorboard_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"telemetry\.tensorboard=true needs the package tensorboard"):
+        tensorboard(tmp_path, [1])

@@ -1,0 +1,128 @@
+"""How commands end: Ctrl-C while they import, a reader that is gone, and what is left to a traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from segformer.errors import DataError, ending, importing
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "slurm_job.py")
+# A script of launch/ whose import of torch says that it has begun, and takes long.
+SLOW = """
+import runpy, sys, time
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "bench.kernels"):
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+script, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+"""
+PRINTS = """
+import sys
+from segformer.command import ending
+with ending():
+    print("x" * {size})
+    {then}
+"""
+
+
+def interrupted(*command, env=None):
+    """Exit code and stderr of a program that is interrupted after its first line."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-c", *command], cwd=ROOT, env={**os.environ, **(env or {})}, **pipes
+    ) as process:
+        assert process.stdout.readline() == "importing\n", process.stderr.read()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    return process.returncode, said
+
+
+def unread(code):
+    """Exit code and stderr of a program whose stdout nobody reads."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            [sys.executable, *code],
+            cwd=ROOT,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_imports_is_one_line_and_130(script):
+    assert interrupted(SLOW, f"launch/{script}") == (130, "stopped\n")
+
+
+def test_ctrl_c_during_the_imports_is_told_by_rank_zero_alone():
+    assert interrupted(SLOW, "launch/train.py", env={"RANK": "1"}) == (130, "")
+
+
+def test_after_the_imports_ctrl_c_is_an_exception_again():
+    before = signal.getsignal(signal.SIGINT)
+    with importing("__main__"):
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("name", "handler"), [("__mp_main__", None), ("__main__", signal.SIG_IGN)])
+def test_a_worker_and_a_process_that_ignores_ctrl_c_keep_what_they_have(name, handler):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        wanted = signal.getsignal(signal.SIGINT)
+        with importing(name):
+            assert signal.getsignal(signal.SIGINT) == wanted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("script", ["train.py", "slurm.py"])
+def test_help_into_a_reader_that_is_gone_ends_quietly(script):
+    assert unread([f"launch/{script}", "--help"]) == (141, "")
+
+
+@pytest.mark.parametrize("size", [1, 100_000], ids=["at-the-end", "at-once"])
+def test_output_that_nobody_reads_ends_quietly_whenever_it_is_noticed(size):
+    assert unread(["-c", PRINTS.format(size=size, then="pass")]) == (141, "")
+
+
+def test_an_exit_code_is_kept_where_nobody_reads_stdout():
+    assert unread(["-c", PRINTS.format(size=1, then="sys.exit(3)")]) == (3, "")
+
+
+def test_a_broken_pipe_that_is_not_stdout_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError, match="of a worker"), ending():
+        raise BrokenPipeError("of a worker")
+
+
+def test_an_error_is_told_where_nobody_reads_stdout():
+    then = "from segformer.errors import DataError; raise DataError('damaged')"
+    assert unread(["-c", PRINTS.format(size=1, then=then)]) == (2, "DataError: damaged\n")
+
+
+def test_an_error_of_another_rank_bears_its_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stop, ending():
+        raise DataError("damaged")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "[rank 3] DataError: damaged\n"

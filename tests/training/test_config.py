@@ -1,0 +1,212 @@
+"""Composition against the schema: what ships composes, what is wrong is one clear line with exit code 2."""
+
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+
+from segformer.errors import ConfigError
+from segformer.inference.predict import PredictConfig
+from segformer.training.config import (
+    CONF,
+    FROZEN,
+    RunConfig,
+    cli,
+    compose,
+    frozen_difference,
+    load_config,
+    save_config,
+)
+
+
+def run_config(*overrides):
+    return compose(RunConfig, "config", list(overrides))
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_composes_and_bears_its_name(path):
+    assert run_config(f"experiment={path.stem}", "model.pretrained=weights").name == path.stem
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"{group}={path.stem}"
+        for group in ("data", "model", "recipe", "engine")
+        for path in CONF.glob(f"{group}/*.yaml")
+    ],
+)
+def test_every_option_of_every_group_composes(override):
+    run_config(override)
+
+
+def test_a_command_line_key_wins_over_the_experiment_and_that_over_the_recipe():
+    assert run_config("recipe=official").optim.lr == 6e-5
+    assert run_config("experiment=sample").optim.lr == pytest.approx(1e-3)
+    assert run_config("experiment=sample", "optim.lr=0.5").optim.lr == 0.5
+    assert run_config("experiment=sample", "model=b2").model.variant == "b2"
+
+
+def test_the_official_recipe_is_the_paper_s():
+    cfg = run_config("recipe=official")
+    assert (cfg.steps, cfg.global_batch, cfg.augment.crop) == (160_000, 16, [512, 512])
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (6e-5, 0.01, 1500)
+    assert (cfg.optim.head_lr_factor, cfg.optim.schedule, cfg.optim.power) == (10, "poly", 1)
+    assert (cfg.loss.terms, cfg.loss.average) == ({"cross_entropy": 1.0}, "all")
+    assert cfg.engine.grad_clip == 0
+
+
+WRONG = {
+    "stepz=3": "stepz is not a setting; did you mean steps?",
+    "optim.lrr=3": "optim.lrr is not a setting; did you mean optim.lr?",
+    "+foo=3": "foo is not a setting",
+    "steps": "'steps' is not an override; write key=value",
+    "steps=many": "steps=many must be a whole number",
+    "steps=1e3": "steps=1e3 must be a whole number; write steps=1000",
+    "steps=null": "steps can't be null",
+    "optim.lr=abc": "optim.lr=abc must be a number",
+    "optim.betas=[0.9,a]": "optim.betas[1]=a must be a number",
+    "optim.lr.x=2": "optim.lr.x is not a setting; optim.lr has one value",
+    "engine.sync_batchnorm=maybe": "engine.sync_batchnorm=maybe must be true or false",
+    "name=[1]": "name=[1] must be a text",
+    "augment.crop=256": "augment.crop=256 must be a list, such as augment.crop=[512,512]",
+    "loader=9": "loader=9 is refused: loader is a group; it has workers, ",
+    "loss.terms.dise=1": "loss.terms has no dise; did you mean +loss.terms.dice=1?",
+    "loss.terms.dice=1": "loss.terms has no dice yet; add it with +loss.terms.dice=1",
+    "loss.terms.mse=1": "loss.terms has no mse; it takes cross_entropy, ",
+    "data.label_map.7=3": "write data.label_map={7: ...}",
+    "model.freeze=encoder": "model.freeze is not a setting; model has variant, ",
+    "lr=1": "lr is not a setting; did you mean optim.lr?",
+    "optm.lr=1": "optm is not a setting; did you mean optim?",
+    "model=3": "model=3 does not exist; use one of b0",
+    "steps=0": "steps=0 must be 1 or more",
+    "model=b9": "model=b9 does not exist; use one of b0, b1, b2, b3, b4, b5",
+    "model.variant=b9": "model.variant=b9 is unknown; use one of b0, b1, b2, b3, b4, b5",
+    "experiment=nope": "experiment=nope does not exist; use one of ",
+    "name=../x": "must be up to 64 letters",
+    "name=${oc.env:HOME}": "resolvers are refused",
+    "run_dir=runs/${now:%H%M%S}": "resolvers are refused",
+    "data.citation='${${data.name}.${data.license}:CANARY}'": "resolvers are refused",
+    "hydra.searchpath=[file:///tmp]": "hydra's own settings are fixed",
+    "micro_batch=3": "use micro_batch=1 or 2 or 4",
+    "engine.zero_stage=9": "use 0, 1, 2, 3 or null",
+    "telemetry.wandb=yes": "use one of disabled, offline, online",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_one_line_and_exit_code_2(override, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", override])
+    with pytest.raises(SystemExit) as stop:
+        cli(RunConfig, "config", lambda cfg: pytest.fail("it ran"))
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("ConfigError: ")
+    assert WRONG[override] in printed.err
+
+
+def test_a_setting_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict.py"])
+    with pytest.raises(SystemExit):
+        cli(PredictConfig, "predict", print)
+    assert capsys.readouterr().err == "ConfigError: checkpoint is missing; give checkpoint=...\n"
+
+
+def test_other_ranks_leave_the_message_to_rank_zero(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "stepz=3"])
+    with pytest.raises(SystemExit) as stop:
+        cli(RunConfig, "config", print)
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("argument", ["--local_rank=1", "--local-rank=1"])
+def test_the_argument_that_deepspeed_appends_is_ignored(argument, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "steps=7", argument])
+    cli(RunConfig, "config", seen.append)
+    assert seen[0].steps == 7
+
+
+def test_help_prints_every_key(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help", "model=b3"])
+    cli(RunConfig, "config", lambda cfg: pytest.fail("it ran"))
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^{field.name}:", text, re.MULTILINE) for field in fields(RunConfig))
+    assert "variant: b3" in text
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    cfg = run_config("experiment=sample", "model=b1", "+loss.terms.dice=0.5")
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_a_damaged_configuration_is_refused(tmp_path):
+    for text in ("steps: [", "nonsense: 3", "steps: many"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"config\.yaml can't be read"):
+            load_config(tmp_path / "config.yaml")
+
+
+def test_a_saved_configuration_with_a_resolver_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("data:\n  citation: ${oc.env:HOME}\n")
+    with pytest.raises(ConfigError, match="resolvers are refused"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_saving_a_configuration_replaces_it_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    save_config(run_config("experiment=sample"), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(type(path), "replace", lambda *_: pytest.fail("crash"))
+    save_config(run_config("experiment=sample"), path)  # unchanged: not touched
+    with pytest.raises(pytest.fail.Exception):
+        save_config(run_config("experiment=sample", "steps=7"), path)
+    assert path.read_bytes() == before
+
+
+def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change():
+    before = run_config("experiment=sample")
+    free = run_config(
+        "experiment=sample",
+        "name=other",
+        "micro_batch=2",
+        "loader.workers=3",
+        "engine.zero_stage=3",
+        "data.shards=x",
+    )
+    assert frozen_difference(before, free) == []
+    after = run_config("experiment=sample", "steps=7", "model=b1", "optim.lr=0.1")
+    assert frozen_difference(before, after) == [
+        "model.variant: b0 -> b1",
+        "optim.lr: 0.001 -> 0.1",
+        "steps: 500 -> 7",
+    ]
+    changed = run_config(
+        "experiment=sample", "engine.grad_clip=1", "engine.sync_batchnorm=false", "train_split=val"
+    )
+    assert [line.split(":")[0] for line in frozen_difference(before, changed)] == [
+        *("engine.grad_clip", "engine.sync_batchnorm", "train_split")
+    ]
+    assert {name.split(".")[0] for name in FROZEN} <= {field.name for field in fields(RunConfig)}
+
+
+def test_the_micro_batch_shares_the_global_batch_out():
+    cfg = run_config("global_batch=16")
+    assert [cfg.micro_batch_for(ranks) for ranks in (1, 2, 4, 16)] == [16, 8, 4, 1]
+    with pytest.raises(ConfigError, match=r"use a world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
+        cfg.micro_batch_for(3)
+    with pytest.raises(ConfigError, match="world_size=32"):
+        cfg.micro_batch_for(32)
+
+
+def test_a_dictionary_is_given_whole_on_the_command_line():
+    cfg = compose(RunConfig, "config", ["data=folder", "data.classes=[a,b]", "data.label_map={7: 0, 9: 255}"])
+    assert cfg.data.label_map == {7: 0, 9: 255}
+    with pytest.raises(ConfigError, match="label_mapp is not a setting"):
+        compose(RunConfig, "config", ["data=folder", "data.label_mapp={7: 0}"])

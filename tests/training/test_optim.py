@@ -1,0 +1,218 @@
+"""The schedule against the formulas of mmcv's hooks, the groups against the official recipe."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from segformer.errors import ConfigError
+from segformer.models.mit import DropPath
+from segformer.models.segformer import MiTClassifier, build_encoder, build_model
+from segformer.models.variants import ModelConfig
+from segformer.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    freeze_stages,
+    lr_factor,
+    parameter_groups,
+    schedule_remark,
+    set_learning_rate,
+)
+
+
+def on_meta(variant: str, *, classifier: bool = False) -> torch.nn.Module:
+    with torch.device("meta"):
+        cfg = ModelConfig(variant=variant)
+        return MiTClassifier(build_encoder(cfg), 10) if classifier else build_model(cfg, 19)
+
+
+def found(model: torch.nn.Module, cfg: OptimConfig) -> dict[str, tuple[str, float, float]]:
+    """(group, lr at step 0, decay) of each parameter by name; every parameter is in exactly one group."""
+    groups = parameter_groups(model, cfg)
+    by_id = {
+        id(p): (group["name"], group["base_lr"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
+    }
+    parameters = list(model.parameters())
+    assert len(by_id) == len(parameters) == sum(len(group["params"]) for group in groups)
+    return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def official(step: int, base: float = 6e-5, steps: int = 160_000) -> float:
+    """mmcv: PolyLrUpdaterHook(power=1, min_lr=0) under warmup='linear', 1500 steps, ratio 1e-6."""
+    regular = base * (1 - step / steps)
+    if step < 1500:
+        k = (1 - step / 1500) * (1 - 1e-6)
+        return regular * (1 - k)
+    return regular
+
+
+@pytest.mark.parametrize("step", [0, 1, 750, 1499, 1500, 1501, 80_000, 159_999])
+def test_poly_with_warm_up_equals_the_official_schedule(step):
+    assert 6e-5 * lr_factor(OptimConfig(), step, 160_000) == pytest.approx(official(step), rel=1e-9)
+
+
+def test_cosine_falls_from_one_to_nearly_zero():
+    cfg = OptimConfig(schedule="cosine", warmup_steps=0)
+    assert lr_factor(cfg, 0, 100) == 1
+    assert lr_factor(cfg, 50, 100) == pytest.approx(0.5)
+    assert lr_factor(cfg, 99, 100) == pytest.approx((1 + math.cos(math.pi * 0.99)) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_the_lr_falls_to_its_floor_and_not_to_zero(schedule):
+    cfg = OptimConfig(schedule=schedule, warmup_steps=0, min_lr_factor=0.1)
+    shape = {"poly": lambda x: 1 - x, "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}[schedule]
+    for step in (0, 30, 999_999):
+        # mmcv's min_lr and timm's lr_min alike: (base - min_lr) x decay + min_lr
+        assert lr_factor(cfg, step, 10**6) == pytest.approx((1 - 0.1) * shape(step / 10**6) + 0.1)
+    assert lr_factor(cfg, 999_999, 10**6) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_warm_up_starts_at_its_share_of_the_lr():
+    cfg = OptimConfig(schedule="cosine", min_lr_factor=0.5, warmup_steps=10, warmup_start=1e-3)
+    assert lr_factor(cfg, 0, 100) == pytest.approx(1e-3)
+    assert lr_factor(cfg, 10, 100) == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi / 10)))
+
+
+def test_the_lr_is_a_pure_function_of_the_step():
+    optimizer = build_optimizer(build_model(ModelConfig(variant="b0"), 2), OptimConfig(layer_decay=0.9))
+    forwards = [set_learning_rate(optimizer.param_groups, OptimConfig(), step, 50) for step in range(50)]
+    for step in reversed(range(50)):  # in any order, again and again
+        assert set_learning_rate(optimizer.param_groups, OptimConfig(), step, 50) == forwards[step]
+
+
+def test_norms_and_biases_spares_every_vector_of_encoder_and_head():
+    cfg = OptimConfig(no_decay="norms_and_biases")
+    for classifier in (False, True):
+        model = on_meta("b0", classifier=classifier)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name, (group, lr, decay) in found(model, cfg).items():
+            head = not name.startswith("backbone.")
+            spared = len(shapes[name]) == 1 or name.endswith(".bias")  # timm's rule
+            assert decay == (0 if spared else 0.01), name
+            assert lr == pytest.approx(6e-4 if head else 6e-5), name
+            assert (
+                group == ("head" if head else "backbone") if not spared else ("head_norm" if head else "norm")
+            )
+
+
+def test_the_groups_of_the_official_recipe_keep_their_names_and_order():
+    model = on_meta("b0")
+    assert [group["name"] for group in parameter_groups(model, OptimConfig())] == ["backbone", "norm", "head"]
+    both = parameter_groups(model, OptimConfig(no_decay="norms_and_biases"))
+    assert [group["name"] for group in both] == ["backbone", "norm", "head", "head_norm"]
+
+
+# Layers of b0 (2, 2, 2, 2 blocks) and some of b2 (3, 4, 6, 3), counted by hand; the head is layer 9 and 17.
+LAYERS_B0 = {
+    "patch_embed1.": 0, "block1.0.": 1, "block1.1.": 2, "norm1.": 2,
+    "patch_embed2.": 2, "block2.0.": 3, "block2.1.": 4, "norm2.": 4,
+    "patch_embed3.": 4, "block3.0.": 5, "block3.1.": 6, "norm3.": 6,
+    "patch_embed4.": 6, "block4.0.": 7, "block4.1.": 8, "norm4.": 8,
+}  # fmt: skip
+LAYERS_B2 = {
+    "patch_embed1.": 0, "block1.2.": 3, "norm1.": 3, "patch_embed2.": 3, "block2.0.": 4, "norm2.": 7,
+    "patch_embed3.": 7, "block3.5.": 13, "patch_embed4.": 13, "block4.0.": 14, "block4.2.": 16, "norm4.": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "layers", "last"), [("b0", LAYERS_B0, 9), ("b2", LAYERS_B2, 17)])
+@pytest.mark.parametrize("classifier", [False, True])
+def test_layer_decay_multiplies_the_lr_once_for_each_layer_below_the_head(variant, layers, last, classifier):
+    rates = found(on_meta(variant, classifier=classifier), OptimConfig(layer_decay=0.8))
+    met = set()
+    for name, (group, lr, decay) in rates.items():
+        if not name.startswith("backbone."):
+            assert (group, lr) == ("head", pytest.approx(6e-4)), name
+            continue
+        own = [key for key in layers if name.startswith(f"backbone.{key}")]
+        met.update(own)
+        for key in own:
+            assert lr == pytest.approx(6e-5 * 0.8 ** (last - layers[key])), name
+            assert group == f"{'norm' if 'norm' in name else 'backbone'}.{layers[key]:02d}"
+        assert own or variant != "b0", name
+        assert decay == (0 if "norm" in name else 0.01), name
+    assert met == set(layers)
+
+
+def test_layer_decay_of_one_is_the_official_recipe():
+    model = on_meta("b0")
+    assert found(model, OptimConfig(layer_decay=1.0)) == found(model, OptimConfig())
+
+
+def test_groups_have_the_official_lr_and_decay():
+    model = build_model(ModelConfig(variant="b0"), 19)
+    by_id = {id(p): group for group in parameter_groups(model, OptimConfig()) for p in group["params"]}
+    assert len(by_id) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        group = by_id[id(parameter)]
+        head = name.startswith("decode_head.")
+        norm = "norm" in name and not head
+        assert group["base_lr"] == pytest.approx(6e-4 if head else 6e-5), name
+        assert group["weight_decay"] == (0.0 if norm else 0.01), name
+
+
+def test_set_learning_rate_reaches_every_group():
+    optimizer = build_optimizer(build_model(ModelConfig(variant="b0"), 2), OptimConfig())
+    rates = set_learning_rate(optimizer.param_groups, OptimConfig(), 3000, 160_000)
+    factor = 1 - 3000 / 160_000
+    assert rates == pytest.approx({"backbone": 6e-5 * factor, "norm": 6e-5 * factor, "head": 6e-4 * factor})
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(list(rates.values()))
+
+
+def test_one_step_of_each_group_is_adamw_by_hand():
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(variant="b0"), 2)
+    optimizer = build_optimizer(model, OptimConfig())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        head = name.startswith("decode_head.")
+        lr = 6e-4 if head else 6e-5
+        decay = 0.0 if "norm" in name and not head else 0.01
+        # first step: both moments are bias-corrected to the gradient itself
+        expected = before[name] * (1 - lr * decay) - lr * parameter.grad / (parameter.grad.abs() + 1e-8)
+        assert torch.allclose(parameter, expected, atol=1e-7), name
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"schedule": "linear"}, {"lr": 0.0}, {"lr": math.nan}, {"betas": [0.9]}, {"weight_decay": -1.0}),
+        *({"warmup_steps": -1}, {"no_decay": "biases"}, {"layer_decay": 0.0}, {"layer_decay": 1.1}),
+        *({"min_lr_factor": -0.1}, {"min_lr_factor": 2.0}, {"ema": 1.0}, {"ema": -0.5}),
+    ],
+)
+def test_nonsense_is_refused_by_name(bad):
+    with pytest.raises(ConfigError, match=rf"optim\.{next(iter(bad))}"):
+        OptimConfig(**bad)
+
+
+@pytest.mark.parametrize("stages", [0, 2, 4])
+def test_frozen_stages_are_in_no_group_and_have_no_stochastic_depth(stages):
+    model = build_model(ModelConfig(variant="b1", drop_path_rate=0.2), 3)
+    freeze_stages(model, stages)
+    groups = parameter_groups(model, OptimConfig(frozen_stages=stages))
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        stage = re.match(r"backbone\.(?:patch_embed|block|norm)(\d)\.", name)
+        frozen = stage is not None and int(stage[1]) <= stages
+        assert (id(parameter) not in trained) == frozen, name
+        assert parameter.requires_grad != frozen, name
+    names = [group["name"] for group in groups]
+    assert names == (["head"] if stages == 4 else ["backbone", "norm", "head"])
+    rates = [m.rate for m in model.backbone.modules() if isinstance(m, DropPath)]
+    dropped = [rate for rate in rates if rate > 0]
+    assert len(dropped) == 8 - max(1, 2 * stages)  # 2 blocks a stage; the rate of the first is 0 anyway
+
+
+def test_a_warm_up_that_the_run_does_not_outlast_is_remarked_on():
+    cfg = OptimConfig(lr=1e-3, warmup_steps=500, warmup_start=0.0, schedule="constant")
+    assert schedule_remark(cfg, 501) == ""
+    said = "optim.warmup_steps=500 is not below steps=5: the lr only reaches 0.8 % of optim.lr=0.001"
+    assert schedule_remark(cfg, 5) == said

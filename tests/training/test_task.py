@@ -1,0 +1,225 @@
+"""Losses and scores of both tasks against independent computations, and the settings that are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import shapes
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from segformer.data.loading.loader import Batch
+from segformer.data.shards.format import ShardSet
+from segformer.distributed.world import World
+from segformer.errors import ConfigError, DataError
+from segformer.evaluation.metrics import ClassScores, Scores
+from segformer.models.segformer import MiTClassifier, SegFormer
+from segformer.training.config import FROZEN, RunConfig, compose
+from segformer.training.task import Task, make_task, training_crop
+
+WORLD = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+CLASSIFY = ("data=folder", "data.task=classification", "classification.size=48", "loader.workers=0")
+
+
+@pytest.fixture(scope="module")
+def class_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """12 training and 11 validation pictures of three shapes."""
+    return ShardSet.open(shapes.write_set(tmp_path_factory.mktemp("shapes"), {"train": 12, "val": 11}))
+
+
+def configure(shards: ShardSet | Path, *overrides: str) -> RunConfig:
+    place = shards.root if isinstance(shards, ShardSet) else shards
+    return compose(RunConfig, "config", [*overrides, f"data.shards={place}"])
+
+
+def classification(shards: ShardSet, *overrides: str) -> Task:
+    return make_task(configure(shards, *CLASSIFY, *overrides), shards, WORLD)
+
+
+def segmentation(shards: Path, *overrides: str) -> Task:
+    cfg = configure(shards, "data=sample", "loader.workers=0", *overrides)
+    return make_task(cfg, ShardSet.open(shards), WORLD)
+
+
+def images(count: int, size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def evaluate(task: Task, model: nn.Module, **options: Any) -> Any:
+    return task.evaluate(model, WORLD, interrupted=lambda: False, failed=pytest.fail, **options)
+
+
+class Linear(nn.Module):
+    """Logits (B, K) that depend on every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.weight = torch.randn(3, 3 * 48 * 48)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.flatten(1) @ self.weight.t()
+
+
+def test_the_loss_of_classification_is_the_cross_entropy_of_torch(class_shards: ShardSet) -> None:
+    task, model = classification(class_shards, "classification.label_smoothing=0.1"), Linear()
+    pixels, labels = images(4, 48), torch.tensor([0, 2, 1, 2])
+    loss, parts = task.loss(model, Batch(pixels, labels, None, labels), 0)
+    normal = (pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
+    expected = F.cross_entropy(model(normal), labels, label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert parts.keys() == {"cross_entropy"}
+    assert not parts["cross_entropy"].requires_grad
+
+
+def test_mixup_blends_images_and_targets_alike_and_follows_the_position(class_shards: ShardSet) -> None:
+    task, model = classification(class_shards, "classification.mixup=0.8"), Linear()
+    pixels, labels = images(2, 48), torch.tensor([0, 2])
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda _, given, logits: seen.append(given[0]))
+    batch = Batch(pixels, labels, None, labels)
+    losses = [task.loss(model, batch, position)[0].item() for position in (5, 5, 6)]
+    assert losses[0] == losses[1] != losses[2]
+    normal = (pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
+    other = normal.roll(1, 0)
+    kept = (((seen[0] - other) * (normal - other)).sum() / (normal - other).square().sum()).item()
+    assert torch.allclose(seen[0], kept * normal + (1 - kept) * other, atol=1e-4)
+    target = kept * F.one_hot(labels, 3) + (1 - kept) * F.one_hot(labels.roll(1), 3)
+    assert losses[0] == pytest.approx(F.cross_entropy(model(seen[0]), target).item(), rel=1e-4)
+
+
+def test_the_loss_of_segmentation_is_the_cross_entropy_of_torch_over_all_pixels(tiny_shards: Path) -> None:
+    task = segmentation(tiny_shards)
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 2, 4, stride=4)
+    pixels, masks = images(2, 32), torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8)
+    masks[0, :5] = 255
+    loss, parts = task.loss(network, Batch(pixels, masks, None, torch.arange(2)), 0)
+    logits = network((pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1))
+    enlarged = F.interpolate(logits, (32, 32), mode="bilinear")
+    total = F.cross_entropy(enlarged, masks.long(), ignore_index=255, reduction="sum")
+    assert loss.item() == pytest.approx(total.item() / masks.numel(), rel=1e-5)
+    assert list(parts) == ["cross_entropy"]
+
+
+def test_each_task_builds_its_network_for_the_classes_of_the_shards(
+    class_shards: ShardSet, tiny_shards: Path
+) -> None:
+    task = classification(class_shards)
+    model = task.build_model(task.cfg.model)
+    assert isinstance(model, MiTClassifier)
+    assert model.head.out_features == 3
+    task = segmentation(tiny_shards)
+    network = task.build_model(task.cfg.model)
+    assert isinstance(network, SegFormer)
+    assert network.num_classes == 2
+
+
+def test_top_1_is_that_of_a_loop_over_the_pictures(class_shards: ShardSet, tmp_path: Path) -> None:
+    root = shapes.write_folders(tmp_path, {"train": 12, "val": 11})
+    task, model = classification(class_shards, "classification.eval_resize=48", "eval_batch=4"), Linear()
+    hits = dict.fromkeys(shapes.CLASSES, 0)
+    for path in sorted((root / "val").rglob("*.png")):
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        height, width = image.shape[:2]
+        size = (round(width * 48 / min(height, width)), round(height * 48 / min(height, width)))
+        view = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        top, left = (view.shape[0] - 48) // 2, (view.shape[1] - 48) // 2
+        pixels = torch.from_numpy(view[top : top + 48, left : left + 48].astype(np.float32))
+        logits = model(((pixels - MEAN) / STD).permute(2, 0, 1)[None])
+        hits[path.parent.name] += int(logits.argmax()) == shapes.CLASSES.index(path.parent.name)
+    scores = evaluate(task, model)
+    assert isinstance(scores, ClassScores)
+    assert [row[1] for row in scores.counts] == [hits[name] for name in shapes.CLASSES]
+    assert scores.top1 == scores.score == sum(hits.values()) / 11
+    assert model.training, "left as it came"
+
+
+def test_one_two_and_three_ranks_count_alike_and_make_equally_many_forwards(
+    class_shards: ShardSet, run_ranks: Any
+) -> None:
+    # 11 images in batches of 2: three ranks have 2, 2 and 2 batches of unequal sizes, two have 3 and 3, and
+    # in batches of 1 the ranks of both worlds have unequal numbers.
+    printed = []
+    for ranks, batch in ((1, 4), (2, 1), (3, 2)):
+        outputs = run_ranks(ranks, "tests/evaluation/score_ranks.py", str(class_shards.root), str(batch))
+        printed += [json.loads(output.strip().splitlines()[-1]) for output in outputs]
+    assert len(printed) == 6
+    assert all(scores == printed[0] for scores in printed)
+    assert [images for images, *_ in printed[0]["counts"]] == [4, 4, 3]
+
+
+def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shards: Path) -> None:
+    task = segmentation(tiny_shards)
+    torch.manual_seed(0)
+    scores = evaluate(task, nn.Conv2d(3, 2, 4, stride=4), pictures=2)
+    assert isinstance(scores, Scores)
+    assert len(scores.pictures) == 2
+    assert "pictures" not in scores.to_dict()
+    keys = ShardSet.open(tiny_shards).split("val").keys
+    for key, picture in scores.pictures.items():
+        assert key in keys
+        source = cv2.imread(f"data_prep/sample/images/val/{key}.jpg")
+        height, width = source.shape[:2]
+        assert picture.dtype == np.uint8
+        assert picture.shape[2] == 3
+        assert abs(picture.shape[1] / picture.shape[0] - 3 * width / height) < 0.02
+        small = cv2.resize(
+            source[..., ::-1], (picture.shape[1] // 3, picture.shape[0]), interpolation=cv2.INTER_AREA
+        )
+        assert np.abs(picture[:, : picture.shape[1] // 3].astype(int) - small).mean() < 3
+    assert evaluate(task, nn.Conv2d(3, 2, 4, stride=4)).pictures == {}
+
+
+def test_pictures_are_drawn_for_rank_zero_only(tiny_shards: Path) -> None:
+    task = segmentation(tiny_shards)
+    world = World(rank=1, local_rank=1, size=2, local_size=2, device=torch.device("cpu"))
+    network = nn.Conv2d(3, 2, 4, stride=4)
+    scores = task.evaluate(network, world, interrupted=lambda: False, failed=pytest.fail, pictures=2)
+    assert scores is not None
+    assert scores.pictures == {}
+
+
+def test_a_label_that_the_model_does_not_have_is_told_and_not_raised(class_shards: ShardSet) -> None:
+    task = classification(class_shards)
+    task.num_classes, model = 2, Linear()
+    model.weight = model.weight[:2]
+    told: list[DataError] = []
+    scores = task.evaluate(model, WORLD, interrupted=lambda: bool(told), failed=told.append)
+    assert scores is None
+    assert "but the model has 2 classes" in str(told[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=folder", "data.task=segmentation", "data.classes=[a,b,c]"], "sharded for classification"),
+        ([*CLASSIFY, "loss.label_smoothing=0.1"], "use classification.label_smoothing"),
+        ([*CLASSIFY, "loss.terms={dice: 1.0}"], "loss has other terms"),
+        ([*CLASSIFY, "loss.class_weights=[1,2,3]"], "loss has other terms"),
+    ],
+)
+def test_settings_of_another_task_are_refused(
+    class_shards: ShardSet, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_task(configure(class_shards, *overrides), class_shards, WORLD)
+
+
+def test_a_classifier_on_masks_is_refused(tiny_shards: Path) -> None:
+    with pytest.raises(ConfigError, match="sharded for segmentation"):
+        make_task(configure(tiny_shards, *CLASSIFY), ShardSet.open(tiny_shards), WORLD)
+
+
+def test_the_crop_of_each_task(class_shards: ShardSet, tiny_shards: Path) -> None:
+    assert training_crop(configure(class_shards, *CLASSIFY)) == [48, 48]
+    assert training_crop(configure(tiny_shards, "data=sample", "augment.crop=[64,96]")) == [64, 96]
+
+
+def test_the_augmentation_of_classification_is_frozen() -> None:
+    assert "classification" in FROZEN
