@@ -39,7 +39,7 @@ from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
 from segformer.training.overrides import explain, first_line
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
     *("seed", "steps", "global_batch", "train_split", "data", "augment", "model", "loss", "optim"),
     "classification",

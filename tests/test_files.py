@@ -1,0 +1,75 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from segformer.files import listed, lock, sha256_of, staged, write_atomic
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    write_atomic(path, [b"n", b"ew"])
+    assert path.read_text() == "new"
+    assert sha256_of(path) == subprocess.check_output(["sha256sum", path], text=True).split()[0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def pieces():
+        yield b"half"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, pieces())
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_after_the_fence(tmp_path):
+    path, seen = tmp_path / "a", []
+    with staged(path, fence=lambda: seen.append(path.exists())) as place:
+        place.mkdir()
+        (place / "b").write_text("c")
+        assert not path.exists()
+    assert seen == [False]
+    assert (path / "b").read_text() == "c"
+
+
+def test_a_fence_that_raises_leaves_nothing(tmp_path):
+    def fence():
+        raise RuntimeError("replaced")
+
+    with pytest.raises(RuntimeError, match="replaced"), staged(tmp_path / "a", fence) as place:
+        place.mkdir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_secret_is_its_owners(tmp_path):
+    write_atomic(tmp_path / "a", "x", mode=0o600)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_lock_keeps_another_process_out(tmp_path):
+    path = tmp_path / "lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        assert lock(descriptor)
+        ask = "import os, sys; from segformer.files import lock; print(lock(os.open(sys.argv[1], os.O_RDWR)))"
+        assert subprocess.check_output([sys.executable, "-c", ask, path], text=True) == "False\n"
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (list("abcd"), "a, b, c and 1 more"), (["a\x1b[2J"], "'a\\x1b[2J'")],
+)  # fmt: skip
+def test_names_are_listed(names, text):
+    assert listed(names, limit=3) == text
