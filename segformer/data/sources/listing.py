@@ -7,9 +7,8 @@ mask by their key, the path below the split's folder without the suffix. `load_s
     mask    PNG: grey of 1 to 16 bits or indices (not colours) -> raw ids; or, with `data.mask_colours`,
             colours of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
 
-Refused: pairs that do not match, keys of a list without file, files of another format, images above MAX_PIXELS,
-damaged images, masks of another size than their image, ids or colors that no class is known for, images outside
-the class folders, folders that cannot be read."""
+Refused: pairs that do not match, listed keys without file, damaged or too large images, masks of another size
+than their image, unknown ids or colors, images outside the class folders, folders that cannot be read."""
 
 import io
 import os
