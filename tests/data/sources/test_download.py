@@ -26,8 +26,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import segformer.data.download as downloads
 
+import segformer.data.sources.download as downloads
 from segformer.data.sources.archives import unpack
 from segformer.data.sources.download import Download, fetch, obtain
 from segformer.distributed.world import StopFlag

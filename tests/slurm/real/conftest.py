@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from slurm.cluster import Cluster
+from slurm.real.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 80

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparing import assert_identical, saved_state
-from slurm.conftest import STEPS
+from slurm.real.conftest import STEPS
 
 from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
