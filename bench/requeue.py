@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT, conditions, spread, table, write_csv
-from segformer.checkpoint.checkpointer import list_steps
+from segformer.checkpoint.reader import list_steps
 from segformer.errors import ConfigError
 from segformer.slurm.attempts import attempts
 from segformer.slurm.queue import job_state, slurm

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from segformer.checkpoint.checkpointer import load_checkpoint
+from segformer.checkpoint.reader import load_checkpoint
 
 
 def saved_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]:

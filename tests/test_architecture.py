@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
     "data.loading": "order placement transforms classification mixing prepare workers loader",
     "distributed": "world engine zero_state ema watchdog",
-    "checkpoint": "atomic lease format checkpointer",
+    "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants",
     "models.kernels": "grid bilinear sweep depthwise resize cross_entropy argmax",
     "models.ops": (

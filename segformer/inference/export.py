@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segformer.checkpoint.checkpointer import TrainState, load_model_state
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import load_model_state
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.dataset import DatasetConfig, class_palette

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from segformer.checkpoint.checkpointer import list_steps
+from segformer.checkpoint.reader import list_steps
 from segformer.errors import ConfigError
 from segformer.slurm.attempts import attempts, step_of
 from segformer.slurm.code import snapshot

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from segformer.checkpoint.checkpointer import TrainState
+from segformer.checkpoint.format import TrainState
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.engine import resolve_precision, resolve_stage
 from segformer.distributed.world import World

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from segformer.checkpoint.checkpointer import Checkpointer, Loaded, TrainState, list_steps, load_checkpoint
+from segformer.checkpoint.checkpointer import Checkpointer
+from segformer.checkpoint.format import Loaded, TrainState
 from segformer.checkpoint.lease import Lease
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.loader import Batch, corrupt_budget, train_batches, worker_count
 from segformer.data.loading.order import OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.prepare import over_budget

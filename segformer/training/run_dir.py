@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segformer.checkpoint.checkpointer import clean
+from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.lease import Lease
 from segformer.errors import ConfigError
 from segformer.training.config import RunConfig, frozen_difference, load_config, save_config

@@ -9,14 +9,9 @@ import torch
 import torch.distributed as dist
 
 from segformer.checkpoint import atomic as commit
-from segformer.checkpoint.checkpointer import (
-    CheckpointConfig,
-    Checkpointer,
-    TrainState,
-    list_steps,
-    load_checkpoint,
-    write_checkpoint,
-)
+from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, write_checkpoint
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import init_world
 from segformer.errors import CheckpointError
 

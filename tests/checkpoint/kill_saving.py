@@ -18,15 +18,10 @@ from pathlib import Path
 
 import torch
 
-from segformer.checkpoint.checkpointer import (
-    CheckpointConfig,
-    Checkpointer,
-    TrainState,
-    clean,
-    list_steps,
-    load_checkpoint,
-    write_checkpoint,
-)
+from segformer.checkpoint.atomic import clean
+from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, write_checkpoint
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import World
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.scandir", "shutil.rmtree")

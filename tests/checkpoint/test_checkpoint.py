@@ -14,15 +14,10 @@ from safetensors.torch import load_file
 
 from segformer.checkpoint import atomic as commit
 from segformer.checkpoint import format as snapshot
-from segformer.checkpoint.checkpointer import (
-    CheckpointConfig,
-    TrainState,
-    clean,
-    list_steps,
-    load_checkpoint,
-    load_model_state,
-    write_checkpoint,
-)
+from segformer.checkpoint.atomic import clean
+from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import list_steps, load_checkpoint, load_model_state
 from segformer.errors import CheckpointError, ConfigError
 
 ALL_FILES = (*snapshot.FILES, snapshot.EMA, commit.MANIFEST)

@@ -11,13 +11,9 @@ import pytest
 import torch
 
 from segformer.checkpoint import atomic as commit
-from segformer.checkpoint.checkpointer import (
-    CheckpointConfig,
-    Checkpointer,
-    TrainState,
-    list_steps,
-    load_checkpoint,
-)
+from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import World
 from segformer.errors import CheckpointError
 

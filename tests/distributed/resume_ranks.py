@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from segformer.checkpoint.checkpointer import load_checkpoint
+from segformer.checkpoint.reader import load_checkpoint
 from segformer.distributed.watchdog import Watchdog
 from segformer.distributed.world import StopFlag, init_world
 from segformer.distributed.zero_state import gather_model, gather_optimizer

@@ -6,7 +6,7 @@ import pytest
 import shapes
 import torch
 
-from segformer.checkpoint.checkpointer import load_checkpoint
+from segformer.checkpoint.reader import load_checkpoint
 
 STEPS = 8
 

@@ -11,7 +11,7 @@ import torch
 from comparing import assert_identical, saved_state
 from plain_training import train_plainly
 
-from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 
 STEPS = 20
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from comparing import assert_identical, saved_state
 
-from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
 from segformer.distributed.world import free_port
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparing import assert_identical, saved_state
 
-from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 
 STEPS = 20
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from plain_training import train_plainly
 
-from segformer.checkpoint.checkpointer import load_checkpoint
+from segformer.checkpoint.reader import load_checkpoint
 
 STEPS = 20
 STAGES = range(4)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
+from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, export, read_export

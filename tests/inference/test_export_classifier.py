@@ -9,7 +9,8 @@ import shapes
 import torch
 from PIL import Image
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
+from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, export, open_checkpoint, read_export, write_export

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
+from segformer.checkpoint.format import TrainState
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.pictures import (

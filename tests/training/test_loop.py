@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
 

@@ -17,7 +17,8 @@ from transformers import (
     SegformerModel,
 )
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, TrainState, write_checkpoint
+from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
+from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model, load_strict
 from segformer.models.variants import VARIANTS, ModelConfig

@@ -12,7 +12,7 @@ import torch
 from comparing import assert_identical, saved_state
 from slurm.real.conftest import STEPS
 
-from segformer.checkpoint.checkpointer import list_steps, load_checkpoint
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
 
 pytestmark = pytest.mark.slurm
