@@ -6,8 +6,8 @@ Several ranks share the images: deepspeed --num_accelerators 4 launch/evaluate.p
 from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.inference.score import ValidateConfig, validate
+    from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
     from segformer.training.config import cli
 
 if __name__ == "__main__":
-    cli(ValidateConfig, "evaluate", validate)
+    cli(EvaluateConfig, "evaluate", evaluate_checkpoint)

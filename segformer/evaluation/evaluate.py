@@ -1,7 +1,7 @@
 """Evaluation: every validation image once over all ranks, one table of counts, the scores.
 
-Protocol of segmentation: images are taken whole and unscaled, logits are brought to the label's size in fp32,
-tile by tile (models/ops/argmax.py). Of classification: the short side to eval_resize, then the centre.
+Segmentation takes images whole and unscaled, and brings logits to the label's size in fp32, tile by tile
+(models/ops/argmax.py). Classification resizes the short side to eval_resize and cuts the center out.
 
 The batches of a rank hold images of one size only; ranks may have different numbers of batches. Under ZeRO-3
 each forward is a collective, so a rank that has run out repeats a forward that doesn't count until all are
@@ -37,11 +37,11 @@ def evaluate(
     num_classes: int,
     batch_size: int,
     bf16: bool,
-    interrupted: Callable[[], bool],
-    failed: Callable[[SegformerError], None],
+    should_stop: Callable[[], bool],
+    on_error: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
     ops: Ops = SUITES["fused"],
-    watch: Callable[[Batch, Tensor], None] | None = None,
+    on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> AnyScores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
 
@@ -51,13 +51,13 @@ def evaluate(
         normalize: uint8 images -> model input, on the device.
         batch_size: images per forward and rank.
         bf16: run the model in bf16 autocast.
-        interrupted: asked before every batch and after the last, answers alike on all ranks; True ends the
+        should_stop: asked before every batch and after the last, answers alike on all ranks; True ends the
             evaluation with None.
-        failed: told what is wrong with the data that this rank reads. It must make `interrupted` answer True
-            on all ranks: raised here, the error would leave the others in a collective.
-        view: how the images of a classification set are cut; None for segmentation.
+        on_error: gets what is wrong with the data that this rank reads. It must make `should_stop` answer
+            True on all ranks: raised here, the error would leave the others in a collective.
+        view: how the images of a classification set are cropped; None for segmentation.
         ops: the form of the operation that counts the pixels of a segmentation.
-        watch: shown every batch of this rank and its logits, once they are counted.
+        on_batch: gets every batch of this rank and its logits, once they are counted.
     """
     iterator = _batches(split, loader, world, batch_size, view)
     metric = _metric(num_classes, view, ops).to(world.device)
@@ -66,9 +66,9 @@ def evaluate(
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
     try:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
-            if interrupted():
+            if should_stop():
                 return None
-            batch = _next(iterator, failed)
+            batch = _next(iterator, on_error)
             if batch is not None:
                 batch = batch.to(world.device, non_blocking=True)
                 images = batch.images
@@ -76,10 +76,10 @@ def evaluate(
             with autocast, bounded_compilation(model, images):
                 logits = model(normalize(images, None))
             if batch is not None:
-                _count(metric, batch, logits, failed)
-                if watch is not None:
-                    watch(batch, logits)
-        if interrupted():
+                _count(metric, batch, logits, on_error)
+                if on_batch is not None:
+                    on_batch(batch, logits)
+        if should_stop():
             return None
     finally:
         iterator.close()
@@ -125,11 +125,11 @@ def bounded_compilation(model: nn.Module, images: Tensor) -> Iterator[None]:
         yield
 
 
-def _next(batches: Iterator[Batch], failed: Callable[[SegformerError], None]) -> Batch | None:
+def _next(batches: Iterator[Batch], on_error: Callable[[SegformerError], None]) -> Batch | None:
     try:
         return next(batches, None)
     except SegformerError as error:
-        failed(error)
+        on_error(error)
         return None
 
 
@@ -137,9 +137,9 @@ def _count(
     metric: SegmentationMetric | ClassificationMetric,
     batch: Batch,
     logits: Tensor,
-    failed: Callable[[SegformerError], None],
+    on_error: Callable[[SegformerError], None],
 ) -> None:
     try:
         metric.update(logits, batch.targets)
     except SegformerError as error:
-        failed(error)
+        on_error(error)

@@ -1,4 +1,4 @@
-"""Protocols of published scores: resized images, sliding windows, several scales, flipping.
+"""Inference modes of published scores: resized images, sliding windows, test-time augmentation.
 
     image -> resized (short_side, long_side, scales, size_divisor) -> perhaps flipped
           -> logits, of the whole or of windows, enlarged to the resized image
@@ -7,8 +7,8 @@
 These are the steps of mmsegmentation, in its order, with both resizes of the logits; all resizing is
 bilinear, align_corners=False, without antialiasing. Of one view (no flip, one scale) the logits leave at the
 size of the resized image, and the evaluation resizes them to the label's; of several, the mean of the
-probabilities leaves at the original size. One difference: mmsegmentation resizes before it normalises, and
-so rounds the resized image to whole grey levels. Its versions differ in `scales`: with short_side they are
+probabilities leaves at the original size. One difference: mmsegmentation resizes before it normalizes, and
+so rounds the resized image to whole gray levels. Its versions differ in `scales`: with short_side they are
 those of 0.x (short_side and long_side times the factor), without it those of 1.x (own size times the factor).
 
 Memory: K floats for each pixel of the largest resized image of a batch; of several views, also for each pixel
@@ -36,8 +36,8 @@ Size = tuple[int, int]
 
 
 @dataclass(kw_only=True, slots=True)
-class ProtocolConfig:
-    """How segmentation images are shown to the network; the defaults: whole, at their own size."""
+class InferenceModeConfig:
+    """How segmentation images go through the network; the defaults: whole, at their own size."""
 
     short_side: int = 0
     "The image is resized so that its short side has so many pixels; 0 = own size."
@@ -93,15 +93,15 @@ def _check_windows(window: list[int], stride: list[int]) -> None:
         )
 
 
-def settings(cfg: ProtocolConfig) -> list[str]:
+def settings(cfg: InferenceModeConfig) -> list[str]:
     """What is not at its default, as key=value; empty: the network sees whole images at their own size."""
-    default = ProtocolConfig()
-    keys = [key.name for key in fields(ProtocolConfig)]
+    default = InferenceModeConfig()
+    keys = [key.name for key in fields(InferenceModeConfig)]
     return [f"{key}={getattr(cfg, key)}" for key in keys if getattr(cfg, key) != getattr(default, key)]
 
 
-def describe(cfg: ProtocolConfig) -> str:
-    """The protocol in words, for the line of the scores."""
+def describe(cfg: InferenceModeConfig) -> str:
+    """The mode in words, for the line of the scores."""
     parts = ["whole images"]
     if cfg.window:
         (down, right), (height, width) = cfg.steps, cfg.window
@@ -117,7 +117,7 @@ def describe(cfg: ProtocolConfig) -> str:
     return "; ".join(parts) if len(parts) > 2 or limit else ", ".join(parts)
 
 
-def resized(cfg: ProtocolConfig, size: Size, factor: float = 1.0) -> tuple[Size, Size]:
+def resized(cfg: InferenceModeConfig, size: Size, factor: float = 1.0) -> tuple[Size, Size]:
     """Sizes (height, width) of an image of `size` at one scale: resized, then stretched to the divisor."""
     ratio = factor
     if cfg.short_side:
@@ -129,7 +129,7 @@ def resized(cfg: ProtocolConfig, size: Size, factor: float = 1.0) -> tuple[Size,
     return (height, width), (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)
 
 
-def check_images(cfg: ProtocolConfig, sizes: Iterable[Size]) -> None:
+def check_images(cfg: InferenceModeConfig, sizes: Iterable[Size]) -> None:
     """ConfigError where an image of one of `sizes` would become too small for the network."""
     for size in sorted(set(sizes)):
         for factor in cfg.scales or [1.0]:
@@ -158,10 +158,10 @@ def _resize(maps: Tensor, size: Size) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-class Protocol(nn.Module):
-    """A network whose images go through a protocol; stands in the place of the network in an evaluation."""
+class InferenceMode(nn.Module):
+    """A network with resizing, windows and test-time augmentation around it; evaluated in its place."""
 
-    def __init__(self, model: nn.Module, cfg: ProtocolConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: InferenceModeConfig) -> None:
         """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
         super().__init__()
         self.model, self.cfg = model, cfg
@@ -169,7 +169,7 @@ class Protocol(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalised -> logits (B, K, h, w); of several views, shares (B, K, H, W).
+        """Images (B, 3, H, W), normalized -> logits (B, K, h, w); of several views, shares (B, K, H, W).
 
         Without gradients.
         """
@@ -218,6 +218,6 @@ class Protocol(nn.Module):
         return _resize(logits, (images.shape[2], images.shape[3]))
 
 
-def under_protocol(model: nn.Module, cfg: ProtocolConfig) -> nn.Module:
-    """The network itself where all settings are at their defaults, else a Protocol around it."""
-    return Protocol(model, cfg) if settings(cfg) else model
+def in_mode(model: nn.Module, cfg: InferenceModeConfig) -> nn.Module:
+    """`model` itself where all settings are at their defaults, else an InferenceMode around it."""
+    return InferenceMode(model, cfg) if settings(cfg) else model

@@ -1,9 +1,9 @@
 """The scores of a finished model: a run or an export, on any split of any shards with its classes.
 
-Protocol: whole images at their own size, logits brought to the size of the label, one confusion matrix over
-the split; a classifier is shown the centre of every image, cut as in its training. It is the protocol of the
-evaluations during training, so the numbers agree with theirs. For those of papers, images are resized, cut
-into windows, flipped and scaled (inference_mode.py).
+Images are taken whole and at their own size, logits are brought to the size of the label, and one confusion
+matrix counts the split; a classifier gets the center of every image, cropped as in its training. So do the
+evaluations during training: the numbers agree with theirs. Published scores resize images, slide windows,
+flip and scale (evaluation/inference_mode.py).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from segformer.distributed.world import init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import (
-    ProtocolConfig,
+    InferenceModeConfig,
     check_images,
     describe,
+    in_mode,
     settings,
-    under_protocol,
 )
 from segformer.evaluation.metrics import AnyScores
 from segformer.inference.export import Trained, open_checkpoint
@@ -33,8 +33,8 @@ from segformer.training.task import plain_normalize
 
 
 @dataclass(kw_only=True, slots=True)
-class ValidateConfig(ProtocolConfig):
-    """What to score, on which images, and by which protocol."""
+class EvaluateConfig(InferenceModeConfig):
+    """Which model to score, on which images, and how it sees them."""
 
     checkpoint: str = "???"
     "Directory of a run, of one of its checkpoints, or of an export."
@@ -52,13 +52,13 @@ class ValidateConfig(ProtocolConfig):
     "Worker processes."
 
     def __post_init__(self) -> None:
-        ProtocolConfig.__post_init__(self)
+        InferenceModeConfig.__post_init__(self)
         if self.batch < 1:
             raise ConfigError(f"batch={self.batch} must be 1 or more")
         EngineConfig(precision=self.precision)
 
 
-def validate(cfg: ValidateConfig) -> AnyScores:
+def evaluate_checkpoint(cfg: EvaluateConfig) -> AnyScores:
     """Print the table of scores (rank zero) and return them; all ranks."""
     world = init_world()
     try:
@@ -68,7 +68,7 @@ def validate(cfg: ValidateConfig) -> AnyScores:
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
-            under_protocol(trained.build().to(world.device), cfg),
+            in_mode(trained.build().to(world.device), cfg),
             plain_normalize(trained.mean, trained.std).to(world.device),
             shards.split(cfg.split),
             cfg.loader,
@@ -76,19 +76,19 @@ def validate(cfg: ValidateConfig) -> AnyScores:
             num_classes=len(shards.classes),
             batch_size=cfg.batch,
             bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
-            interrupted=lambda: world.any(bool(failures)),
-            failed=failures.append,
+            should_stop=lambda: world.any(bool(failures)),
+            on_error=failures.append,
             view=_view(trained),
         )
     finally:
         world.close()
-    if scores is None:  # said once, by the rank that met it
+    if scores is None:  # logged once, by the rank that met it
         raise failures[0] if failures else SystemExit(SegformerError.exit_code)
     if world.is_main:
         split = shards.split(cfg.split)
         print(
             f"{cfg.checkpoint} at step {trained.step} on {split.num_samples} images of {cfg.split} "
-            f"({_shown(trained, cfg)}) in {duration(time.monotonic() - start)}",
+            f"({_mode(trained, cfg)}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
         print(scores.table(shards.classes))
@@ -102,14 +102,14 @@ def _view(trained: Trained) -> ClassificationAugment | None:
     return ClassificationAugment(size=size, eval_resize=short)
 
 
-def _shown(trained: Trained, cfg: ValidateConfig) -> str:
+def _mode(trained: Trained, cfg: EvaluateConfig) -> str:
     if trained.view is None:
         return describe(cfg)
     size, short = trained.view
-    return f"short side to {short}, centre {size} x {size}"
+    return f"short side to {short}, center {size} x {size}"
 
 
-def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
+def _open(cfg: EvaluateConfig) -> tuple[Trained, ShardSet]:
     trained = open_checkpoint(cfg.checkpoint, cfg.step)
     if not (cfg.shards or trained.shards):
         raise ConfigError(
@@ -126,17 +126,17 @@ def _open(cfg: ValidateConfig) -> tuple[Trained, ShardSet]:
             f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "
             f"the shards have {len(shards.classes)} ({', '.join(shards.classes[:3])}); give shards of its own"
         )
-    _check_protocol(cfg, trained, shards.split(cfg.split))
+    _check_mode(cfg, trained, shards.split(cfg.split))
     return trained, shards
 
 
-def _check_protocol(cfg: ValidateConfig, trained: Trained, split: Split) -> None:
+def _check_mode(cfg: EvaluateConfig, trained: Trained, split: Split) -> None:
     changed = settings(cfg)
     if not changed:
         return
     if trained.task != "segmentation":
         raise ConfigError(
-            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the centre of each image; "
+            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each image; "
             "leave this out"
         )
     check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))

@@ -267,8 +267,8 @@ def _evaluate(run: Run) -> AnyScores | None:
         scores = run.task.evaluate(
             run.engine,
             world,
-            interrupted=lambda: _stopping(run),
-            failed=run.fail,
+            should_stop=lambda: _stopping(run),
+            on_error=run.fail,
             pictures=cfg.telemetry.pictures,
         )
     if scores is None:

@@ -65,11 +65,11 @@ class Task:
         model: Any,
         world: World,
         *,
-        interrupted: Callable[[], bool],
-        failed: Callable[[SegformerError], None],
+        should_stop: Callable[[], bool],
+        on_error: Callable[[SegformerError], None],
         pictures: int = 0,
     ) -> AnyScores | None:
-        """Scores on the evaluation split, None where `interrupted` said so; all ranks. See evaluate.py.
+        """Scores on the evaluation split, None where `should_stop` answered True; all ranks. See evaluate.py.
 
         pictures: validation images to draw with target and prediction (scores.pictures); segmentation only.
         """
@@ -85,11 +85,11 @@ class Task:
             num_classes=self.num_classes,
             batch_size=self.cfg.eval_batch,
             bf16=resolve_precision(self.cfg.engine, world.device) == "bf16",
-            interrupted=interrupted,
-            failed=failed,
+            should_stop=should_stop,
+            on_error=on_error,
             view=self.view,
             ops=SUITES[self.cfg.model.ops],
-            watch=gallery.add,
+            on_batch=gallery.add,
         )
         if scores is not None:
             scores.pictures = gallery.pictures

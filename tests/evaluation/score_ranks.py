@@ -35,7 +35,7 @@ def main(shards: str, batch: str) -> None:
     task = make_task(cfg, ShardSet.open(shards), world)
     torch.manual_seed(0)
     model = Collective(task.build_model(cfg.model), world)
-    scores = task.evaluate(model, world, interrupted=lambda: world.any(False), failed=lambda error: None)
+    scores = task.evaluate(model, world, should_stop=lambda: world.any(False), on_error=lambda error: None)
     assert scores is not None
     print(json.dumps(scores.to_dict()))
     world.close()

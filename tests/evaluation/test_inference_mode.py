@@ -1,4 +1,4 @@
-"""Protocols of published scores, against loops over single images that share no code with them."""
+"""Inference modes of published scores, against loops over single images that share no code with them."""
 
 import math
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from segformer.distributed.world import World
 from segformer.errors import ConfigError, SegformerError
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import (
-    Protocol,
-    ProtocolConfig,
+    InferenceMode,
+    InferenceModeConfig,
     check_images,
     describe,
+    in_mode,
     resized,
     settings,
-    under_protocol,
     windows,
 )
 from segformer.evaluation.metrics import Scores
 from segformer.inference.export import write_export
-from segformer.inference.score import ValidateConfig, validate
+from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.config import compose
@@ -120,7 +120,7 @@ def test_windows_are_averaged_like_a_loop_over_pixels(
     size: tuple[int, int], window: list[int], stride: list[int]
 ) -> None:
     model, images = Lopsided(), pictures(2, 3, *size)
-    found = Protocol(model, ProtocolConfig(window=window, stride=stride))(images)
+    found = InferenceMode(model, InferenceModeConfig(window=window, stride=stride))(images)
     used = stride or [3 * side // 4 for side in window]
     torch.testing.assert_close(found, each(images, lambda image: slid(model, image, window, used)))
 
@@ -139,20 +139,20 @@ def test_probabilities_are_averaged_at_the_original_size(
     flip: bool, scales: list[float], window: list[int]
 ) -> None:
     model, images = Lopsided(), pictures(2, 3, 66, 83)
-    cfg = ProtocolConfig(window=window, stride=[20, 30] if window else [], flip=flip, scales=scales)
+    cfg = InferenceModeConfig(window=window, stride=[20, 30] if window else [], flip=flip, scales=scales)
     sizes = [(33, 42), (66, 83), (116, 145)] if scales else [(66, 83)]  # 41.5 -> 42, 115.5, 145.25
 
     def forward(model: nn.Module, image: Tensor) -> Tensor:
         return slid(model, image, window, [20, 30]) if window else whole(model, image)
 
     expected = each(images, lambda image: averaged(model, image, sizes, flip, forward))
-    torch.testing.assert_close(Protocol(model, cfg)(images), expected)
+    torch.testing.assert_close(InferenceMode(model, cfg)(images), expected)
 
 
 def test_flipping_a_lopsided_network_makes_it_even() -> None:
     model, images = Lopsided(), pictures(1, 3, 64, 64)
-    protocol = Protocol(model, ProtocolConfig(flip=True))
-    torch.testing.assert_close(protocol(images.flip(3)), protocol(images).flip(3))
+    mode = InferenceMode(model, InferenceModeConfig(flip=True))
+    torch.testing.assert_close(mode(images.flip(3)), mode(images).flip(3))
     with torch.no_grad():
         assert not torch.allclose(model(images.flip(3)), model(images).flip(3), atol=0.1)
 
@@ -174,18 +174,18 @@ def test_flipping_a_lopsided_network_makes_it_even() -> None:
 def test_sizes_are_those_of_mmcv(
     keys: dict[str, int], size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert resized(ProtocolConfig(**keys), size)[1] == expected
+    assert resized(InferenceModeConfig(**keys), size)[1] == expected
 
 
 def test_scales_multiply_both_limits_as_in_mmsegmentation() -> None:
-    cfg = ProtocolConfig(short_side=45, long_side=100)
+    cfg = InferenceModeConfig(short_side=45, long_side=100)
     assert resized(cfg, (60, 80), 0.75)[1] == (33, 44)  # limits 33 and 75 of 33.75
     assert resized(cfg, (60, 300), 0.75)[1] == (15, 75)
 
 
 def test_a_resized_image_gives_the_classes_of_two_resizes() -> None:
     model, images = Lopsided(), pictures(2, 3, 100, 72)
-    logits = Protocol(model, ProtocolConfig(short_side=48))(images)
+    logits = InferenceMode(model, InferenceModeConfig(short_side=48))(images)
     assert logits.shape == (2, CLASSES, 67, 48)
     expected = each(images, lambda image: whole(model, bilinear(image, (67, 48))))
     torch.testing.assert_close(logits, expected)
@@ -193,7 +193,7 @@ def test_a_resized_image_gives_the_classes_of_two_resizes() -> None:
 
 def test_stretching_to_the_divisor_is_a_resize_of_its_own() -> None:
     model, images = Lopsided(), pictures(1, 3, 100, 72)
-    found = Protocol(model, ProtocolConfig(short_side=48, size_divisor=32))(images)
+    found = InferenceMode(model, InferenceModeConfig(short_side=48, size_divisor=32))(images)
     expected = each(images, lambda image: whole(model, bilinear(bilinear(image, (67, 48)), (96, 64))))
     torch.testing.assert_close(found, expected)
 
@@ -204,38 +204,38 @@ def test_resizing_is_that_of_opencv() -> None:
     keep = nn.Identity()
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
     for short in (32, 140):
-        found = Protocol(keep, ProtocolConfig(short_side=short))(tensor)[0].permute(1, 2, 0).numpy()
+        found = InferenceMode(keep, InferenceModeConfig(short_side=short))(tensor)[0].permute(1, 2, 0).numpy()
         expected = cv2.resize(image, found.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_the_defaults_are_the_network_itself() -> None:
     model = Lopsided()
-    assert under_protocol(model, ValidateConfig(batch=3, split="test")) is model
-    assert isinstance(under_protocol(model, ValidateConfig(flip=True)), Protocol)
-    assert describe(ProtocolConfig()) == "whole images, original size"
+    assert in_mode(model, EvaluateConfig(batch=3, split="test")) is model
+    assert isinstance(in_mode(model, EvaluateConfig(flip=True)), InferenceMode)
+    assert describe(InferenceModeConfig()) == "whole images, original size"
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_is_that_of_the_network(training: bool) -> None:
     model = Lopsided().train(training)
-    protocol = Protocol(model, ProtocolConfig(flip=True))
-    assert protocol.training is training
-    protocol.eval()
+    mode = InferenceMode(model, InferenceModeConfig(flip=True))
+    assert mode.training is training
+    mode.eval()
     assert not model.training
-    protocol.train(training)
+    mode.train(training)
     assert model.training is training
 
 
 def test_bf16_autocast_averages_in_float32() -> None:
     model = build_model(ModelConfig(variant="b0"), CLASSES).eval()
-    protocol = Protocol(model, ProtocolConfig(window=[64, 64], flip=True))
+    mode = InferenceMode(model, InferenceModeConfig(window=[64, 64], flip=True))
     images = pictures(2, 3, 80, 96).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = protocol(images)
+        found = mode(images)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sum(1), torch.ones(2, 80, 96))
-    torch.testing.assert_close(found, protocol(images), atol=0.05, rtol=0)
+    torch.testing.assert_close(found, mode(images), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -262,17 +262,17 @@ def test_bf16_autocast_averages_in_float32() -> None:
 )
 def test_contradictions_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ValidateConfig(**wrong)  # type: ignore[arg-type]
+        EvaluateConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_images_that_would_become_too_small_are_refused_before_the_first() -> None:
     sizes = [(640, 480), (56, 90)]
-    check_images(ProtocolConfig(flip=True), sizes)
-    check_images(ProtocolConfig(scales=[0.5, 1], size_divisor=32), sizes)
+    check_images(InferenceModeConfig(flip=True), sizes)
+    check_images(InferenceModeConfig(scales=[0.5, 1], size_divisor=32), sizes)
     with pytest.raises(
         ConfigError, match=r"scales=\[0.5, 1\]: an image of 56 x 90 .* becomes 28 x 45, .* 29"
     ):
-        check_images(ProtocolConfig(scales=[0.5, 1]), sizes)
+        check_images(InferenceModeConfig(scales=[0.5, 1]), sizes)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Pat
     config = ModelConfig(variant="b0")
     torch.manual_seed(3)
     state = build_model(config, len(classes)).state_dict()
-    return write_model(state, config, classes, tmp_path_factory.mktemp("protocol") / "export", tiny_shards)
+    return write_model(state, config, classes, tmp_path_factory.mktemp("mode") / "export", tiny_shards)
 
 
 def write_model(
@@ -306,7 +306,7 @@ def write_model(
     )
 
 
-def test_evaluate_takes_the_keys_and_prints_the_protocol(
+def test_evaluate_takes_the_keys_and_prints_the_mode(
     exported: Path, run_ranks: Callable[..., list[str]]
 ) -> None:
     given = [
@@ -322,11 +322,11 @@ def test_evaluate_takes_the_keys_and_prints_the_protocol(
     assert (
         "windows of 48 x 64 every 32 x 48; short side to 64, long side at most 90; scales 1, 1.5; " in printed
     )
-    cfg = compose(ValidateConfig, "evaluate", [*options, *given])
+    cfg = compose(EvaluateConfig, "evaluate", [*options, *given])
     assert settings(cfg)[-1] == "scales=[1.0, 1.5]"
-    scores = validate(cfg)
+    scores = evaluate_checkpoint(cfg)
     assert isinstance(scores, Scores)
-    plain = validate(compose(ValidateConfig, "evaluate", options))
+    plain = evaluate_checkpoint(compose(EvaluateConfig, "evaluate", options))
     assert isinstance(plain, Scores)
     assert scores.confusion != plain.confusion
     assert np.sum(scores.confusion) == np.sum(plain.confusion) > 0
@@ -335,7 +335,7 @@ def test_evaluate_takes_the_keys_and_prints_the_protocol(
 
 @pytest.mark.parametrize("keys", [{"short_side": 72}, {"flip": True}], ids=str)
 def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys: dict[str, int]) -> None:
-    """With the resize of `evaluate` after those of the protocol."""
+    """With the resize of `evaluate` after those of the mode."""
     shards = ShardSet.open(str(tiny_shards))
     split, classes = shards.split("val"), len(shards.classes)
     torch.manual_seed(5)
@@ -356,7 +356,7 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys:
         seen.append(size)
 
     scores = evaluate(
-        Protocol(network, ProtocolConfig(**keys)),
+        InferenceMode(network, InferenceModeConfig(**keys)),
         plain_normalize(MEAN, STD),
         split,
         LoaderConfig(workers=0),
@@ -364,9 +364,9 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys:
         num_classes=classes,
         batch_size=1,
         bf16=False,
-        interrupted=lambda: False,
-        failed=_raise,
-        watch=count,
+        should_stop=lambda: False,
+        on_error=_raise,
+        on_batch=count,
     )
     assert len(seen) == 3
     assert scores is not None
@@ -376,21 +376,21 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys:
 
 def test_scales_too_small_for_an_image_of_the_split_end_before_the_first(exported: Path) -> None:
     with pytest.raises(ConfigError, match=r"^scales=\[0.05\]: an image of "):
-        validate(ValidateConfig(checkpoint=str(exported), scales=[0.05]))
+        evaluate_checkpoint(EvaluateConfig(checkpoint=str(exported), scales=[0.05]))
 
 
 def _raise(error: SegformerError) -> None:
     raise error
 
 
-def test_a_classifier_refuses_a_protocol_in_one_sentence(tmp_path: Path) -> None:
+def test_a_classifier_refuses_a_mode_in_one_sentence(tmp_path: Path) -> None:
     shards = shapes.write_set(tmp_path, {"train": 3, "val": 3})
     classes = list(ShardSet.open(str(shards)).classes)
     config = ModelConfig(variant="b0")
     state = build_classifier(config, len(classes)).state_dict()
     out = write_model(state, config, classes, tmp_path / "export", shards, view=[48, 56])
     with pytest.raises(ConfigError, match=r"^short_side=64, flip=True: .* is a classifier"):
-        validate(ValidateConfig(checkpoint=str(out), short_side=64, flip=True))
+        evaluate_checkpoint(EvaluateConfig(checkpoint=str(out), short_side=64, flip=True))
 
 
 def test_the_commands_of_the_documentation_compose() -> None:
@@ -398,7 +398,7 @@ def test_the_commands_of_the_documentation_compose() -> None:
     for line in (ROOT / "docs/recipes.md").read_text("utf-8").splitlines():
         command, launched, arguments = line.partition("python launch/evaluate.py ")
         if launched and not command.strip():
-            found.append(compose(ValidateConfig, "evaluate", arguments.split()))
+            found.append(compose(EvaluateConfig, "evaluate", arguments.split()))
     assert [describe(cfg) for cfg in found] == [
         "whole images; short side to 512, long side at most 2048; sides up to multiples of 32",
         "windows of 1024 x 1024 every 768 x 768, original size",

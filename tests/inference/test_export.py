@@ -23,7 +23,7 @@ from segformer.inference.export import (
     write_export,
 )
 from segformer.inference.predict import PredictConfig, Predictor
-from segformer.inference.score import ValidateConfig, _open
+from segformer.inference.score import EvaluateConfig, _open
 from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.config import RunConfig, compose, save_config
@@ -189,14 +189,14 @@ def test_a_step_names_the_checkpoint_of_every_command(
     assert wanted.step == expected
     exported = export(ExportConfig(run=str(best_run), out=str(tmp_path / "out"), step=step))
     assert read_export(exported).step == expected
-    scored = ValidateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
+    scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
     assert _open(scored)[0].step == expected
     state = Predictor.from_export(best_run, "cpu", step).model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
 
 
 def test_a_number_on_the_command_line_is_a_step() -> None:
-    needs = {ExportConfig: ["run=a"], ValidateConfig: ["checkpoint=a"]}
+    needs = {ExportConfig: ["run=a"], EvaluateConfig: ["checkpoint=a"]}
     needs[PredictConfig] = ["checkpoint=a", "input=b", "output=c"]
     for (schema, given), name in zip(needs.items(), ("export", "evaluate", "predict"), strict=True):
         assert compose(schema, name, [*given, "step=16000"]).step == "16000"

@@ -61,7 +61,7 @@ def test_run_and_export_score_alike_on_one_and_two_ranks(
         options = ["loader.workers=0", "batch=4"]
         printed = run_ranks(ranks, "launch/evaluate.py", f"checkpoint={checkpoint}", *options)[0]
         assert [line for line in table if line not in printed.splitlines()] == [], printed
-        assert "short side to 56, centre 48 x 48" in printed
+        assert "short side to 56, center 48 x 48" in printed
 
 
 def test_predicting_is_one_line_and_code_2(

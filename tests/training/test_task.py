@@ -51,7 +51,7 @@ def images(count: int, size: int) -> torch.Tensor:
 
 
 def evaluate(task: Task, model: nn.Module, **options: Any) -> Any:
-    return task.evaluate(model, WORLD, interrupted=lambda: False, failed=pytest.fail, **options)
+    return task.evaluate(model, WORLD, should_stop=lambda: False, on_error=pytest.fail, **options)
 
 
 class Linear(nn.Module):
@@ -180,7 +180,7 @@ def test_pictures_are_drawn_for_rank_zero_only(tiny_shards: Path) -> None:
     task = segmentation(tiny_shards)
     world = World(rank=1, local_rank=1, size=2, local_size=2, device=torch.device("cpu"))
     network = nn.Conv2d(3, 2, 4, stride=4)
-    scores = task.evaluate(network, world, interrupted=lambda: False, failed=pytest.fail, pictures=2)
+    scores = task.evaluate(network, world, should_stop=lambda: False, on_error=pytest.fail, pictures=2)
     assert scores is not None
     assert scores.pictures == {}
 
@@ -190,7 +190,7 @@ def test_a_label_that_the_model_does_not_have_is_told_and_not_raised(class_shard
     task.num_classes, model = 2, Linear()
     model.weight = model.weight[:2]
     told: list[DataError] = []
-    scores = task.evaluate(model, WORLD, interrupted=lambda: bool(told), failed=told.append)
+    scores = task.evaluate(model, WORLD, should_stop=lambda: bool(told), on_error=told.append)
     assert scores is None
     assert "but the model has 2 classes" in str(told[0])
 
