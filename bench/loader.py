@@ -32,7 +32,7 @@ from bench.processes import cpu_seconds, settle
 from bench.record import conditions, spread, table, write_csv
 from bench.synthetic import KINDS, write_folder
 from segformer.data.loading.loader import LoaderConfig, collate, train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.prepare import Ready, TrainSegmentation
 from segformer.data.loading.transforms import AugmentConfig, Normalize, draw_photometric, sample_rng
 from segformer.data.shards.format import ShardSet, Split
@@ -145,9 +145,9 @@ def _opened(
     augment = AugmentConfig()
     stream: Any
     if pipeline == "ours":
-        layout = {"rank": 0, "world_size": 1, "global_batch": batch, "micro_batch": batch, "start_step": 0}
+        loader, shape = LoaderConfig(workers=workers), BatchShape(batch, batch, 1)
         stream = iter(
-            train_batches(split, order, augment, LoaderConfig(workers=workers), seed=SEED, **layout)
+            train_batches(split, order, augment, loader, batch=shape, seed=SEED, rank=0, start_step=0)
         )
     else:
         source = partial(from_files, folder) if pipeline == "files" else partial(from_webdataset, tars)

@@ -13,7 +13,7 @@ from bench.processes import resident_mib
 from bench.record import conditions, table, write_csv
 from bench.synthetic import KINDS, write_folder
 from segformer.data.loading.loader import LoaderConfig, train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import write_shards
@@ -62,9 +62,7 @@ def _epochs(cfg: MemoryBench, shards: ShardSet) -> list[dict[str, Any]]:
             LoaderConfig(workers=cfg.workers),
             seed=3,
             rank=0,
-            world_size=1,
-            global_batch=cfg.batch,
-            micro_batch=cfg.batch,
+            batch=BatchShape(cfg.batch, cfg.batch, 1),
             start_step=0,
         )
     )

@@ -32,6 +32,7 @@ import torch
 
 from bench.footprint import MARKS, STATUS
 from bench.record import ROOT, conditions, spread, table, write_csv
+from segformer.data.loading.order import BatchShape
 from segformer.distributed.engine import (
     EngineConfig,
     build_engine,
@@ -199,8 +200,8 @@ def _set_up(turn: Turn, world: World) -> tuple[Any, torch.nn.Module]:
     cfg = STAGES[turn.stage]
     model = build_model(ModelConfig(variant=turn.variant), turn.classes)
     prepare_model(model, cfg, world)
-    batch = {"global_batch": turn.micro_batch * world.size, "micro_batch": turn.micro_batch}
-    engine = build_engine(model, build_optimizer(model, OptimConfig(lr=1e-4)), cfg, world, **batch)
+    batch = BatchShape(turn.micro_batch * world.size, turn.micro_batch, world.size)
+    engine = build_engine(model, build_optimizer(model, OptimConfig(lr=1e-4)), cfg, world, batch)
     return engine, SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), turn.classes).to(world.device)
 
 

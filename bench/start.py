@@ -14,7 +14,7 @@ from bench.inflated import inflate
 from bench.record import conditions, spread, table, write_csv
 from bench.synthetic import KINDS, write_folder
 from segformer.data.loading.loader import LoaderConfig, train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 from segformer.errors import ConfigError
@@ -73,9 +73,7 @@ def _start(path: Path, workers: int) -> dict[str, float]:
             LoaderConfig(workers=workers),
             seed=3,
             rank=0,
-            world_size=1,
-            global_batch=GLOBAL_BATCH,
-            micro_batch=GLOBAL_BATCH,
+            batch=BatchShape(GLOBAL_BATCH, GLOBAL_BATCH, 1),
             start_step=3 * split.num_samples // (2 * GLOBAL_BATCH),
         )
     )

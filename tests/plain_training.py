@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from segformer.data.loading.loader import train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import Normalize
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import derive_seed
@@ -49,9 +49,7 @@ def train_plainly(
             cfg.loader,
             seed=cfg.seed,
             rank=0,
-            world_size=1,
-            global_batch=cfg.global_batch,
-            micro_batch=cfg.global_batch,
+            batch=BatchShape(cfg.global_batch, cfg.global_batch, 1),
             start_step=0,
         )
     )

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
 
@@ -133,24 +134,21 @@ def bucket_elements(num_parameters: int) -> int:
 
 def deepspeed_config(
     cfg: EngineConfig,
+    batch: BatchShape,
     *,
-    global_batch: int,
-    micro_batch: int,
-    world_size: int,
     precision: str,
     num_parameters: int,
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: a pure function of its arguments; cfg.zero_stage is a number.
 
     Raises:
-        ConfigError: the global batch is not a multiple of micro_batch x world_size, or engine.extra collides.
+        ConfigError: engine.extra sets a key that other settings decide.
     """
-    check_batch(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
     zero = _zero_config(cfg, num_parameters)
     derived: dict[str, Any] = {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": global_batch // (micro_batch * world_size),
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,  # at stage 0: take_step
         "steps_per_print": 10**9,
         "zero_optimization": zero,
@@ -169,47 +167,19 @@ def deepspeed_config(
     return derived | extra | {"zero_optimization": zero | zero_extra}
 
 
-def check_batch(*, global_batch: int, micro_batch: int, world_size: int) -> None:
-    """ConfigError unless global_batch = micro_batch x world_size x a whole number; it names what would do."""
-    if global_batch % (micro_batch * world_size) == 0:
-        return
-    if global_batch % world_size == 0:
-        share = global_batch // world_size
-        valid = [str(m) for m in range(1, share + 1) if share % m == 0]
-        raise ConfigError(
-            f"global_batch={global_batch} is not divisible by micro_batch x world_size = "
-            f"{micro_batch} x {world_size}; use micro_batch={' or '.join(valid)}"
-        )
-    near = sorted(
-        {
-            max(world_size, global_batch // world_size * world_size),
-            -(-global_batch // world_size) * world_size,
-        }
-    )
-    sizes = [str(w) for w in range(1, global_batch + 1) if global_batch % w == 0]
-    raise ConfigError(
-        f"global_batch={global_batch} is not divisible by world_size={world_size}; use a world size of "
-        f"{', '.join(sizes)} or global_batch={' or '.join(map(str, near))}"
-    )
-
-
 def build_engine(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     cfg: EngineConfig,
     world: World,
-    *,
-    global_batch: int,
-    micro_batch: int,
+    batch: BatchShape,
 ) -> Any:
     """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
     precision = resolve_precision(cfg, world.device)
     cfg = replace(cfg, zero_stage=resolve_stage(cfg, world.device))
     config = deepspeed_config(
         cfg,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        world_size=world.size,
+        batch,
         precision=precision,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )

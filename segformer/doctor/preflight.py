@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from segformer.data.loading.loader import worker_count
-from segformer.data.loading.order import make_order_spec
+from segformer.data.loading.order import BatchShape, make_order_spec
 from segformer.distributed.engine import resolve_stage
 from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
 from segformer.doctor.memory import Forecast, forecast
@@ -33,11 +33,11 @@ def judge_run(
     """
     verdicts = _settings(cfg, num_classes, samples)
     try:
-        micro_batch = cfg.micro_batch_for(ranks)
+        batch = cfg.batch_shape(ranks)
     except ConfigError as error:
         return [*verdicts, Verdict(FAIL, "batch", str(error))], None
     if cfg.train_split in samples:
-        verdicts.append(_batch(cfg, ranks, micro_batch, samples[cfg.train_split]))
+        verdicts.append(_batch(cfg, batch, samples[cfg.train_split]))
     if shard_sizes is not None and cfg.train_split in shard_sizes:
         verdicts.append(_readers(cfg, ranks, shard_sizes[cfg.train_split]))
     if samples.get(cfg.eval_split, ranks) < ranks:
@@ -45,7 +45,7 @@ def judge_run(
         verdicts.append(Verdict(WARN, "evaluation", f"{text}; nothing needs to change"))
     if min(training_crop(cfg)) < LEAST_SIDE:
         return verdicts, None
-    found = _forecast(cfg, num_classes, ranks, micro_batch)
+    found = _forecast(cfg, num_classes, batch)
     return [*verdicts, _memory(found, gpu_gib)], found
 
 
@@ -68,13 +68,9 @@ def _settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int]) -> l
     return verdicts
 
 
-def _batch(cfg: RunConfig, ranks: int, micro_batch: int, samples: int) -> Verdict:
-    accumulation = cfg.global_batch // (micro_batch * ranks)
+def _batch(cfg: RunConfig, batch: BatchShape, samples: int) -> Verdict:
     epochs = cfg.steps * cfg.global_batch / max(1, samples)
-    text = (
-        f"{cfg.global_batch} = {micro_batch} a forward x {accumulation} accumulated x {ranks} ranks; "
-        f"{cfg.steps} steps are {epochs:.1f} epochs of {samples}"
-    )
+    text = f"{batch}; {cfg.steps} steps are {epochs:.1f} epochs of {samples}"
     if samples < cfg.global_batch:
         return Verdict(WARN, "batch", f"{text}: one step holds images more than once; lower global_batch")
     return Verdict(OK, "batch", text)
@@ -99,7 +95,7 @@ def _readers(cfg: RunConfig, ranks: int, shard_sizes: Sequence[int]) -> Verdict:
     return Verdict(OK, "readers", text)
 
 
-def _forecast(cfg: RunConfig, num_classes: int, ranks: int, micro_batch: int) -> Forecast:
+def _forecast(cfg: RunConfig, num_classes: int, batch: BatchShape) -> Forecast:
     precision = "fp32" if cfg.engine.precision == "fp32" else "bf16"
     zero = cfg.engine.extra.get("zero_optimization", {})
     height, width = training_crop(cfg)
@@ -107,8 +103,8 @@ def _forecast(cfg: RunConfig, num_classes: int, ranks: int, micro_batch: int) ->
         cfg.model,
         num_classes,
         crop=(height, width),
-        micro_batch=micro_batch,
-        world_size=ranks,
+        micro_batch=batch.micro_batch,
+        world_size=batch.world_size,
         zero_stage=resolve_stage(cfg.engine, torch.device("cuda")),
         precision=precision,
         loss_terms=max(1, len(cfg.loss.terms)),

@@ -57,17 +57,12 @@ def describe(cfg: SlurmConfig, run: RunConfig) -> str:
     low, high = cfg.node_range
     for nodes in range(low, high + 1):
         try:
-            micro_batch = run.micro_batch_for(nodes * cfg.ranks_per_node)
+            batch = run.batch_shape(nodes * cfg.ranks_per_node)
         except ConfigError as error:
             raise ConfigError(
                 f"nodes={cfg.nodes}: with {nodes} of them {error}" if high > low else str(error)
             ) from error
-    world = high * cfg.ranks_per_node
-    accumulation = run.global_batch // (micro_batch * world)
-    return (
-        f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {run.global_batch} = {micro_batch} a "
-        f"forward x {accumulation} accumulated x {world} ranks"
-    )
+    return f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {batch}"
 
 
 def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> str:

@@ -28,9 +28,10 @@ from typing import Any, TypeVar
 from segformer.checkpoint.checkpointer import CheckpointConfig
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.order import BatchShape
 from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.distributed.engine import EngineConfig, check_batch
+from segformer.distributed.engine import EngineConfig
 from segformer.errors import ConfigError, ending, is_main_rank
 from segformer.models.variants import ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
@@ -103,13 +104,12 @@ class RunConfig:
         if self.micro_batch is not None:
             if self.micro_batch < 1:
                 raise ConfigError(f"micro_batch={self.micro_batch} must be 1 or more, or null")
-            check_batch(global_batch=self.global_batch, micro_batch=self.micro_batch, world_size=1)
+            BatchShape(self.global_batch, self.micro_batch, world_size=1)
 
-    def micro_batch_for(self, world_size: int) -> int:
-        """Images per forward and rank; ConfigError where the global batch can't be shared out."""
+    def batch_shape(self, world_size: int) -> BatchShape:
+        """The global batch over `world_size` ranks; ConfigError where it can't be shared out."""
         micro_batch = self.micro_batch or max(1, self.global_batch // world_size)
-        check_batch(global_batch=self.global_batch, micro_batch=micro_batch, world_size=world_size)
-        return micro_batch
+        return BatchShape(self.global_batch, micro_batch, world_size)
 
 
 def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:

@@ -20,8 +20,6 @@ def announce(
     """Say what is trained on what, with what, and from where; all ranks."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     precision = resolve_precision(cfg.engine, world.device)
-    micro_batch = cfg.micro_batch_for(world.size)
-    accumulation = cfg.global_batch // (micro_batch * world.size)
     train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     kept = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
@@ -34,8 +32,8 @@ def announce(
         f"images, {len(shards.classes)} classes"
     )
     telemetry.line(
-        f"batch {cfg.global_batch} = {micro_batch} a forward x {accumulation} accumulated x "
-        f"{world.size} ranks, crop {'x'.join(map(str, training_crop(cfg)))}, {cfg.steps} steps"
+        f"batch {cfg.batch_shape(world.size)}, crop {'x'.join(map(str, training_crop(cfg)))}, "
+        f"{cfg.steps} steps"
     )
     if remark := schedule_remark(cfg.optim, cfg.steps):
         telemetry.line(remark)

@@ -149,7 +149,7 @@ def _fetch(run: Run) -> tuple[list[Batch], float]:
     start = time.monotonic()
     batches: list[Batch] = []
     try:
-        while len(batches) * run.micro_batch * run.world.size < run.cfg.global_batch:
+        while len(batches) < run.batch.accumulation:
             batches.append(next(run.batches))
     except SegformerError as error:
         run.fail(error)
@@ -193,8 +193,8 @@ def train_step(run: Run, batches: list[Batch], losses: LossSum) -> Outcome:
     statistics = Statistics(engine.module)
     seen: list[Tensor] = []
     crop = "x".join(map(str, training_crop(cfg)))
-    what = f"in step {step + 1} (micro_batch={run.micro_batch}, crop {crop})"
-    with enough_memory(world.rank, what, smaller_batch(run.micro_batch)):
+    what = f"in step {step + 1} (micro_batch={run.batch.micro_batch}, crop {crop})"
+    with enough_memory(world.rank, what, smaller_batch(run.batch.micro_batch)):
         for index, batch in enumerate(batches):
             torch.manual_seed(derive_seed(cfg.seed, "step", step, index, world.rank))
             batch = batch.to(world.device, non_blocking=True)

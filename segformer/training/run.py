@@ -25,7 +25,7 @@ from segformer.checkpoint.format import Loaded, TrainState
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.loader import Batch, corrupt_budget, train_batches, worker_count
-from segformer.data.loading.order import OrderSpec, SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.prepare import over_budget
 from segformer.data.loading.workers import start_server
 from segformer.data.shards.format import ShardSet, Split
@@ -60,7 +60,7 @@ class Run:
     batches: Generator[Batch, None, None]
     state: TrainState
     checkpoints: Checkpointer
-    micro_batch: int
+    batch: BatchShape
     telemetry: Telemetry
     ledger: Ledger | None
     meter: Meter
@@ -126,7 +126,7 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
 
 def _check(cfg: RunConfig, world_size: int) -> None:
     """What can be wrong with batch and data; rank zero, so that it is said once."""
-    cfg.micro_batch_for(world_size)
+    cfg.batch_shape(world_size)
     check_task(cfg, open_shards(cfg))
 
 
@@ -157,7 +157,7 @@ def set_up(
     if worker_count(cfg.loader, world.local_size):
         start_server()
     world.on_main(lambda: _check(cfg, world.size))
-    micro_batch = cfg.micro_batch_for(world.size)
+    batch = cfg.batch_shape(world.size)
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     task = make_task(cfg, shards, world)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
@@ -176,8 +176,7 @@ def set_up(
     budget = corrupt_budget(cfg.loader, split)
     world.on_main(lambda: _check_corrupt(state, budget))
     order = _sample_order(cfg, split, state)
-    batch = {"global_batch": cfg.global_batch, "micro_batch": micro_batch}
-    engine = build_engine(model, build_optimizer(model, cfg.optim), cfg.engine, world, **batch)
+    engine = build_engine(model, build_optimizer(model, cfg.optim), cfg.engine, world, batch)
     average = Average(engine, cfg.optim.ema) if cfg.optim.ema else None
     if resumed is not None:
         _restore_optimizer(engine, average, resumed)
@@ -195,7 +194,7 @@ def set_up(
         checkpoints=_checkpointer(cfg, world, telemetry, state, watchdog, lease),
         lease=lease,
         corrupt_budget=budget,
-        micro_batch=micro_batch,
+        batch=batch,
         telemetry=telemetry,
         ledger=_ledger(cfg, world, state.step),
         meter=Meter(world, flops_per_image=_flops(cfg, task)),
@@ -291,12 +290,10 @@ def make_batches(
             order,
             task.augment,
             cfg.loader,
+            batch=cfg.batch_shape(world.size),
             seed=cfg.seed,
             rank=world.rank,
-            world_size=world.size,
             local_world_size=world.local_size,
-            global_batch=cfg.global_batch,
-            micro_batch=cfg.micro_batch_for(world.size),
             start_step=start_step,
         )
     )

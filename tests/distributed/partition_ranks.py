@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from segformer.data.loading.order import BatchShape
 from segformer.distributed.engine import EngineConfig, build_engine
 from segformer.distributed.world import init_world
 from segformer.distributed.zero_state import gather_model, gather_optimizer, restore_optimizer
@@ -20,7 +21,7 @@ def build(stage, threshold):
     extra = {} if stage < 3 else {"zero_optimization": {"stage3_param_persistence_threshold": threshold}}
     cfg = EngineConfig(zero_stage=stage, extra=extra)
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    return build_engine(model, optimizer, cfg, world, global_batch=2 * world.size, micro_batch=2)
+    return build_engine(model, optimizer, cfg, world, BatchShape(2 * world.size, 2, world.size))
 
 
 def step(engine, index):

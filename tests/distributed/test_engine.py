@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from segformer.data.loading.order import BatchShape
 from segformer.distributed.engine import (
     EngineConfig,
     bucket_elements,
-    check_batch,
     deepspeed_config,
     resolve_precision,
     resolve_stage,
@@ -17,9 +17,7 @@ from segformer.errors import ConfigError
 def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp32"):
     return deepspeed_config(
         cfg or EngineConfig(zero_stage=1),
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        world_size=world_size,
+        BatchShape(global_batch, micro_batch, world_size),
         precision=precision,
         num_parameters=3_700_000,
     )
@@ -66,16 +64,6 @@ def test_extra_may_not_change_a_derived_key(extra):
 def test_extra_zero_optimization_must_be_a_mapping():
     with pytest.raises(ConfigError, match="must be a mapping"):
         config(EngineConfig(zero_stage=1, extra={"zero_optimization": 3}))
-
-
-def test_a_micro_batch_that_does_not_divide_names_those_that_do():
-    with pytest.raises(ConfigError, match="use micro_batch=1 or 2 or 4"):
-        check_batch(global_batch=16, micro_batch=3, world_size=4)
-
-
-def test_a_world_that_does_not_divide_names_sizes_and_batches_that_do():
-    with pytest.raises(ConfigError, match="world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
-        check_batch(global_batch=16, micro_batch=1, world_size=3)
 
 
 def test_auto_precision_is_fp32_on_a_cpu():

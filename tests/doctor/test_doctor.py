@@ -290,7 +290,7 @@ def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path:
 
 def test_batches_splits_and_memory_that_do_not_fit_are_failures(sharded: Path, tmp_path: Path) -> None:
     shards = f"data.shards={sharded}"
-    assert "global_batch=4 is not divisible by world_size=3" in only_failure(
+    assert "global_batch=4 is not divisible by micro_batch x world_size = 1 x 3" in only_failure(
         look("-", tmp_path, shards, "ranks=3")
     )
     assert "eval_split=test is not there, only train, val" in only_failure(

@@ -198,11 +198,11 @@ def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change(
 
 def test_the_micro_batch_shares_the_global_batch_out():
     cfg = run_config("global_batch=16")
-    assert [cfg.micro_batch_for(ranks) for ranks in (1, 2, 4, 16)] == [16, 8, 4, 1]
+    assert [cfg.batch_shape(ranks).micro_batch for ranks in (1, 2, 4, 16)] == [16, 8, 4, 1]
     with pytest.raises(ConfigError, match=r"use a world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
-        cfg.micro_batch_for(3)
-    with pytest.raises(ConfigError, match="world_size=32"):
-        cfg.micro_batch_for(32)
+        cfg.batch_shape(3)
+    with pytest.raises(ConfigError, match="1 x 32; use a world size of 1, 2, 4, 8, 16 or"):
+        cfg.batch_shape(32)
 
 
 def test_a_dictionary_is_given_whole_on_the_command_line():

@@ -2,11 +2,12 @@
 
     plan (ids of micro batch u)  ->  read, crc32, decode, augment (prepare.py)  ->  collate
 
-Micro batch u = accumulation steps x step + accumulation index goes to worker u mod W, and the DataLoader
+Micro batch u = accumulation x step + index of the micro batch goes to worker u mod W, and the DataLoader
 hands them out in the order of u. What a micro batch holds follows from the order spec, the seed and u
 alone: rank count, worker count, prefetching and restarts cannot change one bit of it. Nothing is opened by
 URL by webdataset and none of its decoders is used: bytes come from ShardReader, pixels from decode.py."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from segformer.data.loading.classification import ClassificationAugment
-from segformer.data.loading.order import SampleOrder, micro_batch_range
+from segformer.data.loading.order import BatchShape, SampleOrder
 from segformer.data.loading.prepare import (
     EvalClassification,
     EvalSegmentation,
@@ -96,32 +97,16 @@ class Batch:
 class _TrainPlan:
     """First stage: the (sample id, epoch) pairs of this worker's micro batches, without end."""
 
-    def __init__(
-        self,
-        order: SampleOrder,
-        *,
-        rank: int,
-        world_size: int,
-        global_batch: int,
-        micro_batch: int,
-        start_step: int,
-    ) -> None:
-        self.order = order
-        self.layout = {
-            "rank": rank, "world_size": world_size, "global_batch": global_batch, "micro_batch": micro_batch
-        }  # fmt: skip
-        micro_batch_range(0, 0, **self.layout)  # fails here, not in a worker
-        self.accumulation = global_batch // (world_size * micro_batch)
-        self.first = start_step * self.accumulation
+    def __init__(self, order: SampleOrder, batch: BatchShape, rank: int, start_step: int) -> None:
+        self.order, self.batch, self.rank = order, batch, rank
+        self.first = start_step * batch.accumulation
 
     def __call__(self) -> Iterator[list[tuple[int, int]]]:
         worker, workers = worker_place()
-        unit = self.first + worker
-        while True:
-            q0, q1 = micro_batch_range(*divmod(unit, self.accumulation), **self.layout)
+        for unit in itertools.count(self.first + worker, workers):
+            q0, q1 = self.batch.positions(self.rank, unit)
             ids = self.order.ids(q0, q1 - q0)
             yield [(int(sample_id), self.order.epoch_of(q0 + slot)) for slot, sample_id in enumerate(ids)]
-            unit += workers
 
 
 class _EvalPlan:
@@ -205,11 +190,9 @@ def train_batches(
     augment: AugmentConfig | ClassificationAugment,
     loader: LoaderConfig,
     *,
+    batch: BatchShape,
     seed: int,
     rank: int,
-    world_size: int,
-    global_batch: int,
-    micro_batch: int,
     start_step: int,
     local_world_size: int = 1,
 ) -> WorkerStream[Batch]:
@@ -220,20 +203,13 @@ def train_batches(
             f"shards, split {split.name!r} has {split.num_samples} in {len(split.shard_sizes)}; "
             "continue with the shards that the run began with"
         )
-    plan = _TrainPlan(
-        order,
-        rank=rank,
-        world_size=world_size,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        start_step=start_step,
-    )
     budget = corrupt_budget(loader, split)
     prepare: Callable[[Split], Prepare]
     if isinstance(augment, ClassificationAugment):
         prepare = partial(TrainClassification, budget=budget, augment=augment, seed=seed)
     else:
         prepare = partial(TrainSegmentation, budget=budget, augment=augment, seed=seed)
+    plan = _TrainPlan(order, batch, rank, start_step)
     stages = [plan, webdataset.map(_Prepared(split, prepare)), webdataset.map(collate)]
     workers = worker_count(loader, local_world_size)
     return WorkerStream(stages, workers=workers, prefetch=loader.prefetch, timeout=loader.timeout)

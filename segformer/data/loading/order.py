@@ -158,15 +158,51 @@ def _permutation(count: int, seed: int, stream: int, epoch: int, block: int) -> 
     return np.argsort(draws, kind="stable")
 
 
-def micro_batch_range(
-    step: int, accumulation_index: int, *, rank: int, world_size: int, global_batch: int, micro_batch: int
-) -> tuple[int, int]:
-    """Stream positions [q0, q1) of one micro batch: slot j of a global batch is of rank j // (G / R)."""
-    if global_batch % (micro_batch * world_size):
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """How the images of an optimizer step are shared out: micro_batch x accumulation x world_size of them.
+
+    Raises:
+        ConfigError: global_batch is not divisible by micro_batch x world_size; it names what would do.
+    """
+
+    global_batch: int
+    micro_batch: int
+    "Images per forward and rank."
+    world_size: int
+
+    def __post_init__(self) -> None:
+        batch, micro, world = self.global_batch, self.micro_batch, self.world_size
+        if batch % (micro * world) == 0:
+            return
+        if batch % world == 0:
+            share = batch // world
+            remedy = f"micro_batch={' or '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
+        else:
+            sizes = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+            near = sorted({max(1, batch // world) * world, -(-batch // world) * world})
+            remedy = f"a world size of {sizes} or global_batch={' or '.join(map(str, near))}"
         raise ConfigError(
-            f"global_batch={global_batch} is not divisible by micro_batch x world_size = "
-            f"{micro_batch} x {world_size}"
+            f"global_batch={batch} is not divisible by micro_batch x world_size = {micro} x {world}; "
+            f"use {remedy}"
         )
-    per_rank = global_batch // world_size
-    q0 = step * global_batch + rank * per_rank + accumulation_index * micro_batch
-    return q0, q0 + micro_batch
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch} = {self.micro_batch} a forward x {self.accumulation} accumulated x "
+            f"{self.world_size} ranks"
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a rank in an optimizer step."""
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+    def positions(self, rank: int, micro_step: int) -> tuple[int, int]:
+        """Stream positions [q0, q1) of a rank's micro batch, counted over the steps of the run.
+
+        Slot j of a global batch belongs to rank j // (global_batch / world_size).
+        """
+        step, index = divmod(micro_step, self.accumulation)
+        q0 = step * self.global_batch + (rank * self.accumulation + index) * self.micro_batch
+        return q0, q0 + self.micro_batch

@@ -9,7 +9,7 @@ import torch
 from servers import gs_with, s3_with
 
 from segformer.data.loading.loader import LoaderConfig, train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
@@ -62,9 +62,7 @@ def test_an_epoch_is_that_of_the_folder(
                 LoaderConfig(workers=workers),
                 seed=2,
                 rank=0,
-                world_size=1,
-                global_batch=3,
-                micro_batch=3,
+                batch=BatchShape(3, 3, 1),
                 start_step=0,
             )
         )

@@ -20,7 +20,7 @@ from segformer.data.loading.loader import (
     train_batches,
     worker_count,
 )
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import AugmentConfig, TrainGeometry, draw_photometric, sample_rng
 from segformer.data.shards import reader as reader_module
 from segformer.data.shards import storage
@@ -56,9 +56,7 @@ def stream(
         LoaderConfig(workers=workers, prefetch=2, max_corrupt=max_corrupt),
         seed=11,
         rank=rank,
-        world_size=world,
-        global_batch=6,
-        micro_batch=micro,
+        batch=BatchShape(6, micro, world),
         start_step=start,
     )
     iterator = iter(batches)
@@ -296,9 +294,7 @@ def test_an_order_of_other_shards_is_refused(shards: ShardSet) -> None:
             LoaderConfig(workers=0),
             seed=0,
             rank=0,
-            world_size=1,
-            global_batch=2,
-            micro_batch=2,
+            batch=BatchShape(2, 2, 1),
             start_step=0,
         )
 
@@ -372,9 +368,7 @@ def class_stream(
             LoaderConfig(workers=workers),
             seed=11,
             rank=rank,
-            world_size=world,
-            global_batch=2,
-            micro_batch=2 // world,
+            batch=BatchShape(2, 2 // world, world),
             start_step=0,
         )
     )

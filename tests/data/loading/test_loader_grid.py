@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segformer.data.loading.loader import Batch, LoaderConfig, train_batches
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 
@@ -31,9 +31,9 @@ def stream(shards: ShardSet) -> Callable[..., Iterator[Batch]]:
             LoaderConfig(workers=workers, prefetch=1),
             seed=SEED,
             rank=rank,
-            world_size=ranks,
-            global_batch=GLOBAL_BATCH,
-            micro_batch=1 if workers == 1 else GLOBAL_BATCH // ranks,  # with and without accumulation
+            batch=BatchShape(
+                GLOBAL_BATCH, 1 if workers == 1 else GLOBAL_BATCH // ranks, ranks
+            ),  # with and without accumulation
             start_step=0,
         )
         return iter(batches)

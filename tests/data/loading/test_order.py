@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segformer.data.loading.order import OrderSpec, SampleOrder, make_order_spec, micro_batch_range
+from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.errors import ConfigError, DataError
 
 specs = st.builds(
@@ -65,18 +66,16 @@ def test_every_epoch_holds_every_sample_once_over_any_ranks_batches_and_stops(
         world = data.draw(st.integers(1, 4))
         accumulation = data.draw(st.integers(1, 3))
         steps = data.draw(st.integers(1, 40))
-        layout = {"world_size": world, "global_batch": micro * world * accumulation, "micro_batch": micro}
+        batch = BatchShape(micro * world * accumulation, micro, world)
         order = SampleOrder(spec)
         taken = []
-        for step in range(steps):
-            for rank in range(world):
-                for index in range(accumulation):
-                    q0, q1 = micro_batch_range(step, index, rank=rank, **layout)
-                    taken += range(q + q0, q + q1)
-                    ids = order.ids(q + q0, q1 - q0)
-                    for position, sample_id in zip(range(q + q0, q + q1), ids, strict=True):
-                        if position < epochs * count:
-                            seen[order.epoch_of(position), sample_id] += 1
+        for rank, micro_step in itertools.product(range(world), range(steps * accumulation)):
+            q0, q1 = batch.positions(rank, micro_step)
+            taken += range(q + q0, q + q1)
+            ids = order.ids(q + q0, q1 - q0)
+            for position, sample_id in zip(range(q + q0, q + q1), ids, strict=True):
+                if position < epochs * count:
+                    seen[order.epoch_of(position), sample_id] += 1
         assert sorted(taken) == list(range(q, q + len(taken)))
         q += len(taken)
     assert (seen[:epochs] == 1).all()
@@ -133,6 +132,9 @@ def test_another_version_of_the_order_is_refused() -> None:
         OrderSpec.from_dict(values)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch=30 is not divisible by .* 4 x 2"):
-        micro_batch_range(0, 0, rank=0, world_size=2, global_batch=30, micro_batch=4)
+def test_a_batch_that_cannot_be_shared_out_names_what_would_do() -> None:
+    with pytest.raises(ConfigError, match=r"global_batch=16 is not .* 3 x 4; use micro_batch=1 or 2 or 4"):
+        BatchShape(16, 3, world_size=4)
+    with pytest.raises(ConfigError, match="a world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
+        BatchShape(16, 1, world_size=3)
+    assert str(BatchShape(16, 2, world_size=2)) == "16 = 2 a forward x 4 accumulated x 2 ranks"

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from segformer.data.loading.order import OrderSpec, SampleOrder, micro_batch_range
+from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder
 
 RUNS = 1000
 EPOCHS = 2
@@ -88,15 +88,12 @@ def consumed(spec: OrderSpec, segment: Segment, q: int) -> list[tuple[int, np.nd
     Each worker of each rank has its own order and computes every W-th micro batch, as in the loader.
     """
     taken = []
-    layout = {"world_size": segment.ranks, "global_batch": segment.global_batch}
+    batch = BatchShape(segment.global_batch, segment.micro_batch, segment.ranks)
     for rank in range(segment.ranks):
         for worker in range(segment.workers):
             order = SampleOrder(spec)
             for unit in range(worker, segment.steps * segment.accumulation, segment.workers):
-                step, index = divmod(unit, segment.accumulation)
-                low, high = micro_batch_range(
-                    step, index, rank=rank, micro_batch=segment.micro_batch, **layout
-                )
+                low, high = batch.positions(rank, unit)
                 taken.append((q + low, order.ids(q + low, high - low)))
     return taken
 
