@@ -27,14 +27,6 @@ class SourceConfig:
     missing: str = ""
     """What has to be fetched by hand from the page; empty = nothing."""
 
-    def __post_init__(self) -> None:
-        names = [item.name for item in self.files]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(
-                f"download.files has two addresses of the file name {twice[0]!r}; fetch one of them, and the "
-                "other into another folder (out=)"
-            )
-
 
 @dataclass(kw_only=True, slots=True)
 class DownloadConfig:

@@ -24,7 +24,7 @@ MAX_FUNCTION_LINES = 60
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "dataset decode listing archives download",
+    "data.sources": "dataset decode listing download",
     "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
     "data.loading": "order placement transforms classification mixing prepare workers loader",
     "distributed": "world engine zero_state ema watchdog",
