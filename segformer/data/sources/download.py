@@ -4,9 +4,9 @@
     <out>/downloads/<file>         all of it, of the right checksum; removed when unpacked
     <out>/downloads/<file>.done    what was unpacked, and where to: while it lies there, no more to do
 
-One request per file: where it fails, the same command goes on from the bytes that arrived. Python's own
-`tarfile` (filter "data") and `zipfile` keep names inside the folder. Refused: other schemes than http and https,
-another size or checksum than expected (what arrived is then removed), damaged archives.
+One request per file: where it fails, the same command goes on from the bytes that arrived. `zipfile` and
+`tarfile` (filter "data") keep names inside the folder. Refused: other schemes than http and https, another
+size or checksum than expected (what arrived is then removed), damaged archives.
 """
 
 import fcntl
@@ -111,19 +111,16 @@ def fetch(item: Download, path: Path) -> None:
             raise
     else:
         with response, part.open("ab" if response.status == 206 else "wb") as sink:
-            total, have = response.length, have if response.status == 206 else 0
-            options = {"total": total and have + total, "initial": have, "unit": "B", "unit_scale": True}
-            with tqdm.wrapattr(
-                response, "read", desc=item.name, leave=False, disable=None, **options
-            ) as body:
+            shown = {"desc": item.name, "total": response.length, "leave": False, "disable": None}
+            with tqdm.wrapattr(response, "read", unit="B", unit_scale=True, **shown) as body:
                 shutil.copyfileobj(body, sink, 2**20)
         if response.length:
             raise OSError(f"the connection ended {response.length} bytes early")
     if mismatch := _mismatch(item, part):
         part.unlink()
         raise DataError(
-            f"{item.url} is not the file that is expected: {mismatch}; it was removed: run this again, or see "
-            "the page of the set for a new one"
+            f"{item.url} is not the file that is expected: {mismatch}; it was removed: run this again, or "
+            "see the page of the set for a new one"
         )
     part.replace(path)
 
