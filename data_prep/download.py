@@ -1,4 +1,4 @@
-"""Fetch a public data set from its official address: python data_prep/download.py data=<name> out=<dir>
+"""Fetch a public data set from its official address: python data_prep/download.py data=<name> output=<dir>
 
 Licence and source are printed first, and nothing is fetched before accept_license=true. A run that was
 stopped goes on where it was; a second one does nothing. Sets behind a registration end in one line that says
@@ -23,7 +23,7 @@ class SourceConfig:
     files: list[Download] = field(default_factory=list)
     """What is downloaded, in this order."""
     folder: str = ""
-    """Folder below out that becomes the root of the set."""
+    """Folder below output that becomes the root of the set."""
     missing: str = ""
     """What has to be fetched by hand from the page; empty = nothing."""
 
@@ -36,12 +36,12 @@ class DownloadConfig:
     """The data set; choose a file of conf/data with data=<name>."""
     download: SourceConfig = field(default_factory=SourceConfig)
     """Its addresses; the file of conf/download of the same name."""
-    out: str = ""
+    output: str = ""
     """Folder for the files; empty = data.root."""
     accept_license: bool = False
     """Whether you have read the licence and agree to it."""
     keep_archives: bool = False
-    """Leave the archives in <out>/downloads after unpacking."""
+    """Leave the archives in <output>/downloads after unpacking."""
 
 
 def download(cfg: DownloadConfig) -> None:
@@ -51,9 +51,9 @@ def download(cfg: DownloadConfig) -> None:
     for item in source.files:
         size = f"{item.size / 1e9:.2f} GB" if item.size else "size not published"
         print(f"file: {item.url} ({size}, {item.checksum or 'no checksum published'})")
-    out = cfg.out or cfg.data.root
+    out = cfg.output or cfg.data.root
     if source.files and not out:
-        raise ConfigError("no folder to download to; give out=<folder>")
+        raise ConfigError("no folder to download to; give output=<folder>")
     root = Path(out or "<folder>") / source.folder
     command = f"python data_prep/shard.py data={name} root={root}"
     if not source.files:

@@ -1,7 +1,7 @@
-"""Write a data set as shards: python data_prep/shard.py data=<name> root=<dir> out=<dir>
+"""Write a data set as shards: python data_prep/shard.py data=<name> root=<dir> output=<dir>
 
-root and out default to data.root and data.shards of conf/data/<name>.yaml. A run that was ended, in any way,
-is continued by the same command.
+root and output default to data.root and data.shards of conf/data/<name>.yaml. A run that was ended, in any
+way, is continued by the same command.
 """
 
 import re
@@ -26,7 +26,7 @@ class ShardConfig:
     """The data set; choose a file of conf/data with data=<name>."""
     root: str = ""
     """Source folder; empty = data.root."""
-    out: str = ""
+    output: str = ""
     """Folder for the shards; empty = data.shards."""
     seed: int = 0
     """Seed of the shuffle of the training split."""
@@ -45,11 +45,11 @@ class ShardConfig:
 
 def shard(cfg: ShardConfig) -> None:
     """Write the shards, print the label map with what was seen of it, and what the shards hold."""
-    root, out = cfg.root or cfg.data.root, cfg.out or cfg.data.shards
+    root, out = cfg.root or cfg.data.root, cfg.output or cfg.data.shards
     if not root:
         raise ConfigError("no source folder; give root=<folder of the data set>")
     if not out:
-        raise ConfigError("no output folder; give out=<folder for the shards>")
+        raise ConfigError("no output folder; give output=<folder for the shards>")
     part = _part(cfg.part) if cfg.part else None
     if cfg.data.task == "segmentation":
         label_table(cfg.data)  # refuses what it cannot map before anything is read

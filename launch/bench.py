@@ -8,7 +8,7 @@ python launch/bench.py bench=trainers trainers.seeds=[0]
 python launch/bench.py bench=stages stages.variants=[b0]
 python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
 
-Tables are printed and written as CSV into `out`; bench/README.md says what each column is.
+Tables are printed and written as CSV into `output`; bench/README.md says what each column is.
 """
 
 import sys
@@ -56,7 +56,7 @@ class BenchConfig:
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
     trainers a folder with val, too; empty = data_prep/sample."""
-    out: str = "bench/results"
+    output: str = "bench/results"
     """Folder for the CSV files."""
     device: str = "cpu"
     """cpu or cuda, for peers."""
@@ -78,7 +78,7 @@ class BenchConfig:
 
 def run(cfg: BenchConfig) -> None:
     """Run the chosen measurement."""
-    out = Path(cfg.out)
+    out = Path(cfg.output)
     if cfg.bench == "loader":
         measure_loader(cfg.loader, cfg.root, out)
     elif cfg.bench == "order":

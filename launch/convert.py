@@ -1,6 +1,6 @@
 """Convert weights between formats.
 
-python launch/convert.py source=<file, directory or run> out=<directory or .pth> to=ours|hf|nvlabs|smp|mmseg
+python launch/convert.py checkpoint=<file, folder or run> output=<folder or .pth> to=ours|hf|nvlabs|smp|mmseg
 """
 
 from segformer.errors import importing

@@ -1,4 +1,4 @@
-"""Export a run: python launch/export.py run=runs/sample [out=<folder>] [step=best|<step>]"""
+"""Export a run: python launch/export.py checkpoint=runs/sample [output=<folder>] [step=best|<step>]"""
 
 from segformer.errors import importing
 

@@ -10,7 +10,7 @@
     python launch/slurm.py resubmit runs/x [nodes=2 ...]      goes on, with the code of now
 
     python launch/slurm.py evaluate nodes=2 checkpoint=runs/x split=test    launch/evaluate.py on all ranks
-    python launch/slurm.py shard tasks=16 data=ade20k root=... out=...      data_prep/shard.py as an array
+    python launch/slurm.py shard tasks=16 data=ade20k root=... output=...      data_prep/shard.py as an array
 
 Takes every override of launch/train.py beside the settings of the job (SlurmConfig, conf/slurm.yaml). The
 configuration is composed once, here, and the code is copied: the job runs what was submitted.

@@ -24,5 +24,5 @@ def run_job(cfg: RunConfig) -> None:
     finally:
         world.close()
     if world.is_main:
-        export(ExportConfig(run=cfg.run_dir))
-        report(ReportConfig(run=cfg.run_dir))
+        export(ExportConfig(checkpoint=cfg.run_dir))
+        report(ReportConfig(checkpoint=cfg.run_dir))

@@ -46,7 +46,7 @@ def write_sheet(
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(pictures, classes=classes, palette=palette).save(path)
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; choose another out=...") from error
+        raise ConfigError(f"{path} can't be written: {error.strerror}; choose another output=...") from error
 
 
 def sheet(pictures: Sequence[Picture], *, classes: Sequence[str], palette: np.ndarray) -> "Image.Image":

@@ -42,7 +42,7 @@ class DoctorConfig(RunConfig):
 
     root: str = ""
     "Source folder to scan; empty = data.root; '-' = none."
-    out: str = "runs/doctor"
+    output: str = "runs/doctor"
     "Folder for doctor.json and the contact sheets."
     ranks: int = 1
     "GPUs of the run that is planned."
@@ -83,12 +83,12 @@ class Report:
 def doctor(cfg: DoctorConfig) -> None:
     """Look at everything, print it, write the files; DataError where training should not start."""
     report = examine(cfg)
-    out = Path(cfg.out)
+    out = Path(cfg.output)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "doctor.json").write_text(json.dumps(as_json(report), indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"{out} can't be written: {error.strerror}; choose another out=...") from error
+        raise ConfigError(f"{out} can't be written: {error.strerror}; choose another output=...") from error
     print(as_text(report))
     print(f"files: {out}")
     if not report.may_start:
@@ -145,7 +145,7 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
             continue  # a verdict names it
     if pictures:
         palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
-        write_sheet(Path(cfg.out) / "source.png", pictures, classes=report.classes, palette=palette)
+        write_sheet(Path(cfg.output) / "source.png", pictures, classes=report.classes, palette=palette)
 
 
 def _class_names(cfg: DoctorConfig, root: Path) -> list[str]:
@@ -223,7 +223,7 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
             continue
         pictures.append((f"{scan.name}/{split.key(sample_id)}", image, mask))
     if pictures:
-        write_sheet(Path(cfg.out) / "shards.png", pictures, classes=shards.classes, palette=shards.palette)
+        write_sheet(Path(cfg.output) / "shards.png", pictures, classes=shards.classes, palette=shards.palette)
 
 
 def _same_source(report: Report) -> list[Verdict]:

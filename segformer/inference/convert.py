@@ -38,9 +38,9 @@ _CARRIED = ("view", "shards", "digest", "step", "scores")
 class ConvertConfig:
     """What to convert into what."""
 
-    source: str = "???"
+    checkpoint: str = "???"
     "File, directory or run to read; its format is found."
-    out: str = "???"
+    output: str = "???"
     "Directory to write for ours and hf, .pth file for nvlabs, smp and mmseg."
     to: str = "ours"
     "ours (an export: SegFormer.from_pretrained, model.pretrained, predict.py), hf, nvlabs, smp or mmseg."
@@ -56,16 +56,16 @@ class ConvertConfig:
     "Seed of fresh rows of the class layer."
 
     def __post_init__(self) -> None:
-        for key, what in (("source", "a file, directory or run"), ("out", "a directory or .pth file")):
+        for key, what in (("checkpoint", "a file, directory or run"), ("output", "a directory or .pth file")):
             if not getattr(self, key).strip():
                 raise ConfigError(f"{key}= is empty; give {what}")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}")
         if self.to not in ("ours", *WRITTEN):
             raise ConfigError(f"to={self.to} is unknown; use one of ours, {', '.join(WRITTEN)}")
-        if self.to in ("ours", "hf") and Path(self.out).suffix.lower() in SUFFIXES:
+        if self.to in ("ours", "hf") and Path(self.output).suffix.lower() in SUFFIXES:
             raise ConfigError(
-                f"out={self.out} is the name of a file, but to={self.to} writes a directory; give a "
+                f"output={self.output} is the name of a file, but to={self.to} writes a directory; give a "
                 "directory, or one of to=nvlabs, smp, mmseg for a .pth file"
             )
         if self.norm_profile is not None and self.norm_profile not in NORM_PROFILES:
@@ -75,14 +75,14 @@ class ConvertConfig:
 
 
 def convert(cfg: ConvertConfig) -> list[Path]:
-    """Convert `cfg.source`; returns the files written.
+    """Convert `cfg.checkpoint`; returns the files written.
 
     Raises:
         CheckpointError: the source can't be read, is damaged or is no SegFormer.
         ConfigError: the class map, the class names or the place to write doesn't fit.
     """
-    out = Path(cfg.out)
-    _keep_apart(Path(cfg.source), out)
+    out = Path(cfg.output)
+    _keep_apart(Path(cfg.checkpoint), out)
     class_map, (classes, palette) = _mapping(cfg.class_map), _named(cfg.classes)
     weights = _read(cfg)
     _report(weights)
@@ -131,16 +131,16 @@ def _keep_apart(source: Path, out: Path) -> None:
     except (OSError, ValueError, RuntimeError):  # too long, closed to us, links in a circle
         return  # whoever reads or writes it says so
     if same:
-        raise ConfigError(f"out={out} is where the source lies; choose another place")
+        raise ConfigError(f"output={out} is where the source lies; choose another place")
 
 
 def _read(cfg: ConvertConfig) -> Weights:
-    source = Path(cfg.source)
+    source = Path(cfg.checkpoint)
     if _is_run(source):
         trained = read_run(source)
         card = Card(classes=trained.classes, palette=trained.palette, mean=trained.mean, std=trained.std)
         weights = Weights(
-            source=cfg.source,
+            source=cfg.checkpoint,
             state=trained.state,
             sizes=find_sizes(trained.state),
             format="run",
@@ -150,7 +150,7 @@ def _read(cfg: ConvertConfig) -> Weights:
         )
         weights = weights.encoder() if cfg.encoder_only else weights
     else:
-        weights = read_weights(cfg.source, encoder_only=cfg.encoder_only)
+        weights = read_weights(cfg.checkpoint, encoder_only=cfg.encoder_only)
     if cfg.norm_profile is not None:
         weights = replace(weights, norm_profile=cfg.norm_profile)
     return weights

@@ -58,9 +58,9 @@ BUILDERS: dict[str, Callable[[ModelConfig, int], SegFormer | MiTClassifier]] = {
 class ExportConfig:
     """Which run to export, and where to."""
 
-    run: str = "???"
+    checkpoint: str = "???"
     "Directory of the run, or of one of its checkpoints."
-    out: str = ""
+    output: str = ""
     "Folder to write; empty means <run>/export."
     step: str = "newest"
     "Checkpoint: newest, best (by its validation score) or the number of its step."
@@ -108,8 +108,8 @@ class Trained:
 
 def export(cfg: ExportConfig) -> Path:
     """Write the checkpoint of a run that `cfg.step` names as an export; returns its folder."""
-    run, step = _locate(Path(cfg.run), cfg.step)
-    out = Path(cfg.out) if cfg.out else run / "export"
+    run, step = _locate(Path(cfg.checkpoint), cfg.step)
+    out = Path(cfg.output) if cfg.output else run / "export"
     trained = read_run(run, step)
     write_export(
         trained.state,
@@ -284,7 +284,7 @@ def read_export(folder: Path) -> Trained:
     if section is None:
         raise CheckpointError(
             f'{folder / CONFIG_FILE} has no section "segformer": it is no export of this project; make one: '
-            f"python launch/convert.py source={folder} out=... to=ours (to train from it, "
+            f"python launch/convert.py checkpoint={folder} output=... to=ours (to train from it, "
             "model.pretrained=... takes it as it is)"
         )
     if weights.sizes.kind not in BUILDERS or card.mean is None or card.std is None:

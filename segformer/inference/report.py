@@ -75,7 +75,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 12p
 class ReportConfig:
     """Which run to report on."""
 
-    run: str = "???"
+    checkpoint: str = "???"
     "Directory of the run."
     overlays: int | None = None
     "Validation images to draw; null takes the run's own number."
@@ -89,7 +89,7 @@ class ReportConfig:
 
 def report(cfg: ReportConfig) -> Path:
     """Draw curve and overlays of a run and write its report; returns the path of report.html."""
-    run = Path(cfg.run)
+    run = Path(cfg.checkpoint)
     run_config = _run_config(run)
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     notes = []

@@ -46,6 +46,8 @@ FROZEN = (
     "classification",
     *("engine.grad_clip", "engine.sync_batchnorm"),
 )
+# Names of before 0.2 -> of now, where the command has the new one as a plain value.
+RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
 _T = TypeVar("_T")
@@ -239,13 +241,27 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _renamed(schema: type[Any], argument: str) -> str:
+    """An argument by the key's present name; an old one is accepted for a release, with a line about it."""
+    old, equals, value = argument.partition("=")
+    new = RENAMED.get(old, "")
+    if not equals or not any(
+        f.name == new and isinstance(f.default, str) for f in dataclasses.fields(schema)
+    ):
+        return argument
+    if is_main_rank():
+        print(f"{old}= is now {new}=; the old name goes with the next release", file=sys.stderr)
+    return f"{new}={value}"
+
+
 def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
     """Compose the configuration from the command line and call `function` with it.
 
     --help prints the keys and their values; --check composes and checks them, and does nothing else. How the
     process ends where something is wrong: segformer/errors.py.
     """
-    arguments = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    given = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    arguments = [_renamed(schema, argument) for argument in given]
     with ending():
         if {"--help", "-h"} & set(arguments):
             from omegaconf import OmegaConf

@@ -119,7 +119,7 @@ def test_memory_stays_over_ten_epochs(bench: Any, tmp_path: Path) -> None:
 
 def test_the_command_measures_the_order_and_names_what_it_does_not_know(root: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/bench.py", f"out={tmp_path}", *arguments]
+        command = [sys.executable, "launch/bench.py", f"output={tmp_path}", *arguments]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 

@@ -31,7 +31,7 @@ def test_the_average_follows_its_formula_and_is_what_is_scored(
         assert any(not torch.equal(now.ema[name], now.model[name]) for name in now.ema)
     # The last evaluation was of the average, which the export holds; the weights went on from their own.
     export = tmp_path / "export"
-    run_ranks(1, "launch/export.py", f"run={tmp_path / 'stage-3'}", f"out={export}")
+    run_ranks(1, "launch/export.py", f"checkpoint={tmp_path / 'stage-3'}", f"output={export}")
     printed = run_ranks(2, "launch/evaluate.py", f"checkpoint={export}", "loader.workers=0")[0]
     (final,) = metrics(tmp_path / "stage-3", "final")
     (mean,) = [line for line in printed.splitlines() if line.startswith("mean")]

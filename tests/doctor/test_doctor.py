@@ -54,7 +54,7 @@ def look(root: Path | str, tmp_path: Path, *overrides: str, pictures: int = 0) -
         "global_batch=4",
         "augment.crop=[32,32]",
         f"root={root}",
-        f"out={tmp_path / 'out'}",
+        f"output={tmp_path / 'out'}",
         f"pictures={pictures}",
         *([] if any("classes=" in o for o in overrides) else [f"data.classes={CLASSES}"]),
         *overrides,
@@ -306,7 +306,7 @@ def test_the_command_fails_in_one_line_after_the_whole_table(tmp_path: Path, roo
     write_set(tmp_path / "set", lambda number: np.full((40, 48), 9, np.uint8))
     command = [sys.executable, "launch/doctor.py", "data=folder", f"root={tmp_path / 'set'}"]
     command += [
-        f"out={tmp_path / 'out'}",
+        f"output={tmp_path / 'out'}",
         f"data.classes={CLASSES}",
         "augment.crop=[32,32]",
         "global_batch=4",
@@ -327,7 +327,7 @@ def test_a_good_look_ends_quietly_and_leaves_numbers_for_machines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_set(tmp_path / "set")
-    given = ["data=folder", f"root={root}", f"out={tmp_path / 'out'}", f"data.classes={CLASSES}"]
+    given = ["data=folder", f"root={root}", f"output={tmp_path / 'out'}", f"data.classes={CLASSES}"]
     doctor(compose(DoctorConfig, "doctor", [*given, "augment.crop=[32,32]", "global_batch=4", "pictures=0"]))
     printed = capsys.readouterr()
     assert printed.err == ""

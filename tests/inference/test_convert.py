@@ -35,7 +35,7 @@ def nvlabs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, out: Path, to: str = "ours", **options: Any) -> list[Path]:
-    return convert(ConvertConfig(source=str(source), out=str(out), to=to, **options))
+    return convert(ConvertConfig(checkpoint=str(source), output=str(out), to=to, **options))
 
 
 def test_it_prints_what_was_found_left_out_and_written(
@@ -97,7 +97,7 @@ def test_a_run_is_converted_with_its_own_epsilons_and_classes(tmp_path: Path) ->
         model.state_dict(), moments, TrainState(step=9), CheckpointConfig(), folder / "checkpoints"
     )
     run(folder, tmp_path / "out")
-    exported = read_export(export(ExportConfig(run=str(folder))))
+    exported = read_export(export(ExportConfig(checkpoint=str(folder))))
     converted = read_export(tmp_path / "out")
     assert converted.model.norm_profile == "mmseg"
     assert (converted.classes, converted.palette) == (exported.classes, exported.palette)
@@ -259,8 +259,8 @@ def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tmp_path: Path) -> None:
     done = command(
         root,
-        f"source={nvlabs}",
-        f"out={tmp_path}/out",
+        f"checkpoint={nvlabs}",
+        f"output={tmp_path}/out",
         "class_map={background: null, big car: car, air: 1}",
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -275,16 +275,20 @@ def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tm
         (b"", ["to=onnx"], "ConfigError: to=onnx is unknown; use one of ours, hf, nvlabs, smp, mmseg"),
         (b"", ["class_mapp={0:1}"], "ConfigError: class_mapp is not a setting"),
         (b"", ["seed=99999999999999999999999"], "ConfigError: seed=99999999999999999999999 must be from 0"),
-        (b"", ["source="], "ConfigError: source= is empty; give a file, directory or run"),
-        (b"", ["out="], "ConfigError: out= is empty; give a directory or .pth file"),
-        (b"", ["out='  '"], "ConfigError: out= is empty"),
-        (b"", ["out=x.pth"], "ConfigError: out=x.pth is the name of a file, but to=ours writes a directory"),
+        (b"", ["checkpoint="], "ConfigError: checkpoint= is empty; give a file, directory or run"),
+        (b"", ["output="], "ConfigError: output= is empty; give a directory or .pth file"),
+        (b"", ["output='  '"], "ConfigError: output= is empty"),
         (
             b"",
-            ["to=hf", "out=x.SAFETENSORS"],
-            "ConfigError: out=x.SAFETENSORS is the name of a file, but to=hf",
+            ["output=x.pth"],
+            "ConfigError: output=x.pth is the name of a file, but to=ours",
         ),
-        (b"", [f"source={'x' * 300}"], f"CheckpointError: {'x' * 300} can't be read: File name too long"),
+        (
+            b"",
+            ["to=hf", "output=x.SAFETENSORS"],
+            "ConfigError: output=x.SAFETENSORS is the name of a file, but to=hf",
+        ),
+        (b"", [f"checkpoint={'x' * 300}"], f"CheckpointError: {'x' * 300} can't be read: File name too long"),
     ],
     ids=["web page", "target", "misspelt", "seed", "no source", "no out", "spaces", "ours", "hf", "long"],
 )
@@ -293,7 +297,7 @@ def test_a_mistake_is_one_line_and_code_2(
 ) -> None:
     file = tmp_path / "weights.pth"
     file.write_bytes(content)
-    done = command(root, f"source={file}", f"out={tmp_path}/out", *arguments)
+    done = command(root, f"checkpoint={file}", f"output={tmp_path}/out", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(message.format(file=file))
     assert done.stderr.count("\n") == 1

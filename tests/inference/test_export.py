@@ -149,7 +149,7 @@ def test_the_weights_are_stored_under_the_names_of_hugging_face(exported: Path) 
 
 
 def test_a_run_exports_its_newest_checkpoint_with_its_scores(run: Path) -> None:
-    trained = read_export(export(ExportConfig(run=str(run))))
+    trained = read_export(export(ExportConfig(checkpoint=str(run))))
     assert trained.step == 20
     assert trained.classes == ["background", "nucleus"]
     assert trained.scores == {"miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
@@ -157,19 +157,19 @@ def test_a_run_exports_its_newest_checkpoint_with_its_scores(run: Path) -> None:
 
 
 def test_a_run_exports_the_step_that_is_asked_for(run: Path, tmp_path: Path) -> None:
-    out = export(ExportConfig(run=str(run), out=str(tmp_path / "out"), step="10"))
+    out = export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "out"), step="10"))
     assert read_export(out).step == 10
 
 
 def test_exporting_again_replaces_the_old_export(run: Path) -> None:
-    out = export(ExportConfig(run=str(run), step="10"))
-    assert read_export(export(ExportConfig(run=str(run), out=str(out)))).step == 20
+    out = export(ExportConfig(checkpoint=str(run), step="10"))
+    assert read_export(export(ExportConfig(checkpoint=str(run), output=str(out)))).step == 20
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_missing_step_is_refused_with_the_steps_there_are(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"15.*10, 20"):
-        export(ExportConfig(run=str(run), step="15"))
+        export(ExportConfig(checkpoint=str(run), step="15"))
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_a_step_names_the_checkpoint_of_every_command(
 ) -> None:
     wanted = open_checkpoint(best_run, step)
     assert wanted.step == expected
-    exported = export(ExportConfig(run=str(best_run), out=str(tmp_path / "out"), step=step))
+    exported = export(ExportConfig(checkpoint=str(best_run), output=str(tmp_path / "out"), step=step))
     assert read_export(exported).step == expected
     scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
     assert _open(scored)[0].step == expected
@@ -196,7 +196,7 @@ def test_a_step_names_the_checkpoint_of_every_command(
 
 
 def test_a_number_on_the_command_line_is_a_step() -> None:
-    needs = {ExportConfig: ["run=a"], EvaluateConfig: ["checkpoint=a"]}
+    needs = {ExportConfig: ["checkpoint=a"], EvaluateConfig: ["checkpoint=a"]}
     needs[PredictConfig] = ["checkpoint=a", "input=b", "output=c"]
     for (schema, given), name in zip(needs.items(), ("export", "evaluate", "predict"), strict=True):
         assert compose(schema, name, [*given, "step=16000"]).step == "16000"
@@ -206,7 +206,7 @@ def test_a_number_on_the_command_line_is_a_step() -> None:
 def test_the_folder_of_a_checkpoint_is_that_step_of_its_run(best_run: Path) -> None:
     folder = best_run / "checkpoints/step-00000020"
     assert open_checkpoint(folder).step == open_checkpoint(f"{folder}/", step="20").step == 20
-    assert read_export(export(ExportConfig(run=str(folder)))).step == 20
+    assert read_export(export(ExportConfig(checkpoint=str(folder)))).step == 20
     assert (best_run / "export/config.json").is_file()
     with pytest.raises(ConfigError, match=r"step=best is another checkpoint than .*step-00000020"):
         open_checkpoint(folder, step="best")
@@ -235,7 +235,7 @@ def test_an_output_folder_with_other_files_is_refused(run: Path, tmp_path: Path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").touch()
     with pytest.raises(ConfigError, match=r"other files \(cat.jpg\)"):
-        export(ExportConfig(run=str(run), out=str(tmp_path / "photos")))
+        export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "photos")))
 
 
 @pytest.mark.parametrize(("out", "message"), [("file", "is a file"), ("file/below", "can't be written")])
@@ -244,7 +244,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=message):
-        export(ExportConfig(run=str(run), out=str(tmp_path / out)))
+        export(ExportConfig(checkpoint=str(run), output=str(tmp_path / out)))
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_an_export_records_the_digest_of_its_weights(exported: Path) -> None:
 
 
 def test_the_command_line_ends_with_one_line_and_code_2(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "launch/export.py", f"run={tmp_path}"]
+    command = [sys.executable, "launch/export.py", f"checkpoint={tmp_path}"]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith("CheckpointError: ")

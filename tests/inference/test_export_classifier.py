@@ -131,7 +131,7 @@ def test_a_classifier_starts_from_another_with_its_head_where_the_classes_are_as
 
 
 def test_a_run_exports_its_classes_view_and_scores(run: Path) -> None:
-    trained = read_export(export(ExportConfig(run=str(run))))
+    trained = read_export(export(ExportConfig(checkpoint=str(run))))
     assert trained.classes == shapes.CLASSES
     assert trained.view == [48, 56]
     assert trained.mean == [1, 2, 3]
@@ -140,7 +140,7 @@ def test_a_run_exports_its_classes_view_and_scores(run: Path) -> None:
 
 
 def test_converting_a_run_keeps_its_view(run: Path, tmp_path: Path) -> None:
-    convert(ConvertConfig(source=str(run), out=str(tmp_path / "out"), to="ours"))
+    convert(ConvertConfig(checkpoint=str(run), output=str(tmp_path / "out"), to="ours"))
     assert read_export(tmp_path / "out").view == [48, 56]
 
 
@@ -163,6 +163,8 @@ def test_a_damaged_view_is_refused(exported: Path, tmp_path: Path, view: object)
 
 
 def test_an_encoder_alone_predicts_nothing(exported: Path, tmp_path: Path) -> None:
-    convert(ConvertConfig(source=str(exported), out=str(tmp_path / "out"), to="ours", encoder_only=True))
+    convert(
+        ConvertConfig(checkpoint=str(exported), output=str(tmp_path / "out"), to="ours", encoder_only=True)
+    )
     with pytest.raises(CheckpointError, match="holds an encoder without a head"):
         read_export(tmp_path / "out")

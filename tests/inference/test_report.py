@@ -83,7 +83,7 @@ def trained(run: Path, tiny_shards: Path) -> Path:
 
 
 def test_a_run_gets_curve_overlays_and_a_report_of_them(trained: Path) -> None:
-    path = report(ReportConfig(run=str(trained), overlays=3, device="cpu"))
+    path = report(ReportConfig(checkpoint=str(trained), overlays=3, device="cpu"))
     assert path == trained / "report.html"
     assert len(list((trained / "overlays").glob("*.jpg"))) == 3
     page = References(path.read_text("utf-8"))
@@ -102,7 +102,7 @@ def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**row, "step": 30, "top1": 0.75, "kind": "eval"}) + "\n")
         file.write(json.dumps({**row, "counts": [[1000, 700, 900], [0, 0, 0]]}) + "\n")
-    page = References(report(ReportConfig(run=str(run), device="cpu")).read_text("utf-8"))
+    page = References(report(ReportConfig(checkpoint=str(run), device="cpu")).read_text("utf-8"))
     assert page.tags.count("img") == 1
     for shown in (
         "62.5top-1",
@@ -129,7 +129,7 @@ def test_the_classes_of_a_run_that_leaves_them_to_its_shards_are_numbers_without
 
 
 def test_the_report_fetches_nothing(trained: Path) -> None:
-    text = report(ReportConfig(run=str(trained), overlays=1, device="cpu")).read_text("utf-8")
+    text = report(ReportConfig(checkpoint=str(trained), overlays=1, device="cpu")).read_text("utf-8")
     page = References(text)
     assert page.links
     assert all(link.startswith("data:image/") for link in page.links)
@@ -166,7 +166,7 @@ def test_a_class_without_a_score_is_a_dash_and_not_zero(run: Path) -> None:
 def test_a_run_without_anything_but_its_configuration_gets_a_report(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = References(report(ReportConfig(run=str(run), device="cpu")).read_text("utf-8"))
+    page = References(report(ReportConfig(checkpoint=str(run), device="cpu")).read_text("utf-8"))
     assert "No evaluation has been made yet" in page.text
     assert not (run / "curve.png").exists()
     printed = capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_more_than_a_row_of_classes_makes_a_taller_legend() -> None:
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a run directory"):
-        report(ReportConfig(run=str(tmp_path)))
+        report(ReportConfig(checkpoint=str(tmp_path)))
 
 
 def test_an_overlay_folder_that_cannot_be_written_is_refused(run: Path) -> None:
@@ -266,4 +266,4 @@ def test_an_overlay_folder_that_cannot_be_written_is_refused(run: Path) -> None:
 
 def test_a_negative_number_of_overlays_is_refused() -> None:
     with pytest.raises(ConfigError, match="overlays=-1"):
-        ReportConfig(run="r", overlays=-1)
+        ReportConfig(checkpoint="r", overlays=-1)

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 from segformer.errors import ConfigError
+from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
 from segformer.training.config import (
     CONF,
@@ -113,6 +114,14 @@ def test_a_setting_that_is_missing_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli(PredictConfig, "predict", print)
     assert capsys.readouterr().err == "ConfigError: checkpoint is missing; give checkpoint=...\n"
+
+
+def test_the_old_name_of_a_key_is_accepted_with_a_line(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["convert.py", "source=a", "out=b", "to=hf"])
+    cli(ConvertConfig, "convert", seen.append)
+    assert (seen[0].checkpoint, seen[0].output) == ("a", "b")
+    assert capsys.readouterr().err.startswith("source= is now checkpoint=; ")
 
 
 def test_other_ranks_leave_the_message_to_rank_zero(monkeypatch, capsys):

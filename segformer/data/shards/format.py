@@ -235,7 +235,7 @@ def _description(storage: Storage) -> dict[str, Any]:
     if storage.is_local and not Path(storage.root, "dataset.json").is_file():
         raise DataError(
             f"no shards in {storage.root!r}; "
-            f"write them: python data_prep/shard.py data=<name> out={storage.root}"
+            f"write them: python data_prep/shard.py data=<name> output={storage.root}"
         )
     data = storage.read("dataset.json", limit=DESCRIPTION_LIMIT)
     try:

@@ -137,7 +137,7 @@ def write_shards(
     job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
     target = Path(os.path.realpath(out))
     if not target.name:
-        raise ConfigError(f"out={str(out)!r} has no name, a set becomes one folder; give out=/<folder>")
+        raise ConfigError(f"output={str(out)!r} has no name, a set becomes one folder; give output=/<folder>")
     listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
     for samples in listing.values():
         _check_keys(samples)
@@ -159,7 +159,7 @@ def write_shards(
     except OSError as error:
         remedy = "make room or see to the permissions; the same command goes on with what is finished"
         if error.errno in _NO_PLACE:
-            remedy = "give another out=<folder>"
+            remedy = "give another output=<folder>"
         raise DataError(
             f"shards cannot be written to {str(out)!r}: {error.strerror or error}; {remedy}"
         ) from error
@@ -290,7 +290,7 @@ def _occupied(out: Path) -> bool:
 def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
     out = work.out
-    refusal = "give another out=<folder> or remove it"
+    refusal = "give another output=<folder> or remove it"
     if not (out / "dataset.json").is_file():
         raise DataError(f"{str(out)!r} exists and holds something else; {refusal}")
     try:

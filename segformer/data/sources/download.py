@@ -1,8 +1,8 @@
 """Files of the web -> a folder: resumable, verified, unpacked once.
 
-    <out>/downloads/<file>.part    what has arrived; a Range request goes on from there
-    <out>/downloads/<file>         all of it, of the right checksum; removed when unpacked
-    <out>/downloads/<file>.done    what was unpacked, and where to: while it lies there, no more to do
+    <output>/downloads/<file>.part    what has arrived; a Range request goes on from there
+    <output>/downloads/<file>         all of it, of the right checksum; removed when unpacked
+    <output>/downloads/<file>.done    what was unpacked, and where to: while it lies there, no more to do
 
 One request per file: where it fails, the same command goes on from the bytes that arrived. `zipfile` and
 `tarfile` (filter "data") keep names inside the folder. Refused: other schemes than http and https, another
@@ -49,7 +49,7 @@ class Download:
     checksum: str = ""
     """md5, sha1 or sha256, a colon, and its digits; empty = not known (the sha256 is printed)."""
     into: str = ""
-    """Folder below out that the archive is unpacked into."""
+    """Folder below output that the archive is unpacked into."""
 
     def __post_init__(self) -> None:
         if not _URL.fullmatch(self.url):

@@ -123,7 +123,7 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
     """
     sizes = weights.sizes
     if out.suffix not in (".pth", ".pt"):
-        raise ConfigError(f"out={out} must be the name of a .pth file for to={format_}")
+        raise ConfigError(f"output={out} must be the name of a .pth file for to={format_}")
     if format_ == "smp" and sizes.variant not in _SMP_VARIANTS:
         raise ConfigError(
             f"segmentation_models_pytorch has no encoder of {sizes.variant}; use another target"
@@ -146,9 +146,9 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
     try:
         exists = out.exists()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"out={out} can't be written: {reason_of(error)}; choose another name") from None
+        raise ConfigError(f"output={out} can't be written: {reason_of(error)}; choose another name") from None
     if exists:
-        raise ConfigError(f"out={out} exists; give a new name, or delete it")
+        raise ConfigError(f"output={out} exists; give a new name, or delete it")
     _write_together(out.parent, {out.name: lambda file: torch.save(content, file)})
     return [out]
 
@@ -227,17 +227,17 @@ def _claim_folder(out: Path) -> None:
     ours = {MODEL_FILE, CONFIG_FILE, PREPROCESSOR_FILE}
     try:
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"out={out} is a file; give a folder")
+            raise ConfigError(f"output={out} is a file; give a folder")
         present = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     except (OSError, ValueError) as error:
-        raise ConfigError(f"out={out} can't be read: {reason_of(error)}; choose another folder") from None
+        raise ConfigError(f"output={out} can't be read: {reason_of(error)}; choose another folder") from None
     if others := [name for name in present if name not in ours and not name.startswith(".")]:
         raise ConfigError(
-            f"out={out} holds other files ({', '.join(others[:3])}); give a new folder or an old export"
+            f"output={out} holds other files ({', '.join(others[:3])}); give a new folder or an old export"
         )
     if (models := [name for name in present if name in ours]) and not _is_ours(out):
         raise ConfigError(
-            f"out={out} holds a model that this project has not written ({', '.join(models)}); give a new "
+            f"output={out} holds a model that this project has not written ({', '.join(models)}); give a new "
             "folder or an old export, or delete it"
         )
 
@@ -286,7 +286,7 @@ def _write_together(
             for path in temporary.values():
                 path.unlink(missing_ok=True)
         raise ConfigError(
-            f"out={folder} can't be written: {reason_of(error)}; choose another folder, or free space"
+            f"output={folder} can't be written: {reason_of(error)}; choose another folder, or free space"
         ) from None
 
 

@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_shows_the_label_map_and_counts_and_ends_with_the_place(tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    done = run("data=sample", f"out={out}", "workers=1", "samples_per_shard=200")
+    done = run("data=sample", f"output={out}", "workers=1", "samples_per_shard=200")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("label map")
@@ -47,9 +47,9 @@ def test_the_command_shows_the_label_map_and_counts_and_ends_with_the_place(tmp_
     [
         (["data=camvid"], "ConfigError: no source folder; give root="),
         (["data=sample", "root=nowhere"], "DataError: data root 'nowhere' is not a folder"),
-        (["data=folder", "root=.", "out=o", "classes=[a]"], "ConfigError"),
-        (["data=sample", "out=/"], "ConfigError: out='/' has no name"),
-        (["data=sample", "out=o", "workers=-2"], "ConfigError: workers=-2; use -1"),
+        (["data=folder", "root=.", "output=o", "classes=[a]"], "ConfigError"),
+        (["data=sample", "output=/"], "ConfigError: output='/' has no name"),
+        (["data=sample", "output=o", "workers=-2"], "ConfigError: workers=-2; use -1"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message: str) -> None:
@@ -65,12 +65,12 @@ def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message
 )
 def test_a_place_that_cannot_be_is_not_promised_to_go_on(out: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run("data=sample", f"out={tmp_path / out}", "workers=1")
+    done = run("data=sample", f"output={tmp_path / out}", "workers=1")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("DataError: shards cannot be written to ")
     assert reason in done.stderr
-    assert done.stderr.endswith("; give another out=<folder>\n")
+    assert done.stderr.endswith("; give another output=<folder>\n")
 
 
 @pytest.mark.parametrize("fault", ["image without mask", "mask outside classes", "empty split"])
@@ -87,7 +87,7 @@ def test_a_fault_in_the_data_is_one_line_and_leaves_no_shards(
     else:
         image.unlink()
         mask.unlink()
-    done = run("data=folder", f"root={root}", f"out={out}", "data.classes=[sky,road,tree]", "workers=1")
+    done = run("data=folder", f"root={root}", f"output={out}", "data.classes=[sky,road,tree]", "workers=1")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("DataError: ")
@@ -99,7 +99,7 @@ def test_the_users_own_folder_needs_nothing_but_the_command_line(
     make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     root, out = make_folder(tmp_path / "set", {"train": 3, "val": 1}), tmp_path / "out"
-    done = run("data=folder", f"root={root}", f"out={out}", "data.classes=[sky,road,tree]", "workers=1")
+    done = run("data=folder", f"root={root}", f"output={out}", "data.classes=[sky,road,tree]", "workers=1")
     assert done.returncode == 0, done.stderr
     assert ShardSet.open(out).classes == ["sky", "road", "tree"]
 
@@ -109,7 +109,14 @@ def test_the_label_map_says_what_was_seen_and_what_never(
 ) -> None:
     root, out = make_folder(tmp_path / "set", {"train": 4, "val": 2}), tmp_path / "out"
     done = run(
-        *("data=folder", f"root={root}", f"out={out}", "data.classes=[land,ship]", "workers=1", "quality=80"),
+        *(
+            "data=folder",
+            f"root={root}",
+            f"output={out}",
+            "data.classes=[land,ship]",
+            "workers=1",
+            "quality=80",
+        ),
         "+data.label_map={0: 0, 1: 255, 2: 0, 7: 1, 255: 255}",
     )
     assert done.returncode == 0, done.stderr
@@ -130,7 +137,7 @@ def test_a_folder_of_class_folders_becomes_a_classification_set(
 ) -> None:
     root, out = tmp_path / "set", tmp_path / "out"
     make_classes(root / "images", {"train": 7, "val": 2})
-    done = run("data=folder", "data.task=classification", f"root={root}", f"out={out}", "workers=1")
+    done = run("data=folder", "data.task=classification", f"root={root}", f"output={out}", "workers=1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:5] == [
         "train: 7 images in 1 shards",

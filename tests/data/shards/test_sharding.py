@@ -248,7 +248,7 @@ def test_wrong_settings_are_refused(folder: Path, config: DatasetConfig, tmp_pat
         )
     with pytest.raises(ConfigError, match=r"workers=-2; use -1"):
         write(config, folder, tmp_path / "out", workers=-2)
-    with pytest.raises(ConfigError, match=r"out='/' has no name"):
+    with pytest.raises(ConfigError, match=r"output='/' has no name"):
         write(config, folder, Path("/"))
     assert not list(tmp_path.iterdir())
 
@@ -538,7 +538,7 @@ def test_sigkill_with_worker_processes_and_the_same_command_again(
     root, out = make_folder(tmp_path / "set", {"train": 200, "val": 20}), tmp_path / "out"
     write(config, root, tmp_path / "undisturbed")
     command = [
-        *(sys.executable, "data_prep/shard.py", "data=folder", f"root={root}", f"out={out}", "seed=3"),
+        *(sys.executable, "data_prep/shard.py", "data=folder", f"root={root}", f"output={out}", "seed=3"),
         *("samples_per_shard=2", "workers=2", "data.classes=[sky,road,tree]", "data.license=none"),
         "data.name=random",
     ]

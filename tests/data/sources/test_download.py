@@ -255,11 +255,11 @@ def test_the_command_shows_the_license_first_and_ends_with_the_next_command(
 ) -> None:
     site.files["set.zip"] = zipped({f"ADEChallengeData2016/{name}": data for name, data in FILES.items()})
     given = f"download.files=[{{url:'{site.url('set.zip')}'}}]"
-    refused = run("data=ade20k", f"out={tmp_path}", given)
+    refused = run("data=ade20k", f"output={tmp_path}", given)
     assert (refused.returncode, site.asked, list(tmp_path.iterdir())) == (2, [], [])
     assert "accept_license=true" in refused.stderr
     assert refused.stdout.splitlines()[1].startswith("licence: non-commercial research and education")
-    done = run("data=ade20k", f"out={tmp_path}", given, "accept_license=true")
+    done = run("data=ade20k", f"output={tmp_path}", given, "accept_license=true")
     assert done.returncode == 0, done.stderr
     sha256 = hashlib.sha256(site.files["set.zip"]).hexdigest()
     assert f"set.zip: sha256 {sha256} (nothing to compare it with)" in done.stdout.splitlines()
@@ -269,7 +269,7 @@ def test_the_command_shows_the_license_first_and_ends_with_the_next_command(
 
 
 def test_a_set_behind_a_registration_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> None:
-    done = run("data=cityscapes", f"out={tmp_path}", "accept_license=true")
+    done = run("data=cityscapes", f"output={tmp_path}", "accept_license=true")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     for part in ("gtFine_trainvaltest.zip", "https://www.cityscapes-dataset.com/downloads/", "root="):
         assert part in done.stderr

@@ -126,7 +126,7 @@ def test_the_shards_do_not_depend_on_the_note_of_turned_images(
 
 def test_the_command_warns_of_turned_images_in_one_line(turned_set: Path, tmp_path: Path) -> None:
     command = [sys.executable, "data_prep/shard.py", "data=folder", f"root={turned_set}", "workers=1"]
-    command += [f"out={tmp_path / 'out'}", "data.classes=[sky,road,tree]"]
+    command += [f"output={tmp_path / 'out'}", "data.classes=[sky,road,tree]"]
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

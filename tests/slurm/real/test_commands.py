@@ -81,9 +81,9 @@ def test_four_tasks_and_a_join_write_what_one_command_writes(
     """And a part that fails has its join cancelled."""
     monkeypatch.chdir(tmp_path)
     job = ("tasks=4", "cpus_per_task=1", "mem=500M", "time=10m")
-    data = ("data=sample", f"root={tiny_root}", f"out={tmp_path / 'out'}", "samples_per_shard=6")
+    data = ("data=sample", f"root={tiny_root}", f"output={tmp_path / 'out'}", "samples_per_shard=6")
     good = launch(cluster, "shard", *job, *data).stdout.split("; job ")[1].split()[0]
-    absent = ("data=sample", "root=/nowhere", f"out={tmp_path / 'none'}")
+    absent = ("data=sample", "root=/nowhere", f"output={tmp_path / 'none'}")
     bad = launch(cluster, "shard", "tasks=1", *job[1:], *absent).stdout.split("; job ")[1].split()[0]
     cluster.wait_for_state(good, "COMPLETED", "FAILED", "CANCELLED", timeout_s=90)
     logs = "".join(path.read_text() for path in (tmp_path / "runs/slurm/shard/0001/logs").iterdir())
