@@ -1,13 +1,20 @@
-"""Masks as colours: over a photograph, and beside target and prediction.
+"""Pictures of masks: over a photograph, beside target and prediction, in a grid with a legend.
 
-    overlay         one mask over its photograph, regions outlined
-    side_by_side    image | target | prediction
-    Gallery         side_by_side of the first images of an evaluation
+    overlay    a mask in its colors over its photograph, regions outlined
+    panels     a photograph and its masks, at one size
+    beside     panels as one picture: image | target | prediction
+    legend     names and colors of the classes that occur
+    grid       captioned pictures in rows, the legend below
+    Gallery    the panels of the first images of an evaluation, as validation pictures
+
+OpenCV finds the outlines, PIL resizes and writes.
 
 Shapes: B batch, H W image, K classes.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -17,55 +24,137 @@ from segformer.data.loading.loader import Batch
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.models.ops.argmax import upsample_argmax
 
-IGNORE_GREY = 0.35  # share of its brightness that an ignored pixel keeps
-PANEL = 512  # longest side of one of the three pictures side by side, pixels
+if TYPE_CHECKING:
+    from PIL import Image
+
+IGNORED = 0.35  # share of its brightness that an ignored pixel keeps
+PANEL = 512  # longest side of a picture, pixels
+LINE = 6  # width of what is between panels, pixels
+FONT = 36  # readable on a phone: 1/45 of the width of three panels
+INK, FRAME = "#1F2933", "#7B8794"
+
+Legend = list[tuple[str, tuple[int, int, int]]]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Blend class colours into an image and outline the regions.
+    """Blend class colors into an image and outline the regions.
 
-    A class whose colour is black, as backgrounds often are, leaves the image as it is; ignored pixels are
+    A class whose color is black, as backgrounds often are, leaves the image as it is; ignored pixels are
     dimmed.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         mask: (H, W) uint8 class ids or IGNORE_INDEX.
         palette: (K, 3) uint8 RGB.
-        alpha: share of the colour inside a region; its outline has the full colour.
+        alpha: share of the color inside a region; its outline has the full color.
     """
-    colours = np.zeros((256, 3), np.float32)
-    colours[: len(palette)] = palette
+    colors = np.zeros((256, 3), np.float32)
+    colors[: len(palette)] = palette
     share = np.full((256, 1), alpha, np.float32)
-    share[colours.max(axis=1) == 0] = 0.0
-    share[IGNORE_INDEX] = 1 - IGNORE_GREY
+    share[colors.max(axis=1) == 0] = 0.0
+    share[IGNORE_INDEX] = 1 - IGNORED
     weight = share[mask]
     width = max(1, round(min(mask.shape) / 250))
     kernel = np.ones((2 * width + 1,) * 2, np.uint8)
     edge = (cv2.dilate(mask, kernel) != cv2.erode(mask, kernel))[..., None] & (weight > 0)
     weight = np.where(edge & (mask != IGNORE_INDEX)[..., None], 1.0, weight)
-    return np.rint(image * (1 - weight) + colours[mask] * weight).astype(np.uint8)
+    return np.rint(image * (1 - weight) + colors[mask] * weight).astype(np.uint8)
 
 
-def side_by_side(
-    image: np.ndarray, target: np.ndarray, prediction: np.ndarray, palette: np.ndarray
-) -> np.ndarray:
-    """Image, target and prediction in colours as one picture, uint8 (h, 3 w, 3); at most PANEL a side each.
+def resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A photograph (H, W, 3), or a mask (H, W) without new values, with `side` pixels along its long side."""
+    from PIL import Image
 
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        target: (H, W) uint8 class ids or IGNORE_INDEX.
-        prediction: (H, W) uint8 class ids.
-        palette: (K, 3) uint8 RGB.
+    how = Image.Resampling.NEAREST if pixels.ndim == 2 else Image.Resampling.LANCZOS
+    height, width = (max(1, round(length * side / max(pixels.shape[:2]))) for length in pixels.shape[:2])
+    return np.asarray(Image.fromarray(pixels).resize((width, height), how))
+
+
+def panels(
+    image: np.ndarray, masks: Sequence[np.ndarray], palette: np.ndarray, side: int = PANEL, alpha: float = 0.5
+) -> list[np.ndarray]:
+    """The photograph, and its overlay with each mask, `side` pixels along the long side; as in `overlay`."""
+    photograph = resized(image, side)
+    return [photograph, *(overlay(photograph, resized(mask, side), palette, alpha) for mask in masks)]
+
+
+def beside(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of one height as one, white lines between them."""
+    line = np.full((len(pictures[0]), LINE, 3), 255, np.uint8)
+    return np.hstack([part for picture in pictures for part in (line, picture)][1:])
+
+
+def legend(masks: Iterable[np.ndarray], classes: Sequence[str], palette: np.ndarray) -> Legend:
+    """Name and color of every class in the masks; white where `overlay` leaves the image as it is."""
+    found = sorted({int(k) for mask in masks for k in np.unique(mask)})
+    entries: Legend = []
+    for k in found:
+        if k < len(classes):
+            red, green, blue = palette[k].tolist() if palette[k].any() else (255, 255, 255)
+            entries.append((classes[k], (red, green, blue)))
+    return [*entries, ("ignored", (90, 90, 90))] if IGNORE_INDEX in found else entries
+
+
+def grid(
+    cells: Sequence[tuple[str, np.ndarray]], entries: Legend, *, columns: int, font_size: int = FONT
+) -> "Image.Image":
+    """Pictures uint8 (h, w, 3), each below its caption, in rows of `columns`, and the legend below all.
+
+    A caption that is wider than PANEL and than the pictures loses its beginning.
     """
-    scale = min(1.0, PANEL / max(image.shape[:2]))
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    photograph = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
-    masks = [cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) for mask in (target, prediction)]
-    return np.hstack([photograph, *(overlay(photograph, np.asarray(mask), palette) for mask in masks)])
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, gap = ImageFont.load_default(font_size), font_size // 2
+    captions = max((math.ceil(font.getlength(caption)) for caption, _ in cells), default=0)
+    column = max(min(captions, PANEL), *(picture.shape[1] for _, picture in cells), 1)
+    rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
+    heights = [font_size + 2 * gap + max(picture.shape[0] for _, picture in row) for row in rows]
+    width = columns * (column + gap) + gap
+    lines = _legend_lines(entries, font.getlength, font_size, width)
+    line = font_size + gap
+    canvas = Image.new("RGB", (width, sum(heights) + 2 * gap + len(lines) * line), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = gap
+    for row, height in zip(rows, heights, strict=True):
+        for index, (caption, picture) in enumerate(row):
+            middle = gap + index * (column + gap) + column // 2
+            draw.text((middle, top), _shortened(caption, font.getlength, column), INK, font, anchor="ma")
+            canvas.paste(Image.fromarray(picture), (middle - picture.shape[1] // 2, top + font_size + gap))
+        top += height
+    for entries_of_line in lines:
+        for left, name, color in entries_of_line:
+            box = (left, top + 2, left + font_size - 4, top + font_size - 2)
+            draw.rounded_rectangle(box, radius=font_size // 6, fill=color, outline=FRAME, width=2)
+            draw.text((left + font_size + gap / 2, top + font_size / 2), name, INK, font, anchor="lm")
+        top += line
+    return canvas
+
+
+def _shortened(text: str, length: Callable[[str], float], width: float) -> str:
+    while len(text) > 4 and length(text) > width:
+        text = "..." + text[4:]
+    return text
+
+
+def _legend_lines(
+    entries: Legend, length: Callable[[str], float], size: int, width: int
+) -> list[list[tuple[float, str, tuple[int, int, int]]]]:
+    """(left edge, name, color) of the entries, broken into lines no wider than `width`."""
+    lines: list[list[tuple[float, str, tuple[int, int, int]]]] = []
+    gap = size / 2
+    left = math.inf
+    for name, color in entries:
+        needed = size + gap + length(name) + gap
+        if left + needed > width:
+            lines.append([])
+            left = gap
+        lines[-1].append((left, name, color))
+        left += needed
+    return lines
 
 
 class Gallery:
-    """Pictures of the first `count` images of an evaluation, by the key of the image."""
+    """Validation pictures: the panels of the first `count` images of an evaluation, by the image's key."""
 
     def __init__(self, key: Callable[[int], str], palette: np.ndarray, count: int) -> None:
         self._key, self._palette, self._count = key, palette, count
@@ -81,6 +170,6 @@ class Gallery:
         images = batch.images[:wanted].permute(0, 2, 3, 1).contiguous().cpu().numpy()
         targets = batch.targets[:wanted].cpu().numpy()
         ids = batch.sample_ids[:wanted].tolist()
-        for sample_id, image, target, prediction in zip(ids, images, targets, predictions, strict=True):
-            picture = side_by_side(image, target, prediction, self._palette)
-            self.pictures[self._key(sample_id)] = picture
+        side = min(PANEL, max(height, width))
+        for sample_id, image, *masks in zip(ids, images, targets, predictions, strict=True):
+            self.pictures[self._key(sample_id)] = beside(panels(image, masks, self._palette, side))

@@ -15,7 +15,6 @@ executed. Refuses a damaged or foreign export, an output folder with other files
 that don't fit.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from segformer.models.weights.convert import Weights, read_weights
 from segformer.models.weights.files import CONFIG_FILE
 from segformer.models.weights.save import write_hf
 from segformer.models.weights.sizes import find_sizes
+from segformer.telemetry.jsonl import read_metrics
 from segformer.training.config import RunConfig, load_config
 
 _SCORES = ("miou", "macc", "aacc", "iou", "top1", "top5")  # what an export keeps of an evaluation
@@ -181,7 +181,7 @@ def read_run(run: Path, step: str = "newest") -> Trained:
         shards=cfg.data.shards,
         digest=train_state.data_digest,
         step=train_state.step,
-        scores=_scores_at(run / "metrics.jsonl", train_state.step),
+        scores=_scores_at(run, train_state.step),
     )
 
 
@@ -211,17 +211,10 @@ def _load(run: Path, step: str) -> tuple[dict[str, Tensor], TrainState]:
     return load_model_state(run, best)
 
 
-def _scores_at(metrics: Path, step: int) -> dict[str, Any] | None:
+def _scores_at(run: Path, step: int) -> dict[str, Any] | None:
     """The last evaluation that metrics.jsonl has of `step`."""
-    found = None
-    for line in metrics.read_text("utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # the line that a crash tore
-        if row.get("kind") in ("eval", "final") and row.get("step") == step:
-            found = {key: row[key] for key in _SCORES if key in row}
-    return found
+    found = [row for row in read_metrics(run, "eval", "final") if row["step"] == step]
+    return {key: found[-1][key] for key in _SCORES if key in found[-1]} if found else None
 
 
 def write_export(

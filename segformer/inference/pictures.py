@@ -1,13 +1,11 @@
 """The pictures of a run: the curve of its training, and what the model sees beside what it should see.
 
     curve.png       loss (each log line, and smoothed), validation score at the right, learning rate below
-    overlays/*.jpg  image | target | prediction, with the colours of the classes that occur in either
+    overlays/*.jpg  image | target | prediction, with the colors of the classes that occur in either
 
-Both are drawn for a phone as well: text is at least 1/45 of a picture's width. metrics.jsonl may end in a
-torn line, and repeats steps after a restart; of two lines of one kind and step the later one counts.
+Both are drawn for a phone as well: text is at least 1/45 of a picture's width.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -18,29 +16,20 @@ import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError
-from segformer.evaluation.drawing import overlay
+from segformer.evaluation.drawing import INK, grid, legend, panels
+from segformer.telemetry.jsonl import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
-    from PIL.ImageDraw import ImageDraw
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-LOSS, SCORE, RATE, INK, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#1F2933", "#E4E7EB"
-PANEL = 480  # long side of one of the three pictures, pixels
-GAP, FONT = 16, 36
+# Okabe and Ito's colors, which color-blind readers tell apart.
+LOSS, SCORE, RATE, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#E4E7EB"
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl by step, one of each kind and step; [] without the file."""
-    path = run_dir / "metrics.jsonl"
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-            rows[str(row["kind"]), int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a crash; its step was repeated after the restart
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl by step; of two of one kind and step the later one counts."""
+    rows = {(str(row["kind"]), int(row["step"])): row for row in read_metrics(run_dir)}
     return sorted(rows.values(), key=lambda row: int(row["step"]))
 
 
@@ -69,7 +58,7 @@ def _number(value: Any) -> float:
 
 
 def smoothed(values: np.ndarray, width: float) -> np.ndarray:
-    """Mean under a Gaussian of standard deviation `width` values, centred so that the curve doesn't lag."""
+    """Mean under a Gaussian of standard deviation `width` values, centered so that the curve doesn't lag."""
     index = np.arange(len(values))
     reach = math.ceil(3 * width)
     out = np.empty(len(values), np.float64)
@@ -82,7 +71,7 @@ def smoothed(values: np.ndarray, width: float) -> np.ndarray:
 
 def write_curve(run_dir: Path) -> Path | None:
     """Draw metrics.jsonl as run_dir/curve.png; None where nothing has been logged yet."""
-    rows = read_metrics(run_dir)
+    rows = history(run_dir)
     steps, losses = series(rows, ("train",), "loss")
     if not len(steps):
         return None
@@ -206,60 +195,7 @@ def comparison(
     image: np.ndarray, target: np.ndarray, prediction: np.ndarray, *, classes: list[str], palette: np.ndarray
 ) -> "Image.Image":
     """One picture: image | target | prediction with captions above and the classes below."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(FONT)
-    scale = PANEL / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    photograph = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-    panels = [photograph]
-    for mask in (target, prediction):
-        resized = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        panels.append(overlay(photograph, resized, palette, alpha=0.55))
     score = mean_iou(target, prediction)
     captions = ["image", "target", "prediction" if score is None else f"prediction, mIoU {100 * score:.0f}%"]
-    column = max(size[0], *(math.ceil(font.getlength(text)) for text in captions))
-    width = 3 * column + 4 * GAP
-    found = [k for k in np.union1d(target, prediction) if k < len(classes)]
-    entries = [(classes[k], tuple(int(v) for v in palette[k])) for k in found]
-    if (target == IGNORE_INDEX).any():
-        entries.append(("ignored", (90, 90, 90)))
-    rows = _legend_rows([(name, colour, font.getlength(name)) for name, colour in entries], width)
-    head, line = FONT + 2 * GAP, FONT + GAP
-    canvas = Image.new("RGB", (width, head + size[1] + GAP + len(rows) * line + GAP), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        left = GAP + index * (column + GAP)
-        draw.text((left + column / 2, GAP), caption, INK, font, anchor="ma")
-        canvas.paste(Image.fromarray(panel), (left + (column - size[0]) // 2, head))
-    for index, row in enumerate(rows):
-        _draw_legend_row(draw, row, head + size[1] + GAP + index * line, font)
-    return canvas
-
-
-def _legend_rows(
-    entries: list[tuple[str, tuple[int, ...], float]], width: int
-) -> list[list[tuple[str, tuple[int, ...], float]]]:
-    """Entries (name, colour, left edge) broken into rows no wider than `width`."""
-    rows: list[list[tuple[str, tuple[int, ...], float]]] = [[]]
-    left = float(GAP)
-    for name, colour, length in entries:
-        needed = FONT + GAP / 2 + length + 2 * GAP
-        if rows[-1] and left + needed > width:
-            rows.append([])
-            left = float(GAP)
-        rows[-1].append((name, colour, left))
-        left += needed
-    return rows
-
-
-def _draw_legend_row(
-    draw: "ImageDraw", row: list[tuple[str, tuple[int, ...], float]], top: int, font: Any
-) -> None:
-    for name, colour, left in row:
-        box = (left, top + 2, left + FONT - 4, top + FONT - 2)
-        # Black stands for a class that `overlay` leaves uncoloured.
-        draw.rounded_rectangle(
-            box, radius=6, fill=colour if any(colour) else "white", outline="#7B8794", width=2
-        )
-        draw.text((left + FONT + GAP / 2, top + FONT / 2), name, INK, font, anchor="lm")
+    cells = zip(captions, panels(image, [target, prediction], palette, alpha=0.55), strict=True)
+    return grid(list(cells), legend([target, prediction], classes, palette), columns=3)

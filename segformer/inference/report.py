@@ -21,7 +21,7 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.inference.pictures import read_metrics, series, write_curve, write_overlays
+from segformer.inference.pictures import history, series, write_curve, write_overlays
 from segformer.inference.predict import Predictor
 from segformer.training.config import RunConfig, load_config
 from segformer.training.task import training_crop
@@ -138,7 +138,7 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> list[P
 def write_report(run: Path) -> Path:
     """Write run/report.html from config.yaml, metrics.jsonl, curve.png and overlays/."""
     cfg = _run_config(run)
-    rows = read_metrics(run)
+    rows = history(run)
     evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
     title = html.escape(cfg.name)
     parts = [

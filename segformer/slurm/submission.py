@@ -27,7 +27,7 @@ from segformer.slurm.code import snapshot
 from segformer.slurm.queue import JobState, job_state, slurm, submit_script, would_start
 from segformer.slurm.script import JobFolder, sbatch_script
 from segformer.slurm.settings import SlurmConfig
-from segformer.telemetry.logger import newest_line
+from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, load_config, save_config
 
@@ -249,7 +249,7 @@ def _state_text(state: JobState) -> str:
 def progress(run_dir: Path, folder: JobFolder) -> str:
     """How far a run is, by its newest line of metrics: step, loss, speed, time to go."""
     total = load_config(folder.config, RunConfig).steps
-    last = newest_line(run_dir / "metrics.jsonl", "train")
+    last = newest_row(run_dir, "train")
     if not last:
         return f"0 of {total}"
     step = last["step"]

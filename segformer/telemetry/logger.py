@@ -31,13 +31,13 @@ import numpy as np
 
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
+from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import Bar, duration, on_terminal, shown_figures
 from segformer.telemetry.queue import Outbox, Tracker
 from segformer.telemetry.trackers import confusion_picture, open_tensorboard, open_wandb
 
 WANDB_MODES = ("disabled", "offline", "online")
 MAX_CLASSES = 200  # with more, per-class curves go to metrics.jsonl only
-TAIL = 65536  # bytes of metrics.jsonl that are looked at for its newest line
 FINISH_S = 10.0  # for what is local
 
 
@@ -92,61 +92,6 @@ class TelemetryConfig:
             raise ConfigError(
                 "telemetry.wandb=online needs an account; run `wandb login`, set WANDB_API_KEY or use offline"
             )
-
-
-class LineFile:
-    """A text file that lines are appended to, each in one write; what can't be written is counted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lost = 0
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        size = os.fstat(self._fd).st_size
-        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"  # the end of a crash
-
-    def write(self, line: str) -> None:
-        """Append a line; never raises OSError."""
-        data = (("\n" if self._torn else "") + line + "\n").encode()
-        try:
-            written = os.write(self._fd, data)
-        except OSError:
-            self.lost += 1
-            return
-        self._torn = written < len(data)
-        self.lost += self._torn
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
-
-
-class Ledger:
-    """Which samples the steps of a rank used: {"from": first step of this process, "step", "ids"} a line."""
-
-    def __init__(self, folder: Path, rank: int, begin: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._begin = LineFile(folder / f"rank-{rank:05d}.jsonl"), begin
-
-    def note(self, step: int, ids: list[int]) -> None:
-        """Write down that optimiser step `step`, counted from 1, used these samples."""
-        self._file.write(json.dumps({"from": self._begin, "step": step, "ids": ids}))
-
-
-def newest_line(path: Path, *kinds: str) -> dict[str, Any] | None:
-    """The last whole line of one of the kinds in the last 64 KiB of a metrics.jsonl; None without one."""
-    try:
-        with path.open("rb") as file:
-            begin = max(0, file.seek(0, os.SEEK_END) - TAIL)
-            file.seek(begin)
-            lines = file.read().split(b"\n")[1 if begin else 0 : -1]
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # the torn line of a crash
-            found: dict[str, Any] = json.loads(line)
-            if found.get("kind") in kinds:
-                return found
-    return None
 
 
 def _jsonable(value: Any) -> Any:

@@ -8,7 +8,8 @@ from segformer.checkpoint.format import TrainState
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.engine import resolve_precision, resolve_stage
 from segformer.distributed.world import World
-from segformer.telemetry.logger import Telemetry, newest_line
+from segformer.telemetry.jsonl import newest_row
+from segformer.telemetry.logger import Telemetry
 from segformer.training.config import RunConfig
 from segformer.training.optim import schedule_remark
 from segformer.training.task import training_crop
@@ -48,7 +49,7 @@ def _say_return(cfg: RunConfig, world: World, telemetry: Telemetry, step: int) -
     if not world.is_main:
         return
     # A start that made no step has cost none: what was to be done again then, still is.
-    last = newest_line(Path(cfg.run_dir) / "metrics.jsonl", "train", "continued")
+    last = newest_row(Path(cfg.run_dir), "train", "continued")
     redone = max(0, last["step"] - step) if last else 0
     cost = f"; {redone} more had been logged and are done again" if redone else ""
     telemetry.line(f"continuing from step {step}{cost}")

@@ -101,7 +101,7 @@ def _loop(run: Run) -> AnyScores:
             outcome = train_step(run, batches, losses)
         run.state.step += 1
         if run.ledger is not None:
-            run.ledger.note(run.state.step, [int(i) for batch in batches for i in batch.sample_ids])
+            run.ledger.add(run.state.step, [int(i) for batch in batches for i in batch.sample_ids])
         telemetry.advance()
         meter.add(cfg.global_batch, waited, time.monotonic() - start - run.agreeing)
         if run.profiler.covers(run.state.step):

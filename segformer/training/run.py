@@ -37,7 +37,8 @@ from segformer.distributed.zero_state import restore_optimizer, write_model
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
 from segformer.models.layers import synchronize_batch_norm
 from segformer.models.macs import training_flops
-from segformer.telemetry.logger import Ledger, Telemetry
+from segformer.telemetry.jsonl import Ledger
+from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
 from segformer.training.config import RunConfig

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.data.sources.decode import decode_image
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.inference.export import write_export
-from segformer.inference.predict import PredictConfig, Predictor, overlay, predict, read_image
+from segformer.inference.predict import PredictConfig, Predictor, predict, read_image
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
 
@@ -130,22 +129,6 @@ def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint: Path, t
     for path in (mask, tmp_path / "out/turned_overlay.jpg"):
         with Image.open(path) as picture:
             assert picture.size == (20, 40)
-
-
-def test_overlay_blends_colour_keeps_black_classes_and_outlines_regions() -> None:
-    image = np.full((60, 60, 3), 100, np.uint8)
-    mask = np.zeros((60, 60), np.uint8)
-    mask[20:40, 20:40] = 1
-    drawn = overlay(image, mask, np.array(PALETTE, np.uint8), alpha=0.5)
-    assert (drawn[5, 5] == 100).all()
-    assert drawn[30, 30].tolist() == [50, 150, 90]
-    assert drawn[20, 30].tolist() == [0, 200, 80]
-
-
-def test_overlay_dims_what_is_ignored() -> None:
-    image = np.full((9, 9, 3), 100, np.uint8)
-    drawn = overlay(image, np.full((9, 9), IGNORE_INDEX, np.uint8), np.array(PALETTE, np.uint8))
-    assert (drawn == 35).all()
 
 
 @pytest.mark.parametrize("name", ["missing.jpg", "missing"])

@@ -13,11 +13,11 @@ from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import CheckpointError, ConfigError
+from segformer.evaluation.drawing import PANEL
 from segformer.inference.pictures import (
-    PANEL,
     comparison,
+    history,
     mean_iou,
-    read_metrics,
     smoothed,
     write_curve,
     write_overlays,
@@ -197,7 +197,7 @@ def test_losses_that_are_not_numbers_do_not_stop_the_curve(run: Path) -> None:
 def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run: Path) -> None:
     lines = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 3.0), (2, 9.0), (2, 2.0))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
-    assert [(row["step"], row["loss"]) for row in read_metrics(run)] == [(1, 3.0), (2, 2.0)]
+    assert [(row["step"], row["loss"]) for row in history(run)] == [(1, 3.0), (2, 2.0)]
 
 
 def test_smoothing_keeps_a_constant_and_a_straight_line_and_reduces_noise() -> None:
@@ -240,17 +240,6 @@ def test_overlays_replace_those_of_an_earlier_report_and_leave_other_files(run: 
     (path,) = write_overlays([sample], out, classes=CLASSES, palette=PALETTE)
     assert path.name == "00_a_b_c.jpg"
     assert sorted(p.name for p in out.iterdir()) == ["00_a_b_c.jpg", "mine.txt"]
-
-
-def test_more_than_a_row_of_classes_makes_a_taller_legend() -> None:
-    mask = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    names = [f"a rather long class name {k}" for k in range(64)]
-    palette = np.full((64, 3), 80, np.uint8)
-    image = np.zeros((8, 8, 3), np.uint8)
-    many = comparison(image, mask, mask, classes=names, palette=palette)
-    few = comparison(image, mask * 0, mask * 0, classes=names, palette=palette)
-    assert many.height > few.height
-    assert many.width == few.width
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

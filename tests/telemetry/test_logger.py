@@ -15,7 +15,7 @@ import torch
 
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
-from segformer.telemetry.logger import TAIL, Ledger, LineFile, Telemetry, TelemetryConfig, newest_line
+from segformer.telemetry.logger import Telemetry, TelemetryConfig
 from segformer.telemetry.progress import duration, shown_figures
 
 MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -147,15 +147,6 @@ def test_an_event_is_an_object_of_its_own(tmp_path):
     }
 
 
-def test_a_torn_last_line_does_not_spoil_the_next_one(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train"}\n{"kind": "tr')
-    file = LineFile(path)
-    file.write('{"kind": "eval"}')
-    file.close()
-    assert path.read_text().splitlines() == ['{"kind": "train"}', '{"kind": "tr', '{"kind": "eval"}']
-
-
 @pytest.mark.faults
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -193,8 +184,8 @@ TERMINAL = """
 import sys
 from pathlib import Path
 import torch
-from segformer.dist import World
-from segformer.telemetry import Telemetry, TelemetryConfig
+from segformer.distributed.world import World
+from segformer.telemetry.logger import Telemetry, TelemetryConfig
 world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 with Telemetry(TelemetryConfig(), Path(sys.argv[1]), world, name="run", steps=4, config={}) as log:
     log.start(0)
@@ -242,25 +233,3 @@ def test_a_terminal_that_goes_away_does_not_take_the_run_with_it(tmp_path):
     assert "done" in (tmp_path / "log.txt").read_text()
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-
-
-def test_the_newest_line_of_a_kind_is_found_behind_torn_and_other_ones(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert newest_line(path, "train") is None
-    lines = [json.dumps({"kind": "train", "step": step}) for step in range(9000)]
-    text = "\n".join(
-        [*lines, '{"kind": "tr', json.dumps({"kind": "eval", "step": 1}), '{"kind": "train", "st']
-    )
-    assert len(text) > 2 * TAIL
-    path.write_text(text)
-    assert newest_line(path, "train") == {"kind": "train", "step": 8999}
-    assert newest_line(path, "eval") == {"kind": "eval", "step": 1}
-    assert newest_line(path, "final") is None
-    assert newest_line(path, "train", "eval") == {"kind": "eval", "step": 1}
-
-
-def test_the_ledger_appends_what_each_process_used(tmp_path):
-    Ledger(tmp_path / "ledger", 3, 0).note(1, [5, 2])
-    Ledger(tmp_path / "ledger", 3, 1).note(2, [7])
-    lines = [json.loads(line) for line in (tmp_path / "ledger/rank-00003.jsonl").read_text().splitlines()]
-    assert lines == [{"from": 0, "step": 1, "ids": [5, 2]}, {"from": 1, "step": 2, "ids": [7]}]

@@ -121,8 +121,8 @@ def test_energy_is_the_difference_of_the_counter(clock):
 
 SCRIPT = """
 import json, sys, time
-from segformer.dist import init_world
-from segformer.meter import Meter
+from segformer.distributed.world import init_world
+from segformer.telemetry.meter import Meter
 world = init_world(60)
 meter = Meter(world, flops_per_image=1e9)
 told = [("both", 0.1), ("slow", 0.1 if world.rank != 1 else 0.25)]

@@ -29,8 +29,8 @@ SCRIPT = f"""
 import json, sys, time
 from pathlib import Path
 import torch
-from segformer.dist import World
-from segformer.telemetry import Telemetry, TelemetryConfig
+from segformer.distributed.world import World
+from segformer.telemetry.logger import Telemetry, TelemetryConfig
 run_dir, mode, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 config = {{"lr": 0.5, "api_key": "{CANARY}", "note": "it is {CANARY}"}}

@@ -16,6 +16,7 @@ from segformer.data.loading.loader import Batch
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError
+from segformer.evaluation.drawing import LINE
 from segformer.evaluation.metrics import ClassScores, Scores
 from segformer.models.segformer import MiTClassifier, SegFormer
 from segformer.training.config import FROZEN, RunConfig, compose
@@ -168,11 +169,10 @@ def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shar
         height, width = source.shape[:2]
         assert picture.dtype == np.uint8
         assert picture.shape[2] == 3
-        assert abs(picture.shape[1] / picture.shape[0] - 3 * width / height) < 0.02
-        small = cv2.resize(
-            source[..., ::-1], (picture.shape[1] // 3, picture.shape[0]), interpolation=cv2.INTER_AREA
-        )
-        assert np.abs(picture[:, : picture.shape[1] // 3].astype(int) - small).mean() < 3
+        panel = (picture.shape[1] - 2 * LINE) // 3
+        assert abs(panel / picture.shape[0] - width / height) < 0.01
+        small = cv2.resize(source[..., ::-1], (panel, picture.shape[0]), interpolation=cv2.INTER_AREA)
+        assert np.abs(picture[:, :panel].astype(int) - small).mean() < 3
     assert evaluate(task, nn.Conv2d(3, 2, 4, stride=4)).pictures == {}
 
 
