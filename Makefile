@@ -66,14 +66,14 @@ slurm-packages:
 	done
 
 test: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/kernels --ignore=tests/slurm/real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/models/ops_triton --ignore=tests/slurm/real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm/real
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/kernels  # Triton must not be imported before
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/models/ops_triton  # Triton must not be imported before
 
 # Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
 test-slow: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)" --ignore=tests/kernels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)" --ignore=tests/models/ops_triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/models/ops_triton
 
 test-slurm: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm/real

@@ -7,7 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from segformer.models.ops import reference
+from segformer.models.ops.argmax import upsample_argmax_reference
+from segformer.models.ops.cross_entropy import upsampled_cross_entropy_reference
+from segformer.models.ops.depthwise import depthwise_gelu_reference
+from segformer.models.ops.resize import upsample_sum_reference
 from segformer.models.variants import Variant
 
 IGNORE = 255
@@ -39,10 +42,6 @@ def size_of(*tensors: Tensor) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
-def drop_none(values: Sequence[Tensor | None]) -> Results:
-    return [value for value in values if value is not None]
-
-
 def without_grad(function: Callable[..., Tensor], *given: Tensor) -> Tensor:
     with torch.no_grad():
         return function(*given)
@@ -57,7 +56,7 @@ def with_grad(function: Callable[..., Tensor], *given: Tensor) -> Results:
 
 def depthwise_cases(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     """Convolution and GELU of (batch, side, channels)."""
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     batch, side, channels = shape
 
@@ -67,12 +66,12 @@ def depthwise_cases(shape: tuple[int, int, int], dtype: torch.dtype, device: tor
         return [tokens, weight.reshape(channels, 1, 3, 3).to(dtype), bias.flatten().to(dtype), grad]
 
     def function(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return reference.depthwise_gelu(tokens, (side, side), weight, bias)
+        return depthwise_gelu_reference(tokens, (side, side), weight, bias)
 
     def ours(given: Inputs) -> Results:
         tokens, weight, bias, grad = given
         out = depthwise.forward(tokens, side, side, weight, bias)
-        return [out, *drop_none(depthwise.backward(grad, tokens, side, side, weight, bias))]
+        return [out, *depthwise.backward(grad, tokens, side, side, weight, bias)]
 
     case = partial(Case, shape=f"{batch} x {side} x {side} x {channels}", inputs=inputs, function=function)
     yield case(
@@ -93,7 +92,7 @@ def resize_cases(
     shape: tuple[int, int], sides: list[int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
     """The sum of the maps of the decode head, (batch, channels)."""
-    from segformer.models.kernels import resize
+    from segformer.models.ops import resize_triton as resize
 
     batch, channels = shape
 
@@ -102,11 +101,11 @@ def resize_cases(
         return [*maps, torch.randn_like(maps[0])]
 
     def function(*maps: Tensor) -> Tensor:
-        return reference.upsample_sum(maps[0], list(maps[1:]))
+        return upsample_sum_reference(maps[0], list(maps[1:]))
 
     def ours(given: Inputs) -> Results:
         out = resize.upsample_sum(given[0], list(given[1:-1]))
-        grads = resize.upsample_sum_backward(given[-1], [(side, side) for side in sides[1:]])
+        grads = resize.upsample_sum_backward(given[-1], sides[1:], sides[1:])
         return [out, given[-1], *grads]  # the gradient of the largest map is that of the sum
 
     names = ", ".join(str(side) for side in sides[1:])
@@ -128,7 +127,8 @@ def resize_cases(
 
 def loss_cases(shape: tuple[int, int, int], size: int, device: torch.device) -> Iterator[Case]:
     """Loss, classes and confusion matrix of logits (batch, classes, side) at size x size."""
-    from segformer.models.kernels import argmax, cross_entropy
+    from segformer.models.ops import argmax_triton as argmax
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     batch, classes, side = shape
 
@@ -140,19 +140,19 @@ def loss_cases(shape: tuple[int, int, int], size: int, device: torch.device) -> 
         return [logits, target]
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        return reference.upsampled_cross_entropy(logits, target, IGNORE)[0]
+        return upsampled_cross_entropy_reference(logits, target, IGNORE)[0]
 
     def labels(logits: Tensor, _: Tensor) -> Tensor:
-        return reference.upsample_argmax(logits, (size, size))
+        return upsample_argmax_reference(logits, (size, size))
 
     def confusion(logits: Tensor, target: Tensor) -> Tensor:
-        pairs = target.long() * classes + reference.upsample_argmax(logits, (size, size)).long()
+        pairs = target.long() * classes + upsample_argmax_reference(logits, (size, size)).long()
         pairs = pairs.where(target != IGNORE, classes * classes).flatten()
         counts = torch.zeros(classes * classes + 1, dtype=torch.int64, device=pairs.device)
         return counts.scatter_add(0, pairs, torch.ones_like(pairs))[:-1].view(classes, classes)
 
     def fused_loss(given: Inputs) -> Results:
-        total, _, grad = cross_entropy.forward(given[0], given[1], IGNORE, None, None, 0.0, True)
+        total, _, grad = cross_entropy.forward(given[0], given[1], None, None, 0.0, IGNORE, True)
         return [total, grad]
 
     def plain_loss(f: Callable[..., Tensor], given: Inputs) -> Results:
@@ -169,7 +169,7 @@ def loss_cases(shape: tuple[int, int, int], size: int, device: torch.device) -> 
     yield case(kernel="cross_entropy + backward", ours=fused_loss, function=loss, plain=plain_loss)
     yield case(
         kernel="argmax",
-        ours=lambda given: [argmax.upsample_argmax(given[0], (size, size))],
+        ours=lambda given: [argmax.upsample_argmax(given[0], size, size)],
         function=labels,
         plain=lambda f, given: [without_grad(f, *given)],
     )

@@ -30,9 +30,10 @@ ROOMS: dict[str, str] = {
     "distributed": "world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants",
-    "models.kernels": "grid bilinear sweep depthwise resize cross_entropy argmax",
     "models.ops": (
-        "dispatch reference linear prenorm attention depthwise ffn resize decode cross_entropy argmax suite"
+        "dispatch linear layer_norm depthwise attention ffn resize batch_norm decode cross_entropy argmax "
+        "backend grid_triton bilinear_triton depthwise_triton resize_triton sweep_triton "
+        "cross_entropy_triton argmax_triton"
     ),
     "models.": "layers mit head",
     "models.weights": "names files card sizes class_map convert save",
@@ -84,7 +85,7 @@ OWNERS: dict[str, set[str]] = {
     "aiohttp": {"data.shards.storage"},
     "matplotlib": {"inference.pictures"},
     "submitit": {"slurm.script"},
-    "triton": {module for module in ORDER if module.startswith("models.kernels.")},
+    "triton": {module for module in ORDER if module.endswith("_triton")},
     "torch": set(ORDER),
     "numpy": set(ORDER),
 }
@@ -94,7 +95,7 @@ HEAVY = (
     "pynvml",
 )
 
-KERNELS = "segformer.models.kernels"  # need Triton, which a machine without a GPU lacks
+KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks
 
 BANNED_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 BANNED_CALLS = (
@@ -200,9 +201,10 @@ def check_places(module: str, text: str) -> list[str]:
         at = f"{module}:{imported.line}: {imported.name}"
         if top in HEAVY and imported.where == "top":
             found.append(f"{at} is heavy; import it inside the function that needs it")
-        if imported.name.startswith(f"{KERNELS}.") and not module.startswith("models.kernels."):
-            if imported.where != "function":
-                found.append(f"{at} needs Triton; import it where a tensor is on a GPU")
+        if KERNELS in imported.name and not module.endswith(KERNELS):
+            found.append(
+                f"{at} needs Triton; name it to `register`, which imports it where a tensor is on a GPU"
+            )
         elif imported.where == "function" and (top in sys.stdlib_module_names or top == "segformer"):
             found.append(f"{at} belongs to the top of the file")
     return found
@@ -347,7 +349,7 @@ PLANTED: list[tuple[Check, str, str]] = [
     (check_scripts_unimported, "training.loop", "import data_prep.shard"),
     (check_sizes, "training.losses", "\n" * (MAX_FILE_LINES + 1)),
     (check_sizes, "training.losses", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
-    (check_places, "models.ops.depthwise", "from segformer.models.kernels import depthwise"),
+    (check_places, "models.ops.depthwise", "from segformer.models.ops import depthwise_triton"),
     (check_documented, "training.losses", "x = 1"),
     (check_documented, "data.utils", '"""Documented."""'),
     (check_banned, "checkpoint.checkpointer", "import torch\ntorch.load('x')"),

@@ -23,7 +23,7 @@ from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import SegformerError
 from segformer.evaluation.metrics import AnyScores, ClassificationMetric, SegmentationMetric
-from segformer.models.ops.suite import SUITES, Ops
+from segformer.models.ops.backend import BACKENDS, Backend
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def evaluate(
     should_stop: Callable[[], bool],
     on_error: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
-    ops: Ops = SUITES["fused"],
+    ops: Backend = BACKENDS["fused"],
     on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> AnyScores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
@@ -105,7 +105,7 @@ def _batches(
 
 
 def _metric(
-    num_classes: int, view: ClassificationAugment | None, ops: Ops
+    num_classes: int, view: ClassificationAugment | None, ops: Backend
 ) -> SegmentationMetric | ClassificationMetric:
     return SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
 

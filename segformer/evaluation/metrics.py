@@ -32,7 +32,7 @@ from torchmetrics import Metric
 
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import DataError
-from segformer.models.ops.suite import SUITES, Ops
+from segformer.models.ops.backend import BACKENDS, Backend
 
 _TOP = 5
 _MAX_ROWS = 60  # classes in a table of classification; of more, the hardest third of that
@@ -171,7 +171,7 @@ class SegmentationMetric(Metric):
     full_state_update = False
     confusion: Tensor
 
-    def __init__(self, num_classes: int, ops: Ops = SUITES["fused"], **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, ops: Backend = BACKENDS["fused"], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes, self.ops = num_classes, ops
         zeros = torch.zeros(num_classes, num_classes, dtype=torch.int64)

@@ -6,6 +6,12 @@
     mlp:    fc1 -> depthwise 3x3 -> GELU -> fc2
 
 Parameter names are those of the original repository (NVlabs/SegFormer). The implementation is our own.
+
+Some child modules only hold parameters, which the operation of their parent reads: norm1, norm2, q, sr, fc1,
+dwconv and fc2. They are never called, so forward hooks on them stay silent, and a module that computes
+otherwise in the place of q, sr, fc1, dwconv or fc2 (LoRA, a quantized Linear) is refused with TypeError
+(layers.affine). Hook or wrap a Block; weights changed in place and parametrizations have their effect.
+
 Refuses images so small that the reduction of a stage leaves no key: a side below 29 pixels for MiT-B0..B5.
 
 Shapes: B batch, C channels, H W map of the stage, N = H * W tokens, M reduced tokens.
@@ -20,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segformer.errors import DataError
 from segformer.models.layers import Linear, affine
-from segformer.models.ops.suite import Ops
+from segformer.models.ops.backend import Backend
 
 # (kernel, stride, padding) of the four patch embeddings
 PATCH_GEOMETRY = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
@@ -64,7 +70,7 @@ class OverlapPatchEmbed(nn.Module):
 class EfficientSelfAttention(nn.Module):
     """Attention whose keys and values come from sr_ratio x sr_ratio times fewer tokens."""
 
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float, ops: Ops) -> None:
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, norm_eps: float, ops: Backend) -> None:
         super().__init__()
         self.ops = ops
         self.num_heads = num_heads
@@ -79,12 +85,12 @@ class EfficientSelfAttention(nn.Module):
     def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
         """`norm`, then attention, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
         reduction = affine(self.sr) if self.sr_ratio > 1 else None
-        query, reduced = self.ops.attention_inputs(
+        query, reduced = self.ops.norm_query_reduce(
             tokens, size, (norm.weight, norm.bias, norm.eps), affine(self.q), reduction
         )
         if self.sr_ratio > 1:
             reduced = self.norm(reduced)
-        return self.proj(self.ops.attend(query, self.kv(reduced), self.num_heads))
+        return self.proj(self.ops.sdpa(query, self.kv(reduced), self.num_heads))
 
 
 class DWConv(nn.Module):
@@ -98,7 +104,7 @@ class DWConv(nn.Module):
 class MixFFN(nn.Module):
     """Linear, depthwise 3x3 convolution (which carries the positional information), GELU, Linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, ops: Ops) -> None:
+    def __init__(self, dim: int, hidden_dim: int, ops: Backend) -> None:
         super().__init__()
         self.ops = ops
         self.fc1 = Linear(dim, hidden_dim, ops)
@@ -109,7 +115,7 @@ class MixFFN(nn.Module):
         """`norm`, then Mix-FFN, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
         layers = (self.fc1, self.dwconv.dwconv, self.fc2)
         parts = [part for layer in layers for part in affine(layer)]
-        return self.ops.mix_ffn(tokens, size, (norm.weight, norm.bias, norm.eps), parts)
+        return self.ops.prenorm_ffn(tokens, size, (norm.weight, norm.bias, norm.eps), parts)
 
 
 class Block(nn.Module):
@@ -125,7 +131,7 @@ class Block(nn.Module):
         drop_path: float,
         norm_eps: float,
         reduction_norm_eps: float,
-        ops: Ops,
+        ops: Backend,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -157,7 +163,7 @@ class MixTransformer(nn.Module):
         sr_ratios: Sequence[int],
         mlp_ratios: Sequence[int],
         *,
-        ops: Ops,
+        ops: Backend,
         checkpointing: Sequence[int] = (),
         drop_path_rate: float = 0.1,
         norm_eps: float = 1e-6,
@@ -188,9 +194,9 @@ class MixTransformer(nn.Module):
             self.add_module(f"block{stage + 1}", blocks)
             self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=norm_eps))
             index, in_dim = index + depths[stage], dim
-        self.initialise()
+        self.initialize()
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """New weights, as the original draws them but for one bias.
 
         The original begins with biases of 0. Padding is exactly 0, too, so that the first norm would meet
@@ -202,7 +208,7 @@ class MixTransformer(nn.Module):
         nn.init.trunc_normal_(self.get_parameter("patch_embed1.proj.bias"), std=0.02)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W), normalised -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
+        """Images (B, 3, H, W), normalized -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
 
         H_1 = ceil(H / 4) and H_(i+1) = ceil(H_i / 2); likewise W. DataError for anything else and for images
         that are too small.
@@ -210,7 +216,7 @@ class MixTransformer(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise DataError(
                 f"images of shape {tuple(images.shape)}, {images.dtype}; give (B, 3, H, W) in floating "
-                "point, normalised"
+                "point, normalized"
             )
         maps = images.contiguous(memory_format=torch.channels_last)
         outputs = []
@@ -234,7 +240,7 @@ class MixTransformer(nn.Module):
 
 
 def init_encoder_weights(module: nn.Module) -> None:
-    """Initialise as the original: Linear trunc_normal 0.02, Conv normal sqrt(2 / fan_out), norms 1 and 0."""
+    """Initialize as the original: Linear trunc_normal 0.02, Conv normal sqrt(2 / fan_out), norms 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.head import AllMLPHead, FuseConv
 from segformer.models.mit import DropPath, MixTransformer, init_encoder_weights
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.card import Card
 from segformer.models.weights.convert import Weights, read_weights
@@ -158,7 +158,7 @@ def build_encoder(cfg: ModelConfig) -> MixTransformer:
         variant.num_heads,
         variant.sr_ratios,
         variant.mlp_ratios,
-        ops=SUITES[cfg.ops],
+        ops=BACKENDS[cfg.ops],
         checkpointing=cfg.checkpointing,
         drop_path_rate=cfg.drop_path_rate,
         norm_eps=norm_eps,
@@ -186,7 +186,7 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
         cfg.decoder_dim or variant.decoder_dim,
         num_classes,
         dropout=cfg.dropout,
-        ops=SUITES[cfg.ops],
+        ops=BACKENDS[cfg.ops],
     )
     model = SegFormer(build_encoder(cfg), head, num_classes)
     if cfg.pretrained:
@@ -203,7 +203,7 @@ def build_classifier(cfg: ModelConfig, num_classes: int) -> MiTClassifier:
     return model
 
 
-def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
+def initialize(model: nn.Module, device: torch.device | str = "cpu") -> None:
     """Give a model built on the meta device its memory on `device` and new random weights.
 
         with torch.device("meta"):
@@ -217,7 +217,7 @@ def initialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
             module.reset_parameters()
     for module in model.modules():
         if isinstance(module, MixTransformer | FuseConv):
-            module.initialise()
+            module.initialize()
         elif isinstance(module, MiTClassifier):
             init_encoder_weights(module.head)
 

@@ -32,10 +32,10 @@ from torch.utils.checkpoint import checkpoint
 
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError
-from segformer.models.ops.reference import upsample_to
-from segformer.models.ops.suite import SUITES, Ops
+from segformer.models.ops.backend import BACKENDS, Backend
+from segformer.models.ops.resize import upsample_to
 
-FUSED = SUITES["fused"]
+FUSED = BACKENDS["fused"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def cross_entropy(
     average: str = "all",
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
-    ops: Ops = FUSED,
+    ops: Backend = FUSED,
 ) -> Tensor:
     """Mean cross entropy of logits (B, K, h, w) against target (B, H, W)."""
     total, _ = ops.upsampled_cross_entropy(
@@ -130,7 +130,7 @@ def boundary_cross_entropy(
     weight: float,
     average: str = "all",
     class_weights: Tensor | None = None,
-    ops: Ops = FUSED,
+    ops: Backend = FUSED,
 ) -> Tensor:
     """Cross entropy in which a pixel that is `near_boundary` counts 1 + weight times."""
     pixel_weights = 1 + weight * near_boundary(target, radius).to(torch.float32)
@@ -147,7 +147,7 @@ def ohem_cross_entropy(
     threshold: float,
     min_kept: float,
     class_weights: Tensor | None = None,
-    ops: Ops = FUSED,
+    ops: Backend = FUSED,
 ) -> Tensor:
     """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
     with torch.no_grad():
@@ -238,7 +238,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return -(targets * log_probability).sum(dim=1).mean()
 
 
-Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None, Ops], Tensor]
+Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None, Backend], Tensor]
 
 LOSSES: dict[str, Term] = {
     "cross_entropy": lambda logits, target, cfg, weights, ops: cross_entropy(
@@ -279,7 +279,7 @@ class SegmentationLoss(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init__(self, cfg: LossConfig, num_classes: int, ops: Ops = FUSED) -> None:
+    def __init__(self, cfg: LossConfig, num_classes: int, ops: Backend = FUSED) -> None:
         """`ops`: the form of the cross entropies; the other losses have one."""
         super().__init__()
         if not cfg.terms:

@@ -35,8 +35,8 @@ from segformer.distributed.watchdog import Watchdog
 from segformer.distributed.world import StopFlag, SumOverRanks, World, derive_seed
 from segformer.distributed.zero_state import restore_optimizer, write_model
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
-from segformer.models.layers import synchronize_batch_norm
 from segformer.models.macs import training_flops
+from segformer.models.ops.batch_norm import synchronize_batch_norm
 from segformer.telemetry.jsonl import Ledger
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter

@@ -25,7 +25,7 @@ from segformer.errors import ConfigError, SegformerError
 from segformer.evaluation.drawing import Gallery
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.metrics import AnyScores
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.config import RunConfig
@@ -88,7 +88,7 @@ class Task:
             should_stop=should_stop,
             on_error=on_error,
             view=self.view,
-            ops=SUITES[self.cfg.model.ops],
+            ops=BACKENDS[self.cfg.model.ops],
             on_batch=gallery.add,
         )
         if scores is not None:
@@ -106,7 +106,9 @@ class Segmentation(Task):
         super().__init__(cfg, shards)
         self.augment = cfg.augment
         self.normalize = Normalize(cfg.augment).to(world.device)
-        self.criterion = SegmentationLoss(cfg.loss, self.num_classes, SUITES[cfg.model.ops]).to(world.device)
+        self.criterion = SegmentationLoss(cfg.loss, self.num_classes, BACKENDS[cfg.model.ops]).to(
+            world.device
+        )
 
     def build_model(self, network: ModelConfig) -> SegFormer:
         """See Task."""

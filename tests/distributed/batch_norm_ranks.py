@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from segformer.distributed.world import SumOverRanks, init_world
-from segformer.models.layers import BatchNorm, synchronize_batch_norm
+from segformer.models.ops.batch_norm import BatchNorm, synchronize_batch_norm
 
 world = init_world()
 folder = Path(sys.argv[1])

@@ -1,6 +1,6 @@
 """The kernels on a GPU: sizes of a real network, bfloat16 against the reference's, the same bits every time.
 
-tests/kernels runs its own cases on the GPU as well where there is one.
+tests/models/ops_triton runs its own cases on the GPU as well where there is one.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def depthwise_reference(tokens, size, weight, bias, grad):
 
 
 def depthwise_kernels(tokens, size, weight, bias, grad):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     return [
         depthwise.forward(tokens, *size, weight, bias),
@@ -97,10 +97,10 @@ def resize_reference(base, others, grad):
 
 
 def resize_kernels(base, others, grad):
-    from segformer.models.kernels import resize
+    from segformer.models.ops import resize_triton as resize
 
-    sizes = [tuple(maps.shape[1:3]) for maps in others]
-    return [resize.upsample_sum(base, others), *resize.upsample_sum_backward(grad, sizes)]
+    sizes = zip(*(maps.shape[1:3] for maps in others), strict=True)
+    return [resize.upsample_sum(base, others), *resize.upsample_sum_backward(grad, *map(list, sizes))]
 
 
 RESIZE = [
@@ -126,7 +126,7 @@ def test_resize(shape, sizes, dtype):
         assert torch.equal(first, second)
 
 
-def loss_reference(logits, target, ignore, pixel_weights, class_weights, smoothing):
+def loss_reference(logits, target, pixel_weights, class_weights, smoothing, ignore):
     logits = logits.detach().requires_grad_()
     enlarged = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
     weights = None if class_weights is None else class_weights.to(logits.dtype)
@@ -151,7 +151,7 @@ LOGITS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LOGITS, ids=str)
 def test_cross_entropy(shape, dtype, everything):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     batch, classes, h, w, *size = shape
     logits = 3 * random(batch, h, w, classes, dtype=dtype).permute(0, 3, 1, 2)
@@ -161,7 +161,7 @@ def test_cross_entropy(shape, dtype, everything):
     target = target.to(torch.uint8) if classes <= 255 else target
     pixels = torch.rand(batch, *size, device="cuda") if everything else None
     weights = torch.rand(classes, device="cuda") if everything else None
-    arguments = (target, ignore, pixels, weights, 0.1 if everything else 0.0)
+    arguments = (target, pixels, weights, 0.1 if everything else 0.0, ignore)
     total, _, grad = cross_entropy.forward(logits, *arguments, True)
     exact = loss_reference(logits.double(), *arguments)
     assert distance(total, exact[0]) < EXACT
@@ -173,14 +173,14 @@ def test_cross_entropy(shape, dtype, everything):
 
 @pytest.mark.parametrize("shape", LOGITS, ids=str)
 def test_argmax_and_confusion(shape):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     batch, classes, h, w, *size = shape
     logits = random(batch, classes, h, w)
     target = torch.randint(0, classes, (batch, *size), device="cuda")
     target[:, :5] = -1
     enlarged = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    found = argmax.upsample_argmax(logits, tuple(size)).long()
+    found = argmax.upsample_argmax(logits, *size).long()
     reached = enlarged.gather(1, found[:, None])[:, 0]
     assert (reached >= enlarged.amax(1) - 1e-5).all()
     counted = target >= 0

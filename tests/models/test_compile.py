@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from segformer.evaluation.evaluate import bounded_compilation
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer
 from segformer.models.variants import OPS
 from segformer.training.losses import LossConfig, SegmentationLoss
@@ -21,7 +21,7 @@ class Step(torch.nn.Module):
     def __init__(self, form: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        dims, ops = (8, 16, 40, 64), SUITES[form]
+        dims, ops = (8, 16, 40, 64), BACKENDS[form]
         encoder = MixTransformer(
             dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=ops, drop_path_rate=0.1
         )

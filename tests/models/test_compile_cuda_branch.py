@@ -11,8 +11,8 @@ import torch._dynamo
 
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
-from segformer.models.ops import dispatch, resize
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops import dispatch
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer
 from segformer.training.losses import LossConfig, SegmentationLoss
 
@@ -30,7 +30,7 @@ class Step(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        dims, ops = (8, 16, 40, 64), SUITES["fused"]
+        dims, ops = (8, 16, 40, 64), BACKENDS["fused"]
         encoder = MixTransformer(dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=ops)
         self.model = SegFormer(encoder, AllMLPHead(dims, 16, 8, ops=ops, dropout=0.0), 8)
         self.criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 8)
@@ -40,11 +40,13 @@ class Step(torch.nn.Module):
 
 
 def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_triton = dispatch.use_triton
+
     def ask(tensor: torch.Tensor) -> bool:
         # The operations themselves run after tracing, on this CPU.
-        return torch.compiler.is_compiling() and dispatch.use_triton(OnGpu(tensor.dtype))  # type: ignore[arg-type]
+        return torch.compiler.is_compiling() and use_triton(OnGpu(tensor.dtype))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(resize, "use_triton", ask)
+    monkeypatch.setattr(dispatch, "use_triton", ask)
     monkeypatch.setattr(dispatch, "_TRITON", True, raising=False)  # whether or not it is installed
     called: list[str] = []
 

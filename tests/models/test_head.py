@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from segformer.models.head import AllMLPHead
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 
 DIMS = (32, 64, 160, 256)
 SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
@@ -14,10 +14,10 @@ SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
 def heads(dtype=torch.float32, dropout=0.0) -> tuple[AllMLPHead, AllMLPHead]:
     """Folded and as written, with the same random parameters and running statistics."""
     torch.manual_seed(0)
-    folded = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=SUITES["fused"]).to(dtype)
+    folded = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=BACKENDS["fused"]).to(dtype)
     folded.linear_fuse.bn.running_mean.normal_()
     folded.linear_fuse.bn.running_var.uniform_(0.5, 2)
-    written = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=SUITES["reference"]).to(dtype)
+    written = AllMLPHead(DIMS, 64, 19, dropout=dropout, ops=BACKENDS["reference"]).to(dtype)
     written.load_state_dict(folded.state_dict())
     return folded, written
 
@@ -143,7 +143,7 @@ def test_bfloat16_logits_of_the_folded_form_are_no_further_from_float64_than_the
 
 def test_initial_weights_are_those_of_the_original():
     torch.manual_seed(0)
-    head = AllMLPHead((64, 128, 320, 512), 768, 150, ops=SUITES["fused"])
+    head = AllMLPHead((64, 128, 320, 512), 768, 150, ops=BACKENDS["fused"])
     assert head.linear_fuse.conv.weight.std().item() == pytest.approx((2 / 768) ** 0.5, rel=0.01)
     bound = 512**-0.5  # torch's default: uniform in +-1 / sqrt(fan_in)
     assert head.linear_c4.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)

@@ -9,7 +9,7 @@ from torch import nn
 
 from segformer.errors import DataError
 from segformer.models.mit import Block, DropPath
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import build_encoder, build_model
 from segformer.models.variants import ModelConfig
 
@@ -84,7 +84,7 @@ def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio,
     """The backward pass forms the patches again and turns their gradient back; where nothing is reduced, it
     puts the gradients of keys and values together."""
     eps = {"norm_eps": 1e-6, "reduction_norm_eps": 1e-5}
-    block = Block(64, 2, sr_ratio, 4, drop_path=0.1, ops=SUITES["fused"], **eps)
+    block = Block(64, 2, sr_ratio, 4, drop_path=0.1, ops=BACKENDS["fused"], **eps)
     tokens = torch.randn(2, 32 * 24, 64, requires_grad=True)
     use_threads(threads)
     with torch.profiler.profile(record_shapes=True) as forward:

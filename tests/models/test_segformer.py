@@ -10,7 +10,7 @@ import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialise, load_strict
+from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialize, load_strict
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.convert import read_weights
 from segformer.models.weights.names import from_ours
@@ -126,7 +126,7 @@ def test_initialise_gives_a_meta_model_the_distributions_of_one_built_directly()
     direct = build_model(ModelConfig(), 150)
     with torch.device("meta"):
         model = build_model(ModelConfig(), 150)
-    initialise(model)
+    initialize(model)
     for (name, got), expected in zip(model.state_dict().items(), direct.state_dict().values(), strict=True):
         if expected.numel() > 400 and expected.unique().numel() > 1:
             assert got.std().item() == pytest.approx(expected.std().item(), rel=0.15), name

@@ -3,7 +3,7 @@
     upsample_argmax      the class of every pixel
     upsample_confusion   the confusion matrix against a label image
 
-In tiles that stay in the cache; on CUDA the Triton kernels of kernels/argmax.py.
+In tiles that stay in the cache; on CUDA the kernels of argmax_triton.py.
 
 Shapes: B batch, K classes, h w logits, H W image.
 """
@@ -11,15 +11,33 @@ Shapes: B batch, K classes, h w logits, H W image.
 import torch
 from torch import Tensor
 
-from segformer.models.ops.dispatch import register, use_triton
-from segformer.models.ops.resize import Enlargement, check_target
+from segformer.models.ops.dispatch import register
+from segformer.models.ops.resize import Enlargement, check_target, upsample_to
+
+
+def upsample_argmax_reference(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """argmax over classes of logits (B, K, h, w) enlarged to `size` -> (B, *size), the first one of equals.
+
+    uint8 up to 256 classes, int64 beyond; in float32 at least, whatever the logits and autocast are.
+    """
+    labels = upsample_to(logits.to(torch.promote_types(logits.dtype, torch.float32)), size).argmax(dim=1)
+    return labels.to(torch.uint8) if logits.shape[1] <= 256 else labels
+
+
+def upsample_confusion_reference(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """confusion[t, p]: pixels of target (B, H, W) of class t whose enlarged logits (B, K, h, w) choose p.
+
+    (K, K) int64; pixels of `ignore_index` and of a label that is no class are left out.
+    """
+    classes = logits.shape[1]
+    predicted = upsample_argmax_reference(logits, (target.shape[1], target.shape[2]))
+    counted = (target != ignore_index) & (target >= 0) & (target < classes)
+    pairs = torch.stack([target[counted].long(), predicted[counted].long()])
+    out = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)
+    return out.index_put_((pairs[0], pairs[1]), torch.ones_like(pairs[0]), accumulate=True)
 
 
 def _compute_argmax(logits: Tensor, height: int, width: int) -> Tensor:
-    if use_triton(logits):
-        from segformer.models.kernels import argmax
-
-        return argmax.upsample_argmax(logits, (height, width))
     dtype = torch.promote_types(logits.dtype, torch.float32)
     enlargement = Enlargement(logits, (height, width), dtype)
     out = _empty_labels(logits, height, width)
@@ -36,25 +54,20 @@ def _empty_labels(logits: Tensor, height: int, width: int) -> Tensor:
 
 
 _argmax = register(
-    "upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor", _compute_argmax, _empty_labels
+    "upsample_argmax(Tensor logits, SymInt height, SymInt width) -> Tensor",
+    _compute_argmax,
+    _empty_labels,
+    kernel="argmax_triton.upsample_argmax",
 )
 
 
 def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """argmax over classes of logits (B, K, h, w) enlarged to `size` -> (B, *size), the first one of equals.
-
-    uint8 up to 256 classes, int64 beyond. The enlarged logits exist for one tile at a time, in float32 at
-    least, whatever the logits and autocast are.
-    """
+    """`upsample_argmax_reference`, of one tile of enlarged logits at a time."""
     with torch.autocast(logits.device.type, enabled=False):
         return _argmax(logits, *size)
 
 
 def _compute_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    if use_triton(logits):
-        from segformer.models.kernels import argmax
-
-        return argmax.upsample_confusion(logits, target, ignore_index)
     classes = logits.shape[1]
     predicted = _argmax(logits, target.shape[1], target.shape[2])
     counted = (target != ignore_index) & (target >= 0) & (target < classes)
@@ -71,15 +84,12 @@ _confusion = register(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index) -> Tensor",
     _compute_confusion,
     _fake_confusion,
+    kernel="argmax_triton.upsample_confusion",
 )
 
 
 def upsample_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """confusion[t, p]: pixels of target (B, H, W) of class t whose enlarged logits (B, K, h, w) choose p.
-
-    (K, K) int64; pixels of `ignore_index` and of a label that is no class are left out. ValueError for shapes
-    that don't belong together.
-    """
+    """`upsample_confusion_reference`; ValueError for shapes that don't belong together."""
     check_target(logits, target)
     with torch.autocast(logits.device.type, enabled=False):
         return _confusion(logits, target, ignore_index)

@@ -1,8 +1,8 @@
 """GELU(3x3 depthwise convolution + bias) of tokens (B, N, C): the middle of Mix-FFN.
 
 The convolution sees the channels-last memory of the tokens as a (B, C, H, W) view, so nothing is copied.
-Only the input is kept for the backward pass, which forms the convolution again. It is a torch.library
-operation, so that torch.compile calls it whole; on CUDA it is the Triton kernel of kernels/depthwise.py.
+Only the input is kept for the backward pass, which recomputes the convolution. It is a torch.library
+operation, so that torch.compile calls it whole; on CUDA it is the kernel of depthwise_triton.py.
 
 Shapes: B batch, C channels, H W map, N = H * W tokens.
 """
@@ -13,15 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segformer.models.ops.dispatch import first_derivative, register, use_triton
-from segformer.models.ops.reference import as_map
+from segformer.models.ops.dispatch import first_derivative, register
+
+
+def as_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tokens (B, N, C) of a map of `size` -> the same memory as (B, C, H, W)."""
+    return tokens.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def depthwise_gelu_reference(tokens: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of the 3x3 depthwise convolution, padding 1, of tokens (B, N, C); weight (C, 1, 3, 3)."""
+    maps = F.conv2d(as_map(tokens, size), weight, bias, padding=1, groups=weight.shape[0])
+    return F.gelu(maps).flatten(2).transpose(1, 2)
+
+
+def _convolve(tokens: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = tokens.dtype
+    return F.conv2d(as_map(tokens, size), weight.to(dtype), bias.to(dtype), padding=1, groups=weight.shape[0])
 
 
 def _compute(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
-    if use_triton(tokens):
-        from segformer.models.kernels import depthwise
-
-        return depthwise.forward(tokens, height, width, weight, bias)
     maps = _convolve(tokens, (height, width), weight, bias)
     return torch.ops.aten.gelu_(maps).permute(0, 2, 3, 1).reshape(tokens.shape)
 
@@ -34,12 +45,6 @@ def _compute_backward(
     grad: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, weight and bias, from that of the result and the same tokens."""
-    if use_triton(tokens):
-        from segformer.models.kernels import depthwise
-
-        inner, kernel, offset = depthwise.backward(grad.contiguous(), tokens, height, width, weight, bias)
-        assert offset is not None
-        return inner, kernel.to(weight.dtype), offset.to(bias.dtype)
     size = (height, width)
     maps = _convolve(tokens, size, weight, bias)
     outer = torch.ops.aten.gelu_backward.grad_input(as_map(grad, size), maps, grad_input=maps)
@@ -74,6 +79,7 @@ depthwise_gelu_backward = register(
     "Tensor bias) -> (Tensor, Tensor, Tensor)",
     _compute_backward,
     _fake_backward,
+    kernel="depthwise_triton.backward",
 )
 
 
@@ -93,19 +99,12 @@ _depthwise_gelu = register(
     "depthwise_gelu(Tensor tokens, SymInt height, SymInt width, Tensor weight, Tensor bias) -> Tensor",
     _compute,
     _fake,
+    kernel="depthwise_triton.forward",
     backward=_differentiate,
     setup_context=_keep_input,
 )
 
 
-def _convolve(tokens: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = tokens.dtype
-    return F.conv2d(as_map(tokens, size), weight.to(dtype), bias.to(dtype), padding=1, groups=weight.shape[0])
-
-
 def depthwise_gelu(tokens: Tensor, size: tuple[int, int], weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of the 3x3 depthwise convolution, padding 1, of tokens (B, N, C); weight (C, 1, 3, 3).
-
-    The result has the type of the tokens.
-    """
+    """`depthwise_gelu_reference` in the type of the tokens, whatever that of the parameters."""
     return _depthwise_gelu(tokens, *size, weight, bias)

@@ -1,16 +1,22 @@
-"""What all operations share.
+"""The choice between the forms of an operation, made here for all of them.
 
-    register            an operation of torch.library
-    first_derivative    the backward pass of an operation that has no second derivative
-    use_triton          whether a Triton kernel is taken
+The forms stand side by side: three in the module of the operation, the kernel in the file beside it.
 
-and the size of the blocks in which large intermediate results are made.
+    reference   plain library calls: what the others are tested against, and what model.ops=reference runs
+    eager       recomputes in its backward pass and works in blocks, on any device
+    traced      the plain composition of registered operations, in place of the eager form while torch.compile
+                traces: it decides itself what to keep
+    kernel      Triton, in <module>_triton.py, of a registered operation on an NVIDIA GPU
+
+backend.py takes the reference or the fused operation. A fused one takes its eager or its traced form
+(`fused`), a registered one its kernel or torch's operations (`register`).
 """
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,24 +28,59 @@ GPU_BLOCK_BYTES = 256 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = find_spec("triton") is not None  # asked here: torch.compile can't trace it
 
+Form = TypeVar("Form", bound=Callable[..., Any])
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether `tensor` is on an NVIDIA GPU, of a type that the kernels know, and Triton is installed."""
+    return tensor.is_cuda and tensor.dtype in FLOATS and _TRITON
+
+
+def exact_on_cpu(tensor: Tensor) -> bool:
+    """Whether `tensor` is on a CPU and computed with in float32 or float64."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def fused(*, eager: Form, traced: Form) -> Form:
+    """The operation whose form is `traced` while torch.compile traces it, and else `eager`."""
+
+    @functools.wraps(eager)
+    def choose(*arguments: Any, **options: Any) -> Any:
+        return (traced if torch.compiler.is_compiling() else eager)(*arguments, **options)
+
+    return cast(Form, choose)
+
 
 def register(
     schema: str,
     compute: Callable[..., Any],
     fake: Callable[..., Any],
     *,
+    kernel: str,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register segformer::<schema> for CPU and CUDA and return it; torch.compile then calls it whole.
 
-    compute: the operation; fake: its result's shape, for tracing; backward and setup_context: as in
-    torch.library.register_autograd. torch.library.custom_op does the same, but imports torch._dynamo at the
-    first call, which takes a second or more.
+    compute: the operation; fake: its result's shape, for tracing; kernel: <module>.<function> that takes its
+    place where `use_triton` of the first argument, imported then, as Triton is not everywhere; backward and
+    setup_context: as in torch.library.register_autograd. torch.library.custom_op does the same, but imports
+    torch._dynamo at the first call, which takes a second or more.
     """
+
+    def run(tensor: Tensor, *arguments: Any) -> Any:
+        if not use_triton(tensor):
+            return compute(tensor, *arguments)
+        module, _, function = kernel.partition(".")
+        return getattr(import_module(f"segformer.models.ops.{module}"), function)(tensor, *arguments)
+
     name = "segformer::" + schema.partition("(")[0]
     torch.library.define(name, "(" + schema.partition("(")[2], tags=(torch.Tag.needs_exact_strides,))
-    torch.library.impl(name, ("cpu", "cuda"), compute)
+    torch.library.impl(name, ("cpu", "cuda"), run)
     torch.library.register_fake(name, fake)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context)
@@ -63,8 +104,3 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return refuse_graph
-
-
-def use_triton(tensor: Tensor) -> bool:
-    """Whether `tensor` is on an NVIDIA GPU, of a type that the kernels know, and Triton is installed."""
-    return tensor.is_cuda and tensor.dtype in FLOATS and _TRITON

@@ -1,8 +1,8 @@
-"""LayerNorm and Mix-FFN (Linear, 3x3 depthwise convolution, GELU, Linear), of which only the input is kept.
+"""Pre-norm Mix-FFN (LayerNorm, Linear, 3x3 depthwise convolution, GELU, Linear), which keeps its input only.
 
-The normalised tokens and the two hidden tensors, each four times as wide as the tokens, are formed again in
-the backward pass, some hidden channels at a time: one more matmul of the first Linear for most of what
-autograd would keep of a block. torch.compile gets the plain composition and decides itself what to keep.
+The normalized tokens and the two hidden tensors, each four times as wide as the tokens, are recomputed in the
+backward pass, some hidden channels at a time: one more matmul of the first Linear for most of what autograd
+would keep of a block.
 
 Shapes: B batch, C channels, E hidden channels, H W map, N = H * W tokens.
 """
@@ -10,12 +10,31 @@ Shapes: B batch, C channels, E hidden channels, H W map, N = H * W tokens.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from segformer.models.ops.depthwise import depthwise_gelu, depthwise_gelu_backward
-from segformer.models.ops.dispatch import CPU_BLOCK_BYTES, first_derivative
+from segformer.models.ops.depthwise import (
+    depthwise_gelu,
+    depthwise_gelu_backward,
+    depthwise_gelu_reference,
+)
+from segformer.models.ops.dispatch import CPU_BLOCK_BYTES, first_derivative, fused
+from segformer.models.ops.layer_norm import Norm, compute_dtype, normalize, normalize_backward
 from segformer.models.ops.linear import linear, linear_backward
-from segformer.models.ops.prenorm import Norm, compute_dtype, normalise, normalise_backward
+
+
+def prenorm_ffn_reference(
+    tokens: Tensor, size: tuple[int, int], norm: Norm, parameters: list[Tensor]
+) -> Tensor:
+    """LayerNorm and Mix-FFN of tokens (B, N, C) of a map of `size` -> (B, N, C).
+
+    parameters: weight (E, C) and bias of the first Linear, weight (E, 1, 3, 3) and bias of the convolution,
+    weight (C, E) and bias of the second Linear.
+    """
+    gamma, beta, eps = norm
+    weight1, bias1, kernel, offset, weight2, bias2 = parameters
+    hidden = F.linear(F.layer_norm(tokens, tokens.shape[-1:], gamma, beta, eps), weight1, bias1)
+    return F.linear(depthwise_gelu_reference(hidden, size, kernel, offset), weight2, bias2)
 
 
 def _forward(values: Tensor, size: tuple[int, int], parameters: list[Tensor]) -> Tensor:
@@ -25,13 +44,13 @@ def _forward(values: Tensor, size: tuple[int, int], parameters: list[Tensor]) ->
     return linear(depthwise_gelu(hidden, size, kernel, offset), weight2.to(dtype), bias2.to(dtype))
 
 
-class _MixFFN(torch.autograd.Function):
+class _PrenormFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, size: tuple[int, int], eps: float, *parameters: Tensor) -> Tensor:
         ctx.size, ctx.eps, dtype = size, eps, compute_dtype(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             gamma, beta = parameters[:2]
-            values, mean, inverse = normalise(tokens, (gamma, beta, eps), dtype)
+            values, mean, inverse = normalize(tokens, (gamma, beta, eps), dtype)
             ctx.save_for_backward(tokens, mean, inverse, *parameters)
             return _forward(values, size, list(parameters[2:]))
 
@@ -42,17 +61,17 @@ class _MixFFN(torch.autograd.Function):
         norm, parameters = (*parameters[:2], ctx.eps), parameters[2:]
         found = [torch.empty_like(parameter) for parameter in parameters]
         with torch.autocast(tokens.device.type, enabled=False):
-            values = normalise(tokens, norm, grad.dtype)[0]
+            values = normalize(tokens, norm, grad.dtype)[0]
             inner, step = torch.zeros_like(values), _channels_at_once(values, len(parameters[1]))
             for first in range(0, len(parameters[1]), step):
                 part = slice(first, first + step)
                 inner += _part_backward(values, grad, ctx.size, parameters, found, part)
-            inner, gamma, beta = normalise_backward(inner, tokens, norm, mean, inverse)
+            inner, gamma, beta = normalize_backward(inner, tokens, norm, mean, inverse)
         return inner, None, None, gamma, beta, *found
 
 
 def _channels_at_once(values: Tensor, hidden_dim: int) -> int:
-    """How many hidden channels the backward pass forms at once: on a CPU, tensors of about one block."""
+    """Hidden channels that the backward pass recomputes at once: on a CPU, tensors of about one block."""
     if values.device.type != "cpu":
         return hidden_dim
     pixels = values.numel() // values.shape[-1]
@@ -83,13 +102,14 @@ def _part_backward(
     return grad
 
 
-def mix_ffn(tokens: Tensor, size: tuple[int, int], norm: Norm, parameters: list[Tensor]) -> Tensor:
-    """LayerNorm and Mix-FFN of tokens (B, N, C) of a map of `size` -> (B, N, C).
-
-    parameters: weight (E, C) and bias of the first Linear, weight (E, 1, 3, 3) and bias of the convolution,
-    weight (C, E) and bias of the second Linear. In the autocast type where there is one.
-    """
+def _eager(tokens: Tensor, size: tuple[int, int], norm: Norm, parameters: list[Tensor]) -> Tensor:
+    """`prenorm_ffn_reference`, in the autocast type where there is one."""
     gamma, beta, eps = norm
-    if torch.compiler.is_compiling():
-        return _forward(normalise(tokens, norm, compute_dtype(tokens))[0], size, parameters)
-    return _MixFFN.apply(tokens, size, eps, gamma, beta, *parameters)
+    return _PrenormFFN.apply(tokens, size, eps, gamma, beta, *parameters)
+
+
+def _traced(tokens: Tensor, size: tuple[int, int], norm: Norm, parameters: list[Tensor]) -> Tensor:
+    return _forward(normalize(tokens, norm, compute_dtype(tokens))[0], size, parameters)
+
+
+prenorm_ffn = fused(eager=_eager, traced=_traced)

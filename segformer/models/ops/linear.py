@@ -12,17 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segformer.models.ops.dispatch import exact_on_cpu, fused
+
+Affine = tuple[Tensor, Tensor]  # weight and bias of a linear map or convolution
+
 _FEW = 20480  # torch takes its own, slower convolution for inputs of no more numbers, and on one thread
 _ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile does not trace it
 
 
 def _through_convolution(values: Tensor) -> bool:
     return (
-        values.device.type == "cpu"
+        exact_on_cpu(values)
         and values.dtype == torch.float32
         and _ONEDNN
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # its graph would depend on the size
         and values.numel() > _FEW
         and torch.get_num_threads() > 1
     )
@@ -33,12 +35,20 @@ def _pixels(values: Tensor) -> Tensor:
     return values.reshape(1, 1, -1, values.shape[-1]).permute(0, 3, 1, 2)
 
 
-def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """values (..., C), weight (D, C), bias (D,) -> values @ weight.T + bias (..., D)."""
     if not _through_convolution(values):
         return F.linear(values, weight, bias)
     out = F.conv2d(_pixels(values), weight[:, :, None, None], bias)
     return out.permute(0, 2, 3, 1).reshape(*values.shape[:-1], weight.shape[0]).contiguous()
+
+
+def linear_reference(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same as one call of torch, whose graph does not depend on the size."""
+    return F.linear(values, weight, bias)
+
+
+linear = fused(eager=_linear, traced=linear_reference)
 
 
 def linear_backward(grad: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,8 +6,8 @@
     project_sum       a linear map of the largest map + sum of enlarged maps
 
 On a CPU `project_sum` widens the rows of each small map and adds it to the large result band by band, in the
-cache; on CUDA the sum is the Triton kernel of kernels/resize.py, whose backward pass gathers instead of
-adding atomically. torch.compile fuses the plain form itself on a CPU.
+cache; on CUDA the sum is the kernel of resize_triton.py, whose backward pass gathers instead of adding
+atomically. torch.compile fuses the reference itself on a CPU.
 
 Shapes: B batch, C D channels, H W large map, h w small map.
 """
@@ -19,19 +19,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from segformer.models.ops import reference
-from segformer.models.ops.dispatch import (
-    CPU_BLOCK_BYTES,
-    GPU_BLOCK_BYTES,
-    first_derivative,
-    register,
-    use_triton,
-)
+from segformer.models.ops import dispatch
+from segformer.models.ops.dispatch import CPU_BLOCK_BYTES, GPU_BLOCK_BYTES, first_derivative, fused, register
 from segformer.models.ops.linear import linear, linear_backward
 
 _TILE_COLUMNS = 128
+
+
+def upsample_to(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (B, C, H, W) bilinearly to `size`."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def upsample_sum_reference(base: Tensor, others: list[Tensor]) -> Tensor:
+    """base (B, H, W, D) + every map of `others` (B, h_i, w_i, D) enlarged to H x W."""
+    size = (base.shape[1], base.shape[2])
+    for maps in others:
+        base = base + upsample_to(maps.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    return base
 
 
 def bilinear_matrix(source: int, target: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -65,7 +73,7 @@ def row_bands(matrix: Tensor, step: int) -> list[Band]:
 
 
 def band_rows(device: torch.device, row_bytes: int) -> int:
-    """How many rows of `row_bytes` a band holds."""
+    """Rows of `row_bytes` that a band holds."""
     return max(1, (CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES) // row_bytes)
 
 
@@ -164,25 +172,12 @@ class _ProjectSum(torch.autograd.Function):
         return inner, kernel, *(_shrink(grad, size) for size in ctx.sizes)
 
 
-def _compute(base: Tensor, others: list[Tensor]) -> Tensor:
-    if not use_triton(base):
-        return reference.upsample_sum(base, others)
-    from segformer.models.kernels import resize
-
-    return resize.upsample_sum(base, others)
-
-
 def _fake(base: Tensor, others: list[Tensor]) -> Tensor:
     return base.new_empty(base.shape)
 
 
 def _compute_backward(grad: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
-    sizes = list(zip(heights, widths, strict=True))
-    if use_triton(grad):
-        from segformer.models.kernels import resize
-
-        return resize.upsample_sum_backward(grad.contiguous(), sizes)
-    return [_shrink(grad, size) for size in sizes]
+    return [_shrink(grad, size) for size in zip(heights, widths, strict=True)]
 
 
 def _fake_backward(grad: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
@@ -194,6 +189,7 @@ _upsample_sum_backward = register(
     "upsample_sum_backward(Tensor grad, SymInt[] heights, SymInt[] widths) -> Tensor[]",
     _compute_backward,
     _fake_backward,
+    kernel="resize_triton.upsample_sum_backward",
 )
 
 
@@ -209,19 +205,26 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 _upsample_sum = register(
     "upsample_sum(Tensor base, Tensor[] others) -> Tensor",
-    _compute,
+    upsample_sum_reference,
     _fake,
+    kernel="resize_triton.upsample_sum",
     backward=_differentiate,
     setup_context=_keep_sizes,
 )
 
 
-def project_sum(maps: Tensor, weight: Tensor, others: list[Tensor]) -> Tensor:
-    """maps (B, H, W, C) times weight (D, C) + every map of `others` (B, h_i, w_i, D) enlarged to H x W."""
-    whole = maps.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    if maps.device.type == "cpu" and whole and not torch.compiler.is_compiling():
-        return _ProjectSum.apply(maps, weight, *others)
+def _traced(maps: Tensor, weight: Tensor, others: list[Tensor]) -> Tensor:
     base = linear(maps, weight)
-    if use_triton(base):
+    if dispatch.use_triton(base):
         return _upsample_sum(base.contiguous(), [other.contiguous() for other in others])
-    return reference.upsample_sum(base, others)
+    return upsample_sum_reference(base, others)
+
+
+def _eager(maps: Tensor, weight: Tensor, others: list[Tensor]) -> Tensor:
+    """maps (B, H, W, C) times weight (D, C) + every map of `others` (B, h_i, w_i, D) enlarged to H x W."""
+    if dispatch.exact_on_cpu(maps):
+        return _ProjectSum.apply(maps, weight, *others)
+    return _traced(maps, weight, others)
+
+
+project_sum = fused(eager=_eager, traced=_traced)

@@ -158,7 +158,7 @@ def check_savable(state: Mapping[str, Tensor], source: str = "the model") -> Non
     if hollow := [name for name, tensor in state.items() if tensor.is_meta]:
         raise CheckpointError(
             f"{source} can't be saved: {len(hollow)} tensors are on the meta device, without data: "
-            f"{listed(hollow)}; load or initialise its weights first"
+            f"{listed(hollow)}; load or initialize its weights first"
         )
     if wide := [name for name, tensor in state.items() if tensor.dtype == torch.float64]:
         raise CheckpointError(

@@ -4,9 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer.models.ops import decode, reference, resize
-from segformer.models.ops.decode import decode_rows, fold_projections, norm_relu_linear
-from segformer.models.ops.resize import Enlargement, bilinear_matrix, project_sum, row_bands
+from segformer.models.ops import batch_norm, decode, resize
+from segformer.models.ops.batch_norm import BatchNorm, norm_relu_linear, norm_relu_linear_reference
+from segformer.models.ops.decode import decode_bands, fold_projections
+from segformer.models.ops.resize import (
+    Enlargement,
+    bilinear_matrix,
+    project_sum,
+    row_bands,
+    upsample_sum_reference,
+)
 
 RESIZES = [
     ((9, 13), (35, 50)),
@@ -36,7 +43,7 @@ def assert_same(got, expected, inputs):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small tensors have several."""
-    for module in (resize, decode):
+    for module in (resize, decode, batch_norm):
         monkeypatch.setattr(module, "band_rows", lambda device, row_bytes: max(1, 1000 // row_bytes))
     monkeypatch.setattr(resize, "_TILE_COLUMNS", 7)
 
@@ -45,7 +52,7 @@ def test_fold_projections_is_the_projection_followed_by_its_slice_of_the_fuse_we
     weights, biases, fuse = [values(4, 3), values(4, 5)], [values(4), values(4)], values(4, 8)
     inputs = [values(7, 3), values(7, 5)]
     projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
-    folded, bias = fold_projections(weights, biases, fuse)
+    folded, bias = fold_projections(list(zip(weights, biases, strict=True)), fuse)
     got = inputs[0] @ folded[0].t() + inputs[1] @ folded[1].t() + bias
     assert_same(got, F.linear(torch.cat(projected, -1), fuse), (*weights, *biases, fuse, *inputs))
 
@@ -53,7 +60,7 @@ def test_fold_projections_is_the_projection_followed_by_its_slice_of_the_fuse_we
 def test_folded_weights_stay_float32_under_autocast():
     weights, biases, fuse = [torch.randn(4, 3)], [torch.randn(4)], torch.randn(4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        folded, bias = fold_projections(weights, biases, fuse)
+        folded, bias = fold_projections(list(zip(weights, biases, strict=True)), fuse)
     assert folded[0].dtype == bias.dtype == torch.float32
     torch.testing.assert_close(folded[0], fuse @ weights[0])
 
@@ -93,8 +100,8 @@ def test_project_sum_adds_the_resized_maps_to_the_projected_one(small_blocks):
     for other in others:
         resized = F.interpolate(other.permute(0, 3, 1, 2), (7, 9), mode="bilinear", align_corners=False)
         expected = expected + resized.permute(0, 2, 3, 1)
-    for form in (project_sum, reference.project_sum):
-        assert_same(form(maps, weight, others), expected, (maps, weight, *others))
+    for got in (project_sum(maps, weight, others), upsample_sum_reference(maps @ weight.t(), others)):
+        assert_same(got, expected, (maps, weight, *others))
 
 
 def test_the_sum_is_registered_as_torch_library_asks():
@@ -103,57 +110,56 @@ def test_the_sum_is_registered_as_torch_library_asks():
 
 
 def norm_problem():
-    """maps, weight and bias of norm and prediction, channel factors of a dropout."""
+    """maps, norm, channel factors of a dropout, weight and bias of the prediction."""
     torch.manual_seed(0)
     maps = (values(3, 5, 7, 16).detach() * 3 + 40).requires_grad_()  # far from 0: digits would be lost
     keep = torch.empty(3, 16, dtype=torch.float64).bernoulli_(0.6).div_(0.6)
-    return maps, values(16), values(16), keep, values(6, 16), values(6)
+    norm = BatchNorm(16, momentum=1.0).double()
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    return maps, norm, keep, values(6, 16), values(6)
 
 
-@pytest.mark.parametrize("form", [norm_relu_linear, reference.norm_relu_linear])
+@pytest.mark.parametrize("run", [norm_relu_linear, norm_relu_linear_reference])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 def test_norm_relu_linear_is_batch_norm_relu_dropout2d_and_a_1x1_convolution(
-    form, dropped, strided, small_blocks
+    run, dropped, strided, small_blocks
 ):
-    maps, gamma, beta, keep, weight, bias = norm_problem()
+    maps, norm, keep, weight, bias = norm_problem()
     if strided:
         maps = maps.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
-    norm = torch.nn.BatchNorm2d(16).double()
-    hidden = F.batch_norm(
-        maps.permute(0, 3, 1, 2), norm.running_mean, norm.running_var, gamma, beta, True, 1.0, 1e-5
-    ).relu()
+    plain = torch.nn.BatchNorm2d(16, momentum=1.0).double()
+    plain.weight, plain.bias = norm.weight, norm.bias
+    hidden = plain(maps.permute(0, 3, 1, 2)).relu()
     if dropped:
         hidden = hidden * keep[:, :, None, None]
     expected = F.conv2d(hidden, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-    inputs = (maps, gamma, beta, weight, bias)
-    got, mean, variance, count = form(
-        maps, (gamma, beta, 1e-5, None), keep if dropped else None, weight, bias
-    )
-    assert_same(got, expected, inputs)
-    torch.testing.assert_close(mean, norm.running_mean)
-    torch.testing.assert_close(variance * count / (count - 1), norm.running_var)
-    assert count.item() == 3 * 5 * 7
+    got = run(maps, norm, keep if dropped else None, weight, bias)
+    assert_same(got, expected, (maps, norm.weight, norm.bias, weight, bias))
+    torch.testing.assert_close(norm.running_mean, plain.running_mean)
+    torch.testing.assert_close(norm.running_var, plain.running_var)
 
 
 def test_norm_relu_linear_keeps_its_input_and_nothing_else_of_that_size():
-    maps, gamma, beta, _, weight, bias = norm_problem()
+    maps, norm, _, weight, bias = norm_problem()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        norm_relu_linear(maps, (gamma, beta, 1e-5, None), None, weight, bias)
+        norm_relu_linear(maps, norm, None, weight, bias)
     large = [t for t in kept if t.numel() >= maps.numel()]
     assert [t.untyped_storage().data_ptr() for t in large] == [maps.untyped_storage().data_ptr()]
 
 
 def test_norm_relu_linear_in_bfloat16_has_statistics_in_float32():
-    maps, gamma, beta, _, weight, bias = (part.detach().float() for part in norm_problem())
+    maps, norm, _, weight, bias = norm_problem()
+    maps = maps.detach().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        got, mean, *_ = norm_relu_linear(maps.bfloat16(), (gamma, beta, 1e-5, None), None, weight, bias)
+        got = norm_relu_linear(maps, norm.float(), None, weight.detach().float(), bias.detach().float())
     assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(mean, maps.bfloat16().float().mean((0, 1, 2)))
+    torch.testing.assert_close(norm.running_mean, maps.float().mean((0, 1, 2)))
 
 
-def test_decode_rows_is_the_sum_of_enlarged_projections_relu_and_prediction(small_blocks):
+def test_decode_bands_is_the_sum_of_enlarged_projections_relu_and_prediction(small_blocks):
     torch.manual_seed(0)
     sizes, dims = [(1, 2), (2, 3), (4, 5), (7, 9)], (6, 5, 4, 3)
     stages = [torch.randn(2, *size, dim) for size, dim in zip(sizes, dims, strict=True)]
@@ -165,4 +171,4 @@ def test_decode_rows_is_the_sum_of_enlarged_projections_relu_and_prediction(smal
         hidden = hidden + F.interpolate(maps, (7, 9), mode="bilinear").permute(0, 2, 3, 1)
     expected = hidden.relu() @ weight.t() + bias
     with torch.no_grad():
-        torch.testing.assert_close(decode_rows(stages, projections, offset, weight, bias), expected)
+        torch.testing.assert_close(decode_bands(stages, projections, offset, weight, bias), expected)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer.models.ops import reference, resize
-from segformer.models.ops.argmax import upsample_argmax, upsample_confusion
-from segformer.models.ops.cross_entropy import upsampled_cross_entropy
+from segformer.models.ops import resize
+from segformer.models.ops.argmax import upsample_argmax, upsample_confusion, upsample_confusion_reference
+from segformer.models.ops.cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_reference
 
 RESIZES = [((9, 13), (35, 50)), ((16, 16), (64, 64)), ((8, 8), (8, 8)), ((1, 2), (7, 9)), ((12, 9), (5, 4))]
 
@@ -47,7 +47,7 @@ def test_upsample_confusion_counts_target_against_argmax_without_the_ignored(cla
     for truth, guess in zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True):
         if truth != 999:
             expected[truth, guess] += 1
-    for form in (upsample_confusion, reference.upsample_confusion):
+    for form in (upsample_confusion, upsample_confusion_reference):
         assert torch.equal(form(logits, target, 999), expected)
         target[0, 0] = classes + 3  # ignored until now; no class, and left out as well
         assert torch.equal(form(logits, target, 999), expected)
@@ -86,7 +86,7 @@ def test_upsampled_cross_entropy_is_cross_entropy_of_interpolate(smoothing, weig
         "label_smoothing": smoothing,
     }
     total, losses = upsampled_cross_entropy(logits, target, 255, **kwargs)
-    expected, each = reference.upsampled_cross_entropy(logits, target, 255, **kwargs)
+    expected, each = upsampled_cross_entropy_reference(logits, target, 255, **kwargs)
     torch.testing.assert_close(losses, each)
     assert_same(total, expected, (logits,))
 
@@ -104,7 +104,7 @@ def test_upsampled_cross_entropy_takes_any_label_size(target_size):
     logits = problem()[0]
     target = torch.randint(0, 5, (2, *target_size), dtype=torch.uint8)
     total, _ = upsampled_cross_entropy(logits, target, 255)
-    assert_same(total, reference.upsampled_cross_entropy(logits, target, 255)[0], (logits,))
+    assert_same(total, upsampled_cross_entropy_reference(logits, target, 255)[0], (logits,))
 
 
 def test_upsampled_cross_entropy_is_finite_and_right_where_the_probability_underflows():
@@ -113,7 +113,7 @@ def test_upsampled_cross_entropy_is_finite_and_right_where_the_probability_under
     logits.requires_grad_()
     target = torch.zeros(1, 8, 8, dtype=torch.uint8)
     total, _ = upsampled_cross_entropy(logits, target, 255)
-    assert_same(total, reference.upsampled_cross_entropy(logits, target, 255)[0], (logits,))
+    assert_same(total, upsampled_cross_entropy_reference(logits, target, 255)[0], (logits,))
 
 
 def test_upsampled_cross_entropy_is_formed_in_float32_under_bfloat16_autocast():

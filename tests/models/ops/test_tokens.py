@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer.models.ops import attention, depthwise, ffn, reference
+from segformer.models.ops import attention, depthwise, ffn
 from segformer.models.ops.linear import _through_convolution, linear, linear_backward
 
 
@@ -65,7 +65,7 @@ def test_depthwise_gelu_is_gelu_of_the_convolution_of_the_map(size):
     x, weight, bias = values(2, size[0] * size[1], 8), values(8, 1, 3, 3), values(8)
     maps = F.gelu(F.conv2d(to_map(x, size), weight, bias, padding=1, groups=8))
     expected = maps.flatten(2).transpose(1, 2)
-    for form in (depthwise.depthwise_gelu, reference.depthwise_gelu):
+    for form in (depthwise.depthwise_gelu, depthwise.depthwise_gelu_reference):
         assert_same(form(x, size, weight, bias), expected, (x, weight, bias))
 
 
@@ -81,10 +81,10 @@ def test_mix_ffn_is_the_composition_and_keeps_its_input_only(size, monkeypatch):
     x, (gamma, beta, *parameters) = values(2, size[0] * size[1], 5), [values(*shape) for shape in shapes]
     norm, kept = (gamma, beta, 1e-5), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        got = ffn.mix_ffn(x, size, norm, parameters)
+        got = ffn.prenorm_ffn(x, size, norm, parameters)
     statistics = (*x.shape[:2], 1)
     assert [t.shape for t in kept] == [x.shape, statistics, statistics, *shapes]
-    assert_same(got, reference.mix_ffn(x, size, norm, parameters), (x, gamma, beta, *parameters))
+    assert_same(got, ffn.prenorm_ffn_reference(x, size, norm, parameters), (x, gamma, beta, *parameters))
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4])
@@ -97,9 +97,9 @@ def test_attention_inputs_are_the_composition_and_keep_their_input_only(ratio):
     arguments = ((9, 7), (*parameters[:2], 1e-5), tuple(parameters[2:4]), tuple(parameters[4:]) or None)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        got = attention.attention_inputs(x, *arguments)
+        got = attention.norm_query_reduce(x, *arguments)
     assert [t.shape for t in kept] == [x.shape, (2, 63, 1), (2, 63, 1), *shapes]
-    expected = reference.attention_inputs(x, *arguments)
+    expected = attention.norm_query_reduce_reference(x, *arguments)
     got, expected = (torch.cat(pair, dim=1) for pair in (got, expected))
     assert_same(got, expected, (x, *parameters))
 
@@ -111,8 +111,8 @@ def test_mix_ffn_under_autocast_runs_in_bfloat16_with_gradients_in_the_parameter
     norm = (torch.rand(5, requires_grad=True), torch.randn(5, requires_grad=True), 1e-5)
     x = torch.randn(2, 12, 5, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        got = ffn.mix_ffn(x, (3, 4), norm, parameters)
-    exact = reference.mix_ffn(x, (3, 4), norm, parameters)
+        got = ffn.prenorm_ffn(x, (3, 4), norm, parameters)
+    exact = ffn.prenorm_ffn_reference(x, (3, 4), norm, parameters)
     assert got.dtype == torch.bfloat16
     assert (got - exact).norm() < 0.02 * exact.norm()
     cotangent, inputs = torch.randn_like(exact), (x, *norm[:2], *parameters)
@@ -127,7 +127,7 @@ def test_mix_ffn_under_autocast_runs_in_bfloat16_with_gradients_in_the_parameter
 def test_reduce_tokens_is_the_strided_convolution_and_floors_odd_sizes(size, ratio):
     x, weight, bias = values(2, size[0] * size[1], 6), values(10, 6, ratio, ratio), values(10)
     expected = F.conv2d(to_map(x, size), weight, bias, stride=ratio).flatten(2).transpose(1, 2)
-    for form in (attention.reduce_tokens, reference.reduce_tokens):
+    for form in (attention.reduce_tokens, attention.reduce_tokens_reference):
         assert_same(form(x, size, weight, bias), expected, (x, weight, bias))
 
 
@@ -139,5 +139,5 @@ def test_attend_is_softmax_attention_per_head():
         columns = slice(4 * part, 4 * part + 4)
         scores = query[..., columns] @ key[..., columns].transpose(1, 2) / 4**0.5
         heads.append(scores.softmax(-1) @ value[..., columns])
-    for form in (attention.attend, reference.attend):
+    for form in (attention.sdpa, attention.sdpa_reference):
         assert_same(form(query, pairs, 3), torch.cat(heads, -1), (query, pairs))

@@ -83,7 +83,7 @@ def spoilt(how: str, kind: str) -> SegFormer | MiTClassifier:
     [
         ("nan", r"1 tensors hold NaN or infinity: backbone\.norm3\.bias; use weights from before"),
         ("inf", "1 tensors hold NaN or infinity"),
-        ("meta", r"\d+ tensors are on the meta device, without data: .*; load or initialise"),
+        ("meta", r"\d+ tensors are on the meta device, without data: .*; load or initialize"),
         ("float64", r"\d+ tensors are float64 and would be cut to float32: .*model\.float\(\)"),
     ],
 )

@@ -1,9 +1,9 @@
 """The gradient of the cross entropy for the logits, made while the enlarged logits pass through registers.
 
-A program walks over the cells (bilinear.py) of a few rows of the logits, each row from left to right. It
+A program walks over the cells (bilinear_triton.py) of a few rows of the logits, each from left to right. It
 makes the enlarged logits of a cell's pixels from the four corners, once: z -> exp2(z - bound) -> its sum over
-the classes -> gradient of the corners. It stores per pixel the sum and the bound, of which cross_entropy.py
-makes the loss, and per corner the gradient. Logits are multiplied by log2(e) here.
+the classes -> gradient of the corners. It stores per pixel the sum and the bound, of which
+cross_entropy_triton.py makes the loss, and per corner the gradient. Logits are multiplied by log2(e) here.
 
 bound, the interpolated maxima of the corners, is at least max_k z_k; where it is so far above that the sum
 gets small, the maximum itself takes its place.
@@ -16,13 +16,13 @@ its own, `edge`. Nothing is added atomically, so sums have one order.
 FLAGS are: gradient wanted, label smoothing, pixel weights given, class weights given.
 inputs are target, pixel weights, class weights; results are sums, bounds and means, (B, H, W) each.
 
-Shapes: B batch, K classes, h w logits, H W target; parts as in bilinear.py.
+Shapes: B batch, K classes, h w logits, H W target; parts as in bilinear_triton.py.
 """
 
 import triton
 import triton.language as tl
 
-from segformer.models.kernels.bilinear import cell_start, centre, load_pixel, mix
+from segformer.models.ops.bilinear_triton import cell_start, centre, load_pixel, mix
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Arguments that are of any value: no compilation for each kind of size.

@@ -1,23 +1,21 @@
 """The operations of the network through the kernels: casts, strides, argument order, gradients, shapes.
 
 On a GPU the operations take the kernels by themselves. In the interpreter their modules are told that every
-tensor is on one; what is compared with is reference.py in float64, and for the network its form for CPUs.
+tensor is on one; what is compared with is the reference in float64, and for the network what runs on a CPU.
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from segformer.models import head
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
-from segformer.models.ops import argmax, cross_entropy, depthwise, reference, resize
-from segformer.models.ops.dispatch import FLOATS
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops import argmax, cross_entropy, decode, depthwise, dispatch, resize
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer
 from segformer.training.losses import LossConfig, SegmentationLoss
 
@@ -35,22 +33,9 @@ TOLERANCE = {FP32: 2e-6, BF16: 5e-3}
 CLASSES, IGNORE = 8, 255
 
 
-class OnGpu(ModuleType):
-    """torch, for a module that asks it whether the form for CPUs may be taken: it may not."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def is_autocast_enabled(_: str) -> bool:
-        return True
-
-
 @pytest.fixture
 def through_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Send every operation from now on to its kernel; the list of those that were called."""
-    from segformer.models import kernels
-
     called: list[str] = []
 
     def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,14 +47,13 @@ def through_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def begin() -> list[str]:
         for kernel, names in FUNCTIONS.items():
-            module = getattr(kernels, kernel)
+            module = import_module(f"segformer.models.ops.{kernel}_triton")
             for name in names:
                 monkeypatch.setattr(module, name, noted(f"{kernel}.{name}", getattr(module, name)))
         if device.type == "cpu":
-            for module in (depthwise, resize, cross_entropy, argmax):
-                monkeypatch.setattr(module, "use_triton", lambda tensor: tensor.dtype in FLOATS)
-            monkeypatch.setattr(resize, "torch", OnGpu("torch"))
-            monkeypatch.setattr(head, "_rows_alone", lambda maps: False)
+            monkeypatch.setattr(dispatch, "use_triton", lambda tensor: tensor.dtype in dispatch.FLOATS)
+            for module in (dispatch, decode):
+                monkeypatch.setattr(module, "exact_on_cpu", lambda tensor: False)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         return called
 
@@ -121,7 +105,7 @@ def test_depthwise_gelu_and_its_gradients_are_those_of_the_reference(device, thr
         given,
         device,
         lambda tokens, weight, bias: depthwise.depthwise_gelu(tokens, size, weight, bias),
-        lambda tokens, weight, bias: reference.depthwise_gelu(tokens, size, weight, bias),
+        lambda tokens, weight, bias: depthwise.depthwise_gelu_reference(tokens, size, weight, bias),
         TOLERANCE[kinds[0]],
     )
     assert called == ["depthwise.forward", "depthwise.backward"]
@@ -136,7 +120,7 @@ def test_project_sum_and_its_gradients_are_those_of_the_reference(device, throug
         given,
         device,
         lambda maps, weight, *others: resize.project_sum(maps, weight, list(others)),
-        lambda maps, weight, *others: reference.project_sum(maps, weight, list(others)),
+        lambda maps, weight, *others: resize.upsample_sum_reference(maps @ weight.t(), list(others)),
         TOLERANCE[dtype],
     )
     assert called == ["resize.upsample_sum", "resize.upsample_sum_backward"]
@@ -167,7 +151,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_reference(device, throu
     labels = spread(target.to(torch.uint8)).to(device)
     total, losses = cross_entropy.upsampled_cross_entropy(leaf, labels, IGNORE, **settings(device, FP32))
     right = settings(torch.device("cpu"), torch.float64)
-    expected, plain = reference.upsampled_cross_entropy(exact, target, IGNORE, **right)
+    expected, plain = cross_entropy.upsampled_cross_entropy_reference(exact, target, IGNORE, **right)
     (grad,) = torch.autograd.grad(total, leaf, torch.full_like(total, 0.5))
     (best,) = torch.autograd.grad(expected, exact, torch.full_like(expected, 0.5))
     assert distance(total.detach(), expected.detach()) < TOLERANCE[FP32]
@@ -181,7 +165,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_reference(device, throu
 def test_labels_and_confusion_are_those_of_the_reference(device, through_kernels, dtype):
     called = through_kernels()
     logits, target, *_ = loss_problem(dtype)
-    expected = reference.upsample_argmax(logits.double(), (9, 14))
+    expected = argmax.upsample_argmax_reference(logits.double(), (9, 14))
     assert torch.equal(argmax.upsample_argmax(logits.to(device), (9, 14)).cpu(), expected)
     confusion = argmax.upsample_confusion(logits.to(device), target.to(device), IGNORE).cpu()
     counted = target != IGNORE
@@ -225,7 +209,7 @@ def test_types_and_strides_are_those_that_torch_compile_is_told(device, through_
 
 def network(device: torch.device) -> tuple[SegFormer, SegmentationLoss]:
     torch.manual_seed(0)
-    dims, ops = (8, 16, 40, 64), SUITES["fused"]
+    dims, ops = (8, 16, 40, 64), BACKENDS["fused"]
     encoder = MixTransformer(
         dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=ops, drop_path_rate=0.0
     )

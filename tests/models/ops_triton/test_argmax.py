@@ -25,11 +25,11 @@ def enlarge(logits, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_class_is_the_highest_one(device, shape, dtype):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     torch.manual_seed(0)
     logits = torch.randn(shape[:4]).to(dtype)
-    found = argmax.upsample_argmax(logits.to(device), shape[4:]).cpu()
+    found = argmax.upsample_argmax(logits.to(device), *shape[4:]).cpu()
     enlarged = enlarge(logits, shape[4:])
     assert found.dtype == (torch.uint8 if shape[1] <= 256 else torch.int64)
     reached = enlarged.gather(1, found.long()[:, None])[:, 0]
@@ -38,7 +38,7 @@ def test_the_class_is_the_highest_one(device, shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_confusion_counts_every_pixel_that_is_not_ignored_once(device, shape):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     torch.manual_seed(1)
     classes = shape[1]
@@ -50,7 +50,7 @@ def test_confusion_counts_every_pixel_that_is_not_ignored_once(device, shape):
     target[torch.rand(target.shape) < 0.1] = ignore
     if classes <= 255:
         target = target.to(torch.uint8)
-    predicted = argmax.upsample_argmax(logits, shape[4:]).cpu().long()
+    predicted = argmax.upsample_argmax(logits, *shape[4:]).cpu().long()
     counted = target != ignore
     pairs = target[counted].long() * classes + predicted[counted]
     expected = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
@@ -59,36 +59,36 @@ def test_confusion_counts_every_pixel_that_is_not_ignored_once(device, shape):
 
 @pytest.mark.parametrize("winners", [(3, 5), (4, 36), (31, 32), (36, 37)])
 def test_the_first_of_equals_wins(device, winners):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     logits = torch.full((1, 40, 2, 3), -2.0, device=device)
     logits[:, list(winners)] = -1.0
-    assert (argmax.upsample_argmax(logits, (4, 5)) == winners[0]).all()
+    assert (argmax.upsample_argmax(logits, 4, 5) == winners[0]).all()
 
 
 def test_zero_and_minus_zero_are_equal(device):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     logits = torch.full((1, 40, 2, 2), -1.0, device=device)
     logits[:, 3, 0, 0] = -0.0
     logits[:, 37, 0, 0] = 0.0
-    assert argmax.upsample_argmax(logits, (4, 4))[0, 0, 0] == 3
+    assert argmax.upsample_argmax(logits, 4, 4)[0, 0, 0] == 3
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("classes", [20, 37])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf"), -1e35])
 def test_what_is_no_usual_number_gives_some_class(device, value, classes):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     logits = torch.full((1, classes, 2, 2), value, device=device)
     target = torch.zeros(1, 3, 3, dtype=torch.int64, device=device)
-    assert (argmax.upsample_argmax(logits, (3, 3)) < classes).all()
+    assert (argmax.upsample_argmax(logits, 3, 3) < classes).all()
     assert argmax.upsample_confusion(logits, target, 255).sum() == 9
 
 
 def test_a_label_that_is_no_class_is_not_counted(device):
-    from segformer.models.kernels import argmax
+    from segformer.models.ops import argmax_triton as argmax
 
     target = torch.tensor([[[0, 1, 7, -3, 2**40, 255]]], device=device)
     found = argmax.upsample_confusion(torch.randn(1, 3, 1, 2, device=device), target, 255)

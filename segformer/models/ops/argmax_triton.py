@@ -1,9 +1,9 @@
 """The class of every pixel of bilinearly enlarged logits, and its confusion matrix, on CUDA.
 
-A program walks over the cells (bilinear.py) of a row of the logits. The enlarged logits of a cell's pixels
-are made from its corners in registers. A thread keeps the best of its own classes, and two reductions of
-whole numbers find the best of a warp: the highest logit, as a number that sorts like it, and the lowest class
-that has it, so that the first of equals wins as in torch.argmax.
+A program walks over the cells (bilinear_triton.py) of a row of the logits. The enlarged logits of a cell's
+pixels are made from its corners in registers. A thread keeps the best of its own classes, and two reductions
+of whole numbers find the best of a warp: the highest logit, as a number that sorts like it, and the lowest
+class that has it, so that the first of equals wins as in torch.argmax.
 
 The confusion matrix is counted while the classes are found. A walk keeps the last pair (label, class) of each
 of its columns and how often it came in a row, and adds to memory when another pair comes: the entry that half
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.kernels.bilinear import (
+from segformer.models.ops.bilinear_triton import (
     cell_start,
     centre,
     check_sides,
@@ -27,7 +27,7 @@ from segformer.models.kernels.bilinear import (
     mix,
     pixels_at_once,
 )
-from segformer.models.kernels.grid import ceil_div, on_device
+from segformer.models.ops.grid_triton import ceil_div, on_device
 
 _COLUMNS = 16  # columns of cells of a program
 # Arguments that are of any value: no compilation for each kind of size.
@@ -137,14 +137,14 @@ def _launch(
         )  # fmt: skip
 
 
-def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, K, h, w) of any strides -> their class at every pixel (B, *size), the first one of equals.
+def upsample_argmax(logits: Tensor, height: int, width: int) -> Tensor:
+    """Logits (B, K, h, w) of any strides -> their class at every pixel (B, H, W), the first one of equals.
 
     uint8 up to 256 classes, int64 beyond.
     """
     dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int64
-    out = torch.empty(logits.shape[0], *size, dtype=dtype, device=logits.device)
-    _launch(logits, out, out, size, -1, count=False)
+    out = torch.empty(logits.shape[0], height, width, dtype=dtype, device=logits.device)
+    _launch(logits, out, out, (height, width), -1, count=False)
     return out
 
 

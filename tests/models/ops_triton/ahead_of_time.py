@@ -1,9 +1,9 @@
 """A program, not a test: compile what the kernels launch, for a GPU that is not there, and print JSON.
 
-    python tests/kernels/ahead_of_time.py <compute capability, 80 or 90> [<case>, all where none is named]
+    python tests/models/ops_triton/ahead_of_time.py <compute capability, 80 or 90> [<case> ...; all without]
 
-The functions of kernels/ are called with CPU tensors of real sizes. Every launch is compiled as it would be
-for the GPU, with the same specialisation, down to machine code, and is not made. An entry of the answer has
+The functions of models/ops/*_triton.py are called with CPU tensors of real sizes. Every launch is compiled as
+it would be for the GPU, with the same specialization, down to machine code, and is not made. An entry has
 the case, the kernel, its hash, the programs of the launch, and per thread the registers and the bytes of
 local memory (spills); then the bytes of shared memory and the warps of a program, and how many of its
 instructions copy asynchronously.
@@ -25,7 +25,10 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from segformer.models.kernels import argmax, cross_entropy, depthwise, resize
+from segformer.models.ops import argmax_triton as argmax
+from segformer.models.ops import cross_entropy_triton as cross_entropy
+from segformer.models.ops import depthwise_triton as depthwise
+from segformer.models.ops import resize_triton as resize
 
 
 class AbsentGpu(CudaDriver):
@@ -60,16 +63,16 @@ def run_resize(dtype: torch.dtype) -> None:
     for scale, sizes in ((128, [(16, 16), (32, 32), (64, 64)]), (61, [(8, 1), (16, 16), (31, 3)])):
         base = empty(2, scale, 128, 768, dtype=dtype)
         resize.upsample_sum(base, [empty(2, *size, 768, dtype=dtype) for size in sizes])
-        resize.upsample_sum_backward(base, sizes)
+        resize.upsample_sum_backward(base, *map(list, zip(*sizes, strict=True)))
 
 
 def run_odd(dtype: torch.dtype) -> None:
     """Channels that no vector divides."""
     tokens = empty(1, 35, 37, dtype=dtype)
-    depthwise.forward(tokens, 5, 7, empty(37, 1, 3, 3), None)
-    depthwise.backward(tokens, tokens, 5, 7, empty(37, 1, 3, 3), None)
+    depthwise.forward(tokens, 5, 7, empty(37, 1, 3, 3), empty(37))
+    depthwise.backward(tokens, tokens, 5, 7, empty(37, 1, 3, 3), empty(37))
     resize.upsample_sum(empty(1, 9, 7, 37, dtype=dtype), [empty(1, 1, 1, 37, dtype=dtype)])
-    resize.upsample_sum_backward(empty(1, 9, 7, 37, dtype=dtype), [(1, 1), (5, 3)])
+    resize.upsample_sum_backward(empty(1, 9, 7, 37, dtype=dtype), [1, 5], [1, 3])
 
 
 def run_classes(classes: int, dtype: torch.dtype, *, everything: bool = False) -> None:
@@ -77,10 +80,10 @@ def run_classes(classes: int, dtype: torch.dtype, *, everything: bool = False) -
         logits = empty(2, h, w, classes, dtype=dtype).permute(0, 3, 1, 2)
         target = empty(2, height, width, dtype=torch.uint8 if classes <= 255 else torch.int64)
         pixels, weights = (empty(2, height, width), empty(classes)) if everything else (None, None)
-        cross_entropy.forward(logits, target, 255, pixels, weights, 0.1 if everything else 0.0, True)
+        cross_entropy.forward(logits, target, pixels, weights, 0.1 if everything else 0.0, 255, True)
         if not everything:
-            cross_entropy.forward(logits, target, 255, None, None, 0.0, False)
-            argmax.upsample_argmax(logits, (height, width))
+            cross_entropy.forward(logits, target, None, None, 0.0, 255, False)
+            argmax.upsample_argmax(logits, height, width)
             argmax.upsample_confusion(logits, target, 255)
 
 

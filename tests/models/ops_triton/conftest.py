@@ -15,10 +15,10 @@ import torch
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        import segformer.models.kernels.argmax
-        import segformer.models.kernels.cross_entropy
-        import segformer.models.kernels.depthwise
-        import segformer.models.kernels.resize  # noqa: F401
+        import segformer.models.ops.argmax_triton
+        import segformer.models.ops.cross_entropy_triton
+        import segformer.models.ops.depthwise_triton
+        import segformer.models.ops.resize_triton  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -33,7 +33,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         return torch.device("cuda")
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if isinstance(triton.language.cdiv, triton.JITFunction):
-        pytest.skip("Triton was imported before it could be told to interpret: run tests/kernels alone")
+        pytest.skip(
+            "Triton was imported before it could be told to interpret: run tests/models/ops_triton alone"
+        )
     if triton.__version__ < "3.7":
         pytest.skip(f"the interpreter of Triton {triton.__version__} fails with NumPy 2.4; 3.7 does not")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # some of its modules are imported by the first launch

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
-from segformer.models.ops.suite import SUITES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import OPS, ModelConfig
 from segformer.training.losses import LossConfig, SegmentationLoss
@@ -18,7 +18,7 @@ SMALL = (8, 16, 40, 64)  # a quarter of MiT-B0's channels, one block a stage
 def small(form: str, *, checkpointing: tuple[int, ...] = (), drop: float = 0.0) -> SegFormer:
     """A small network with the same weights in every form."""
     torch.manual_seed(0)
-    ops, one = SUITES[form], (1, 1, 1, 1)
+    ops, one = BACKENDS[form], (1, 1, 1, 1)
     options = {"ops": ops, "checkpointing": checkpointing, "drop_path_rate": drop}
     encoder = MixTransformer(SMALL, one, (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), **options)
     head = AllMLPHead(SMALL, 32, 5, ops=ops, dropout=drop)
@@ -44,7 +44,7 @@ def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16
 
 
 def test_the_suites_are_the_choices_of_the_configuration():
-    assert tuple(SUITES) == OPS
+    assert tuple(BACKENDS) == OPS
 
 
 @pytest.mark.parametrize("variant", ["b0", "b2"])

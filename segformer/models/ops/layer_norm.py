@@ -1,4 +1,4 @@
-"""LayerNorm whose result is not kept: what begins with one forms it again in its backward pass.
+"""LayerNorm whose result is not kept: what begins with one recomputes it in its backward pass.
 
 Statistics in float32 at least; the result is in the autocast type where there is one, cast once for all that
 read it.
@@ -18,7 +18,7 @@ def compute_dtype(tokens: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
-def normalise(tokens: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def normalize(tokens: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of tokens (B, N, C) in `dtype`, and its means and inverse deviations (B, N, 1)."""
     gamma, beta, eps = norm
     wide = tokens.to(torch.promote_types(tokens.dtype, gamma.dtype))
@@ -26,7 +26,7 @@ def normalise(tokens: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, T
     return out.to(dtype), mean, inverse
 
 
-def normalise_backward(
+def normalize_backward(
     grad: Tensor, tokens: Tensor, norm: Norm, mean: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, weight and bias, from that of the result."""

@@ -17,7 +17,7 @@ cell make its 16 target pixels without being read again.
 import triton
 import triton.language as tl
 
-from segformer.models.kernels.grid import LONGEST_SIDE, ceil_div, power_of_two
+from segformer.models.ops.grid_triton import LONGEST_SIDE, ceil_div, power_of_two
 
 # The logit of padding. Finite, so that the differences of two are not NaN.
 _LOWEST = tl.constexpr(-1e30)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.kernels.grid import ceil_div, on_device, power_of_two
+from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
 
 # Elements of a program's tile: 4 per thread. Of 8 the filter and the sums of its gradient would fill the
 # registers; of 4 in bfloat16 a warp still reads 256 bytes at once.
@@ -110,13 +110,13 @@ def _along(taps, line: tl.constexpr, row, total):
 @triton.jit(do_not_specialize=_SIZES)
 def _convolve(
     source, weight, bias, out, height, width, channels, row_chunks, rows,
-    HAS_BIAS: tl.constexpr, ACTIVATE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """ACTIVATE: out = gelu(conv(source) + bias); else the convolution with the flipped filter."""
+    """ACTIVATE: out = gelu(conv(source) + bias); else the convolution with the filter flipped, no bias."""
     _, image, top, bottom, x, c = _place(height, width, channels, row_chunks, rows, COLUMNS, BLOCK_C)
     taps = _filter(weight, c, channels, not ACTIVATE)
     start = tl.zeros([1, BLOCK_C], tl.float32)
-    if HAS_BIAS:
+    if ACTIVATE:
         start += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     start = tl.zeros([COLUMNS, BLOCK_C], tl.float32) + start
     source += image.to(tl.int64) * height * width * channels
@@ -141,15 +141,13 @@ def _convolve(
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_of_gelu(
     grad, tokens, weight, bias, slopes, sums, height, width, channels, row_chunks, rows,
-    HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """slopes (B, N, C) = grad * gelu'(conv + bias); sums (programs, 10, C) over the pixels of a program: of
     the slopes, and of their products with the 9 shifted inputs."""
     spatial, image, top, bottom, x, c = _place(height, width, channels, row_chunks, rows, COLUMNS, BLOCK_C)
     taps = _filter(weight, c, channels, False)
-    start = tl.zeros([1, BLOCK_C], tl.float32)
-    if HAS_BIAS:
-        start += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    start = tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     image = image.to(tl.int64) * height * width * channels
     inside = (x < width)[:, None] & (c < channels)[None, :]
     above = _row(tokens + image, top - 1, x, c, height, width, channels)
@@ -192,35 +190,39 @@ def _split(tokens: Tensor, height: int, width: int, programs: int) -> tuple[tupl
     return (across * chunks,), {"rows": rows, "row_chunks": chunks, "COLUMNS": columns, "BLOCK_C": block}
 
 
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
-
-
-def forward(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+def forward(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(conv3x3(tokens) + bias), padding 1, of tokens (B, N, C); weight (C, 1, 3, 3), bias (C,).
 
     The result (B, N, C) has the type of the tokens; weight and bias may be of another.
     """
-    tokens, weight, bias = tokens.contiguous(), weight.contiguous(), _contiguous(bias)
+    tokens, weight, bias = tokens.contiguous(), weight.contiguous(), bias.contiguous()
     out = torch.empty_like(tokens)
     grid, split = _split(tokens, height, width, _PROGRAMS)
     with on_device(tokens):
         _convolve[grid](
-            tokens, weight, bias, out, height, width, tokens.shape[2],
-            HAS_BIAS=bias is not None, ACTIVATE=True, num_warps=_WARPS, **split,
-        )  # fmt: skip
+            tokens,
+            weight,
+            bias,
+            out,
+            height,
+            width,
+            tokens.shape[2],
+            ACTIVATE=True,
+            num_warps=_WARPS,
+            **split,
+        )
     return out
 
 
 def backward(
-    grad: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `forward`: of the tokens in their type, of weight and bias in float32.
+    grad: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` for tokens, weight and bias, in their types.
 
     grad and tokens (B, N, C) are of one type. The convolution is computed again and not kept.
     """
     grad, tokens = grad.contiguous(), tokens.contiguous()
-    weight, bias = weight.contiguous(), _contiguous(bias)
+    weight, bias = weight.contiguous(), bias.contiguous()
     channels = tokens.shape[2]
     slopes, out = torch.empty_like(tokens), torch.empty_like(tokens)
     grid, split = _split(tokens, height, width, _PROGRAMS_WITH_SUMS)
@@ -229,13 +231,12 @@ def backward(
     with on_device(tokens):
         _backward_of_gelu[grid](
             grad, tokens, weight, bias, slopes, sums, height, width, channels,
-            HAS_BIAS=bias is not None, num_warps=_WARPS, maxnreg=_REGISTERS, **split,
+            num_warps=_WARPS, maxnreg=_REGISTERS, **split,
         )  # fmt: skip
         grid, split = _split(tokens, height, width, _PROGRAMS)
         _convolve[grid](
-            slopes, weight, None, out, height, width, channels,
-            HAS_BIAS=False, ACTIVATE=False, num_warps=_WARPS, **split,
-        )  # fmt: skip
+            slopes, weight, bias, out, height, width, channels, ACTIVATE=False, num_warps=_WARPS, **split
+        )
     summed = sums.sum(0)  # (10, C)
     weight_grad = summed[1:].t().clone(memory_format=torch.contiguous_format).view(channels, 1, 3, 3)
-    return out, weight_grad, None if bias is None else summed[0]
+    return out, weight_grad.to(weight.dtype), summed[0].to(bias.dtype)

@@ -3,8 +3,9 @@
     total = sum of w * loss      loss = (1 - e) c_y (lse - z_y) + e / K sum_k c_k (lse - z_k)
     z: logits at a pixel, y: its label, w: its weight, c: class weights, e: label smoothing
 
-Two kernels: sweep.py makes the gradient and, per pixel, the sum of exponentials whose logarithm is lse; the
-one here makes -log p_y = lse - z_y per pixel, with z_y from the four corners, and the sum of a block of them.
+Two kernels: sweep_triton.py makes the gradient and, per pixel, the sum of exponentials whose logarithm is
+lse; the one here makes -log p_y = lse - z_y per pixel, with z_y from the four corners, and the sum of a block
+of them.
 
 A label that is neither a class nor `ignore_index` makes the loss NaN and reads nothing out of bounds.
 
@@ -18,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.kernels.bilinear import centre, check_sides, class_parts, pixels_at_once
-from segformer.models.kernels.grid import ceil_div, on_device, power_of_two
-from segformer.models.kernels.sweep import LOG2_E, SIZES, label_and_weights, sweep
+from segformer.models.ops.bilinear_triton import centre, check_sides, class_parts, pixels_at_once
+from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
+from segformer.models.ops.sweep_triton import LOG2_E, SIZES, label_and_weights, sweep
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _ROWS = 4  # rows of cells of a program
@@ -37,7 +38,7 @@ def _losses(
     logits, strides, inputs, results, losses, totals, height, width, rows, columns, scales, blocks, classes,
     ignore_index, smoothing, FLAGS: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """-log p_y of every pixel, and the weighted sum of a block of them; arguments as in sweep.py."""
+    """-log p_y of every pixel, and the weighted sum of a block of them; arguments as in sweep_triton.py."""
     spread = smoothing
     if FLAGS[3]:
         k = tl.arange(0, CLASSES)
@@ -86,10 +87,10 @@ def _columns_each(batch: int, height: int, width: int) -> int:
 def forward(
     logits: Tensor,
     target: Tensor,
-    ignore_index: int,
     pixel_weights: Tensor | None,
     class_weights: Tensor | None,
     smoothing: float,
+    ignore_index: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, K, h, w) of any strides, target (B, H, W) of uint8 or int64 -> total, losses, grad.

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.kernels.bilinear import cell_start, centre, check_sides
-from segformer.models.kernels.grid import ceil_div, on_device, power_of_two
+from segformer.models.ops.bilinear_triton import cell_start, centre, check_sides
+from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
 
 _BLOCK = 64  # channels that a program has at once, of which the forward does two one after the other
 _ROWS, _COLUMNS = 4, 8  # pixels of the result that a program of the forward makes
@@ -185,9 +185,9 @@ def upsample_sum(base: Tensor, others: list[Tensor]) -> Tensor:
     return out
 
 
-def upsample_sum_backward(grad: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """The gradients (B, h_i, w_i, D) of the maps of `sizes` (h_i, w_i) from that of the sum, (B, H, W, D)."""
-    grad = grad.contiguous()
+def upsample_sum_backward(grad: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
+    """The gradients (B, h_i, w_i, D) of the maps from that of the sum, (B, H, W, D)."""
+    grad, sizes = grad.contiguous(), list(zip(heights, widths, strict=True))
     batch, height, width, channels = grad.shape
     shapes = _shapes(sizes, height, width)
     outs = tuple(grad.new_empty(batch, *size, channels) for size in sizes)

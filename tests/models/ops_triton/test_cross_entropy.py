@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-def reference(logits, target, ignore_index, pixel_weights, class_weights, smoothing):
+def reference(logits, target, pixel_weights, class_weights, smoothing, ignore_index):
     """Total, -log p of every pixel and gradient, in float64."""
     logits = logits.double().requires_grad_()
     size = (target.shape[1], target.shape[2])
@@ -52,11 +52,11 @@ def draw(shape, *, pixel, classes, smoothing, scale=2.0, seed=0):
     pixel_weights = torch.rand(target.shape, generator=generator) if pixel else None
     class_weights = 0.1 + torch.rand(count, generator=generator) if classes else None
     ignore = 255 if count <= 255 else -100
-    return [logits.permute(0, 3, 1, 2), target, ignore, pixel_weights, class_weights, smoothing]
+    return [logits.permute(0, 3, 1, 2), target, pixel_weights, class_weights, smoothing, ignore]
 
 
 def check(device, arguments, tolerance=TOLERANCE):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     placed = [value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments]
     found = cross_entropy.forward(*placed, True)
@@ -82,7 +82,7 @@ def test_weights_and_smoothing_are_those_of_torch(device, options):
 
 
 def test_without_a_gradient_the_losses_are_the_same(device):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     placed = [
         value.to(device) if isinstance(value, torch.Tensor) else value
@@ -118,11 +118,11 @@ def test_logits_far_apart(device, scale):
 
 
 def test_everything_ignored_is_zero(device):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     logits = torch.randn(1, 4, 2, 2, device=device)
     target = torch.full((1, 5, 5), 255, dtype=torch.uint8, device=device)
-    total, losses, grad = cross_entropy.forward(logits, target, 255, None, None, 0.1, True)
+    total, losses, grad = cross_entropy.forward(logits, target, None, None, 0.1, 255, True)
     assert total == 0
     assert not losses.any()
     assert not grad.any()
@@ -131,13 +131,13 @@ def test_everything_ignored_is_zero(device):
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's NumPy
 @pytest.mark.parametrize("label", [4, 200, -1, 2**40])
 def test_a_label_that_is_no_class_makes_the_loss_nan_and_reads_nothing_else(device, label):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     target = torch.zeros(1, 4, 4, dtype=torch.int64, device=device)
     target[0, 1, 2] = label
     logits = torch.randn(1, 4, 2, 2, device=device)
     weights = torch.ones(4, device=device)
-    total, losses, _ = cross_entropy.forward(logits, target, 255, None, weights, 0.0, True)
+    total, losses, _ = cross_entropy.forward(logits, target, None, weights, 0.0, 255, True)
     assert total.isnan()
     assert losses.isnan().nonzero().tolist() == [[0, 1, 2]]
 
@@ -151,7 +151,7 @@ def test_any_sizes(device, seed):
 
 
 def test_nothing_around_the_logits_is_read(device):
-    from segformer.models.kernels import cross_entropy
+    from segformer.models.ops import cross_entropy_triton as cross_entropy
 
     arguments = draw((1, 6, 2, 3, 5, 6), **PLAIN)
     logits = arguments[0].permute(0, 2, 3, 1)
@@ -160,6 +160,6 @@ def test_nothing_around_the_logits_is_read(device):
         room = torch.full((logits.numel() + 400,), around)
         room[200:-200] = logits.flatten()
         inside = room.to(device)[200:-200].view(logits.shape).permute(0, 3, 1, 2)
-        results.append(cross_entropy.forward(inside, arguments[1].to(device), 255, None, None, 0.0, True))
+        results.append(cross_entropy.forward(inside, arguments[1].to(device), None, None, 0.0, 255, True))
     for left, right in zip(*results, strict=True):
         assert torch.equal(left, right)

@@ -21,7 +21,7 @@ VARIANTS = {"_convolve": 2, "_walk": 2, "sweep": 2, "_losses": 2}
 def compiled(root, cache, capability: int, *cases: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
-    command = [sys.executable, root / "tests/kernels/ahead_of_time.py", str(capability), *cases]
+    command = [sys.executable, root / "tests/models/ops_triton/ahead_of_time.py", str(capability), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -24,27 +24,25 @@ def reference(tokens, height, width, weight, bias):
     return F.gelu(F.conv2d(maps, weight, bias, padding=1, groups=len(weight))).flatten(2).transpose(1, 2)
 
 
-def draw(shape, dtype, *, seed=0, biased=True):
+def draw(shape, dtype, *, seed=0):
     """Tokens, weight, bias and a gradient of the result, float32 but tokens and gradient of `dtype`."""
     batch, height, width, channels = shape
     generator = torch.Generator().manual_seed(seed)
     tokens, grad = torch.randn(2, batch, height * width, channels, generator=generator).to(dtype)
     weight = torch.randn(channels, 1, 3, 3, generator=generator)
-    return tokens, weight, torch.randn(channels, generator=generator) if biased else None, grad
+    return tokens, weight, torch.randn(channels, generator=generator), grad
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_result_and_gradients_are_those_of_float64(device, shape, dtype):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
-    tokens, weight, bias, grad = draw(shape, dtype, biased=shape[0] == 1)
-    exact = [tokens.double(), weight.double(), None if bias is None else bias.double()]
-    leaves = [value.requires_grad_() for value in exact if value is not None]
-    expected = reference(exact[0], shape[1], shape[2], *exact[1:])
+    tokens, weight, bias, grad = draw(shape, dtype)
+    leaves = [value.double().requires_grad_() for value in (tokens, weight, bias)]
+    expected = reference(leaves[0], shape[1], shape[2], *leaves[1:])
     expected.backward(grad.double())
-    tokens, weight, grad = tokens.to(device), weight.to(device), grad.to(device)
-    bias = None if bias is None else bias.to(device)
+    tokens, weight, bias, grad = (value.to(device) for value in (tokens, weight, bias, grad))
     out = depthwise.forward(tokens, shape[1], shape[2], weight, bias)
     grads = depthwise.backward(grad, tokens, shape[1], shape[2], weight, bias)
     assert out.dtype == grads[0].dtype == dtype
@@ -55,15 +53,12 @@ def test_result_and_gradients_are_those_of_float64(device, shape, dtype):
     assert grads[1].shape == weight.shape
     assert grads[1].dtype == torch.float32
     assert distance(grads[1], leaves[1].grad) < slack * TOLERANCE[torch.float32]
-    if bias is None:
-        assert grads[2] is None
-    else:
-        assert distance(grads[2], leaves[2].grad) < slack * TOLERANCE[torch.float32]
+    assert distance(grads[2], leaves[2].grad) < slack * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6, 7), (1, 9, 16, 64)], ids=str)
 def test_bfloat16_is_no_further_from_float64_than_torch_in_bfloat16(device, shape):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     tokens, weight, bias, grad = draw(shape, torch.bfloat16)
     tensors = []
@@ -82,14 +77,14 @@ def test_bfloat16_is_no_further_from_float64_than_torch_in_bfloat16(device, shap
 
 
 def test_gelu_is_that_of_float64_everywhere(device):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     values = torch.cat([torch.linspace(-30, 30, 961), torch.tensor([-1e4, 1e4, 0.0, -1e-20, 1e-20])])
-    weight = torch.zeros(len(values), 1, 3, 3)
+    weight, bias = torch.zeros(len(values), 1, 3, 3), torch.zeros(len(values), device=device)
     weight[:, 0, 1, 1] = 1  # every channel is one pixel, passed on as it is
-    tokens = values.view(1, 1, -1).to(device)
-    out = depthwise.forward(tokens, 1, 1, weight.to(device), None).cpu().view(-1)
-    slope, _, _ = depthwise.backward(torch.ones_like(tokens), tokens, 1, 1, weight.to(device), None)
+    tokens, weight = values.view(1, 1, -1).to(device), weight.to(device)
+    out = depthwise.forward(tokens, 1, 1, weight, bias).cpu().view(-1)
+    slope, _, _ = depthwise.backward(torch.ones_like(tokens), tokens, 1, 1, weight, bias)
     exact = values.double().requires_grad_()
     expected = F.gelu(exact)
     expected.sum().backward()
@@ -99,7 +94,7 @@ def test_gelu_is_that_of_float64_everywhere(device):
 
 
 def test_strides_of_any_kind(device):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     tokens, weight, bias, grad = draw((2, 3, 4, 5), torch.float32)
     spread = [
@@ -118,7 +113,7 @@ def test_strides_of_any_kind(device):
 
 
 def test_nothing_around_the_inputs_is_read(device):
-    from segformer.models.kernels import depthwise
+    from segformer.models.ops import depthwise_triton as depthwise
 
     shape = (1, 5, 7, 6)
     tokens, weight, bias, grad = draw(shape, torch.float32)
