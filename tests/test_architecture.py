@@ -29,13 +29,13 @@ ROOMS: dict[str, str] = {
     "data.loading": "order placement transforms classification mixing prepare workers loader",
     "distributed": "world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
-    "models": "variants",
+    "models": "variants backbone",
     "models.ops": (
         "dispatch linear layer_norm depthwise attention ffn resize batch_norm decode cross_entropy argmax "
         "backend grid_triton bilinear_triton depthwise_triton resize_triton sweep_triton "
         "cross_entropy_triton argmax_triton"
     ),
-    "models.": "layers mit head",
+    "models.": "layers mit encoders head",
     "models.weights": "names files card sizes class_map convert save",
     "models..": "segformer macs",
     "telemetry": "jsonl meter queue trackers progress logger profiling",

@@ -1,92 +1,45 @@
-"""Multiply-accumulates and elements moved by SegFormer, layer by layer, in closed form.
+"""Multiply-accumulates and elements moved by a network, product by product, in closed form.
 
 Counted are the matrix products: Linear, convolutions, and both products of attention. Norms, activations,
 residual sums, softmax and bilinear resizes are left out, as in the published numbers (8.4 G for B0 to 111.5
-G for B5 at 512 x 512 with 150 classes), which are those of the head as written. A layer moves what it must:
+G for B5 at 512 x 512 with 150 classes), which are those of the reference head. A product moves what it must:
 its inputs once, its output once, its weights once; what is not counted is taken to happen on the way.
 
 A training step is three times the forward, because each product has a gradient to either factor, of the
 same size and over the same three tensors; less the gradient of the images, which nobody needs. The folded
-head also multiplies its weights in training, once a step (models/head.py).
+head also multiplies its weights in training, once a step (ops/decode.py).
 
 `training_flops` is the figure behind the model FLOPs utilisation of a run (meter.py): 3 x 2 x the
-multiply-accumulates of the form of the network that is trained. The folded head does the same with a third
-of the work, so that counting the head as written would call work done that nobody did; nor is the second
-forward of activation checkpointing counted.
-
-Shapes: C channels, N tokens of a stage, M reduced tokens, D decoder_dim, K classes.
+multiply-accumulates of the backend that trains. The folded head does the same with a third of the work, so
+that counting the reference head would call work done that nobody did; nor is the second forward of activation
+checkpointing counted. Those of an encoder stand beside it (Backbone.products).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from segformer.models.backbone import Product
+from segformer.models.encoders import BACKBONES
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig, Variant
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One matrix product: of an image (macs, elements in and out), and what all images share."""
-
-    name: str
-    macs: int
-    moved: int
-    weights: int = 0
-    shared: int = 0  # macs of a step, whatever its batch
-    leads: bool = False  # its input is the image: no gradient
+def _encoder(variant: Variant, size: tuple[int, int]) -> list[Product]:
+    return BACKBONES[variant.backbone].products(variant, size)
 
 
-def _linear(name: str, tokens: int, dim: int, out: int, *, bias: bool = True) -> Layer:
-    return Layer(name, tokens * dim * out, tokens * (dim + out), dim * out + bias * out)
-
-
-def _conv(
-    name: str, tokens: int, dim: int, out_tokens: int, out: int, kernel: int, leads: bool = False
-) -> Layer:
-    """A convolution of a map of `tokens` x `dim` to `out_tokens` x `out`."""
-    weights = kernel * kernel * dim * out
-    return Layer(name, out_tokens * weights, tokens * dim + out_tokens * out, weights + out, leads=leads)
-
-
-def _block(place: str, size: tuple[int, int], dim: int, ratio: int, mlp: int) -> Iterator[Layer]:
-    tokens, reduced = size[0] * size[1], (size[0] // ratio) * (size[1] // ratio)
-    if ratio > 1:
-        yield _conv(f"{place}.sr", tokens, dim, reduced, dim, ratio)
-    yield _linear(f"{place}.q", tokens, dim, dim)
-    yield _linear(f"{place}.kv", reduced, dim, 2 * dim)
-    yield Layer(f"{place}.attention", 2 * tokens * reduced * dim, 2 * (tokens + reduced) * dim)
-    yield _linear(f"{place}.proj", tokens, dim, dim)
-    yield _linear(f"{place}.fc1", tokens, dim, mlp * dim)
-    yield Layer(f"{place}.dwconv", 9 * tokens * mlp * dim, 2 * tokens * mlp * dim, 10 * mlp * dim)
-    yield _linear(f"{place}.fc2", tokens, mlp * dim, dim)
-
-
-def encoder_layers(variant: Variant, size: tuple[int, int]) -> tuple[list[Layer], list[tuple[int, int]]]:
-    """The encoder's layers for one image of `size` (height, width), and (tokens, channels) of its 4 maps."""
-    found, maps = [], []
-    in_size, in_dim = size, 3
+def _head(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool) -> list[Product]:
+    """The products of the decode head for one image of `size` (height, width)."""
+    width, found = variant.decoder_dim, []
     for stage, dim in enumerate(variant.embed_dims):
-        kernel, stride = (7, 4) if stage == 0 else (3, 2)
-        out = (-(-in_size[0] // stride), -(-in_size[1] // stride))
-        pixels, tokens = in_size[0] * in_size[1], out[0] * out[1]
-        found.append(_conv(f"embed{stage + 1}", pixels, in_dim, tokens, dim, kernel, leads=stage == 0))
-        for block in range(variant.depths[stage]):
-            sizes = (dim, variant.sr_ratios[stage], variant.mlp_ratios[stage])
-            found += _block(f"block{stage + 1}.{block}", out, *sizes)
-        maps.append((tokens, dim))
-        in_size, in_dim = out, dim
-    return found, maps
-
-
-def layers(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool) -> list[Layer]:
-    """The layers of one image of `size` (height, width), with the head folded or as written."""
-    found, maps = encoder_layers(variant, size)
-    width, tokens = variant.decoder_dim, maps[0][0]
-    found += [_linear(f"head.c{stage + 1}", *maps[stage], width, bias=not folded) for stage in range(4)]
+        stride = 4 << stage
+        tokens = -(-size[0] // stride) * -(-size[1] // stride)
+        found.append(Product.linear(f"head.c{stage + 1}", tokens, dim, width, bias=not folded))
+    tokens = -(-size[0] // 4) * -(-size[1] // 4)
     if folded:
-        found.append(Layer("head.fold", 0, 0, shared=width * width * sum(variant.embed_dims)))
+        found.append(Product("head.fold", 0, 0, shared=width * width * sum(variant.embed_dims)))
     else:
-        found.append(_linear("head.fuse", tokens, 4 * width, width, bias=False))
-    found.append(_linear("head.predict", tokens, width, num_classes))
+        found.append(Product.linear("head.fuse", tokens, 4 * width, width, bias=False))
+    found.append(Product.linear("head.predict", tokens, width, num_classes))
     return found
 
 
@@ -106,10 +59,11 @@ def work(
     Weights are constant in inference, so that folding them costs nothing a step there.
     """
     macs = elements = 0
-    for layer in layers(VARIANTS[name], size, num_classes, folded=folded):
-        times = (2 if layer.leads else 3) if training else 1
-        macs += times * (batch * layer.macs + (layer.shared if training else 0))
-        elements += times * (batch * layer.moved + layer.weights)
+    variant = VARIANTS[name]
+    for product in _encoder(variant, size) + _head(variant, size, num_classes, folded=folded):
+        times = (2 if product.leads else 3) if training else 1
+        macs += times * (batch * product.macs + (product.shared if training else 0))
+        elements += times * (batch * product.moved + product.weights)
     return Work(macs, elements)
 
 
@@ -119,17 +73,17 @@ def macs_per_image(
     """Multiply-accumulates of one forward of one image of `size` (height, width).
 
     The network is the one that `model` describes: its variant, decoder_dim, and its head folded
-    (ops="fused") or as written. task="classification" is the encoder with one Linear on the mean of its last
-    map.
+    (ops="fused") or not. task="classification" is the encoder with one Linear on the mean of its last map.
     """
     variant = VARIANTS[model.variant]
+    macs = sum(product.macs for product in _encoder(variant, size))
     if task == "classification":
-        found, maps = encoder_layers(variant, size)
-        return sum(layer.macs for layer in found) + maps[-1][1] * num_classes
+        return macs + variant.embed_dims[-1] * num_classes
     if task != "segmentation":
         raise ValueError(f"task={task!r}; segmentation or classification")
     variant = replace(variant, decoder_dim=model.decoder_dim or variant.decoder_dim)
-    return sum(layer.macs for layer in layers(variant, size, num_classes, folded=model.ops == "fused"))
+    head = _head(variant, size, num_classes, folded=BACKENDS[model.ops].fused)
+    return macs + sum(product.macs for product in head)
 
 
 def training_flops(

@@ -25,30 +25,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segformer.errors import DataError
+from segformer.models.backbone import Backbone, DropPath, Product, Stage
 from segformer.models.layers import Linear, affine
-from segformer.models.ops.backend import Backend
+from segformer.models.ops.backend import BACKENDS, Backend
+from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig, Variant
 
 # (kernel, stride, padding) of the four patch embeddings
 PATCH_GEOMETRY = ((7, 4, 3), (3, 2, 1), (3, 2, 1), (3, 2, 1))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: residual + branch, the branch dropped per sample at `rate` in training."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """Both (B, N, C). The kept branches are scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
-            return residual + branch
-        keep = 1 - self.rate
-        scale = residual.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-        return torch.addcmul(residual, branch, scale)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -146,7 +129,7 @@ class Block(nn.Module):
         return self.drop_path(tokens, self.mlp(tokens, size, self.norm2))
 
 
-class MixTransformer(nn.Module):
+class MixTransformer(Backbone):
     """The encoder: four stages at 1/4, 1/8, 1/16 and 1/32 of the image.
 
     `norm_eps` is the epsilon of block and stage norms, `embed_norm_eps` that of the norms after the patch
@@ -196,6 +179,24 @@ class MixTransformer(nn.Module):
             index, in_dim = index + depths[stage], dim
         self.initialize()
 
+    @classmethod
+    def build(cls, cfg: ModelConfig) -> "MixTransformer":
+        """The encoder of `cfg.variant` with random weights."""
+        variant = VARIANTS[cfg.variant]
+        norm_eps, embed_norm_eps = NORM_PROFILES[cfg.norm_profile]
+        return cls(
+            variant.embed_dims,
+            variant.depths,
+            variant.num_heads,
+            variant.sr_ratios,
+            variant.mlp_ratios,
+            ops=BACKENDS[cfg.ops],
+            checkpointing=cfg.checkpointing,
+            drop_path_rate=cfg.drop_path_rate,
+            norm_eps=norm_eps,
+            embed_norm_eps=embed_norm_eps,
+        )
+
     def initialize(self) -> None:
         """New weights, as the original draws them but for one bias.
 
@@ -206,6 +207,17 @@ class MixTransformer(nn.Module):
         """
         self.apply(init_encoder_weights)
         nn.init.trunc_normal_(self.get_parameter("patch_embed1.proj.bias"), std=0.02)
+
+    def stages(self) -> list[Stage]:
+        """Patch embedding, blocks and norm of each stage."""
+        return [
+            Stage(
+                self.get_submodule(f"patch_embed{stage}"),
+                list(self.get_submodule(f"block{stage}").children()),
+                self.get_submodule(f"norm{stage}"),
+            )
+            for stage in (1, 2, 3, 4)
+        ]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalized -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
@@ -220,23 +232,52 @@ class MixTransformer(nn.Module):
             )
         maps = images.contiguous(memory_format=torch.channels_last)
         outputs = []
-        for stage, sr_ratio in enumerate(self.sr_ratios, start=1):
-            tokens, size = self.get_submodule(f"patch_embed{stage}")(maps)
+        for stage, (sr_ratio, (embed, blocks, norm)) in enumerate(
+            zip(self.sr_ratios, self.stages(), strict=True), start=1
+        ):
+            tokens, size = embed(maps)
             if min(size) < sr_ratio:
                 raise DataError(
                     f"images of {images.shape[2]} x {images.shape[3]} pixels are too small: stage {stage} "
                     f"reduces a map of {size[0]} x {size[1]} by {sr_ratio}; use sides of 32 pixels or more"
                 )
             again = stage in self.checkpointing and self.training and torch.is_grad_enabled()
-            for block in self.get_submodule(f"block{stage}").children():
+            for block in blocks:
                 if again:
                     tokens = checkpoint(block, tokens, size, use_reentrant=False)
                 else:
                     tokens = block(tokens, size)
-            tokens = self.get_submodule(f"norm{stage}")(tokens)
-            maps = tokens.unflatten(1, size).permute(0, 3, 1, 2)  # a view
+            maps = norm(tokens).unflatten(1, size).permute(0, 3, 1, 2)  # a view
             outputs.append(maps)
         return outputs
+
+    @staticmethod
+    def products(variant: Variant, size: tuple[int, int]) -> list[Product]:
+        """Matrix products of one image of `size`; those of a block are of tokens and `reduced` tokens."""
+        found, in_dim = [], 3
+        for stage, dim in enumerate(variant.embed_dims):
+            kernel, stride, _ = PATCH_GEOMETRY[stage]
+            ratio, hidden = variant.sr_ratios[stage], variant.mlp_ratios[stage] * dim
+            pixels, size = size[0] * size[1], (-(-size[0] // stride), -(-size[1] // stride))
+            tokens, reduced = size[0] * size[1], (size[0] // ratio) * (size[1] // ratio)
+            found.append(
+                Product.conv(f"embed{stage + 1}", pixels, in_dim, tokens, dim, kernel, leads=stage == 0)
+            )
+            for block in range(variant.depths[stage]):
+                place = f"block{stage + 1}.{block}"
+                if ratio > 1:
+                    found.append(Product.conv(f"{place}.sr", tokens, dim, reduced, dim, ratio))
+                found += [
+                    Product.linear(f"{place}.q", tokens, dim, dim),
+                    Product.linear(f"{place}.kv", reduced, dim, 2 * dim),
+                    Product(f"{place}.attention", 2 * tokens * reduced * dim, 2 * (tokens + reduced) * dim),
+                    Product.linear(f"{place}.proj", tokens, dim, dim),
+                    Product.linear(f"{place}.fc1", tokens, dim, hidden),
+                    Product(f"{place}.dwconv", 9 * tokens * hidden, 2 * tokens * hidden, 10 * hidden),
+                    Product.linear(f"{place}.fc2", tokens, hidden, dim),
+                ]
+            in_dim = dim
+        return found
 
 
 def init_encoder_weights(module: nn.Module) -> None:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from segformer.errors import CheckpointError, ConfigError
+from segformer.models.backbone import Backbone, DropPath
+from segformer.models.encoders import build_encoder
 from segformer.models.head import AllMLPHead, FuseConv
-from segformer.models.mit import DropPath, MixTransformer, init_encoder_weights
+from segformer.models.mit import init_encoder_weights
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.card import Card
@@ -34,7 +36,7 @@ from segformer.models.weights.sizes import find_sizes
 class SegFormer(nn.Module):
     """The segmentation network."""
 
-    def __init__(self, backbone: MixTransformer, decode_head: AllMLPHead, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, decode_head: AllMLPHead, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.card = Card()  # names and colours of the classes, normalisation: what a file said
@@ -112,7 +114,7 @@ class SegFormer(nn.Module):
 class MiTClassifier(nn.Module):
     """The ImageNet classifier: the encoder, the mean over the tokens of the last stage, one Linear."""
 
-    def __init__(self, backbone: MixTransformer, num_classes: int = 1000) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int = 1000) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.card = Card()  # as in SegFormer
@@ -146,24 +148,6 @@ class MiTClassifier(nn.Module):
         check_savable(self.state_dict())
         weights = replace(_weights_of(self, self.backbone), card=card or self.card)
         write_hf(weights, Path(path), section={}, drop_path_rate=_drop_path_rate_of(self.backbone))
-
-
-def build_encoder(cfg: ModelConfig) -> MixTransformer:
-    """The encoder of `cfg.variant` with random weights."""
-    variant = VARIANTS[cfg.variant]
-    norm_eps, embed_norm_eps = NORM_PROFILES[cfg.norm_profile]
-    return MixTransformer(
-        variant.embed_dims,
-        variant.depths,
-        variant.num_heads,
-        variant.sr_ratios,
-        variant.mlp_ratios,
-        ops=BACKENDS[cfg.ops],
-        checkpointing=cfg.checkpointing,
-        drop_path_rate=cfg.drop_path_rate,
-        norm_eps=norm_eps,
-        embed_norm_eps=embed_norm_eps,
-    )
 
 
 def _check_classes(cfg: ModelConfig, num_classes: int) -> None:
@@ -216,7 +200,7 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> None:
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
             module.reset_parameters()
     for module in model.modules():
-        if isinstance(module, MixTransformer | FuseConv):
+        if isinstance(module, Backbone | FuseConv):
             module.initialize()
         elif isinstance(module, MiTClassifier):
             init_encoder_weights(module.head)
@@ -260,7 +244,7 @@ def _load(model: SegFormer | MiTClassifier, weights: Weights, *, keep_head: bool
     load_strict(model, state, source=source, prefixes=prefixes)
 
 
-def _weights_of(model: nn.Module, backbone: MixTransformer) -> Weights:
+def _weights_of(model: nn.Module, backbone: Backbone) -> Weights:
     """A model as `read_weights` would find it in an export."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -273,13 +257,13 @@ def _weights_of(model: nn.Module, backbone: MixTransformer) -> Weights:
     )
 
 
-def _profile_of(backbone: MixTransformer) -> str | None:
+def _profile_of(backbone: Backbone) -> str | None:
     eps = {name: norm.eps for name, norm in backbone.named_modules() if isinstance(norm, nn.LayerNorm)}
     found = (eps["norm1"], eps["patch_embed1.norm"])
     return next((name for name, pair in NORM_PROFILES.items() if pair == found), None)
 
 
-def _drop_path_rate_of(backbone: MixTransformer) -> float:
+def _drop_path_rate_of(backbone: Backbone) -> float:
     rates = [module.rate for module in backbone.modules() if isinstance(module, DropPath)]
     return round(rates[-1], 12)  # that of the last block, without what its ramp rounded
 

@@ -12,8 +12,10 @@ from segformer.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """The sizes of one SegFormer."""
+    """The sizes of one network: a row of VARIANTS is all that a new one needs."""
 
+    backbone: str = "mit"
+    "Row of BACKBONES (encoders.py)."
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
     decoder_dim: int

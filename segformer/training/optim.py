@@ -14,10 +14,10 @@ With layer_decay below 1 (BEiT; Swin of SimMIM) the lr of an encoder parameter i
 layer_decay ** (L - layer), and its group is named after its layer, backbone.07 or norm.07. Layers are counted
 along the depth, d_s being the blocks of the stages before stage s and L one more than all blocks:
 
-    patch_embed<s>   d_s          the last block before it; 0 for the first
-    block<s>.<j>     d_s + j + 1
-    norm<s>          d_(s+1)      the last block of its stage
-    head             L            its lr is not decayed
+    embed of stage s   d_s          the last block before it; 0 for the first
+    block j            d_s + j + 1
+    norm               d_(s+1)      the last block of its stage
+    head               L            its lr is not decayed
 
     lr(step) = base x warm-up(step) x (floor + (1 - floor) x decay(step))
     poly     : decay = (1 - step / steps) ** power
@@ -33,20 +33,16 @@ resumes at a step has its lr, so nothing about it needs to be saved.
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from segformer.errors import ConfigError
-from segformer.models.mit import DropPath
+from segformer.models.backbone import Backbone, DropPath
 
 SCHEDULES = ("poly", "cosine", "constant")
 NO_DECAY = ("norms", "norms_and_biases")
-_LAYER = re.compile(r"backbone\.(patch_embed|block|norm)(\d+)\.(?:(\d+)\.)?")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,30 +130,28 @@ def schedule_remark(cfg: OptimConfig, steps: int) -> str:
 
 def freeze_stages(model: nn.Module, stages: int) -> None:
     """Exclude the first `stages` stages of the encoder from training; see OptimConfig.frozen_stages."""
-    for stage in range(1, stages + 1):
-        for part in ("patch_embed", "block", "norm"):
-            frozen = model.get_submodule(f"backbone.{part}{stage}").requires_grad_(False)
-            for module in frozen.modules():
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    for embed, blocks, norm in backbone.stages()[:stages]:
+        for part in (embed, *blocks, norm):
+            part.requires_grad_(False)
+            for module in part.modules():
                 if isinstance(module, DropPath):
                     module.rate = 0.0
 
 
-def encoder_depths(names: Iterable[str]) -> list[int]:
-    """Blocks of each stage of the encoder whose parameters have these names."""
-    blocks = {match.group(2, 3) for name in names if (match := _LAYER.match(name)) and match[1] == "block"}
-    stages = Counter(int(stage) for stage, _ in blocks)
-    return [stages[stage] for stage in sorted(stages)]
-
-
-def encoder_layer(name: str, depths: Sequence[int]) -> int:
-    """Layer of an encoder parameter for layer_decay, from 0 (first patch embedding) to sum(depths)."""
-    match = _LAYER.match(name)
-    assert match is not None, name
-    kind, stage = match[1], int(match[2])
-    before = sum(depths[: stage - 1])
-    if kind == "block":
-        return before + int(match[3]) + 1
-    return before + depths[stage - 1] if kind == "norm" else before
+def encoder_layers(model: nn.Module) -> tuple[dict[int, int], int]:
+    """Layer of each encoder parameter by its id, for layer_decay; and that of the head."""
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    layers: dict[int, int] = {}
+    depth = 0
+    for embed, blocks, norm in backbone.stages():
+        last = depth + len(blocks)
+        for layer, module in [(depth, embed), *enumerate(blocks, start=depth + 1), (last, norm)]:
+            layers.update((id(parameter), layer) for parameter in module.parameters())
+        depth = last
+    return layers, depth + 1
 
 
 def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, object]]:
@@ -171,11 +165,10 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, objec
         if isinstance(module, nn.LayerNorm)
         for parameter in module.parameters(recurse=False)
     }
-    named = dict(model.named_parameters())
-    depths = encoder_depths(named)
+    layers, head = encoder_layers(model) if cfg.layer_decay < 1 else ({}, 0)
     members: dict[str, list[nn.Parameter]] = {}
     factors: dict[str, float] = {}
-    for name, parameter in named.items():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         flat = len(getattr(parameter, "ds_shape", parameter.shape)) == 1  # ZeRO-3 keeps the shape there
@@ -185,8 +178,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, objec
         else:
             group, factor = "norm" if spared else "backbone", 1.0
             if cfg.layer_decay < 1:
-                layer = encoder_layer(name, depths)
-                group, factor = f"{group}.{layer:02d}", cfg.layer_decay ** (sum(depths) + 1 - layer)
+                layer = layers[id(parameter)]
+                group, factor = f"{group}.{layer:02d}", cfg.layer_decay ** (head - layer)
         members.setdefault(group, []).append(parameter)
         factors[group] = factor
     return [

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from segformer.errors import DataError
-from segformer.models.mit import Block, DropPath
+from segformer.models.backbone import DropPath
+from segformer.models.mit import Block
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import build_encoder, build_model
 from segformer.models.variants import ModelConfig
@@ -123,7 +124,7 @@ def test_no_module_of_the_encoder_holds_buffers(b1):
 )
 def test_what_is_no_batch_of_images_is_refused(b1, images):
     with pytest.raises(
-        DataError, match=r"images of shape .*; give \(B, 3, H, W\) in floating point, normalised"
+        DataError, match=r"images of shape .*; give \(B, 3, H, W\) in floating point, normalized"
     ):
         b1(images)
 

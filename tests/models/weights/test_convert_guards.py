@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.mit import DropPath
+from segformer.models.backbone import DropPath
 from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.card import Card
