@@ -1,8 +1,11 @@
-"""Fetch a public data set from its official address: python data_prep/download.py data=<name> output=<dir>
+"""Fetch a public data set from its official address.
 
-Licence and source are printed first, and nothing is fetched before accept_license=true. A run that was
-stopped goes on where it was; a second one does nothing. Sets behind a registration end in one line that says
-where to get them and where to put them. Files and checksums: conf/download/<name>.yaml.
+    python data_prep/download.py data=ade20k output=<dir> accept_license=true
+
+Licence and source are printed first, and nothing is fetched before
+accept_license=true. A run that was stopped goes on where it was; a second one
+does nothing. Sets behind a registration end in one line that says where to get
+them and where to put them. Files and checksums: conf/download/<name>.yaml.
 """
 
 from dataclasses import dataclass, field

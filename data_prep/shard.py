@@ -1,7 +1,9 @@
-"""Write a data set as shards: python data_prep/shard.py data=<name> root=<dir> output=<dir>
+"""Write a data set as shards.
 
-root and output default to data.root and data.shards of conf/data/<name>.yaml. A run that was ended, in any
-way, is continued by the same command.
+    python data_prep/shard.py data=sample root=<dir> output=<dir>
+
+root and output default to data.root and data.shards of conf/data/<name>.yaml.
+A run that was ended, in any way, is continued by the same command.
 """
 
 import re

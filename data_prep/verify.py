@@ -1,6 +1,9 @@
-"""Read shards again, every byte, and name each defect: python data_prep/verify.py shards=<dir or URL>
+"""Read shards again, every byte, and name each defect.
 
-shards defaults to data.shards of conf/data/<name>.yaml. Exit code 0: the shards are what was written.
+    python data_prep/verify.py shards=<dir or URL>
+
+shards defaults to data.shards of conf/data/<name>.yaml. Exit code 0: the shards
+are what was written.
 """
 
 import time

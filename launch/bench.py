@@ -1,14 +1,15 @@
-"""Measurements: python launch/bench.py bench=<name> [root=<pictures>]
+"""Measure: python launch/bench.py bench=<name> [root=<pictures>]
 
-python launch/bench.py bench=loader root=../shared/data/camvid
-python launch/bench.py bench=order order.samples=10000,1000000
-python launch/bench.py bench=peers device=cuda
-python launch/bench.py bench=kernels kernels.batch=8
-python launch/bench.py bench=trainers trainers.seeds=[0]
-python launch/bench.py bench=stages stages.variants=[b0]
-python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
+    python launch/bench.py bench=loader root=../shared/data/camvid
+    python launch/bench.py bench=order order.samples=10000,1000000
+    python launch/bench.py bench=peers device=cuda
+    python launch/bench.py bench=kernels kernels.batch=8
+    python launch/bench.py bench=trainers trainers.seeds=[0]
+    python launch/bench.py bench=stages stages.variants=[b0]
+    python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
 
-Tables are printed and written as CSV into `output`; bench/README.md says what each column is.
+Tables are printed and written as CSV into `output`; bench/README.md says what
+each column is.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """Convert weights between formats.
 
-python launch/convert.py checkpoint=<file, folder or run> output=<folder or .pth> to=ours|hf|nvlabs|smp|mmseg
+python launch/convert.py checkpoint=segformer.b2.pth output=exports/b2
+python launch/convert.py checkpoint=runs/sample output=b0.pth to=nvlabs
 """
 
 from segformer.errors import importing

@@ -1,9 +1,10 @@
-"""Look at data and settings before a run: python launch/doctor.py data=<name> root=<dir>
+"""Look at data and settings before a run.
 
-python launch/doctor.py experiment=sample                 (the settings of any training command)
-python launch/doctor.py data=camvid root=<dir> ranks=8 gpu_gib=80
+    python launch/doctor.py experiment=sample
+    python launch/doctor.py data=camvid root=<dir> ranks=8 gpu_gib=80
 
-Exit code 0: training may start; 2: it should not (the FAIL lines say why and what to do).
+Takes the settings of any training command. Exit code 0: training may start;
+2: it should not (the FAIL lines say why and what to do).
 """
 
 from segformer.errors import importing

@@ -1,6 +1,9 @@
-"""Scores of a run or an export on a split: python launch/evaluate.py checkpoint=runs/sample [shards=<folder>]
+"""Score a run or an export on a split.
 
-Several ranks share the images: deepspeed --num_accelerators 4 launch/evaluate.py checkpoint=runs/sample
+    python launch/evaluate.py checkpoint=runs/sample split=val
+    deepspeed --num_accelerators 4 launch/evaluate.py checkpoint=runs/sample
+
+Several ranks share the images.
 """
 
 from segformer.errors import importing

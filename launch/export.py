@@ -1,4 +1,8 @@
-"""Export a run: python launch/export.py checkpoint=runs/sample [output=<folder>] [step=best|<step>]"""
+"""Export a run for prediction and fine-tuning.
+
+python launch/export.py checkpoint=runs/sample output=exports/sample
+python launch/export.py checkpoint=runs/sample step=best
+"""
 
 from segformer.errors import importing
 

@@ -1,6 +1,6 @@
 """Segment photographs.
 
-python launch/predict.py checkpoint=<run or export> input=<file or folder> output=<folder> [step=best|<step>]
+python launch/predict.py checkpoint=runs/sample input=photos output=masks
 """
 
 from segformer.errors import importing

@@ -1,4 +1,7 @@
-"""Draw a run's curve and overlays, write its report.html: python launch/report.py checkpoint=runs/sample"""
+"""Draw a run's curve and overlays and write its report.html.
+
+python launch/report.py checkpoint=runs/sample
+"""
 
 from segformer.errors import importing
 

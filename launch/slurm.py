@@ -1,19 +1,26 @@
 """Train on a Slurm cluster.
 
-    python launch/slurm.py nodes=4 experiment=ade20k_160k     submits the run
-    python launch/slurm.py nodes=2-4 ... watch=true           and follows it; goes on with 2, 3 or 4 nodes
-    python launch/slurm.py nodes=4 ... dry_run=true           prints the batch script, submits nothing
+    python launch/slurm.py nodes=4 experiment=ade20k_160k  submits the run
+    python launch/slurm.py nodes=2-4 ... watch=true        and follows it; goes
+                                                on with 2, 3 or 4 nodes
+    python launch/slurm.py nodes=4 ... dry_run=true        prints the script,
+                                                submits nothing
 
-    python launch/slurm.py status runs/x                      its job, how far it is, its logs
+    python launch/slurm.py status runs/x        its job, how far it is, its logs
     python launch/slurm.py watch runs/x
-    python launch/slurm.py cancel runs/x                      saves first, where KillWait leaves the time
-    python launch/slurm.py resubmit runs/x [nodes=2 ...]      goes on, with the code of now
+    python launch/slurm.py cancel runs/x        saves first, where KillWait
+                                                leaves the time
+    python launch/slurm.py resubmit runs/x [nodes=2 ...]   goes on, with the
+                                                code of now
 
-    python launch/slurm.py evaluate nodes=2 checkpoint=runs/x split=test    launch/evaluate.py on all ranks
-    python launch/slurm.py shard tasks=16 data=ade20k root=... output=...      data_prep/shard.py as an array
+    python launch/slurm.py evaluate nodes=2 checkpoint=runs/x split=test
+                                                launch/evaluate.py on all ranks
+    python launch/slurm.py shard tasks=16 data=ade20k root=... output=...
+                                                data_prep/shard.py as an array
 
-Takes every override of launch/train.py beside the settings of the job (SlurmConfig, conf/slurm.yaml). The
-configuration is composed once, here, and the code is copied: the job runs what was submitted.
+Takes every override of launch/train.py beside the settings of the job, which
+follow here. The configuration is composed once and the code is copied: the job
+runs what was submitted.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """What a batch script of launch/slurm.py runs; not for people.
 
-python launch/slurm_job.py rank <folder>                every rank: train, or go on
-python launch/slurm_job.py after <folder> <exit code>   once, when the ranks have ended
+python launch/slurm_job.py rank <folder>        every rank: train, or go on
+python launch/slurm_job.py after <folder> <exit code>   once, when they ended
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Train a SegFormer, or continue it; then export the model and write the report.
+"""Train a SegFormer, or continue it; then export it and write the report.
 
 python launch/train.py experiment=sample
 deepspeed --num_accelerators 2 launch/train.py experiment=sample

@@ -8,7 +8,8 @@ folder and drop results.
 `cli` is the whole command line of every script in launch/ and data_prep/:
 
     python launch/train.py experiment=sample steps=100      overrides in hydra's grammar
-    python launch/train.py --help                           every key with its value
+    python launch/train.py --help                           every key, explained, with its value
+    python launch/train.py ... --check                      composes and checks, and does nothing else
     --local_rank=N                                          from `deepspeed`; ignored, the environment has it
 
 Values from the environment (`${oc.env:...}`) are refused: they would end up in saved configurations and in
@@ -18,6 +19,7 @@ wandb.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -33,19 +35,20 @@ from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.engine import EngineConfig
 from segformer.errors import ConfigError, ending, is_main_rank
-from segformer.models.variants import ModelConfig
+from segformer.files import printable, write_atomic
+from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
 from segformer.telemetry.profiling import ProfileConfig
+from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import explain, first_line
+from segformer.training.overrides import checked, refusal
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
-    *("seed", "steps", "global_batch", "train_split", "data", "augment", "model", "loss", "optim"),
-    "classification",
-    *("engine.grad_clip", "engine.sync_batchnorm"),
-)
+    "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
+    "optim", "engine.grad_clip", "engine.sync_batchnorm",
+)  # fmt: skip
 # Names of before 0.2 -> of now, where the command has the new one as a plain value.
 RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -133,11 +136,8 @@ def save_config(cfg: Any, path: Path) -> None:
     from omegaconf import OmegaConf
 
     text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
-    if path.exists() and path.read_text() == text:
-        return
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)  # a full disk or a crash leaves the old one
+    if not path.exists() or path.read_text() != text:
+        write_atomic(path, text)
 
 
 def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore[assignment]
@@ -151,9 +151,7 @@ def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore
         _refuse_resolvers(loaded)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"{path} can't be read as a configuration: {first_line(str(error), schema)}"
-        ) from error
+        raise ConfigError(f"{path} can't be read as a configuration: {_reason(error)}") from error
 
 
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
@@ -164,44 +162,67 @@ def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
     Raises:
         ConfigError: unknown key, group option or value; it names the nearest that exists.
     """
-    return _to_object(schema, _compose(schema, config_name, overrides))
+    from omegaconf import OmegaConf
+
+    composed = _compose(schema, config_name, overrides)
+    if missing := sorted(OmegaConf.missing_keys(composed)):
+        raise ConfigError(f"{missing[0]} is missing; give {missing[0]}=...")
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, schema)
+    return config
 
 
 def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
-    bad = [override for override in overrides if "=" not in override and not override.startswith("~")]
-    if bad:
-        raise ConfigError(f"{bad[0]!r} is not an override; write key=value (all keys: --help)")
-    hydra = [override for override in overrides if override.lstrip("+~").startswith("hydra")]
-    if hydra:
-        raise ConfigError(f"{hydra[0]!r} is refused: hydra's own settings are fixed")
+    store = ConfigStore.instance()
+    store.store(name=f"{config_name}_schema", node=schema)
+    for variant in VARIANTS:
+        store.store(group="model", name=variant, node={"variant": variant})
+    names = choices(config_name)
+    taken = [checked(schema, names, override) for override in overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra_compose(config_name, overrides=[_whole(text) for text in overrides])
-            _refuse_resolvers(composed)
-            OmegaConf.resolve(composed)
-            return composed
+            composed = hydra_compose(config_name, overrides=taken)
+        _refuse_resolvers(composed)
+        OmegaConf.resolve(composed)
+        return composed
+    except OverrideParseException as error:
+        raise ConfigError(
+            f"{printable(error.override)} can't be read; texts with other signs than . _ - need quotes: "
+            "'key=[\"a (b)\"]'"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(f"{error}\n{error.__cause__ or ''}", schema)) from error
+        key = getattr(error.__cause__, "full_key", None) or ""
+        for given in overrides:
+            if key and key.startswith(given.partition("=")[0].lstrip("+")):
+                raise ConfigError(refusal(schema, key, printable(given))) from error
+        raise ConfigError(_reason(error)) from error
 
 
-def _whole(override: str) -> str:
-    """An override as hydra takes it.
+def choices(config_name: str) -> dict[str, list[str]]:
+    """What each group of a command can be set to: files of conf/<group>, and the variants of the model."""
+    from omegaconf import OmegaConf
 
-    `key={...}` becomes `++key={...}`: a dictionary takes new keys, an unknown `key` still fails. The name of
-    a file of conf/ stays text where it is a number.
-    """
-    if re.match(r"[A-Za-z_.]+=\{", override):
-        return f"++{override}"
-    key, _, value = override.partition("=")
-    return f"{key}='{value}'" if re.fullmatch(r"[\d.]+", value) and (CONF / key).is_dir() else override
+    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
+    groups = [key.split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
+    variants = {group: list(VARIANTS) if group == "model" else [] for group in groups}
+    return {
+        group: [*built_in, *sorted(path.stem for path in CONF.glob(f"{group}/*.yaml"))]
+        for group, built_in in variants.items()
+    }
+
+
+def _reason(error: Exception) -> str:
+    """One line for an error in a file: its first line, with that of its cause and the key."""
+    both = [error, error.__cause__] if error.__cause__ else [error]
+    keys = [key for one in both if (key := getattr(one, "full_key", None))]
+    return " ".join([*(str(one).strip().partition("\n")[0] for one in both), *(f"({key})" for key in keys)])
 
 
 def _refuse_resolvers(config: Any) -> None:
@@ -214,21 +235,6 @@ def _refuse_resolvers(config: Any) -> None:
                 raise ConfigError(
                     f"{key}={text!r}: resolvers are refused, because their values would be saved with the run"
                 )
-
-
-def _to_object(schema: type[_T], composed: Any) -> _T:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(first_line(str(error), schema)) from error
-    except AttributeError as error:  # +key=value added a key that the dataclass doesn't have
-        name = str(error).rpartition("attribute ")[2].strip("'")
-        raise ConfigError(f"{name} is not a setting; --help lists all keys") from error
-    assert isinstance(config, schema)
-    return config
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,23 +263,23 @@ def _renamed(schema: type[Any], argument: str) -> str:
 def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
     """Compose the configuration from the command line and call `function` with it.
 
-    --help prints the keys and their values; --check composes and checks them, and does nothing else. How the
-    process ends where something is wrong: segformer/errors.py.
+    How the process ends where something is wrong: segformer/errors.py.
     """
     given = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
-    arguments = [_renamed(schema, argument) for argument in given]
+    overrides = [_renamed(schema, one) for one in given if one not in ("--help", "-h", "--check")]
     with ending():
-        if {"--help", "-h"} & set(arguments):
+        if {"--help", "-h"} & set(given):
             from omegaconf import OmegaConf
 
-            composed = _compose(schema, config_name, [a for a in arguments if a not in ("--help", "-h")])
-            print(f"{sys.argv[0]} key=value ...\n\nkeys and values:\n{OmegaConf.to_yaml(composed)}")
+            values = OmegaConf.to_container(_compose(schema, config_name, overrides))
+            usage = inspect.getdoc(sys.modules["__main__"]) or ""
+            print(help_text(schema, values, usage, choices(config_name)))  # type: ignore[arg-type]
             return
         try:
-            cfg = compose(schema, config_name, [a for a in arguments if a != "--check"])
+            cfg = compose(schema, config_name, overrides)
         except ConfigError:
             if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
                 sys.exit(ConfigError.exit_code)
             raise
-        if "--check" not in arguments:
+        if "--check" not in given:
             function(cfg)

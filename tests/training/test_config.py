@@ -1,14 +1,19 @@
 """Composition against the schema: what ships composes, what is wrong is one clear line with exit code 2."""
 
+import ast
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
 
 import pytest
 
+from segformer.doctor.examine import DoctorConfig
 from segformer.errors import ConfigError
 from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
+from segformer.inference.score import EvaluateConfig
+from segformer.slurm.settings import SlurmConfig
 from segformer.training.config import (
     CONF,
     FROZEN,
@@ -19,6 +24,8 @@ from segformer.training.config import (
     load_config,
     save_config,
 )
+
+ROOT = CONF.parent
 
 
 def run_config(*overrides):
@@ -67,16 +74,20 @@ WRONG = {
     "steps=1e3": "steps=1e3 must be a whole number; write steps=1000",
     "steps=null": "steps can't be null",
     "optim.lr=abc": "optim.lr=abc must be a number",
-    "optim.betas=[0.9,a]": "optim.betas[1]=a must be a number",
+    "optim.betas=[0.9,a]": "optim.betas=[0.9,a] must be a list of numbers, such as optim.betas=[0.9,0.999]",
     "optim.lr.x=2": "optim.lr.x is not a setting; optim.lr has one value",
     "engine.sync_batchnorm=maybe": "engine.sync_batchnorm=maybe must be true or false",
-    "name=[1]": "name=[1] must be a text",
-    "augment.crop=256": "augment.crop=256 must be a list, such as augment.crop=[512,512]",
+    "name=[1]": "name='[1]' must be up to 64 letters",
+    "name=null": "name can't be null",
+    "data.shards=~/mine": "write data.shards=$HOME/mine",
+    "data.classes=[leaf (young)]": "data.classes=[leaf (young)] can't be read; texts with",
+    "data.classes=[null,leaf]": "data.classes=[null,leaf] must be a list of texts",
+    "augment.crop=512,512": "augment.crop=512,512 must be a list of whole numbers, such as augment.crop=[5",
+    "optim={lrr: 1}": "optim.lrr is not a setting; did you mean optim.lr?",
+    "augment.crop=256": "augment.crop=256 must be a list of whole numbers, such as augment.crop=[512,512]",
     "loader=9": "loader=9 is refused: loader is a group; it has workers, ",
-    "loss.terms.dise=1": "loss.terms has no dise; did you mean +loss.terms.dice=1?",
-    "loss.terms.dice=1": "loss.terms has no dice yet; add it with +loss.terms.dice=1",
-    "loss.terms.mse=1": "loss.terms has no mse; it takes cross_entropy, ",
-    "data.label_map.7=3": "write data.label_map={7: ...}",
+    "loss.terms.dise=1": "loss.terms has unknown losses dise; use cross_entropy, ",
+    "loss.terms.dice=x": "loss.terms.dice=x must be a number",
     "model.freeze=encoder": "model.freeze is not a setting; model has variant, ",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
     "optm.lr=1": "optm is not a setting; did you mean optim?",
@@ -141,12 +152,66 @@ def test_the_argument_that_deepspeed_appends_is_ignored(argument, monkeypatch):
     assert seen[0].steps == 7
 
 
-def test_help_prints_every_key(monkeypatch, capsys):
+COMMANDS = {
+    "config": RunConfig,
+    "doctor": DoctorConfig,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "slurm": SlurmConfig,
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_key_in_80_columns_and_mandatory_ones_first(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "The usage.\n\npython x.py")
+    cli(COMMANDS[name], name, lambda cfg: pytest.fail("it ran"))
+    text = capsys.readouterr().out
+    assert text.startswith("The usage.\n\npython x.py\n")
+    assert max(map(len, text.splitlines())) <= 80
+    keys = re.findall(r"^  ([\w.]+)=.*?(?:   \(.*\))\n( +)\S", text, re.MULTILINE)
+    leaves = [key for key, kind in settings(COMMANDS[name]) if not is_dataclass(kind)]
+    assert sorted(key for key, _ in keys) == sorted(leaves)
+    assert {indent for _, indent in keys} == {" " * 6}
+    assert all("=...   (" in line for line in text.partition("\nKEYS")[0].splitlines() if "   (" in line)
+
+
+def settings(schema, prefix=""):
+    for key, kind in get_type_hints(schema).items():
+        yield f"{prefix}{key}", kind
+        if is_dataclass(kind):
+            yield from settings(kind, f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize(
+    "script", [*ROOT.glob("launch/*.py"), *ROOT.glob("data_prep/*.py")], ids=lambda p: p.name
+)
+def test_the_usage_of_a_script_has_an_example_and_80_columns(script):
+    usage = ast.get_docstring(ast.parse(script.read_text()))
+    assert f"python {script.relative_to(ROOT)} " in usage
+    assert max(map(len, usage.splitlines())) <= 80
+
+
+def test_help_shows_names_and_the_values_of_this_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--help", "model=b3"])
     cli(RunConfig, "config", lambda cfg: pytest.fail("it ran"))
     text = capsys.readouterr().out
-    assert all(re.search(rf"^{field.name}:", text, re.MULTILINE) for field in fields(RunConfig))
-    assert "variant: b3" in text
+    assert "model.variant=b3   (text)\n      Size of the network" in text
+    assert re.search(r"^  model +b0, b1, b2, b3, b4, b5, b6, b5_w2, b5_w4$", text, re.MULTILINE)
+    assert re.search(r"^  data +ade20k, ", text, re.MULTILINE)
+
+
+def test_a_text_is_taken_as_it_stands():
+    for text in ("s/lr=1e-3", "s/a#b", "s/run(2)", "a,b", "a'b", "a\\", " ", "[x", "${name}/x"):
+        wanted = text.replace("${name}", "run")
+        assert run_config(f"data.shards={text}").data.shards == wanted
+    assert run_config("data.shards='a b'").data.shards == "a b"
+
+
+def test_an_entry_of_a_dictionary_is_changed_or_added():
+    cfg = run_config("loss.terms.dice=0.5", "loss.terms.cross_entropy=2")
+    assert cfg.loss.terms == {"cross_entropy": 2.0, "dice": 0.5}
+    assert run_config("data.label_map.7=1").data.label_map == {7: 1}
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):

@@ -1,16 +1,19 @@
 """The shipped recipes against what their sources say, written out here: every parameter's lr and decay at the
 steps where schedules go wrong, and the settings of the official runs as a table."""
 
+import functools
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import yaml
 
+from segformer.distributed.engine import EngineConfig
 from segformer.errors import ConfigError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
+from segformer.slurm.settings import SlurmConfig
 from segformer.training.config import CONF, RunConfig, compose
 from segformer.training.optim import build_optimizer, set_learning_rate
 
@@ -41,6 +44,23 @@ def test_a_recipe_states_goal_command_and_source_and_leaves_the_machine_alone(na
     assert not {"micro_batch", "run_dir", "loader", "telemetry"} & set(settings)
     assert not {"zero_stage", "precision", "compile", "timeout_s", "extra"} & set(settings.get("engine", {}))
     assert not [choice for choice in settings["defaults"] if "engine" in str(choice)]
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"), [("recipe", RunConfig), ("engine", EngineConfig), ("cluster", SlurmConfig)]
+)
+def test_a_default_stands_in_the_dataclass_alone(name, schema):
+    def leaves(node, prefix=()):
+        for key, value in node.items():
+            yield from leaves(value, (*prefix, key)) if isinstance(value, dict) else [((*prefix, key), value)]
+
+    default = asdict(schema())
+    for path in CONF.glob(f"{name}/*.yaml"):
+        for keys, value in leaves(yaml.safe_load(path.read_text())):
+            assert functools.reduce(lambda node, key: node.get(key), keys, default) != value, (
+                path.name,
+                keys,
+            )
 
 
 def test_finetune_without_weights_is_one_clear_line():
