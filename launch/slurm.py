@@ -35,7 +35,7 @@ from segformer.errors import ending, importing
 with importing(__name__):
     from segformer.errors import ConfigError
     from segformer.slurm import commands, submission
-    from segformer.slurm.settings import PROFILE_ONLY, TEXTS, SlurmConfig
+    from segformer.slurm.settings import PROFILE_ONLY, SlurmConfig
     from segformer.training.config import CONF, RunConfig, cli, compose
     from segformer.training.overrides import near
 
@@ -63,7 +63,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
                 "write conf/local/default.yaml, or choose one of conf/cluster with cluster=<name>"
             )
         if key in own or argument in ("--help", "-h"):
-            job.append(_quoted(argument))
+            job.append(argument)
             continue
         near = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
         if near and key not in runs:
@@ -72,19 +72,10 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
     return job, training
 
 
-def _quoted(argument: str) -> str:
-    """An override whose value stays text: hydra's grammar has its own meaning for , & | and blanks."""
-    key, _, value = argument.partition("=")
-    if key not in TEXTS or re.fullmatch(r"'.*'|\".*\"|", value):
-        return argument
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)
-    return f"{key}='{escaped}'"
-
-
 def _written(key: str, value: object) -> str:
     """An override that gives a setting the value that it had."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return _quoted(f"{key}={text}")
+    return f"{key}={text}"
 
 
 def look_after(command: str, arguments: list[str]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from segformer.errors import ConfigError
 
 PROFILE_ONLY = ("setup", "sbatch")
-TEXTS = ("mem", "time", "partition", "account", "qos", "constraint", "nodes")
 MIN_SIGNAL_DELAY_S = 60  # sbatch may send the signal up to 60 s early, and never later
 
 _NODES = re.compile(r"[0-9]{1,5}(?:-[0-9]{1,5})?", re.ASCII)
