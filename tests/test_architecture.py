@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {
     "models": "variants backbone",
     "models.ops": (
         "dispatch linear layer_norm depthwise attention ffn resize batch_norm decode cross_entropy argmax "
-        "backend grid_triton bilinear_triton depthwise_triton resize_triton sweep_triton "
+        "backend bilinear_triton depthwise_triton resize_triton sweep_triton "
         "cross_entropy_triton argmax_triton"
     ),
     "models.": "layers mit encoders head",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from segformer.models.layers import affine
 from segformer.models.ops.backend import Backend
 from segformer.models.ops.batch_norm import BatchNorm
+from segformer.models.ops.decode import Head
 
 
 class LinearEmbed(nn.Module):
@@ -66,12 +67,11 @@ class AllMLPHead(nn.Module):
             keep.bernoulli_(1 - self.dropout).div_(1 - self.dropout)
         stages = [stage.permute(0, 2, 3, 1) for stage in reversed(maps)]  # c4, c3, c2, c1 as (B, H, W, C)
         projections = (self.linear_c4, self.linear_c3, self.linear_c2, self.linear_c1)
-        logits = self.ops.decode(
-            stages,
-            [affine(stage.proj) for stage in projections],
-            self.linear_fuse.conv.weight,
-            self.linear_fuse.bn,
-            keep,
-            affine(self.linear_pred),
+        head = Head(
+            projections=[affine(stage.proj) for stage in projections],
+            fuse=self.linear_fuse.conv.weight,
+            norm=self.linear_fuse.bn,
+            keep=keep,
+            prediction=affine(self.linear_pred),
         )
-        return logits.permute(0, 3, 1, 2)
+        return self.ops.decode(stages, head).permute(0, 3, 1, 2)

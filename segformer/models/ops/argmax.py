@@ -29,12 +29,16 @@ def upsample_confusion_reference(logits: Tensor, target: Tensor, ignore_index: i
 
     (K, K) int64; pixels of `ignore_index` and of a label that is no class are left out.
     """
+    return _count(
+        upsample_argmax_reference(logits, (target.shape[1], target.shape[2])), logits, target, ignore_index
+    )
+
+
+def _count(predicted: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     classes = logits.shape[1]
-    predicted = upsample_argmax_reference(logits, (target.shape[1], target.shape[2]))
     counted = (target != ignore_index) & (target >= 0) & (target < classes)
-    pairs = torch.stack([target[counted].long(), predicted[counted].long()])
-    out = torch.zeros(classes, classes, dtype=torch.int64, device=logits.device)
-    return out.index_put_((pairs[0], pairs[1]), torch.ones_like(pairs[0]), accumulate=True)
+    pairs = target[counted].long() * classes + predicted[counted].long()
+    return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
 def _compute_argmax(logits: Tensor, height: int, width: int) -> Tensor:
@@ -68,22 +72,14 @@ def upsample_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _compute_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    classes = logits.shape[1]
     predicted = _argmax(logits, target.shape[1], target.shape[2])
-    counted = (target != ignore_index) & (target >= 0) & (target < classes)
-    pairs = target[counted].long() * classes + predicted[counted].long()
-    return torch.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
-
-
-def _fake_confusion(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    classes = logits.shape[1]
-    return torch.empty(classes, classes, dtype=torch.int64, device=logits.device)
+    return _count(predicted, logits, target, ignore_index)
 
 
 _confusion = register(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index) -> Tensor",
     _compute_confusion,
-    _fake_confusion,
+    lambda logits, *_: logits.new_empty(logits.shape[1], logits.shape[1], dtype=torch.int64),
     kernel="argmax_triton.upsample_confusion",
 )
 

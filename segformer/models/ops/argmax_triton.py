@@ -27,7 +27,6 @@ from segformer.models.ops.bilinear_triton import (
     mix,
     pixels_at_once,
 )
-from segformer.models.ops.grid_triton import ceil_div, on_device
 
 _COLUMNS = 16  # columns of cells of a program
 # Arguments that are of any value: no compilation for each kind of size.
@@ -128,9 +127,9 @@ def _launch(
 ) -> None:
     batch, classes, *sides = logits.shape
     check_sides(*sides, *size)
-    chunks = ceil_div(sides[1], _COLUMNS)
+    chunks = triton.cdiv(sides[1], _COLUMNS)
     scales = (sides[0] / size[0], sides[1] / size[1])
-    with on_device(logits):
+    with torch.cuda.device_of(logits):
         _walk[(batch * sides[0] * chunks,)](
             logits, logits.stride(), target, out, *size, *sides, scales, chunks, _COLUMNS, classes,
             ignore_index, COUNT=count, PIXELS=pixels_at_once(sides[1], size[1]), **class_parts(classes),

@@ -17,8 +17,7 @@ cell make its 16 target pixels without being read again.
 import triton
 import triton.language as tl
 
-from segformer.models.ops.grid_triton import LONGEST_SIDE, ceil_div, power_of_two
-
+LONGEST_SIDE = 32767  # pixels; places along a line are 32-bit numbers
 # The logit of padding. Finite, so that the differences of two are not NaN.
 _LOWEST = tl.constexpr(-1e30)
 
@@ -60,14 +59,14 @@ def mix(first, second, share, PARTS: tl.constexpr):
 
 def class_parts(classes: int) -> dict[str, int]:
     """How the classes of a pixel are spread over threads: up to 5 for each, and more beyond 1280 classes."""
-    warps = min(8, power_of_two(ceil_div(classes, 160)))
-    width = min(32 * warps, power_of_two(classes))
-    return {"PARTS": ceil_div(classes, width), "WIDTH": width, "num_warps": warps}
+    warps = min(8, triton.next_power_of_2(triton.cdiv(classes, 160)))
+    width = min(32 * warps, triton.next_power_of_2(classes))
+    return {"PARTS": triton.cdiv(classes, width), "WIDTH": width, "num_warps": warps}
 
 
 def pixels_at_once(source: int, target: int) -> int:
     """Target pixels of one line that a program makes together: those of a cell, at most 8."""
-    return min(8, power_of_two(ceil_div(target, source)))
+    return min(8, triton.next_power_of_2(triton.cdiv(target, source)))
 
 
 def check_sides(*sides: int) -> None:

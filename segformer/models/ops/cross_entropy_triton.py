@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from segformer.models.ops.bilinear_triton import centre, check_sides, class_parts, pixels_at_once
-from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
 from segformer.models.ops.sweep_triton import LOG2_E, SIZES, label_and_weights, sweep
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -78,8 +77,8 @@ def _losses(
 
 def _columns_each(batch: int, height: int, width: int) -> int:
     """Columns of cells of a program, by the shape alone, so that sums have one order everywhere."""
-    across, columns = batch * ceil_div(height, _ROWS), _COLUMNS[1]
-    while columns > _COLUMNS[0] and across * ceil_div(width, columns) < _PROGRAMS:
+    across, columns = batch * triton.cdiv(height, _ROWS), _COLUMNS[1]
+    while columns > _COLUMNS[0] and across * triton.cdiv(width, columns) < _PROGRAMS:
         columns //= 2
     return columns
 
@@ -103,8 +102,8 @@ def forward(
     batch, classes, *sides = logits.shape
     size = target.shape[1:]
     check_sides(*sides, *size)
-    row_chunks, columns_each = ceil_div(sides[0], _ROWS), _columns_each(batch, sides[0], sides[1])
-    column_chunks, blocks = ceil_div(sides[1], columns_each), ceil_div(size[0] * size[1], _BLOCK)
+    row_chunks, columns_each = triton.cdiv(sides[0], _ROWS), _columns_each(batch, sides[0], sides[1])
+    column_chunks, blocks = triton.cdiv(sides[1], columns_each), triton.cdiv(size[0] * size[1], _BLOCK)
     new = partial(torch.empty, dtype=torch.float32, device=logits.device)
     sums, bounds, losses = new(target.shape), new(target.shape), new(target.shape)
     means = new(target.shape) if smoothing > 0 else sums
@@ -117,7 +116,7 @@ def forward(
     flags = (needs_grad, smoothing > 0, pixel_weights is not None, class_weights is not None)
     parts = class_parts(classes)
     shapes = (*size, *sides, (sides[0] / size[0], sides[1] / size[1]))
-    with on_device(logits):
+    with torch.cuda.device_of(logits):
         sweep[(batch * row_chunks * column_chunks,)](
             logits, logits.stride(), inputs, results, grad, edge, *shapes, row_chunks, column_chunks, _ROWS,
             columns_each, classes, ignore_index, smoothing, FLAGS=flags,
@@ -125,7 +124,7 @@ def forward(
         )  # fmt: skip
         _losses[(batch * blocks,)](
             logits, logits.stride(), inputs, results, losses, totals, *shapes, blocks, classes, ignore_index,
-            smoothing, FLAGS=flags, CLASSES=power_of_two(classes), BLOCK=_BLOCK, num_warps=4,
+            smoothing, FLAGS=flags, CLASSES=triton.next_power_of_2(classes), BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
     if needs_grad:
         grad[:, _ROWS::_ROWS] += edge[:, :-1]

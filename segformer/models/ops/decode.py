@@ -17,6 +17,7 @@ Shapes: B batch, C_i channels of stage i, D decoder_dim, H W map of the first st
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,28 +37,27 @@ from segformer.models.ops.resize import (
 )
 
 
-def decode_reference(
-    stages: Sequence[Tensor],
-    projections: Sequence[Affine],
-    fuse: Tensor,
-    norm: BatchNorm,
-    keep: Tensor | None,
-    prediction: Affine,
-) -> Tensor:
-    """Maps (B, h_i, w_i, C_i), the last one the largest -> logits (B, H, W, K).
+class Head(NamedTuple):
+    """Parameters of the head, stages in the order c4, c3, c2, c1."""
 
-    projections: weight (D, C_i) and bias of each stage; fuse: weight (D, 4 D, 1, 1) of the fuse convolution;
-    keep (B, D): factors of the channels of each image, or None; prediction: weight (K, D, 1, 1), bias (K,).
-    """
+    projections: Sequence[Affine]  # weight (D, C_i) and bias (D,) of each stage
+    fuse: Tensor  # weight (D, 4 D, 1, 1) of the fuse convolution
+    norm: BatchNorm
+    keep: Tensor | None  # factors (B, D) of the channels of each image
+    prediction: Affine  # weight (K, D, 1, 1) and bias (K,)
+
+
+def decode_reference(stages: Sequence[Tensor], head: Head) -> Tensor:
+    """Maps (B, h_i, w_i, C_i), the last one the largest -> logits (B, H, W, K)."""
     size = (stages[-1].shape[1], stages[-1].shape[2])
     enlarged = [
         upsample_to(F.linear(stage, *projection).permute(0, 3, 1, 2), size)
-        for projection, stage in zip(projections, stages, strict=True)
+        for projection, stage in zip(head.projections, stages, strict=True)
     ]
-    hidden = norm(F.conv2d(torch.cat(enlarged, dim=1), fuse)).relu()
-    if keep is not None:
-        hidden = hidden * keep[:, :, None, None]
-    return F.conv2d(hidden, *prediction).permute(0, 2, 3, 1)
+    hidden = head.norm(F.conv2d(torch.cat(enlarged, dim=1), head.fuse)).relu()
+    if head.keep is not None:
+        hidden = hidden * head.keep[:, :, None, None]
+    return F.conv2d(hidden, *head.prediction).permute(0, 2, 3, 1)
 
 
 def fold_projections(projections: Sequence[Affine], fuse: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -74,25 +74,18 @@ def fold_projections(projections: Sequence[Affine], fuse: Tensor) -> tuple[list[
     return folded, bias
 
 
-def _fold(projections: Sequence[Affine], fuse: Tensor, norm: BatchNorm) -> tuple[list[Tensor], Tensor]:
+def _fold(head: Head) -> tuple[list[Tensor], Tensor]:
     """`fold_projections`, with the BatchNorm of eval mode."""
-    weights, offset = fold_projections(projections, fuse.flatten(1))
-    if norm.training:
+    weights, offset = fold_projections(head.projections, head.fuse.flatten(1))
+    if head.norm.training:
         return weights, offset
-    scale, shift = norm.scale_shift()
+    scale, shift = head.norm.scale_shift()
     return [part * scale[:, None] for part in weights], offset * scale + shift
 
 
-def _decode_folded(
-    stages: Sequence[Tensor],
-    projections: Sequence[Affine],
-    fuse: Tensor,
-    norm: BatchNorm,
-    keep: Tensor | None,
-    prediction: Affine,
-) -> Tensor:
-    weights, offset = _fold(projections, fuse, norm)
-    weight, bias = prediction[0].flatten(1), prediction[1]
+def _decode_folded(stages: Sequence[Tensor], head: Head) -> Tensor:
+    weights, offset = _fold(head)
+    weight, bias = head.prediction[0].flatten(1), head.prediction[1]
     dtype = stages[0].dtype
     # A resize keeps constants, so the offset is added where the map is smallest.
     projected = [
@@ -100,10 +93,10 @@ def _decode_folded(
         for index, (stage, part) in enumerate(zip(stages[:-1], weights[:-1], strict=True))
     ]
     hidden = project_sum(stages[-1], weights[-1].to(dtype), projected)
-    if norm.training:
-        return norm_relu_linear(hidden, norm, keep, weight, bias)
+    if head.norm.training:
+        return norm_relu_linear(hidden, head.norm, head.keep, weight, bias)
     hidden = hidden.relu()
-    return linear(hidden if keep is None else hidden * keep[:, None, None], weight, bias)
+    return linear(hidden if head.keep is None else hidden * head.keep[:, None, None], weight, bias)
 
 
 def decode_bands(
@@ -136,17 +129,11 @@ def decode_bands(
     return out
 
 
-def _decode_eager(
-    stages: Sequence[Tensor],
-    projections: Sequence[Affine],
-    fuse: Tensor,
-    norm: BatchNorm,
-    keep: Tensor | None,
-    prediction: Affine,
-) -> Tensor:
-    if norm.training or keep is not None or torch.is_grad_enabled() or not exact_on_cpu(stages[0]):
-        return _decode_folded(stages, projections, fuse, norm, keep, prediction)
-    return decode_bands(stages, *_fold(projections, fuse, norm), prediction[0].flatten(1), prediction[1])
+def _decode_eager(stages: Sequence[Tensor], head: Head) -> Tensor:
+    trains = head.norm.training or head.keep is not None or torch.is_grad_enabled()
+    if trains or not exact_on_cpu(stages[0]):
+        return _decode_folded(stages, head)
+    return decode_bands(stages, *_fold(head), head.prediction[0].flatten(1), head.prediction[1])
 
 
 decode = fused(eager=_decode_eager, traced=_decode_folded)

@@ -37,10 +37,6 @@ def _compute(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tens
     return torch.ops.aten.gelu_(maps).permute(0, 2, 3, 1).reshape(tokens.shape)
 
 
-def _fake(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor) -> Tensor:
-    return tokens.new_empty(tokens.shape)
-
-
 def _compute_backward(
     grad: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,17 +64,11 @@ def _compute_backward(
     )
 
 
-def _fake_backward(
-    grad: Tensor, tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-
-
 depthwise_gelu_backward = register(
     "depthwise_gelu_backward(Tensor grad, Tensor tokens, SymInt height, SymInt width, Tensor weight, "
     "Tensor bias) -> (Tensor, Tensor, Tensor)",
     _compute_backward,
-    _fake_backward,
+    lambda _, tokens, height, width, *parameters: tuple(x.new_empty(x.shape) for x in (tokens, *parameters)),
     kernel="depthwise_triton.backward",
 )
 
@@ -98,7 +88,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _depthwise_gelu = register(
     "depthwise_gelu(Tensor tokens, SymInt height, SymInt width, Tensor weight, Tensor bias) -> Tensor",
     _compute,
-    _fake,
+    lambda tokens, *_: tokens.new_empty(tokens.shape),
     kernel="depthwise_triton.forward",
     backward=_differentiate,
     setup_context=_keep_input,

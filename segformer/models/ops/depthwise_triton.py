@@ -22,8 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
-
 # Elements of a program's tile: 4 per thread. Of 8 the filter and the sums of its gradient would fill the
 # registers; of 4 in bfloat16 a warp still reads 256 bytes at once.
 _TILE = 512
@@ -180,13 +178,13 @@ def _backward_of_gelu(
 def _split(tokens: Tensor, height: int, width: int, programs: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and how it splits the work; of the shape alone, so that sums have one order everywhere."""
     batch, _, channels = tokens.shape
-    block = min(64, power_of_two(channels))
-    columns = min(_TILE // block, power_of_two(width))
-    across = batch * ceil_div(width, columns) * ceil_div(channels, block)
+    block = min(64, triton.next_power_of_2(channels))
+    columns = min(_TILE // block, triton.next_power_of_2(width))
+    across = batch * triton.cdiv(width, columns) * triton.cdiv(channels, block)
     rows = height
-    while rows > _MIN_ROWS and across * ceil_div(height, rows) < programs:
-        rows = ceil_div(rows, 2)
-    chunks = ceil_div(height, rows)
+    while rows > _MIN_ROWS and across * triton.cdiv(height, rows) < programs:
+        rows = triton.cdiv(rows, 2)
+    chunks = triton.cdiv(height, rows)
     return (across * chunks,), {"rows": rows, "row_chunks": chunks, "COLUMNS": columns, "BLOCK_C": block}
 
 
@@ -198,7 +196,7 @@ def forward(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tenso
     tokens, weight, bias = tokens.contiguous(), weight.contiguous(), bias.contiguous()
     out = torch.empty_like(tokens)
     grid, split = _split(tokens, height, width, _PROGRAMS)
-    with on_device(tokens):
+    with torch.cuda.device_of(tokens):
         _convolve[grid](
             tokens,
             weight,
@@ -226,9 +224,9 @@ def backward(
     channels = tokens.shape[2]
     slopes, out = torch.empty_like(tokens), torch.empty_like(tokens)
     grid, split = _split(tokens, height, width, _PROGRAMS_WITH_SUMS)
-    spatial = grid[0] // ceil_div(channels, split["BLOCK_C"])
+    spatial = grid[0] // triton.cdiv(channels, split["BLOCK_C"])
     sums = torch.empty(spatial, 10, channels, dtype=torch.float32, device=tokens.device)
-    with on_device(tokens):
+    with torch.cuda.device_of(tokens):
         _backward_of_gelu[grid](
             grad, tokens, weight, bias, slopes, sums, height, width, channels,
             num_warps=_WARPS, maxnreg=_REGISTERS, **split,

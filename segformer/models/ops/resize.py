@@ -172,10 +172,6 @@ class _ProjectSum(torch.autograd.Function):
         return inner, kernel, *(_shrink(grad, size) for size in ctx.sizes)
 
 
-def _fake(base: Tensor, others: list[Tensor]) -> Tensor:
-    return base.new_empty(base.shape)
-
-
 def _compute_backward(grad: Tensor, heights: list[int], widths: list[int]) -> list[Tensor]:
     return [_shrink(grad, size) for size in zip(heights, widths, strict=True)]
 
@@ -206,7 +202,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
 _upsample_sum = register(
     "upsample_sum(Tensor base, Tensor[] others) -> Tensor",
     upsample_sum_reference,
-    _fake,
+    lambda base, others: base.new_empty(base.shape),
     kernel="resize_triton.upsample_sum",
     backward=_differentiate,
     setup_context=_keep_sizes,

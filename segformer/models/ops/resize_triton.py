@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from segformer.models.ops.bilinear_triton import cell_start, centre, check_sides
-from segformer.models.ops.grid_triton import ceil_div, on_device, power_of_two
 
 _BLOCK = 64  # channels that a program has at once, of which the forward does two one after the other
 _ROWS, _COLUMNS = 4, 8  # pixels of the result that a program of the forward makes
@@ -161,7 +160,7 @@ def _shrink_kernel(
 def _shapes(sizes: list[tuple[int, int]], height: int, width: int) -> tuple[tuple[float, ...], ...]:
     """What _shape says of every map. Numbers of float: a kernel is not compiled again for another value."""
     check_sides(height, width, *(side for size in sizes for side in size))
-    rows = [min(h, ceil_div(_LARGE_ROWS * h, height)) for h, _ in sizes]
+    rows = [min(h, triton.cdiv(_LARGE_ROWS * h, height)) for h, _ in sizes]
     return tuple(
         (float(h), float(w), float(each), h / height, w / width)
         for (h, w), each in zip(sizes, rows, strict=True)
@@ -174,11 +173,11 @@ def upsample_sum(base: Tensor, others: list[Tensor]) -> Tensor:
     batch, height, width, channels = base.shape
     shapes = _shapes([(maps.shape[1], maps.shape[2]) for maps in others], height, width)
     out = torch.empty_like(base)
-    block = min(_BLOCK, power_of_two(channels))
+    block = min(_BLOCK, triton.next_power_of_2(channels))
     blocks = 2 if channels > block else 1
-    pixel_blocks = batch * ceil_div(height, _ROWS) * ceil_div(width, _COLUMNS)
-    with on_device(base):
-        _sum_kernel[(pixel_blocks * ceil_div(channels, block * blocks),)](
+    pixel_blocks = batch * triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
+    with torch.cuda.device_of(base):
+        _sum_kernel[(pixel_blocks * triton.cdiv(channels, block * blocks),)](
             base, tuple(others), shapes, out, height, width, channels, ROWS=_ROWS, COLUMNS=_COLUMNS,
             BLOCK=block, BLOCKS=blocks, WHOLE=channels % (block * blocks) == 0, num_warps=8,
         )  # fmt: skip
@@ -191,10 +190,10 @@ def upsample_sum_backward(grad: Tensor, heights: list[int], widths: list[int]) -
     batch, height, width, channels = grad.shape
     shapes = _shapes(sizes, height, width)
     outs = tuple(grad.new_empty(batch, *size, channels) for size in sizes)
-    block, columns = min(_BLOCK, power_of_two(channels)), _SMALL_COLUMNS
-    blocks = sum(ceil_div(int(h), int(rows)) * ceil_div(int(w), columns) for h, w, rows, *_ in shapes)
-    programs = blocks * ceil_div(channels, block)
-    with on_device(grad):
+    block, columns = min(_BLOCK, triton.next_power_of_2(channels)), _SMALL_COLUMNS
+    blocks = sum(triton.cdiv(int(h), int(rows)) * triton.cdiv(int(w), columns) for h, w, rows, *_ in shapes)
+    programs = blocks * triton.cdiv(channels, block)
+    with torch.cuda.device_of(grad):
         _shrink_kernel[(batch * programs,)](
             grad, outs, shapes, height, width, channels, programs, COLUMNS=columns, BLOCK=block,
             WHOLE=channels % block == 0, num_warps=2,
