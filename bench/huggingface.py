@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from bench.naive import augment
-from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.loading.crop import AugmentConfig
 from segformer.models.variants import VARIANTS
 
 RESULT = "trainer.json"

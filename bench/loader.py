@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -31,10 +32,11 @@ from bench.naive import from_files, from_webdataset, naive_loader
 from bench.processes import cpu_seconds, settle
 from bench.record import conditions, spread, table, write_csv
 from bench.synthetic import KINDS, write_folder
-from segformer.data.loading.loader import LoaderConfig, collate, train_batches
+from segformer.data.loading.crop import AugmentConfig
+from segformer.data.loading.loader import LoaderConfig, train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.prepare import Ready, TrainSegmentation
-from segformer.data.loading.transforms import AugmentConfig, Normalize, draw_photometric, sample_rng
+from segformer.data.loading.photometric import Normalize
+from segformer.data.loading.samples import Samples, collate
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
@@ -195,14 +197,13 @@ def _stages(
     split: Split, augment: AugmentConfig, order: SampleOrder, count: int, batch: int
 ) -> dict[str, float]:
     """CPU seconds of each stage over `count` samples, stage after stage in batches as the loader has them."""
-    prepare = TrainSegmentation(split, 0, augment, SEED)
-    source, taken = prepare.source, dict.fromkeys(STAGES, 0.0)
-    normalize = Normalize(augment)
+    samples, taken = Samples(split, augment, seed=SEED), dict.fromkeys(STAGES, 0.0)
+    normalize = Normalize(augment.mean, augment.std)
 
     for start in range(0, count, batch):
         ids = [int(sample_id) for sample_id in order.ids(start, batch)]
         clock = [time.process_time()]
-        raw = [source.reader.read(sample_id) for sample_id in ids]
+        raw = [samples.reader.read(sample_id) for sample_id in ids]
         clock.append(time.process_time())
         for sample in raw:
             zlib.crc32(sample.image), zlib.crc32(sample.target)
@@ -212,20 +213,13 @@ def _stages(
         masks = [decode_mask(sample.target) for sample in raw]
         clock.append(time.process_time())
         pairs = dict(zip(ids, zip(images, masks, strict=True), strict=True))
-        ready = [_augmented(prepare, augment, sample_id, pairs) for sample_id in ids]
+        with patch.object(samples, "picture", pairs.__getitem__):
+            ready = [samples.sample(sample_id, 0) for sample_id in ids]
         clock.append(time.process_time())
         collated = collate(ready)
         clock.append(time.process_time())
-        normalize(collated.images, collated.photometric)
+        normalize(collated.images, collated.photometric, collated.valid)
         clock.append(time.process_time())
         for stage, seconds in zip(STAGES, np.diff(clock).tolist(), strict=True):
             taken[stage] += seconds
     return taken
-
-
-def _augmented(
-    prepare: TrainSegmentation, augment: AugmentConfig, sample_id: int, pairs: dict[int, Any]
-) -> Ready:
-    rng = sample_rng(SEED, 0, sample_id)
-    image, mask, valid = prepare.compose(sample_id, pairs.__getitem__, rng)
-    return Ready(sample_id, image, mask, draw_photometric(augment, rng, valid))

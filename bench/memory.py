@@ -12,9 +12,9 @@ from typing import Any
 from bench.processes import resident_mib
 from bench.record import conditions, table, write_csv
 from bench.synthetic import KINDS, write_folder
+from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig, train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig

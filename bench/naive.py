@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.loading.crop import AugmentConfig
 
 Sample = tuple[Tensor, Tensor]
 """image float32 (3, h, w), normalised; mask int64 (h, w)"""

@@ -32,13 +32,13 @@ from PIL import Image
 from torch import Tensor
 
 from bench.record import ROOT, conditions, table, write_csv
+from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.sharding import write_shards
 from segformer.distributed.world import free_port
 from segformer.errors import ConfigError
 from segformer.evaluation.metrics import SegmentationMetric
 from segformer.models.segformer import SegFormer
 from segformer.training.config import RunConfig, compose
-from segformer.training.task import plain_normalize
 
 if TYPE_CHECKING:
     from bench.huggingface import Request
@@ -249,7 +249,7 @@ def _timed(command: list[str]) -> float:
 @torch.no_grad()
 def score(logits: Callable[[Tensor], Tensor], run: RunConfig, folder: Path) -> float:
     """mIoU of a function images (1, 3, H, W) -> logits (1, K, h, w) on the validation images, whole."""
-    normalize = plain_normalize(list(run.augment.mean), list(run.augment.std))
+    normalize = Normalize(run.augment.mean, run.augment.std)
     metric = SegmentationMetric(len(run.data.classes))
     for path in sorted((folder / "images/val").iterdir()):
         with Image.open(path) as picture:

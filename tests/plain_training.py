@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from segformer.data.loading.loader import train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.transforms import Normalize
+from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import derive_seed
 from segformer.models.segformer import build_model
@@ -53,14 +53,14 @@ def train_plainly(
             start_step=0,
         )
     )
-    normalize, losses = Normalize(cfg.augment), []
+    normalize, losses = Normalize(cfg.augment.mean, cfg.augment.std), []
     for step in range(cfg.steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / cfg.steps)
         batch = next(batches)
         if step in skip:
             continue
-        images = normalize(batch.images, batch.photometric)
+        images = normalize(batch.images, batch.photometric, batch.valid)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
             logits = model(images)
         enlarged = F.interpolate(logits.float(), size=batch.targets.shape[1:], mode="bilinear")

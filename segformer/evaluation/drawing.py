@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from segformer.data.loading.loader import Batch
+from segformer.data.loading.samples import Batch
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.models.ops.argmax import upsample_argmax
 

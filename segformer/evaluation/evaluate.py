@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from segformer.data.loading.classification import ClassificationAugment
-from segformer.data.loading.loader import Batch, LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.loading.loader import LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import SegformerError

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from segformer.data.loading.transforms import AugmentConfig, Normalize
+from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, image_header
 from segformer.data.sources.decode import image_orientation, unusable, upright
 from segformer.data.sources.listing import read_file, whole_image
@@ -66,7 +66,7 @@ class Predictor:
         self.palette = np.array(trained.palette, np.uint8)
         self.device = _device(device)
         self.model: nn.Module = trained.build().to(self.device)
-        self._normalize = Normalize(AugmentConfig(mean=trained.mean, std=trained.std)).to(self.device)
+        self._normalize = Normalize(trained.mean, trained.std).to(self.device)
 
     @classmethod
     def from_export(cls, path: str | Path, device: str = "auto", step: str = "newest") -> "Predictor":

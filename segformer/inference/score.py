@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
@@ -29,7 +30,6 @@ from segformer.evaluation.inference_mode import (
 from segformer.evaluation.metrics import AnyScores
 from segformer.inference.export import Trained, open_checkpoint
 from segformer.telemetry.progress import duration
-from segformer.training.task import plain_normalize
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +69,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> AnyScores:
         failures: list[SegformerError] = []
         scores = evaluate(
             in_mode(trained.build().to(world.device), cfg),
-            plain_normalize(trained.mean, trained.std).to(world.device),
+            Normalize(trained.mean, trained.std).to(world.device),
             shards.split(cfg.split),
             cfg.loader,
             world,

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 
 from segformer.checkpoint.checkpointer import CheckpointConfig
 from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.order import BatchShape
-from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.engine import EngineConfig
 from segformer.errors import ConfigError, ending, is_main_rank

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.lease import Lease
-from segformer.data.loading.loader import Batch
-from segformer.data.loading.prepare import over_budget
+from segformer.data.loading.samples import Batch, over_budget
 from segformer.distributed.engine import take_step
 from segformer.distributed.watchdog import Watchdog, enough_memory, lost_ranks, smaller_batch
 from segformer.distributed.world import StopFlag, World, derive_seed, limit_threads

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from segformer.data.loading.loader import Batch
+from segformer.data.loading.samples import Batch
 from segformer.errors import Diverged
 from segformer.training.finite import name_samples
 from segformer.training.run import Run, go_back

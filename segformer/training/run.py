@@ -24,10 +24,9 @@ from segformer.checkpoint.checkpointer import Checkpointer
 from segformer.checkpoint.format import Loaded, TrainState
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import list_steps, load_checkpoint
-from segformer.data.loading.loader import Batch, corrupt_budget, train_batches, worker_count
+from segformer.data.loading.loader import corrupt_budget, start_server, train_batches, worker_count
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
-from segformer.data.loading.prepare import over_budget
-from segformer.data.loading.workers import start_server
+from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.ema import Average
 from segformer.distributed.engine import EngineConfig, build_engine

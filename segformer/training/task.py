@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from segformer.data.loading.classification import ClassificationAugment, mix
-from segformer.data.loading.loader import Batch
-from segformer.data.loading.transforms import AugmentConfig, Normalize
+from segformer.data.loading.crop import AugmentConfig
+from segformer.data.loading.photometric import Normalize
+from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.engine import resolve_precision
 from segformer.distributed.world import World
@@ -42,7 +43,7 @@ class Task:
     view: ClassificationAugment | None
     "How images are cut for evaluation; None = whole."
     normalize: nn.Module
-    "(images uint8 (B, 3, H, W), photometric or None) -> what the model takes, on the device."
+    "photometric.Normalize on the device: uint8 batch -> what the model takes."
 
     def __init__(self, cfg: RunConfig, shards: ShardSet) -> None:
         self.cfg = cfg
@@ -105,7 +106,7 @@ class Segmentation(Task):
     def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
         super().__init__(cfg, shards)
         self.augment = cfg.augment
-        self.normalize = Normalize(cfg.augment).to(world.device)
+        self.normalize = Normalize(cfg.augment.mean, cfg.augment.std).to(world.device)
         self.criterion = SegmentationLoss(cfg.loss, self.num_classes, BACKENDS[cfg.model.ops]).to(
             world.device
         )
@@ -116,7 +117,8 @@ class Segmentation(Task):
 
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See Task; parts: the terms of loss.terms, unweighted."""
-        loss, parts = self.criterion(model(self.normalize(batch.images, batch.photometric)), batch.targets)
+        images = self.normalize(batch.images, batch.photometric, batch.valid)
+        loss, parts = self.criterion(model(images), batch.targets)
         return loss, parts
 
 
@@ -128,7 +130,7 @@ class Classification(Task):
     def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
         super().__init__(cfg, shards)
         self.mixing = self.augment = self.view = cfg.classification
-        self.normalize = plain_normalize(self.mixing.mean, self.mixing.std).to(world.device)
+        self.normalize = Normalize(self.mixing.mean, self.mixing.std).to(world.device)
 
     def build_model(self, network: ModelConfig) -> MiTClassifier:
         """See Task."""
@@ -136,7 +138,7 @@ class Classification(Task):
 
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
         """See Task; mixup, cutmix and label smoothing first."""
-        images = self.normalize(batch.images, None)
+        images = self.normalize(batch.images)
         images, targets = mix(images, batch.targets, self.num_classes, self.mixing, self.cfg.seed, position)
         loss = soft_cross_entropy(model(images), targets)
         return loss, {"cross_entropy": loss.detach()}
@@ -167,11 +169,6 @@ def check_task(cfg: RunConfig, shards: ShardSet) -> None:
             "loss has other terms, class weights or smoothing, which are of segmentation: a classifier "
             "learns by cross entropy; leave loss out, and use classification.label_smoothing"
         )
-
-
-def plain_normalize(mean: list[float], std: list[float]) -> Normalize:
-    """uint8 images -> (images - mean) / std, without any distortion."""
-    return Normalize(AugmentConfig(mean=list(mean), std=list(std)))
 
 
 def training_crop(cfg: RunConfig) -> list[int]:

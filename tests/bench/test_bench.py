@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.loading.crop import AugmentConfig
 from segformer.errors import ConfigError
 
 CONDITIONS = {"command", "commit", "date", "hardware", "versions"}

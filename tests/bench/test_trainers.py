@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.loading.crop import AugmentConfig
 from segformer.errors import ConfigError
 from segformer.models.segformer import SegFormer, build_model
 from segformer.training.config import RunConfig, compose

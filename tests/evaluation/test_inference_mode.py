@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, SegformerError
@@ -32,7 +33,6 @@ from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.config import compose
-from segformer.training.task import plain_normalize
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 5
@@ -343,7 +343,7 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys:
     expected, seen = np.zeros((classes, classes), np.int64), []
 
     def count(batch, _logits) -> None:
-        image = plain_normalize(MEAN, STD)(batch.images, None)
+        image = Normalize(MEAN, STD)(batch.images)
         size = tuple(image.shape[2:])
         if "flip" in keys:
             logits = averaged(network, image, [size], True, whole)
@@ -357,7 +357,7 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards: Path, keys:
 
     scores = evaluate(
         InferenceMode(network, InferenceModeConfig(**keys)),
-        plain_normalize(MEAN, STD),
+        Normalize(MEAN, STD),
         split,
         LoaderConfig(workers=0),
         World(0, 0, 1, 1, torch.device("cpu")),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segformer.data.loading.loader import Batch
+from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError
@@ -70,7 +70,7 @@ class Linear(nn.Module):
 def test_the_loss_of_classification_is_the_cross_entropy_of_torch(class_shards: ShardSet) -> None:
     task, model = classification(class_shards, "classification.label_smoothing=0.1"), Linear()
     pixels, labels = images(4, 48), torch.tensor([0, 2, 1, 2])
-    loss, parts = task.loss(model, Batch(pixels, labels, None, labels), 0)
+    loss, parts = task.loss(model, Batch(pixels, labels, labels), 0)
     normal = (pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
     expected = F.cross_entropy(model(normal), labels, label_smoothing=0.1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_mixup_blends_images_and_targets_alike_and_follows_the_position(class_sh
     pixels, labels = images(2, 48), torch.tensor([0, 2])
     seen: list[torch.Tensor] = []
     model.register_forward_hook(lambda _, given, logits: seen.append(given[0]))
-    batch = Batch(pixels, labels, None, labels)
+    batch = Batch(pixels, labels, labels)
     losses = [task.loss(model, batch, position)[0].item() for position in (5, 5, 6)]
     assert losses[0] == losses[1] != losses[2]
     normal = (pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1)
@@ -100,7 +100,7 @@ def test_the_loss_of_segmentation_is_the_cross_entropy_of_torch_over_all_pixels(
     network = nn.Conv2d(3, 2, 4, stride=4)
     pixels, masks = images(2, 32), torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8)
     masks[0, :5] = 255
-    loss, parts = task.loss(network, Batch(pixels, masks, None, torch.arange(2)), 0)
+    loss, parts = task.loss(network, Batch(pixels, masks, torch.arange(2)), 0)
     logits = network((pixels - MEAN.view(1, 3, 1, 1)) / STD.view(1, 3, 1, 1))
     enlarged = F.interpolate(logits, (32, 32), mode="bilinear")
     total = F.cross_entropy(enlarged, masks.long(), ignore_index=255, reduction="sum")

@@ -1,45 +1,51 @@
-"""Sample order -> rank -> worker process -> Batch, as a webdataset pipeline over our own shard reader.
+"""Sample order -> rank -> worker process -> Batch.
 
-    plan (ids of micro batch u)  ->  read, crc32, decode, augment (prepare.py)  ->  collate
+    plan (ids of micro batch u)  ->  read, crc32, decode, augment, collate (samples.py)  ->  trainer
 
 Micro batch u = accumulation x step + index of the micro batch goes to worker u mod W, and the DataLoader
 hands them out in the order of u. What a micro batch holds follows from the order spec, the seed and u
-alone: rank count, worker count, prefetching and restarts cannot change one bit of it. Nothing is opened by
-URL by webdataset and none of its decoders is used: bytes come from ShardReader, pixels from decode.py."""
+alone: rank count, worker count, prefetching and restarts cannot change one bit of it.
 
-import itertools
-import math
+Workers are forked from a small clean server process (forkserver), never from the training process with its
+threads; the server imports this package once, so that a worker starts in milliseconds. They do not receive
+SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, which Slurm sends to every process of a job: the trainer decides. A
+worker that dies, or gives nothing for `timeout` seconds, ends in an error. An error of the data travels as
+it is, without the traceback that the DataLoader would wrap around it."""
+
+import atexit
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import count
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+from typing import Any, Generic, TypeVar
 
+import cv2
 import numpy as np
 import torch
-import webdataset
-from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.order import BatchShape, SampleOrder
-from segformer.data.loading.prepare import (
-    EvalClassification,
-    EvalSegmentation,
-    Prepare,
-    Ready,
-    Replacement,
-    TrainClassification,
-    TrainSegmentation,
-)
-from segformer.data.loading.transforms import AugmentConfig
-from segformer.data.loading.workers import Deferred, WorkerStream, worker_place
+from segformer.data.loading.samples import Batch, Samples
 from segformer.data.shards.format import Split
 from segformer.data.shards.storage import StorageConfig
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, SegformerError
 
 MAX_WORKERS = 8
 MOST_PER_CORE = 16  # a worker has 0.2 GiB: hundreds on a small machine take it down
+POLL_SECONDS = 5  # how often a waiting trainer looks whether its workers are alive
+
+_LEFT_TO_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_Plan = Iterator[list[tuple[int, int]]]  # (sample id, epoch) pairs, batch by batch
+_T = TypeVar("_T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,106 +71,135 @@ class LoaderConfig:
                 raise ConfigError(f"loader.{name}={getattr(self, name)}; use {least} or more")
 
 
-@dataclass(slots=True)
-class Batch:
-    """One micro batch. B samples of one size."""
+def start_server() -> None:
+    """Start the process that workers are forked from, and return at once.
 
-    images: Tensor
-    """uint8 (B, 3, h, w), RGB, in channels-last memory; padding is 0."""
-    targets: Tensor
-    """uint8 (B, h, w), train ids and 255; int64 (B,), class ids, for classification."""
-    photometric: Tensor | None
-    """float32 (B, NUM_PHOTOMETRIC) for Normalize; None in evaluation."""
-    sample_ids: Tensor
-    """int64 (B,)."""
-    replaced: tuple[Replacement, ...] = ()
-    """Corrupt samples among them that another one stands for."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; the DataLoader calls this by name."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        photometric = None if self.photometric is None else function(self.photometric)
-        ids = function(self.sample_ids)
-        return Batch(function(self.images), function(self.targets), photometric, ids, self.replaced)
-
-
-class _TrainPlan:
-    """First stage: the (sample id, epoch) pairs of this worker's micro batches, without end."""
-
-    def __init__(self, order: SampleOrder, batch: BatchShape, rank: int, start_step: int) -> None:
-        self.order, self.batch, self.rank = order, batch, rank
-        self.first = start_step * batch.accumulation
-
-    def __call__(self) -> Iterator[list[tuple[int, int]]]:
-        worker, workers = worker_place()
-        for unit in itertools.count(self.first + worker, workers):
-            q0, q1 = self.batch.positions(self.rank, unit)
-            ids = self.order.ids(q0, q1 - q0)
-            yield [(int(sample_id), self.order.epoch_of(q0 + slot)) for slot, sample_id in enumerate(ids)]
-
-
-class _EvalPlan:
-    """First stage: the (sample id, epoch 0) pairs of this worker's share of a fixed list of batches."""
-
-    def __init__(self, batches: list[np.ndarray]) -> None:
-        self.batches = batches
-
-    def __call__(self) -> Iterator[list[tuple[int, int]]]:
-        worker, workers = worker_place()
-        for batch in self.batches[worker::workers]:
-            yield [(int(sample_id), 0) for sample_id in batch]
-
-
-class _Prepared:
-    """Middle stage: lists of (sample id, epoch) -> lists of Ready. Opens the shards when first called."""
-
-    def __init__(self, split: Split, make: Callable[[Split], Prepare]) -> None:
-        self.split = Deferred(split)
-        self.make = make
-        self.prepare: Prepare | None = None
-
-    def __call__(self, plan: list[tuple[int, int]]) -> list[Ready]:
-        if self.prepare is None:
-            self.prepare = self.make(self.split.get())
-        return self.prepare(plan)
-
-
-def collate(samples: list[Ready]) -> Batch:
-    """Stack samples of one size. Images stay as they were decoded, colours last, behind a (3, h, w) view."""
-    images = _empty((len(samples), *samples[0].image.shape))
-    np.stack([sample.image for sample in samples], out=images.numpy())
-    masks = [sample.target for sample in samples if isinstance(sample.target, np.ndarray)]
-    if masks:
-        targets = _empty((len(masks), *masks[0].shape))
-        np.stack(masks, out=targets.numpy())
-    else:
-        targets = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
-    photometric = [sample.photometric for sample in samples if sample.photometric is not None]
-    return Batch(
-        images.permute(0, 3, 1, 2),
-        targets,
-        torch.from_numpy(np.stack(photometric)) if photometric else None,
-        torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
-        tuple(replacement for sample in samples for replacement in sample.replaced),
-    )
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    """A uint8 tensor to fill; a worker's lies in the shared memory through which the trainer gets it.
-
-    Otherwise the batch would be copied there when it is sent: 0.15 ms of 2.8 an image of 512 x 512.
+    It imports torch for more than a second: begun early, that happens beside the building of the model.
     """
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
+    _context()
+    with _signals_blocked():
+        forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started inside are born with the trainer's signals blocked."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+
+class _Source(IterableDataset[Any]):
+    """The items of one process, its error among them as a value."""
+
+    def __init__(self, items: Callable[[int, int], Iterator[Any]]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        try:
+            yield from self.items(*((info.id, info.num_workers) if info else (0, 1)))
+        except SegformerError as error:
+            yield error
+
+
+class WorkerStream(Generic[_T]):
+    """Items computed by `workers` processes (0 = here) and handed out in turn.
+
+    items: (w, W) -> the items w, w + W, ... of the whole stream; must pickle. Each `iter` starts its own
+    workers, which end with the iterator. length: what `len` says, for finite streams.
+    """
+
+    def __init__(
+        self,
+        items: Callable[[int, int], Iterator[_T]],
+        *,
+        workers: int,
+        prefetch: int,
+        timeout: int,
+        length: int | None = None,
+    ) -> None:
+        self.workers, self.timeout, self.length = workers, timeout, length
+        self._loader: DataLoader[Any] = DataLoader(
+            _Source(items),
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            timeout=min(POLL_SECONDS, timeout) if workers else 0,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=_context() if workers else None,
+            prefetch_factor=prefetch if workers else None,
+            generator=torch.Generator(),  # else every `iter` would draw from the model's random numbers
+        )
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("a training stream has no end")
+        return self.length
+
+    def __iter__(self) -> Generator[_T, None, None]:
+        stream = self._stream()
+        _OPEN.add(stream)
+        return stream
+
+    def _stream(self) -> Generator[_T, None, None]:
+        others = set(multiprocessing.active_children())
+        with _signals_blocked():
+            iterator = iter(self._loader)
+        mine = set(multiprocessing.active_children()) - others
+        try:
+            while (item := self._next(iterator)) is not None:
+                if isinstance(item, SegformerError):
+                    raise item
+                yield item
+        finally:
+            del iterator  # asks the workers to end and waits for them
+            for process in mine:
+                process.kill()
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        """The next item, None at the end; waits in short turns, to see a dead worker soon."""
+        for _ in range(0, self.timeout, POLL_SECONDS):
+            try:
+                return next(iterator, None)
+            except RuntimeError as error:
+                if "exited unexpectedly" in str(error):
+                    raise DataError(
+                        f"a loader process died ({str(error).splitlines()[0]}); "
+                        "if memory or /dev/shm ran out, lower loader.workers or loader.prefetch"
+                    ) from error
+                if "timed out" not in str(error):
+                    raise
+        raise DataError(
+            f"no batch from the loader processes for {self.timeout} s; "
+            "check the storage of the shards or raise loader.timeout"
+        )
+
+
+# Streams still open when the program ends are closed before multiprocessing waits for their processes.
+_OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open() -> None:
+    for stream in list(_OPEN):
+        stream.close()
+
+
+def _start_worker(_: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
 
 
 def worker_count(cfg: LoaderConfig, local_world_size: int) -> int:
@@ -196,23 +231,16 @@ def train_batches(
     start_step: int,
     local_world_size: int = 1,
 ) -> WorkerStream[Batch]:
-    """The endless stream of one rank's micro batches from optimiser step `start_step` on."""
+    """The endless stream of one rank's micro batches from optimizer step `start_step` on."""
     if order.spec.shard_sizes != tuple(split.shard_sizes):
         raise DataError(
             f"the sample order is of {order.spec.num_samples} samples in {len(order.spec.shard_sizes)} "
             f"shards, split {split.name!r} has {split.num_samples} in {len(split.shard_sizes)}; "
             "continue with the shards that the run began with"
         )
-    budget = corrupt_budget(loader, split)
-    prepare: Callable[[Split], Prepare]
-    if isinstance(augment, ClassificationAugment):
-        prepare = partial(TrainClassification, budget=budget, augment=augment, seed=seed)
-    else:
-        prepare = partial(TrainSegmentation, budget=budget, augment=augment, seed=seed)
-    plan = _TrainPlan(order, batch, rank, start_step)
-    stages = [plan, webdataset.map(_Prepared(split, prepare)), webdataset.map(collate)]
-    workers = worker_count(loader, local_world_size)
-    return WorkerStream(stages, workers=workers, prefetch=loader.prefetch, timeout=loader.timeout)
+    plan = partial(_train_plan, order, batch, rank, start_step)
+    make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
+    return _batches(split, plan, make, loader, worker_count(loader, local_world_size))
 
 
 def eval_batches(
@@ -230,15 +258,52 @@ def eval_batches(
     augment: for classification, whose images are cropped to its evaluation view. A corrupt sample is an
     error here: a score must not come from another image.
     """
-    prepare: Callable[[Split], Prepare] = partial(EvalSegmentation, budget=0)
-    if augment is not None:
-        prepare = partial(EvalClassification, budget=0, augment=augment)
-    batches = _eval_plan(split, rank, world_size, batch_size)
+    batches = _eval_ids(split, rank, world_size, batch_size)
     workers = min(worker_count(loader, local_world_size), len(batches))
-    stages = [_EvalPlan(batches), webdataset.map(_Prepared(split, prepare)), webdataset.map(collate)]
-    return WorkerStream(
-        stages, workers=workers, prefetch=loader.prefetch, timeout=loader.timeout, length=len(batches)
-    )
+    make = partial(Samples, augment=augment)
+    return _batches(split, partial(_eval_plan, batches), make, loader, workers, len(batches))
+
+
+def _batches(
+    split: Split,
+    plan: Callable[[int, int], _Plan],
+    make: Callable[[Split], Samples],
+    cfg: LoaderConfig,
+    workers: int,
+    length: int | None = None,
+) -> WorkerStream[Batch]:
+    """The batches of a plan. A worker opens the split itself: an error in unpickling would be a traceback."""
+    reopen, address = split.__reduce__()
+    opened = partial(reopen, *address) if workers else lambda: split
+    items = partial(_items, opened, plan, make)
+    return WorkerStream(items, workers=workers, prefetch=cfg.prefetch, timeout=cfg.timeout, length=length)
+
+
+def _items(
+    opened: Callable[[], Split],
+    plan: Callable[[int, int], _Plan],
+    make: Callable[[Split], Samples],
+    worker: int,
+    workers: int,
+) -> Iterator[Batch]:
+    samples = make(opened())
+    for part in plan(worker, workers):
+        yield samples.batch(part)
+
+
+def _train_plan(
+    order: SampleOrder, batch: BatchShape, rank: int, start_step: int, worker: int, workers: int
+) -> _Plan:
+    """The micro batches of a worker, without end."""
+    for micro_step in count(start_step * batch.accumulation + worker, workers):
+        q0, q1 = batch.positions(rank, micro_step)
+        ids = order.ids(q0, q1 - q0)
+        yield [(int(sample_id), order.epoch_of(q0 + slot)) for slot, sample_id in enumerate(ids)]
+
+
+def _eval_plan(batches: list[np.ndarray], worker: int, workers: int) -> _Plan:
+    for ids in batches[worker::workers]:
+        yield [(int(sample_id), 0) for sample_id in ids]
 
 
 def corrupt_budget(cfg: LoaderConfig, split: Split) -> int:
@@ -248,10 +313,10 @@ def corrupt_budget(cfg: LoaderConfig, split: Split) -> int:
 
 def num_eval_batches(split: Split, world_size: int, batch_size: int) -> list[int]:
     """How many batches each rank evaluates; ranks may differ."""
-    return [len(_eval_plan(split, rank, world_size, batch_size)) for rank in range(world_size)]
+    return [len(_eval_ids(split, rank, world_size, batch_size)) for rank in range(world_size)]
 
 
-def _eval_plan(split: Split, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
+def _eval_ids(split: Split, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
     """One rank's batches: every world_size-th id in the order of sizes, cut where the size changes."""
     heights, widths = split.heights, split.widths
     if split.task == "classification":  # cropped to one size

@@ -1,7 +1,7 @@
 """Sample id -> the encoded members of one sample, every byte checked against its crc32.
 
     local    one ranged read a sample, image and target together; the page cache does the rest
-    remote   one ranged request a chunk (neighbouring samples, which the order uses close together), several
+    remote   one ranged request a chunk (neighboring samples, which the order uses close together), several
              at a time; chunks stay in memory up to `memory_mb` and on disk up to `cache_gb`
 
 A member whose crc32 differs is read once more, past the caches, because the fault may be in the transport;
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segformer.data.shards.format import Split
-from segformer.data.shards.storage import write_atomic
 from segformer.errors import DataError
+from segformer.files import remove, write_atomic
 
 CHUNK = 16  # samples fetched by one request; the order (order.py) uses chunks of as many
 MAX_CHUNK_BYTES = 64 * 2**20  # chunks of larger samples are fetched one sample at a time
@@ -49,12 +49,16 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Neighbouring samples of one shard and where their members lie."""
+    """Neighboring samples from `first` on, and the bytes of a file in which their members lie."""
 
-    shard: int
     first: int
+    file: str
     start: int
     length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}-{self.start}-{self.length}"
 
 
 class ShardReader:
@@ -64,7 +68,6 @@ class ShardReader:
         self.split = split
         self.storage = split.storage
         self._chunks: OrderedDict[int, bytes] = OrderedDict()  # first sample id -> bytes, oldest use first
-        self._held = 0
         config = self.storage.config
         self._disk = _DiskCache(config.cache / "parts", split.digest[:32], config.cache_gb)
         self._pool: ThreadPoolExecutor | None = None
@@ -108,18 +111,17 @@ class ShardReader:
         """Close the files and let go of the chunks; a later read gets them again."""
         self.storage.close()
         self._chunks.clear()
-        self._held = 0
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
     def _bytes(self, sample_id: int, start: int, length: int, fresh: bool) -> bytes:
-        shard = self.split.shard_of(sample_id)
         if self.storage.is_local:
-            return self.storage.read_range(self.split.files[shard], start, length)
+            return self.storage.read_range(self.split.files[self.split.shard_of(sample_id)], start, length)
         span = self._span(sample_id)
         if fresh:
-            self._drop(span)
+            self._chunks.pop(span.first, None)
+            self._disk.drop(span.name)
         if span.first not in self._chunks:
             self._keep(span, self._load(span))
         self._chunks.move_to_end(span.first)
@@ -128,17 +130,14 @@ class ShardReader:
 
     def _span(self, sample_id: int) -> _Span:
         """The chunk that a sample belongs to."""
-        shard = self.split.shard_of(sample_id)
-        begin, end = int(self.split.first_ids[shard]), int(self.split.first_ids[shard + 1])
+        split, shard = self.split, self.split.shard_of(sample_id)
+        begin, end = int(split.first_ids[shard]), int(split.first_ids[shard + 1])
         first = begin + (sample_id - begin) // CHUNK * CHUNK
         last = min(first + CHUNK, end) - 1
-        if self._end(last) - self._start(first) > MAX_CHUNK_BYTES:
+        if self._end(last) - int(split.records["image_offset"][first]) > MAX_CHUNK_BYTES:
             first = last = sample_id
-        start = self._start(first)
-        return _Span(shard, first, start, self._end(last) - start)
-
-    def _start(self, sample_id: int) -> int:
-        return int(self.split.records["image_offset"][sample_id])
+        start = int(split.records["image_offset"][first])
+        return _Span(first, split.files[shard], start, self._end(last) - start)
 
     def _end(self, sample_id: int) -> int:
         record = self.split.records[sample_id]
@@ -146,77 +145,64 @@ class ShardReader:
 
     def _load(self, span: _Span) -> bytes:
         """A chunk from the disk cache or its source; several threads at a time."""
-        name = f"{self.split.files[span.shard]}-{span.start}-{span.length}"
-        data = self._disk.get(name, span.length)
-        if data is None:
-            data = self.storage.read_range(self.split.files[span.shard], span.start, span.length)
-            self._disk.put(name, data)
+        data = self._disk.get(span.name)
+        if data is None or len(data) != span.length:
+            data = self.storage.read_range(span.file, span.start, span.length)
+            self._disk.put(span.name, data)
         return data
 
     def _keep(self, span: _Span, data: bytes) -> None:
-        if span.first not in self._chunks:
-            self._held += len(data)
         self._chunks[span.first] = data
-        while self._held > self.storage.config.memory_mb * 2**20 and len(self._chunks) > 1:
-            self._held -= len(self._chunks.popitem(last=False)[1])
-
-    def _drop(self, span: _Span) -> None:
-        """Forget a chunk, in memory and on disk."""
-        self._held -= len(self._chunks.pop(span.first, b""))
-        self._disk.remove(f"{self.split.files[span.shard]}-{span.start}-{span.length}")
+        held = sum(map(len, self._chunks.values()))
+        while held > self.storage.config.memory_mb * 2**20 and len(self._chunks) > 1:
+            held -= len(self._chunks.popitem(last=False)[1])
 
 
 class _DiskCache:
     """Parts of remote shards in a folder that the processes of a machine share; oldest use goes first.
 
-    A part appears by a rename, so readers never see half of one; its crc32 is checked like that of any
-    other bytes. The limit may be passed by 1/16 of it for each process that writes.
+    The limit is for the parts of all data sets below `root` together, and may be passed by 1/16 of it for
+    each process that writes. What is read is checked by its crc32 like any other bytes; where the disk is
+    full or a file is gone, training goes on without the cache.
     """
 
     def __init__(self, root: Path, name: str, limit_gb: float) -> None:
-        self.root = root  # of all data sets together, for which the limit is
+        self.root = root
         self.folder = root / name
         self.limit = int(limit_gb * 10**9)
         self._written = self.limit  # the first write looks at what earlier runs have left
 
-    def get(self, name: str, length: int) -> bytes | None:
-        if not self.limit:
-            return None
-        path = self.folder / name
-        try:
-            data = path.read_bytes()
-            os.utime(path)
-        except OSError:
-            return None
-        return data if len(data) == length else None
+    def get(self, name: str) -> bytes | None:
+        if self.limit:
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / name)
+                return (self.folder / name).read_bytes()
+        return None
 
     def put(self, name: str, data: bytes) -> None:
         if not self.limit or len(data) > self.limit:
             return
-        with contextlib.suppress(OSError):  # a full disk: training goes on without the cache
-            write_atomic(self.folder / name, data)
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(self.folder / name, data, mode=0o600)
             self._written += len(data)
             if self._written > self.limit / CACHE_SHARE:
                 self._written = 0
                 self._shrink()
 
-    def remove(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            (self.folder / name).unlink()
+    def drop(self, name: str) -> None:
+        remove(self.folder / name)
 
     def _shrink(self) -> None:
-        """Remove the parts of any data set that were used longest ago, until those left fit the limit."""
+        """Remove the parts that were used longest ago, until those left fit the limit."""
         found = []
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = os.path.join(folder, name)
-                with contextlib.suppress(OSError):  # another process removed it
-                    stat = os.stat(path)
-                    found.append((stat.st_mtime_ns, stat.st_size, path))
+        for path in self.root.rglob("*"):
+            with contextlib.suppress(OSError):  # another process removed it
+                if path.is_file():
+                    found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit:
                 return
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-                total -= size
+            remove(path)
+            total -= size

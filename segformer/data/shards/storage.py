@@ -1,24 +1,21 @@
 """Where shards lie and how their bytes are fetched: a local folder, or http(s), s3 and gs through fsspec.
 
     local    os.pread on open descriptors
-    remote   one ranged request a call, given up after `timeout` seconds without a byte, repeated with
-             exponential backoff and jitter for up to `retry_seconds`
+    remote   one ranged request a call, given up after `timeout` seconds without a byte
 
-Every read returns exactly the bytes that were asked for, or raises. Failures that may pass (no connection,
-reset, stall, 5xx, 429, short body, EIO or ESTALE of a network file system) are repeated; others (404, 403,
-no such file) are an error at once. Storage never substitutes or skips: that would change the sample order.
+Every read returns exactly the bytes that were asked for, or raises DataError with the address and the reason.
+One that fails is repeated with exponential backoff and jitter for up to `retry_seconds`; a file that is not
+there or not to be read (404, 403 and their like) is an error at once. Storage never substitutes or skips:
+that would change the sample order.
 
 Refused: every other scheme, `pipe:`, `::`, control characters, user names, queries and fragments. Credentials
 come from the environment or the files of the cloud's own client, never from a configuration, which is saved
 with the run. AWS_ENDPOINT_URL chooses another S3 server."""
 
-import asyncio
-import errno
 import hashlib
 import os
 import random
 import re
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +25,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from segformer.errors import ConfigError, DataError
+from segformer.files import sha256_of, write_atomic
 
 REMOTE = ("http", "https", "s3", "gs")
 OPEN_FILES = 64  # per process; 1,000 shards must not meet the usual limit of 1,024 descriptors
@@ -35,7 +33,7 @@ PIECE = 16 * 2**20  # a whole remote file is fetched in ranges of this many byte
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries, before jitter
 
 _NEEDED = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _T = TypeVar("_T")
 
 
@@ -67,19 +65,14 @@ class StorageConfig:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segformer"
 
 
-class _ShortReadError(OSError):
-    """A source gave fewer bytes than it should have."""
-
-
 class Storage:
     """The files below one root. Pickles as its root and settings; descriptors and connections stay behind."""
 
     def __init__(self, root: str, config: StorageConfig) -> None:
         self.root = root
         self.config = config
-        scheme = root.partition("://")[0] if "://" in root else ""
-        self.is_local = not scheme
-        self._scheme = scheme
+        self._scheme = root.partition("://")[0] if "://" in root else ""
+        self.is_local = not self._scheme
         self._remote: Any = None
         self._files: OrderedDict[str, int] = OrderedDict()  # name -> descriptor, least recently used first
 
@@ -103,15 +96,14 @@ class Storage:
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
-        if self.is_local:
-            return str(Path(self.root) / name)
-        return f"{self.root.rstrip('/')}/{name}"
+        return str(Path(self.root) / name) if self.is_local else f"{self.root.rstrip('/')}/{name}"
 
     def size(self, name: str) -> int:
         """Bytes of a file; DataError when it is missing or cannot be reached."""
         if self.is_local:
             return self._retry(name, lambda: Path(self.root, name).stat().st_size)
-        size = self._retry(name, lambda: self._fs().info(self._path(name))["size"])
+        client, path = self._client(), self._path(name)
+        size = self._retry(name, lambda: client.info(path)["size"])
         if size is None:
             raise DataError(f"{self.where(name)!r}: the server does not tell sizes; use another one")
         return int(size)
@@ -127,8 +119,28 @@ class Storage:
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`; DataError when there are fewer or they cannot be fetched."""
         if self.is_local:
-            return self._retry(name, lambda: self._pread(name, start, length))
-        return self._retry(name, lambda: self._request(name, start, length))
+            data = self._retry(name, lambda: self._pread(name, start, length))
+            if len(data) < length:
+                missing, end = length - len(data), start + len(data)
+                raise DataError(
+                    f"{self.where(name)!r} ends {missing} bytes early (at byte {end}); copy it again"
+                )
+            return data
+        client, path = self._client(), self._path(name)
+
+        def request() -> bytes:
+            data: bytes = client.cat_file(path, start=start, end=start + length)
+            if len(data) < length:
+                raise OSError(f"{len(data)} of {length} bytes at byte {start}")
+            return data
+
+        data = self._retry(name, request)
+        if len(data) > length:
+            raise DataError(
+                f"{self.where(name)!r}: the server ignored the Range header; "
+                "serve the shards from one that supports it"
+            )
+        return data
 
     def local(self, name: str, *, size: int, sha256: str, verify: bool = True) -> Path:
         """A local path of the file: itself, or the cached copy of a remote one.
@@ -140,24 +152,22 @@ class Storage:
         if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
             raise DataError(f"{self.where('dataset.json')!r} has no sha256 for {name}; shard the data again")
         path = self.config.cache / "files" / sha256
-        if not _is_whole(path, size, sha256 if verify else None):
+        kept = path.is_file() and path.stat().st_size == size
+        if not kept or (verify and sha256_of(path) != sha256):
             data = self.read(name, limit=size)
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise DataError(
                     f"{self.where(name)!r} is damaged (its sha256 differs from dataset.json); "
                     "copy it again or shard the data again"
                 )
-            write_atomic(path, data)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(path, data, mode=0o600)
         return path
 
     def _pread(self, name: str, start: int, length: int) -> bytes:
+        """Up to `length` bytes from `start`, fewer at the end of the file only."""
         parts = []
-        while length:
-            part = os.pread(self._descriptor(name), length, start)
-            if not part:  # the end of a file that is too short does not pass
-                raise DataError(
-                    f"{self.where(name)!r} ends {length} bytes early (at byte {start}); copy it again"
-                )
+        while length and (part := os.pread(self._descriptor(name), length, start)):
             parts.append(part)
             start, length = start + len(part), length - len(part)
         return b"".join(parts)
@@ -170,64 +180,48 @@ class Storage:
         self._files.move_to_end(name)
         return self._files[name]
 
-    def _request(self, name: str, start: int, length: int) -> bytes:
-        data: bytes = self._fs().cat_file(self._path(name), start=start, end=start + length)
-        if len(data) > length:
-            raise DataError(
-                f"{self.where(name)!r}: the server ignored the Range header; "
-                "serve the shards from one that supports it"
-            )
-        if len(data) < length:
-            raise _ShortReadError(f"{len(data)} of {length} bytes at byte {start}")
-        return data
-
     def _path(self, name: str) -> str:
         url = self.where(name)
         return url if self._scheme in ("http", "https") else url.split("://", 1)[1]
 
-    def _fs(self) -> Any:
+    def _client(self) -> Any:
         """The fsspec file system of this process, made when first needed."""
         if self._remote is None:
             self._remote = _file_system(self._scheme, self.config.timeout)
         return self._remote
 
     def _retry(self, name: str, call: Callable[[], _T]) -> _T:
+        """The result of a read, repeated while that may help. The clients' own errors have no common type."""
+        errors = OSError if self.is_local else Exception
         began, wait, tries = time.monotonic(), FIRST_WAIT, 0
         while True:
             tries += 1
             try:
                 return call()
-            except Exception as raised:
-                error = _origin(raised)
-                reason = _reason(error)
-                if reason is None:
-                    raise
-                passing = _may_pass(error)
+            except errors as error:
+                http = self._scheme in ("http", "https") and isinstance(error, FileNotFoundError)
+                # Over http fsspec says "not found" of whatever goes wrong in `info`.
+                reason, lasting = _judged(error.__cause__ or error if http else error)
                 spent = time.monotonic() - began
-                if not passing or spent + wait > self.config.retry_seconds:
+                if lasting or spent + wait > self.config.retry_seconds:
                     often = f" ({tries} tries in {spent:.0f} s)" if tries > 1 else ""
                     raise DataError(
                         f"{self.where(name)!r} cannot be read: {reason}{often}; "
                         "check the address, the permissions and the network, or copy the shards again"
-                    ) from raised
-                self._forget(name)
-                time.sleep(wait * random.uniform(0.5, 1.0))  # ranks that fail together come back apart
-                wait = min(2 * wait, LONGEST_WAIT)
-
-    def _forget(self, name: str) -> None:
-        """Open the file anew at the next try: the handle of a network file system can be stale."""
-        if name in self._files:
-            os.close(self._files.pop(name))
+                    ) from error
+            if name in self._files:  # the handle of a network file system can be stale
+                os.close(self._files.pop(name))
+            time.sleep(wait * random.uniform(0.5, 1.0))  # ranks that fail together come back apart
+            wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _is_whole(path: Path, size: int, sha256: str | None) -> bool:
-    """Whether a file has its size and, if given, its sha256."""
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    if sha256 is None:
-        return True
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() == sha256
+def _judged(error: BaseException) -> tuple[str, bool]:
+    """(what went wrong, whether it would again)."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    text = getattr(error, "strerror", None) or (f"HTTP {status}" if status else str(error))
+    lasting = refused or isinstance(error, _LASTING) or "Credentials" in type(error).__name__
+    return f"{type(error).__name__} {text}".strip(), lasting
 
 
 def _checked(root: str) -> str:
@@ -261,55 +255,3 @@ def _file_system(scheme: str, timeout: float) -> Any:
         raise ConfigError(
             f"reading {scheme}:// needs the package {_NEEDED[scheme]}: pip install 'segformer[remote]'"
         ) from error
-
-
-def _origin(error: Exception) -> Exception:
-    """What made fsspec say over http that a file is not found: a 404, or any other failure of its request."""
-    cause = error.__cause__
-    request = isinstance(cause, TimeoutError | ConnectionError) or _library(cause) == "aiohttp"
-    return (
-        cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and request else error
-    )
-
-
-def _library(error: BaseException | None) -> str:
-    """The package that an exception's type comes from."""
-    return type(error).__module__.split(".")[0]
-
-
-def _reason(error: Exception) -> str | None:
-    """What went wrong in a read, for the message; None for what is not a failure of reading."""
-    if isinstance(error, DataError | ConfigError):
-        return None
-    clients = ("aiohttp", "botocore", "gcsfs", "google", "requests")
-    if isinstance(error, OSError | asyncio.TimeoutError) or _library(error) in clients:
-        status = getattr(error, "status", None)
-        text = getattr(error, "strerror", None) or (f"HTTP {status}" if status else str(error))
-        return f"{type(error).__name__} {text}".strip()
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in (408, 425, 429)
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return False
-    if type(error).__name__ in ("NoCredentialsError", "RefreshError"):
-        return False
-    number = getattr(error, "errno", None)
-    plain = type(error) is OSError and number is not None
-    return number in _PASSING if plain else True
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file of a cache: whole or not at all, readable by its owner only."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

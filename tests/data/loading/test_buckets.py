@@ -8,9 +8,9 @@ import pytest
 import torch
 from servers import gs_with, s3_with
 
+from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig, train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.transforms import AugmentConfig
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.storage import Storage, StorageConfig

@@ -13,7 +13,7 @@ from segformer.data.loading.classification import (
     cutmix_box,
     mix,
 )
-from segformer.data.loading.transforms import sample_rng
+from segformer.data.loading.samples import sample_rng
 from segformer.errors import ConfigError
 
 FILL = np.array([124, 116, 104], np.uint8)

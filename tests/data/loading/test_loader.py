@@ -11,8 +11,8 @@ from PIL import Image
 from servers import FAULTS, serving
 
 from segformer.data.loading.classification import ClassificationAugment, ClassificationGeometry
+from segformer.data.loading.crop import AugmentConfig, RandomCrop
 from segformer.data.loading.loader import (
-    Batch,
     LoaderConfig,
     corrupt_budget,
     eval_batches,
@@ -21,7 +21,8 @@ from segformer.data.loading.loader import (
     worker_count,
 )
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.transforms import AugmentConfig, TrainGeometry, draw_photometric, sample_rng
+from segformer.data.loading.photometric import draw_distortion
+from segformer.data.loading.samples import Batch, sample_rng
 from segformer.data.shards import reader as reader_module
 from segformer.data.shards import storage
 from segformer.data.shards.format import ShardSet
@@ -68,7 +69,8 @@ def stream(
 def fields(batch: Batch) -> tuple[torch.Tensor, ...]:
     """The tensors of a training batch."""
     assert batch.photometric is not None
-    return batch.images, batch.targets, batch.photometric, batch.sample_ids
+    assert batch.valid is not None
+    return batch.images, batch.targets, batch.photometric, batch.sample_ids, batch.valid
 
 
 def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
@@ -121,16 +123,17 @@ def test_a_training_sample_is_its_augmented_pair(
 ) -> None:
     split = shards.split("train")
     sources = {sample.key: sample for sample in list_samples(config, folder, "train")}
-    images, targets, photometric, ids = reference
+    images, targets, photometric, ids, sizes = reference
     for slot in (0, 20, 21, 41):
         sample_id = int(ids[slot])
         source = load_sample(config, sources[split.keys[sample_id]])
         assert source.mask is not None
         rng = sample_rng(11, slot // 21, sample_id)
-        image, mask, valid = TrainGeometry(AUGMENT)(decode_image(source.image), source.mask, rng)
+        image, mask, valid = RandomCrop(AUGMENT)(decode_image(source.image), source.mask, rng)
         np.testing.assert_array_equal(images[slot].permute(1, 2, 0), image)
         np.testing.assert_array_equal(targets[slot], mask)
-        np.testing.assert_array_equal(photometric[slot], draw_photometric(AUGMENT, rng, valid))
+        assert torch.equal(photometric[slot], torch.tensor(draw_distortion(1.0, rng)))
+        assert sizes[slot].tolist() == list(valid)
 
 
 def test_batches_have_the_promised_types_and_layout(shards: ShardSet) -> None:
@@ -141,6 +144,7 @@ def test_batches_have_the_promised_types_and_layout(shards: ShardSet) -> None:
         torch.uint8,
         torch.uint8,
         torch.float32,
+        torch.int64,
         torch.int64,
     ]
     moved = batch.to("meta")
@@ -228,16 +232,16 @@ def test_a_corrupt_sample_is_replaced_by_its_neighbour_alike_for_any_ranks_and_w
             assert torch.equal(whole[0][slot], reference[0][slot])
         else:
             rng = sample_rng(11, slot // 21, int(reference[3][slot]))
-            image, target, _ = TrainGeometry(AUGMENT)(decoded, mask, rng)
+            image, target, _ = RandomCrop(AUGMENT)(decoded, mask, rng)
             np.testing.assert_array_equal(whole[0][slot].permute(1, 2, 0), image)
             np.testing.assert_array_equal(whole[1][slot], target)
     ranks = [joined(stream(hurt, max_corrupt=0.1, rank=rank, world=2, micro=3, workers=2)) for rank in (0, 1)]
     for field, expected in enumerate(whole):
         per_rank = [part[field].unflatten(0, (STEPS, -1)) for part in ranks]
         assert torch.equal(torch.cat(per_rank, 1).flatten(0, 1), expected)
-    told = [found for batch in stream(hurt, max_corrupt=0.1) for found in batch.replaced]
-    assert sorted((found.sample_id, found.used) for found in told) == [(6, 0), (6, 0), (7, 0), (7, 0)]
-    assert all("damaged (crc32 differs)" in found.reason for found in told)
+    found = [replaced for batch in stream(hurt, max_corrupt=0.1) for replaced in batch.replaced]
+    assert sorted(replaced.sample_id for replaced in found) == [6, 6, 7, 7]
+    assert all("damaged (crc32 differs)" in replaced.reason for replaced in found)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

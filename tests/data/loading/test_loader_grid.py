@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from segformer.data.loading.loader import Batch, LoaderConfig, train_batches
+from segformer.data.loading.crop import AugmentConfig
+from segformer.data.loading.loader import LoaderConfig, train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
-from segformer.data.loading.transforms import AugmentConfig
+from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
 
 GLOBAL_BATCH = 6

@@ -1,12 +1,11 @@
-import pickle
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 import pytest
 
-from segformer.data.loading.mixing import TrainSample
-from segformer.data.loading.transforms import AugmentConfig, TrainGeometry, sample_rng, scaled_size
+from segformer.data.loading.crop import AugmentConfig, RandomCrop, scaled_size
+from segformer.data.loading.samples import Samples, sample_rng
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
@@ -90,11 +89,24 @@ def naive_part(
     return image[turn], mask[turn]
 
 
+def augmented(cfg: AugmentConfig, split: Split, load: Load, seed: int = 0) -> Callable[..., tuple]:
+    """(sample id, epoch) -> image, mask and valid size, without the shards being read."""
+    samples = Samples(split, cfg, seed=seed)
+    samples.picture = load
+
+    def make(sample_id: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+        sample = samples.sample(sample_id, epoch)
+        assert sample.valid is not None
+        return sample.image, sample.target, sample.valid
+
+    return make
+
+
 def test_a_mosaic_is_four_filled_crops_of_one_shard(split: Split, load: Load) -> None:
     cfg = AugmentConfig(crop=[50, 44], resize=[], scale=[0.3, 1.5], cat_max_ratio=1.0, mosaic=1.0, vflip=0.5)
-    sample, close, total = TrainSample(cfg, split), 0, 0
+    sample, close, total = augmented(cfg, split, load), 0, 0
     for sample_id in list(range(split.num_samples)) * 3:
-        image, mask, valid = sample(sample_id, load, sample_rng(0, total, sample_id))
+        image, mask, valid = sample(sample_id, total)
         rng = sample_rng(0, total, sample_id)
         rng.random()
         row, column = int(rng.integers(12, 50 - 12 + 1)), int(rng.integers(11, 44 - 11 + 1))
@@ -157,12 +169,12 @@ def test_copy_paste_changes_the_pixels_of_one_class_and_nothing_else(
     crop: tuple[int, int], split: Split, load: Load
 ) -> None:
     cfg = AugmentConfig(crop=list(crop), copy_paste=1.0, vflip=0.5, **PLAIN)
-    sample, labels, pasted = TrainSample(cfg, split), [], 0
+    sample, labels, pasted = augmented(cfg, split, load), [], 0
     for sample_id in list(range(split.num_samples)) * 2:
         epoch = len(labels)
-        image, mask, valid = sample(sample_id, load, sample_rng(0, epoch, sample_id))
+        image, mask, valid = sample(sample_id, epoch)
         rng = sample_rng(0, epoch, sample_id)
-        plain_image, plain_mask, _ = TrainGeometry(cfg)(*load(sample_id), rng)
+        plain_image, plain_mask, _ = RandomCrop(cfg)(*load(sample_id), rng)
         base = plain_image.copy(), plain_mask.copy()
         rng.random()
         labels.append(naive_paste(base, valid, split, load, cfg, rng))
@@ -180,9 +192,9 @@ def test_every_pixel_keeps_its_own_label_through_mosaic_and_copy_paste(split: Sp
     cfg = AugmentConfig(
         crop=[40, 48], mosaic=0.5, copy_paste=0.5, class_balanced_crop=0.5, rot90=0.5, vflip=0.5, **PLAIN
     )
-    sample, sources = TrainSample(cfg, split), []
+    sample, sources = augmented(cfg, split, load), []
     for number in range(150):
-        image, mask, _ = sample(number % split.num_samples, load, sample_rng(0, number, 1))
+        image, mask, _ = sample(number % split.num_samples, number)
         np.testing.assert_array_equal(image[..., 1], label_colour(mask))
         np.testing.assert_array_equal(image[..., 2], mask // 2)
         sources.append(len(np.unique(image[..., 0])))
@@ -192,35 +204,33 @@ def test_every_pixel_keeps_its_own_label_through_mosaic_and_copy_paste(split: Sp
 
 def test_padding_survives_copy_paste_and_blur(split: Split, load: Load) -> None:
     cfg = AugmentConfig(crop=[100, 120], copy_paste=1.0, blur=1.0, rotate=30.0, **PLAIN)
-    sample = TrainSample(cfg, split)
+    sample = augmented(cfg, split, load)
     for sample_id in range(split.num_samples):
-        image, mask, (height, width) = sample(sample_id, load, sample_rng(0, 0, sample_id))
+        image, mask, (height, width) = sample(sample_id)
         assert (height, width) == load(sample_id)[1].shape
         for part in (np.s_[height:], np.s_[:, width:]):
             assert (mask[part] == 255).all()
             assert (image[part] == 0).all()
 
 
-def test_without_mixing_a_sample_is_its_geometry_alone(split: Split, load: Load) -> None:
+def test_without_mixing_a_sample_is_its_crop(split: Split, load: Load) -> None:
     cfg = AugmentConfig(crop=[40, 50], resize=[])
-    sample, geometry = TrainSample(cfg, split), TrainGeometry(cfg)
+    sample, crop = augmented(cfg, split, load), RandomCrop(cfg)
     for sample_id in range(split.num_samples):
-        rngs = [sample_rng(0, 0, sample_id) for _ in range(2)]
-        image, mask, valid = sample(sample_id, load, rngs[0])
-        expected = geometry(*load(sample_id), rngs[1])
+        image, mask, valid = sample(sample_id)
+        expected = crop(*load(sample_id), sample_rng(0, 0, sample_id))
         np.testing.assert_array_equal(image, expected[0])
         np.testing.assert_array_equal(mask, expected[1])
         assert valid == expected[2]
-        assert rngs[0].random() == rngs[1].random()
 
 
 def test_blur_comes_last(split: Split, load: Load) -> None:
     options = {"crop": [40, 50], "resize": [], "mosaic": 0.5, "copy_paste": 0.5}
-    sharp = TrainSample(AugmentConfig(**options), split)
-    blurred = TrainSample(AugmentConfig(**options, blur=1.0, blur_sigma=[1.2, 1.2]), split)
+    sharp = augmented(AugmentConfig(**options), split, load)
+    blurred = augmented(AugmentConfig(**options, blur=1.0, blur_sigma=[1.2, 1.2]), split, load)
     for sample_id in range(split.num_samples):
-        image, mask, valid = sharp(sample_id, load, sample_rng(0, 0, sample_id))
-        ours, ours_mask, _ = blurred(sample_id, load, sample_rng(0, 0, sample_id))
+        image, mask, valid = sharp(sample_id)
+        ours, ours_mask, _ = blurred(sample_id)
         expected = image.copy()
         expected[: valid[0], : valid[1]] = cv2.GaussianBlur(image[: valid[0], : valid[1]].copy(), (0, 0), 1.2)
         np.testing.assert_array_equal(ours, expected)
@@ -233,34 +243,32 @@ ALL = AugmentConfig(
 
 
 def test_samples_depend_on_seed_epoch_and_id_and_not_on_the_calls_before(split: Split, load: Load) -> None:
-    def crops(sample: TrainSample, places: list[tuple[int, int, int]]) -> dict:
-        found = {}
-        for place in places:
-            image, mask, valid = sample(place[2], load, sample_rng(*place))
-            found[place] = (image.tobytes(), mask.tobytes(), valid)
-        return found
-
     places = [(seed, epoch, i) for seed in range(2) for epoch in range(2) for i in range(split.num_samples)]
-    first = crops(TrainSample(ALL, split), places)
-    second = crops(pickle.loads(pickle.dumps(TrainSample(ALL, split))), places[::-1])
-    assert first == second
-    assert len(set(first.values())) == len(places)
+    found = []
+    for order in (places, places[::-1]):
+        samples = [augmented(ALL, split, load, seed) for seed in range(2)]
+        crops = {(seed, epoch, i): samples[seed](i, epoch) for seed, epoch, i in order}
+        found.append(
+            {place: (crop[0].tobytes(), crop[1].tobytes(), crop[2]) for place, crop in crops.items()}
+        )
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == len(places)
 
 
 def test_a_shard_of_one_sample_makes_mosaics_of_itself(shard: Callable[[int], Split]) -> None:
     split = shard(1)
-    sample = TrainSample(AugmentConfig(crop=[40, 50], mosaic=1.0, **PLAIN), split)
+    cfg = AugmentConfig(crop=[40, 50], mosaic=1.0, **PLAIN)
+    sample = augmented(cfg, split, lambda one: painted(int(split.key(one))))
     for sample_id in range(split.num_samples):
         number = int(split.key(sample_id))
-        image, _, _ = sample(sample_id, lambda one: painted(int(split.key(one))), sample_rng(0, 0, sample_id))
-        assert (image[..., 0] == 10 * number + 5).all()
+        assert (sample(sample_id)[0][..., 0] == 10 * number + 5).all()
 
 
 @pytest.mark.parametrize("crop", [[1, 1], [1, 40], [3, 2]])
 def test_tiny_crops_can_be_mosaics(crop: list[int], split: Split, load: Load) -> None:
-    sample = TrainSample(AugmentConfig(crop=crop, mosaic=1.0, copy_paste=1.0, resize=[]), split)
+    sample = augmented(AugmentConfig(crop=crop, mosaic=1.0, copy_paste=1.0, resize=[]), split, load)
     for sample_id in range(split.num_samples):
-        image, mask, _ = sample(sample_id, load, sample_rng(0, 0, sample_id))
+        image, mask, _ = sample(sample_id)
         assert image.shape == (*crop, 3)
         assert mask.shape == tuple(crop)
         assert np.isin(mask, [0, 1, 2, 4, 255]).all()
@@ -268,8 +276,8 @@ def test_tiny_crops_can_be_mosaics(crop: list[int], split: Split, load: Load) ->
 
 def test_the_options_come_as_often_as_configured(split: Split, load: Load) -> None:
     def sources(**options: float) -> np.ndarray:
-        sample = TrainSample(AugmentConfig(crop=[40, 50], **PLAIN, **options), split)
-        crops = [sample(n % split.num_samples, load, sample_rng(0, n, 1))[0] for n in range(400)]
+        sample = augmented(AugmentConfig(crop=[40, 50], **PLAIN, **options), split, load)
+        crops = [sample(n % split.num_samples, n)[0] for n in range(400)]
         return np.array([len(np.unique(crop[..., 0])) for crop in crops])
 
     assert (sources() == 1).all()

@@ -4,22 +4,21 @@ import math
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from segformer.data.loading import placement
-from segformer.data.loading.placement import Placement, cut_mask, nearest_indices, resample, scaled_size
-from segformer.data.loading.transforms import (
-    NUM_PHOTOMETRIC,
+from segformer.data.loading import crop as crop_module
+from segformer.data.loading.crop import (
     AugmentConfig,
-    Normalize,
-    TrainGeometry,
-    blur,
-    distort,
+    Placement,
+    RandomCrop,
+    cut,
+    cut_mask,
     draw_index,
-    draw_photometric,
+    nearest_indices,
     rarity,
-    sample_rng,
+    scaled_size,
 )
+from segformer.data.loading.photometric import draw_distortion
+from segformer.data.loading.samples import sample_rng
 from segformer.errors import ConfigError
 
 Picture = tuple[np.ndarray, np.ndarray]
@@ -73,7 +72,7 @@ def test_one_resampling_of_the_region_equals_opencvs_resize_then_crop(
     settings: dict, picture: Picture
 ) -> None:
     cfg = AugmentConfig(**{"crop": [80, 100], "cat_max_ratio": 1.0, **settings})
-    geometry = TrainGeometry(cfg)
+    geometry = RandomCrop(cfg)
     close = total = 0
     for number in range(40):
         image, mask, _ = geometry(*picture, sample_rng(0, 0, number))
@@ -94,16 +93,17 @@ def test_options_that_are_off_draw_nothing() -> None:
         mask = ((column // 11 + row // 13) % 5).astype(np.uint8)
         mask[mask == 4] = 255
         rng = sample_rng(3, number % 4, number)
-        _, crop, valid = TrainGeometry(cfg)(np.zeros((height, width, 3), np.uint8), mask, rng)
+        _, crop, valid = RandomCrop(cfg)(np.zeros((height, width, 3), np.uint8), mask, rng)
         digest.update(np.ascontiguousarray(crop).tobytes())
-        digest.update(draw_photometric(cfg, rng, valid).tobytes() + repr(rng.random()).encode())
+        columns = np.array([*draw_distortion(1.0, rng), *valid], np.float32)
+        digest.update(columns.tobytes() + repr(rng.random()).encode())
     assert digest.hexdigest()[:16] == "4a21f5739ea54377"
 
 
 def test_a_small_scaled_image_is_exactly_opencvs_resize_then_crop(picture: Picture) -> None:
     cfg = AugmentConfig(crop=[130, 170], resize=[], scale=[0.5, 1.8], cat_max_ratio=1.0, vflip=0.5)
     for number in range(20):
-        image, mask, _ = TrainGeometry(cfg)(*picture, sample_rng(0, 0, number))
+        image, mask, _ = RandomCrop(cfg)(*picture, sample_rng(0, 0, number))
         expected_image, expected_mask = resize_then_crop(cfg, picture, sample_rng(0, 0, number))
         np.testing.assert_array_equal(image, expected_image)
         np.testing.assert_array_equal(mask, expected_mask)
@@ -116,17 +116,17 @@ def test_resizing_the_whole_and_warping_the_region_agree(
 ) -> None:
     size = (201, 230)
     place = Placement(turns, size, 0.0, 37, 11, (90, 110), flip_y=flips[0], flip_x=flips[1])
-    monkeypatch.setattr(placement, "_WHOLE_UP_TO", 0)
-    warped, warped_mask = resample(*picture, place)
-    monkeypatch.setattr(placement, "_WHOLE_UP_TO", math.inf)
-    resized, resized_mask = resample(*picture, place)
+    monkeypatch.setattr(crop_module, "_WHOLE_UP_TO", 0)
+    warped, warped_mask = cut(*picture, place)
+    monkeypatch.setattr(crop_module, "_WHOLE_UP_TO", math.inf)
+    resized, resized_mask = cut(*picture, place)
     np.testing.assert_array_equal(warped_mask, resized_mask)
     assert (np.abs(warped.astype(int) - resized) <= 1).all()
 
 
 def test_the_result_shares_no_memory_with_the_image(picture: Picture) -> None:
     shape = picture[1].shape
-    image, mask = resample(*picture, Placement(0, shape, 0.0, 0, 0, shape))
+    image, mask = cut(*picture, Placement(0, shape, 0.0, 0, 0, shape))
     np.testing.assert_array_equal(image, picture[0])
     assert not np.shares_memory(image, picture[0])
     assert not np.shares_memory(mask, picture[1])
@@ -149,7 +149,7 @@ def test_rotation_equals_opencvs_rotation_of_the_whole_image_then_the_crop(
         flags=cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REPLICATE,
     )
-    ours, _ = resample(*picture, Placement(0, (height, width), angle, 20, 31, (90, 100), flip_x=True))
+    ours, _ = cut(*picture, Placement(0, (height, width), angle, 20, 31, (90, 100), flip_x=True))
     expected = whole[20:110, 31:131][:, ::-1]
     difference = np.abs(ours.astype(int) - expected)
     assert (difference <= 1).mean() >= 0.99
@@ -164,7 +164,7 @@ def test_rotation_after_scaling_equals_both_steps_of_opencv(size: tuple[int, int
     scaled = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
     matrix = cv2.getRotationMatrix2D(((size[1] - 1) / 2, (size[0] - 1) / 2), 21.0, 1)
     whole = cv2.warpAffine(scaled, matrix, size[::-1], borderMode=cv2.BORDER_REPLICATE)
-    ours, _ = resample(image, np.zeros((137, 181), np.uint8), Placement(0, size, 21.0, 5, 9, (60, 70)))
+    ours, _ = cut(image, np.zeros((137, 181), np.uint8), Placement(0, size, 21.0, 5, 9, (60, 70)))
     difference = np.abs(ours.astype(int) - whole[5:65, 9:79])
     assert (difference <= 2).mean() >= 0.999
 
@@ -193,7 +193,7 @@ def test_the_rotated_mask_is_nearest_and_ignored_outside(
     angle: float, size: tuple[int, int], picture: Picture
 ) -> None:
     place = Placement(0, size, angle, 3, 5, (48, 56), flip_y=angle > 0)
-    _, ours = resample(*picture, place)
+    _, ours = cut(*picture, place)
     expected, clear = rotated_labels(picture[1], place)
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(ours[clear], expected[clear])
@@ -213,7 +213,7 @@ def test_rotation_moves_image_and_mask_together() -> None:
     image = np.repeat(mask[..., None] * 60, 3, 2)
     cfg = AugmentConfig(crop=[200, 200], resize=[], rotate=180.0, rotate_prob=1.0, vflip=0.5, rot90=0.5)
     for number in range(20):
-        ours, labels, _ = TrainGeometry(cfg)(image, mask, sample_rng(0, 0, number))
+        ours, labels, _ = RandomCrop(cfg)(image, mask, sample_rng(0, 0, number))
         kernel = np.ones((7, 7), np.uint8)
         flat = cv2.erode(ours, kernel)[..., 0] == cv2.dilate(ours, kernel)[..., 0]  # clear of label borders
         seen = flat & (labels != 255)
@@ -222,7 +222,7 @@ def test_rotation_moves_image_and_mask_together() -> None:
 
 
 def test_angles_follow_the_configuration(picture: Picture) -> None:
-    geometry = TrainGeometry(AugmentConfig(rotate=30.0, rotate_prob=0.4, cat_max_ratio=1.0))
+    geometry = RandomCrop(AugmentConfig(rotate=30.0, rotate_prob=0.4, cat_max_ratio=1.0))
     angles = [geometry.place(picture[1], sample_rng(0, 0, n), (64, 64)).angle for n in range(2000)]
     drawn = np.array([angle for angle in angles if angle])
     assert abs(len(drawn) / 2000 - 0.4) < 0.04
@@ -240,11 +240,11 @@ def test_a_balanced_crop_holds_the_drawn_class(scale: list[float], rotate: float
     cfg = AugmentConfig(
         crop=[40, 50], resize=[], scale=scale, class_balanced_crop=1.0, rotate=rotate, cat_max_ratio=1.0
     )
-    geometry = TrainGeometry(cfg, np.array([60000, 1, 0]))
+    geometry = RandomCrop(cfg, np.array([60000, 1, 0]))
     for number in range(60):
         _, crop, _ = geometry(np.zeros((200, 300, 3), np.uint8), mask, sample_rng(0, 0, number))
         assert (crop == 1).any()
-    wanted = TrainGeometry(cfg, np.array([60000, 37, 1]))
+    wanted = RandomCrop(cfg, np.array([60000, 37, 1]))
     seen = [
         (wanted(np.zeros((200, 300, 3), np.uint8), mask, sample_rng(0, 0, number))[1] == 2).any()
         for number in range(60)
@@ -253,13 +253,13 @@ def test_a_balanced_crop_holds_the_drawn_class(scale: list[float], rotate: float
 
 
 def test_a_crop_for_one_class_holds_it_wherever_it_lies(picture: Picture) -> None:
-    geometry = TrainGeometry(AugmentConfig(resize=[], hflip=0.0))
+    geometry = RandomCrop(AugmentConfig(resize=[], hflip=0.0))
     for number in range(60):
         mask = np.zeros((90, 130), np.uint8)
         mask[number % 90, (number * 37) % 130] = 7
         place = geometry.place(mask, sample_rng(0, 0, number), (30, 40), label=7)
         if place.size[0] >= 90:
-            assert (resample(np.zeros((90, 130, 3), np.uint8), mask, place)[1] == 7).any()
+            assert (cut(np.zeros((90, 130, 3), np.uint8), mask, place)[1] == 7).any()
     assert geometry.place(mask, sample_rng(0, 0, 0), (30, 40), label=9)  # a class that is not there
 
 
@@ -272,7 +272,7 @@ def test_classes_of_balanced_crops_follow_the_inverse_frequency() -> None:
         crop=[40, 40], resize=[], scale=[1.0, 1.0], class_balanced_crop=1.0, cat_max_ratio=1.0
     )
     pixels = np.array([100, 200, 400, 1])  # the rarest class is in other images only
-    geometry, counts = TrainGeometry(cfg, pixels), np.zeros(3)
+    geometry, counts = RandomCrop(cfg, pixels), np.zeros(3)
     draws = 1400
     for number in range(draws):
         _, crop, _ = geometry(np.zeros((40, 400, 3), np.uint8), mask, sample_rng(5, 0, number))
@@ -296,32 +296,17 @@ def test_rare_classes_weigh_more_and_absent_ones_nothing() -> None:
 def test_a_balanced_crop_of_an_image_without_labels_is_an_ordinary_one() -> None:
     cfg = AugmentConfig(crop=[20, 20], resize=[], class_balanced_crop=1.0)
     mask = np.full((50, 60), 255, np.uint8)
-    assert TrainGeometry(cfg)(np.zeros((50, 60, 3), np.uint8), mask, sample_rng(0, 0, 0))[1].shape == (20, 20)
+    assert RandomCrop(cfg)(np.zeros((50, 60, 3), np.uint8), mask, sample_rng(0, 0, 0))[1].shape == (20, 20)
 
 
 def test_a_crop_that_must_be_filled_has_no_padding(picture: Picture) -> None:
-    geometry = TrainGeometry(AugmentConfig(resize=[], scale=[0.2, 0.6], rot90=0.5))
+    geometry = RandomCrop(AugmentConfig(resize=[], scale=[0.2, 0.6], rot90=0.5))
     for number in range(30):
         place = geometry.place(picture[1], sample_rng(0, 0, number), (150, 60), fill=True)
         turned = picture[1].shape[:: -1 if place.turns % 2 else 1]
         assert place.valid == (150, 60)
         assert place.size[0] >= 150
         assert abs(place.size[0] / turned[0] - place.size[1] / turned[1]) < 0.02
-
-
-def test_blur_is_opencvs_on_the_valid_part_alone(picture: Picture) -> None:
-    cfg = AugmentConfig(blur=0.5, blur_sigma=[1.5, 1.5])
-    expected = cv2.GaussianBlur(picture[0][:100, :120].copy(), (0, 0), 1.5)
-    blurred = 0
-    for number in range(200):
-        image = picture[0].copy()
-        blur(image, (100, 120), cfg, sample_rng(0, 0, number))
-        if (image != picture[0]).any():
-            blurred += 1
-            np.testing.assert_array_equal(image[:100, :120], expected)
-            np.testing.assert_array_equal(image[100:], picture[0][100:])
-            np.testing.assert_array_equal(image[:, 120:], picture[0][:, 120:])
-    assert 75 <= blurred <= 125
 
 
 @pytest.mark.parametrize("source", [7, 64, 360, 683])
@@ -356,7 +341,7 @@ def test_a_crop_is_drawn_again_while_one_class_fills_it() -> None:
 
     def mixed(ratio: float) -> int:
         cfg = AugmentConfig(crop=[100, 100], resize=[], scale=[1.0, 1.0], cat_max_ratio=ratio)
-        crops = [TrainGeometry(cfg)(image, mask, sample_rng(0, 0, number))[1] for number in range(200)]
+        crops = [RandomCrop(cfg)(image, mask, sample_rng(0, 0, number))[1] for number in range(200)]
         return sum(0.25 < (crop == 0).mean() < 0.75 for crop in crops)
 
     # 50 of 301 places are mixed: 17 % of single draws, 1 - 0.83^11 = 87 % with ten more tries
@@ -376,138 +361,8 @@ def test_ignored_pixels_do_not_count_as_a_class() -> None:
             calls.append(1)
             return int(super().integers(*args))
 
-    TrainGeometry(cfg)(np.zeros((64, 64, 3), np.uint8), mask, Counting(np.random.Philox(1)))
+    RandomCrop(cfg)(np.zeros((64, 64, 3), np.uint8), mask, Counting(np.random.Philox(1)))
     assert len(calls) == 2  # one corner was enough: half of the labelled pixels each
-
-
-def test_padding_is_zero_after_normalisation_whatever_the_colours_do() -> None:
-    cfg = AugmentConfig(crop=[96, 96], resize=[], scale=[0.3, 0.6])
-    image, mask = np.full((100, 120, 3), 200, np.uint8), np.ones((100, 120), np.uint8)
-    rows, images, masks = [], [], []
-    for number in range(16):
-        rng = sample_rng(0, 0, number)
-        crop, target, valid = TrainGeometry(cfg)(image, mask, rng)
-        images.append(crop)
-        masks.append(target)
-        rows.append(draw_photometric(cfg, rng, valid))
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    normalised = Normalize(cfg)(batch, torch.from_numpy(np.stack(rows)))
-    padding = torch.from_numpy(np.stack(masks) == 255)[:, None].expand_as(normalised)
-    assert 0.2 < padding.float().mean() < 0.95
-    assert (normalised[padding] == 0).all()
-    assert (normalised[~padding] != 0).all()
-
-
-def opencv_photometric(image: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """The recipe's distortion on one RGB image, each step through uint8 as OpenCV pipelines do it."""
-
-    def convert(values: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarray:
-        return np.clip(values.astype(np.float32) * alpha + beta, 0, 255).astype(np.uint8)
-
-    brightness, before, saturation, hue, after = (float(value) for value in row[:5])
-    image = convert(convert(image, beta=brightness), alpha=before)
-    if saturation != 1:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 1] = convert(hsv[..., 1], alpha=saturation)
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    if hue != 0:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0].astype(int) + int(hue)) % 180
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return convert(image, alpha=after)
-
-
-def test_device_photometric_equals_opencv_within_two_grey_levels(picture: Picture) -> None:
-    cfg = AugmentConfig()
-    rows = np.stack([draw_photometric(cfg, sample_rng(1, 0, number)) for number in range(64)])
-    images = np.stack([np.roll(picture[0], number, axis=2) for number in range(64)])
-    ours = distort(torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.from_numpy(rows))
-    expected = np.stack([opencv_photometric(image, row) for image, row in zip(images, rows, strict=True)])
-    difference = np.abs(ours.permute(0, 2, 3, 1).numpy() - expected)
-    assert (difference <= 2).mean() >= 0.99
-    assert ours.min() >= 0
-    assert ours.max() <= 255
-
-
-@pytest.mark.parametrize("column", range(5))
-def test_each_distortion_alone_equals_opencv(column: int, picture: Picture) -> None:
-    image = picture[0]
-    for value in ((-20.0, 25.5), (0.6, 1.4), (0.5, 1.5), (-18.0, 17.0), (0.6, 1.4))[column]:
-        row = draw_photometric(AugmentConfig(photometric=False), sample_rng(0, 0, 0))
-        row[column] = value
-        ours = distort(torch.from_numpy(image).permute(2, 0, 1)[None].float(), torch.from_numpy(row)[None])
-        difference = np.abs(ours[0].permute(1, 2, 0).numpy() - opencv_photometric(image, row))
-        assert (difference <= 1).mean() >= 0.995
-
-
-def test_photometric_draws_follow_the_recipe() -> None:
-    rows = np.stack([draw_photometric(AugmentConfig(), sample_rng(0, 1, number)) for number in range(4000)])
-    identity = np.array([0, 1, 1, 0, 1])
-    used = (rows[:, :5] != identity).mean(0)
-    np.testing.assert_allclose(used, [0.5, 0.25, 0.5, 0.5 * 35 / 36, 0.25], atol=0.03)
-    assert ((rows[:, 1] == 1) | (rows[:, 4] == 1)).all()  # contrast comes before or after, never twice
-    low, high = rows[:, :5].min(0), rows[:, :5].max(0)
-    np.testing.assert_allclose(low, [-32, 0.5, 0.5, -18, 0.5], atol=0.3)
-    np.testing.assert_allclose(high, [32, 1.5, 1.5, 17, 1.5], atol=0.3)
-
-
-@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
-def test_the_strength_scales_the_four_ranges(strength: float) -> None:
-    cfg = AugmentConfig(photometric_strength=strength)
-    rows = np.stack([draw_photometric(cfg, sample_rng(0, 1, number)) for number in range(3000)])[:, :5]
-    reach = np.array([32, 0.5, 0.5, 18, 0.5]) * strength
-    low = np.array([0, 1, 1, 0, 1]) - reach
-    high = np.array([0, 1, 1, 0, 1]) + reach - np.array([0, 0, 0, strength > 0, 0])  # hue is below its bound
-    np.testing.assert_allclose(rows.min(0), low, atol=max(0.02 * strength * 32, 1e-9))
-    np.testing.assert_allclose(rows.max(0), high, atol=max(0.02 * strength * 32, 1e-9))
-
-
-@pytest.mark.parametrize("strength", [0.5, 2.0])
-def test_a_scaled_distortion_equals_opencv_within_two_grey_levels(strength: float, picture: Picture) -> None:
-    cfg = AugmentConfig(photometric_strength=strength)
-    rows = np.stack([draw_photometric(cfg, sample_rng(4, 0, number)) for number in range(32)])
-    images = torch.from_numpy(picture[0]).permute(2, 0, 1).float().expand(32, -1, -1, -1)
-    ours = distort(images, torch.from_numpy(rows)).permute(0, 2, 3, 1).numpy()
-    expected = np.stack([opencv_photometric(picture[0], row) for row in rows])
-    assert (np.abs(ours - expected) <= 2).mean() >= 0.99
-
-
-def test_without_photometric_a_batch_is_normalised_and_nothing_else(picture: Picture) -> None:
-    cfg = AugmentConfig(photometric=False)
-    batch = torch.from_numpy(picture[0]).permute(2, 0, 1)[None]
-    row = torch.from_numpy(draw_photometric(cfg, sample_rng(0, 0, 0)))[None]
-    expected = (picture[0].astype(np.float32) - np.float32(cfg.mean)) / np.float32(cfg.std)
-    for parameters in (row, None):
-        ours = Normalize(cfg)(batch, parameters)[0].permute(1, 2, 0).numpy()
-        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_sample_is_distorted_alike_alone_and_in_a_batch(picture: Picture) -> None:
-    cfg = AugmentConfig()
-    rows = torch.from_numpy(
-        np.stack([draw_photometric(cfg, sample_rng(2, 0, number)) for number in range(5)])
-    )
-    images = torch.from_numpy(np.stack([picture[0]] * 5)).permute(0, 3, 1, 2)
-    whole = Normalize(cfg)(images, rows)
-    for number in range(5):
-        one = slice(number, number + 1)
-        assert torch.equal(Normalize(cfg)(images[one], rows[one]), whole[one])
-
-
-def test_normalise_has_nothing_to_save() -> None:
-    module = Normalize(AugmentConfig())
-    assert not module.state_dict()
-    assert not list(module.parameters())
-    assert len(draw_photometric(AugmentConfig(), sample_rng(0, 0, 0))) == NUM_PHOTOMETRIC
-
-
-def test_random_numbers_belong_to_seed_epoch_and_sample() -> None:
-    def first(*place: int) -> float:
-        return float(sample_rng(*place).random())
-
-    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**63 + 1, 0, 0)]
-    assert len({first(*place) for place in places}) == len(places)
-    assert first(3, 4, 5) == first(3, 4, 5)
 
 
 @pytest.mark.parametrize(
