@@ -47,6 +47,8 @@ class Block(nn.Module):
 
 
 class ConvNeXt(Backbone):
+    title = "ConvNeXt"
+
     def __init__(self, embed_dims: Sequence[int], depths: Sequence[int], drop_path_rate: float) -> None:
         super().__init__()
         self.embed_dims = tuple(embed_dims)
@@ -104,8 +106,8 @@ class ConvNeXt(Backbone):
         return found
 
 
-ROW = ("ConvNeXt", ConvNeXt)
-SIZE = ("pico", Variant(backbone="ConvNeXt", embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), decoder_dim=16))
+ROW = ("convnext", ConvNeXt)
+SIZE = ("pico", Variant(backbone="convnext", embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), decoder_dim=16))
 
 if __name__ == "__main__":
     BACKBONES.update([ROW])

@@ -23,6 +23,7 @@ from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.inference.pictures import history, series, write_curve, write_overlays
 from segformer.inference.predict import Predictor
+from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, load_config
 from segformer.training.task import training_crop
@@ -168,7 +169,11 @@ def write_report(run: Path) -> Path:
 
 def _subtitle(cfg: RunConfig) -> str:
     crop = " x ".join(map(str, training_crop(cfg)))
-    network = VARIANTS[cfg.model.variant].backbone if cfg.data.task == "classification" else "SegFormer"
+    network = (
+        BACKBONES[VARIANTS[cfg.model.variant].backbone].title
+        if cfg.data.task == "classification"
+        else "SegFormer"
+    )
     return (
         f"{network}-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
         f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"

@@ -75,6 +75,8 @@ class Stage(NamedTuple):
 class Backbone(nn.Module, ABC):
     """An encoder. Its stochastic depth is made of DropPath modules."""
 
+    title: str
+    "Name in logs and reports."
     embed_dims: tuple[int, ...]
     "Channels of the four maps."
 

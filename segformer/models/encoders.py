@@ -4,7 +4,7 @@ from segformer.models.backbone import Backbone
 from segformer.models.mit import MixTransformer
 from segformer.models.variants import VARIANTS, ModelConfig
 
-BACKBONES: dict[str, type[Backbone]] = {"MiT": MixTransformer}
+BACKBONES: dict[str, type[Backbone]] = {"mit": MixTransformer}
 
 
 def build_encoder(cfg: ModelConfig) -> Backbone:

@@ -138,6 +138,8 @@ class MixTransformer(Backbone):
     `checkpointing` keep their inputs only and run again in the backward pass.
     """
 
+    title = "MiT"
+
     def __init__(
         self,
         embed_dims: Sequence[int],

@@ -14,7 +14,7 @@ from segformer.errors import ConfigError
 class Variant:
     """The sizes of one network: a row of VARIANTS is all that a new one needs."""
 
-    backbone: str = "MiT"
+    backbone: str = "mit"
     "Row of BACKBONES (encoders.py)."
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]

@@ -8,6 +8,7 @@ from segformer.checkpoint.format import TrainState
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.engine import resolve_precision, resolve_stage
 from segformer.distributed.world import World
+from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
 from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.logger import Telemetry
@@ -25,7 +26,7 @@ def announce(
     train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
     frozen = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
     kept = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
-    network = f"{VARIANTS[cfg.model.variant].backbone}-{cfg.model.variant.upper()}"
+    network = f"{BACKBONES[VARIANTS[cfg.model.variant].backbone].title}-{cfg.model.variant.upper()}"
     telemetry.line(
         f"run {cfg.name}: {network}, {parameters / 1e6:.2f} M parameters{kept}, "
         f"{precision}, ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
