@@ -61,7 +61,7 @@ def measure(cfg: RequeueBench, out: Path) -> list[dict[str, Any]]:
         for origin in rounds[0]
         for event in rounds[0][origin]
     ]
-    write_csv(out / "slurm.csv", rows, conditions(("torch", "deepspeed", "submitit")))
+    write_csv(out / "slurm.csv", rows, conditions(("torch", "deepspeed")))
     print(table(rows))
     return rows
 

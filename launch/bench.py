@@ -13,6 +13,7 @@ each column is.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +46,6 @@ with importing(__name__):
     from segformer.errors import ConfigError
     from segformer.training.config import cli
 
-BENCHES = ("loader", "order", "start", "memory", "peers", "kernels", "trainers", "stages", "scaling", "slurm")
-
 
 @dataclass(kw_only=True, slots=True)
 class BenchConfig:
@@ -77,29 +76,23 @@ class BenchConfig:
             raise ConfigError(f"bench={self.bench!r} is unknown; use one of {', '.join(BENCHES)}")
 
 
+BENCHES: dict[str, Callable[[BenchConfig, Path], object]] = {
+    "loader": lambda cfg, out: measure_loader(cfg.loader, cfg.root, out),
+    "order": lambda cfg, out: measure_order(cfg.order, out),
+    "start": lambda cfg, out: measure_start(cfg.start, out),
+    "memory": lambda cfg, out: measure_memory(cfg.memory, cfg.root, out),
+    "peers": lambda cfg, out: measure_peers(cfg.peers, cfg.device, out),
+    "kernels": lambda cfg, out: measure_kernels(cfg.kernels, out),
+    "trainers": lambda cfg, out: measure_trainers(cfg.trainers, cfg.root, out),
+    "stages": lambda cfg, out: measure_stages(cfg.stages, out),
+    "scaling": lambda cfg, out: measure_scaling(cfg.scaling, out),
+    "slurm": lambda cfg, out: measure_requeue(cfg.slurm, out),
+}
+
+
 def run(cfg: BenchConfig) -> None:
     """Run the chosen measurement."""
-    out = Path(cfg.output)
-    if cfg.bench == "loader":
-        measure_loader(cfg.loader, cfg.root, out)
-    elif cfg.bench == "order":
-        measure_order(cfg.order, out)
-    elif cfg.bench == "start":
-        measure_start(cfg.start, out)
-    elif cfg.bench == "memory":
-        measure_memory(cfg.memory, cfg.root, out)
-    elif cfg.bench == "peers":
-        measure_peers(cfg.peers, cfg.device, out)
-    elif cfg.bench == "trainers":
-        measure_trainers(cfg.trainers, cfg.root, out)
-    elif cfg.bench == "stages":
-        measure_stages(cfg.stages, out)
-    elif cfg.bench == "scaling":
-        measure_scaling(cfg.scaling, out)
-    elif cfg.bench == "slurm":
-        measure_requeue(cfg.slurm, out)
-    else:
-        measure_kernels(cfg.kernels, out)
+    BENCHES[cfg.bench](cfg, Path(cfg.output))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,10 @@ follow here. The configuration is composed once and the code is copied: the job
 runs what was submitted.
 """
 
-import difflib
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
+from typing import Any
 
 from segformer.errors import ending, importing
 
@@ -39,22 +37,24 @@ with importing(__name__):
     from segformer.training.config import CONF, RunConfig, cli, compose
     from segformer.training.overrides import near
 
-COMMANDS = ("status", "watch", "cancel", "resubmit")
-OTHERS = ("evaluate", "shard")
+LOOK_AFTER = {
+    "status": lambda run_dir: print(submission.status(run_dir)),
+    "watch": submission.watch,
+    "cancel": submission.cancel,
+}
+COMMANDS = (*LOOK_AFTER, "resubmit", "evaluate", "shard")
+SETTINGS = {f.name for f in fields(SlurmConfig)}
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the job and overrides of the training run.
+    """Overrides of the job and all others.
 
     Raises:
         ConfigError: an override of what only a cluster profile may set.
     """
-    own = {f.name for f in fields(SlurmConfig)} | {"cluster", "local"}
-    runs = {f.name for f in fields(RunConfig)} | {path.name for path in CONF.iterdir()} | {"hydra"}
-    job, training = [], []
+    job: list[str] = []
+    others: list[str] = []
     for argument in arguments:
-        if argument == "--check":
-            continue
         key = re.split(r"[.=@\[]", argument.lstrip("+~"), maxsplit=1)[0]
         group = key in ("cluster", "local")
         if key in PROFILE_ONLY or (group and not re.fullmatch(r"(?:cluster|local)=[A-Za-z0-9_-]+", argument)):
@@ -62,85 +62,18 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
                 f"{argument!r} is refused: {', '.join(PROFILE_ONLY)} belong to a cluster profile; "
                 "write conf/local/default.yaml, or choose one of conf/cluster with cluster=<name>"
             )
-        if key in own or argument in ("--help", "-h"):
-            job.append(argument)
-            continue
-        near = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
-        if near and key not in runs:
-            raise ConfigError(f"{key} is not a setting; did you mean {near[0]}?")
-        training.append(argument)
-    return job, training
+        (job if group or key in SETTINGS else others).append(argument)
+    return job, others
 
 
-def _written(key: str, value: object) -> str:
-    """An override that gives a setting the value that it had."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return f"{key}={text}"
-
-
-def look_after(command: str, arguments: list[str]) -> None:
-    """One of COMMANDS on a run directory."""
-    if not arguments or "=" in arguments[0]:
-        raise ConfigError(f"{command} needs a run's directory: python launch/slurm.py {command} runs/<name>")
-    run_dir, overrides = submission.plain_path("run_dir", arguments[0]), arguments[1:]
-    if command == "resubmit":
-        job, training = split_overrides(overrides)
-        if training:
-            raise ConfigError(
-                f"{training[0]!r} is refused: a run keeps its settings; only those of the job can be changed"
-            )
-        keys = [argument.partition("=")[0] for argument in job]
-        if strange := [key for key in keys if key not in {f.name for f in fields(SlurmConfig)}]:
-            raise ConfigError(
-                f"{strange[0]!r} can't be changed by resubmit; give settings of the job as key=value"
-            )
-        before = submission.settings_of(run_dir)
-        kept = [_written(key, value) for key, value in before.items() if key not in PROFILE_ONLY]
-        cfg = compose(SlurmConfig, "slurm", [*kept, "dry_run=false", "watch=false", *job])
-        cfg = replace(cfg, **{key: before[key] for key in PROFILE_ONLY})
-        if submission.resubmit(run_dir, cfg) and cfg.watch:
-            submission.watch(run_dir)
-        return
-    if overrides:
-        raise ConfigError(f"{command} takes the run's directory only, not {overrides[0]!r}")
-    functions: dict[str, Callable[[Path], object]] = {
-        "status": lambda path: print(submission.status(path)),
-        "watch": submission.watch,
-        "cancel": submission.cancel,
-    }
-    functions[command](run_dir)
-
-
-def submit_other(command: str, arguments: list[str]) -> None:
-    """One of OTHERS: the settings of the job are ours, all else is the script's."""
-    if {"--help", "-h"} & set(arguments):
-        script = commands.EVALUATE if command == "evaluate" else commands.SHARD
-        print(f"keys of the job: python launch/slurm.py --help\nall others: python {script} --help")
-        return
-    own = {f.name for f in fields(SlurmConfig)} | {"cluster", "local"}
-    mine, rest, tasks = [], [], ""
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if command == "shard" and key == "tasks":
-            tasks = value
-        elif re.split(r"[.=@\[]", argument.lstrip("+~"), maxsplit=1)[0] in own:
-            mine.append(argument)
-        else:
-            rest.append(argument)
-    cfg = compose(SlurmConfig, "slurm", split_overrides(mine)[0])
-    if cfg.watch:
-        raise ConfigError(f"watch is for training; squeue shows the jobs of {command}")
-    if command == "evaluate":
-        commands.evaluate(cfg, rest)
-    elif not re.fullmatch(r"[0-9]{1,6}", tasks, re.ASCII):
-        raise ConfigError(f"tasks={tasks!r}; say how many jobs share the work: tasks=16")
-    else:
-        commands.shard(cfg, rest, int(tasks))
-
-
-def main() -> None:
-    """The command line; see above."""
-    arguments = sys.argv[1:]
+def train(arguments: list[str]) -> None:
+    """Submit a training run: the settings of the job are ours, all else is that of launch/train.py."""
+    options = [argument for argument in arguments if argument in ("--help", "-h", "--check")]
+    job, training = split_overrides([argument for argument in arguments if argument not in options])
+    known = {f.name for f in fields(RunConfig)} | {path.name for path in CONF.iterdir()} | {"hydra"}
+    for key in [re.split(r"[.=@]", argument.lstrip("+~"), maxsplit=1)[0] for argument in training]:
+        if key not in known and (close := near(key, SETTINGS)):
+            raise ConfigError(f"{key} is not a setting; did you mean {close}?")
 
     def composed(cfg: SlurmConfig) -> None:
         run = compose(RunConfig, "config", training)
@@ -149,23 +82,76 @@ def main() -> None:
         elif submission.submit(cfg, run) and cfg.watch:
             submission.watch(submission.plain_path("run_dir", run.run_dir))
 
+    sys.argv[1:] = [*job, *(option for option in options if option != "--check")]
+    cli(SlurmConfig, "slurm", composed)
+    if {"--help", "-h"} & set(options):
+        print("\nAnd every key of launch/train.py.")
+
+
+def look_after(command: str, arguments: list[str]) -> None:
+    """status, watch, cancel or resubmit a run by its directory."""
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(f"{command} needs a run's directory: python launch/slurm.py {command} runs/<name>")
+    run_dir, overrides = submission.plain_path("run_dir", arguments[0]), arguments[1:]
+    if command == "resubmit":
+        cfg = changed(submission.settings_of(run_dir), overrides)
+        if submission.resubmit(run_dir, cfg) and cfg.watch:
+            submission.watch(run_dir)
+        return
+    if overrides:
+        raise ConfigError(f"{command} takes the run's directory only, not {overrides[0]!r}")
+    LOOK_AFTER[command](run_dir)
+
+
+def changed(before: dict[str, Any], overrides: list[str]) -> SlurmConfig:
+    """The settings of a job of before with overrides; its profile stays."""
+    job, training = split_overrides(overrides)
+    if strange := [*training, *(one for one in job if one.partition("=")[0] not in SETTINGS)]:
+        raise ConfigError(
+            f"{strange[0]!r} is refused: a run keeps its settings; give those of the job as key=value"
+        )
+    words = {"None": "null", "True": "true", "False": "false"}
+    kept = [
+        f"{key}={words.get(str(value), value)}" for key, value in before.items() if key not in PROFILE_ONLY
+    ]
+    cfg = compose(SlurmConfig, "slurm", [*kept, "dry_run=false", "watch=false", *job])
+    return replace(cfg, **{key: before[key] for key in PROFILE_ONLY})
+
+
+def submit_other(command: str, arguments: list[str]) -> None:
+    """evaluate or shard: the settings of the job are ours, all else is the script's."""
+    if {"--help", "-h"} & set(arguments):
+        script = commands.EVALUATE if command == "evaluate" else commands.SHARD
+        print(f"keys of the job: python launch/slurm.py --help\nall others: python {script} --help")
+        return
+    job, rest = split_overrides(arguments)
+    cfg = compose(SlurmConfig, "slurm", job)
+    if cfg.watch:
+        raise ConfigError(f"watch is for training; squeue shows the jobs of {command}")
+    if command == "evaluate":
+        commands.evaluate(cfg, rest)
+        return
+    tasks = next((one.partition("=")[2] for one in rest if one.startswith("tasks=")), "")
+    if not re.fullmatch(r"[0-9]{1,6}", tasks):
+        raise ConfigError(f"tasks={tasks!r}; say how many jobs share the work: tasks=16")
+    commands.shard(cfg, [one for one in rest if not one.startswith("tasks=")], int(tasks))
+
+
+def main() -> None:
+    """The command line; see above."""
+    arguments = sys.argv[1:]
+    command = arguments[0] if arguments else ""
     with ending():
-        command = arguments[0] if arguments else ""
-        if command in COMMANDS:
-            look_after(command, arguments[1:])
-            return
-        if command in OTHERS:
+        if command in ("evaluate", "shard"):
             submit_other(command, arguments[1:])
-            return
-        if re.fullmatch(r"[a-z]+", command):
-            known = (*COMMANDS, *OTHERS)
-            meant = near(command, known)
-            instead = f"did you mean {meant}?" if meant else f"use {', '.join(known)} or key=value"
+        elif command in COMMANDS:
+            look_after(command, arguments[1:])
+        elif re.fullmatch(r"[a-z]+", command):
+            meant = near(command, COMMANDS)
+            instead = f"did you mean {meant}?" if meant else f"use {', '.join(COMMANDS)} or key=value"
             raise ConfigError(f"{command!r} is not a command; {instead}")
-        sys.argv[1:], training = split_overrides(arguments)
-        cli(SlurmConfig, "slurm", composed)
-        if {"--help", "-h"} & set(arguments):
-            print("and every key of launch/train.py")
+        else:
+            train(arguments)
 
 
 if __name__ == "__main__":

@@ -84,14 +84,13 @@ OWNERS: dict[str, set[str]] = {
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
     "matplotlib": {"inference.pictures"},
-    "submitit": {"slurm.script"},
     "triton": {module for module in ORDER if module.endswith("_triton")},
     "torch": set(ORDER),
     "numpy": set(ORDER),
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
 HEAVY = (
-    *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "submitit", "PIL", "fsspec", "aiohttp"),
+    *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp"),
     "pynvml",
 )
 

@@ -20,9 +20,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from segformer.checkpoint.lease import Owner
 from segformer.errors import Preempted, RankLost, SegformerError
@@ -37,8 +36,7 @@ _T = TypeVar("_T")
 REQUEUE_WAIT_S = 60  # Slurm ends the batch script soon after it has taken the requeue
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What becomes of the job after its ranks have ended."""
 
     again: bool
@@ -47,13 +45,7 @@ class Decision:
 
 def outcomes(folder: JobFolder, attempt: int) -> list[dict[str, Any]]:
     """Why the ranks of an attempt ended early, by rank."""
-    found = []
-    for path in sorted(folder.outcomes.glob(f"{attempt}-*.json")):
-        try:
-            found.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue  # written while its node lost power
-    return found
+    return [json.loads(path.read_text()) for path in sorted(folder.outcomes.glob(f"{attempt}-*.json"))]
 
 
 def decide(
@@ -70,9 +62,9 @@ def decide(
     fatal = [one for one in ended if one["code"] not in AGAIN]
     stopped = any(one["code"] == Preempted.exit_code for one in ended)
     if fatal:
-        said = next((one for one in fatal if one["message"]), fatal[0])
-        why = said["message"] or "no message"
-        return Decision(False, f"rank {said['rank']} ended with {said['code']}: {why}")
+        one = next((one for one in fatal if one["message"]), fatal[0])
+        why = one["message"] or "no message"
+        return Decision(False, f"rank {one['rank']} ended with {one['code']}: {why}")
     if out_of_memory and not stopped:
         return Decision(False, "the kernel killed a rank for its memory; fewer loader.workers, or more mem")
     if state.restarts > attempt or state.name == "PENDING":
@@ -93,7 +85,7 @@ def after(path: Path, code: int) -> None:
     if code == 0:
         print(f"job {owner.job}: finished", flush=True)
         return
-    note = patiently(lambda: json.loads(folder.settings.read_text()))
+    note = patiently(lambda: json.loads(folder.note.read_text()))
     if note is None:
         sys.exit(code)
     run_dir = Path(note["run_dir"])
@@ -105,7 +97,7 @@ def after(path: Path, code: int) -> None:
         attempt=owner.attempt,
         requeue=note["settings"]["requeue"],
         out_of_memory=ran_out_of_memory(owner.job),
-        stuck=_unnoted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
+        stuck=_uncounted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
     )
     print(f"job {owner.job}: {'starting again' if decision.again else 'ended'}: {decision.why}", flush=True)
     if decision.again:
@@ -114,7 +106,7 @@ def after(path: Path, code: int) -> None:
     sys.exit(code)
 
 
-def _unnoted(run_dir: Path, owner: Owner) -> str:
+def _uncounted(run_dir: Path, owner: Owner) -> str:
     """Why the attempts can't be counted, where this one is not among them: it would start again for ever."""
     begun = attempts(run_dir, owner.job)
     if begun and begun[-1]["attempt"] == owner.attempt:

@@ -10,6 +10,8 @@ restarts in a row that made no checkpoint are the last: one more would most like
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -20,7 +22,7 @@ FILE = "attempts.jsonl"
 
 
 def attempt_line(run_dir: Path, ranks_per_node: int) -> str:
-    """The shell line that notes an attempt; nothing but bash and ls, which work where Python doesn't."""
+    """The shell line that records an attempt; nothing but bash and ls, which work where Python doesn't."""
     steps = shlex.quote(str(run_dir / "checkpoints"))
     newest = f'"$(ls {steps} 2>/dev/null | grep -E "^step-[0-9]+$" | tail -n 1)"'
     form = r'{"job": "%s", "attempt": %d, "ranks": %d, "nodes": "%s", "newest": "%s"}\n'
@@ -31,16 +33,10 @@ def attempt_line(run_dir: Path, ranks_per_node: int) -> str:
 
 def attempts(run_dir: Path, job: str = "") -> list[dict[str, Any]]:
     """The attempts so far, of one job or of all, in order. A line that was cut short is left out."""
-    try:
-        lines = (run_dir / "slurm" / FILE).read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
+    path, found = run_dir / "slurm" / FILE, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [one for one in found if not job or one["job"] == job]
 
 
@@ -51,12 +47,8 @@ def step_of(attempt: dict[str, Any]) -> int:
 
 def in_vain(ended: list[dict[str, Any]], newest: str) -> int:
     """How many of a job's last restarts made no checkpoint; `newest` is the name of the newest one now."""
-    row = 0
-    for one in reversed(ended):
-        if one["newest"] != newest:
-            break
-        row += 1
-    return row - 1 if row and ended[-row]["attempt"] == 0 else row  # the first start is no restart
+    row = list(itertools.takewhile(lambda one: one["newest"] == newest, reversed(ended)))
+    return len(row) - bool(row and row[-1]["attempt"] == 0)  # the first start is no restart
 
 
 def give_up(run_dir: Path, job: str, *, begun: bool) -> str:

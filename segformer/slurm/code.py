@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from segformer.errors import ConfigError
+from segformer.files import staged
 
 PARTS = ("segformer", "launch", "conf", "data_prep", "pyproject.toml")
-LEFT_OUT = ("data_prep/sample",)  # data, which shards are made of, not code
+LEFT_OUT = "data_prep/sample/"  # data, which shards are made of, not code
 
 
-def snapshot(root: Path, target: Path) -> dict[str, Any]:
+def copy_code(root: Path, target: Path) -> dict[str, Any]:
     """Copy the code under `root` to `target`, which appears whole or not at all; what CODE.json says.
 
     Files that git ignores are left out; without git everything but caches is taken.
@@ -29,57 +30,45 @@ def snapshot(root: Path, target: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a file can't be read or written.
     """
-    temporary = target.with_name(f".tmp-{target.name}")
+    difference = _git(root, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *PARTS)
+    commit = _git(root, "rev-parse", "HEAD")
+    new = _git(root, "ls-files", "-o", "--exclude-standard", "--", *PARTS)
+    digest = hashlib.sha256()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        digest = hashlib.sha256()
-        for name in sorted(_files(root)):
-            source, copy = root / name, temporary / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            content = source.read_bytes()
-            copy.write_bytes(content)
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        difference = _git(root, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *PARTS)
-        commit = _git(root, "rev-parse", "HEAD")
-        new = _git(root, "ls-files", "-o", "--exclude-standard", "--", *PARTS)
-        found = {
-            "commit": commit.decode().strip() if commit else None,
-            "changed": bool(difference or new) if difference is not None and new is not None else None,
-            "sha256": digest.hexdigest(),
-        }
-        (temporary / "CODE.json").write_text(json.dumps(found, indent=1) + "\n")
-        if difference:
-            (temporary / "CODE.diff").write_bytes(difference)
-        temporary.rename(target)
+        with staged(target) as folder:
+            for name in sorted(_files(root)):
+                copy, content = folder / name, (root / name).read_bytes()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(content)
+                digest.update(f"{name}\0{len(content)}\0".encode() + content)
+            found = {
+                "commit": commit.decode().strip() if commit else None,
+                "changed": None if difference is None or new is None else bool(difference or new),
+                "sha256": digest.hexdigest(),
+            }
+            (folder / "CODE.json").write_text(json.dumps(found, indent=1) + "\n")
+            if difference:
+                (folder / "CODE.diff").write_bytes(difference)
     except OSError as error:
         raise ConfigError(
             f"the code can't be copied to {target}: {error.strerror}: {error.filename}"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return found
 
 
 def _files(root: Path) -> list[str]:
     listed = _git(root, "ls-files", "-z", "-c", "-o", "--exclude-standard", "--", *PARTS)
-    if listed is not None:
-        names = [name for name in map(os.fsdecode, listed.split(b"\0")) if name and (root / name).is_file()]
+    if listed is None:
+        paths = [path for part in PARTS for path in [root / part, *(root / part).rglob("*")]]
+        names = [str(path.relative_to(root)) for path in paths if "__pycache__" not in path.parts]
     else:
-        names = [
-            str(path.relative_to(root))
-            for part in PARTS
-            for path in ([root / part] if (root / part).is_file() else sorted((root / part).rglob("*")))
-            if path.is_file() and "__pycache__" not in path.parts
-        ]
-    return [name for name in names if not name.startswith(tuple(f"{left}/" for left in LEFT_OUT))]
+        names = [os.fsdecode(name) for name in listed.split(b"\0") if name]
+    return [name for name in names if (root / name).is_file() and not name.startswith(LEFT_OUT)]
 
 
 def _git(root: Path, *command: str) -> bytes | None:
     """What git prints; None where it, or the repository, is not there."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, timeout=300, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    if not shutil.which("git"):
         return None
+    done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, check=False)
     return done.stdout if done.returncode == 0 else None

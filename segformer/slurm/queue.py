@@ -1,16 +1,18 @@
 """What Slurm knows, by its own commands: lists of arguments, never a shell, one clear error.
 
-Jobs are looked for where they can be: squeue for those that wait or run, scontrol for those that ended in the
-last minutes (MinJobAge), sacct for all others, where the site keeps accounts.
+Jobs are looked for where they can be: scontrol for those that wait, run or ended in the last minutes
+(MinJobAge), sacct for all others, where the site keeps accounts.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from segformer.errors import ConfigError
 
@@ -19,28 +21,17 @@ _NO_CONTROLLER = re.compile(
     r"is not found|configuration source|contact slurm controller|Zero Bytes|did not answer"
 )
 # In all other states a job uses the cluster, or will.
-ENDED = frozenset(
-    {
-        *(
-            "COMPLETED",
-            "FAILED",
-            "CANCELLED",
-            "TIMEOUT",
-            "NODE_FAIL",
-            "OUT_OF_MEMORY",
-            "BOOT_FAIL",
-            "DEADLINE",
-        ),
-        *("PREEMPTED", "REVOKED", "UNKNOWN"),
-    }
-)
+ENDED = {
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+    "PREEMPTED", "REVOKED", "UNKNOWN",
+}  # fmt: skip
 # What the submitter's environment would put above the script's own lines, or hand on to the ranks.
 _INHERITED = ("SBATCH_", "SLURM_", "SRUN_")
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")  # where and who, not which job
 _RANKS = {
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-}
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +54,35 @@ class JobState:
         return self.name not in ENDED
 
 
-def slurm(
-    *command: str | Path, check: bool = True, env: dict[str, str] | None = None, stream: str = "stdout"
-) -> str:
-    """Run one of Slurm's commands and give what it printed on `stream`.
+def _run(
+    *command: str | Path, env: dict[str, str] | None = None
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """One of Slurm's commands, and what it printed on stderr; one that doesn't answer has failed.
 
     Raises:
-        ConfigError: it is not there, or it failed (with `check`) or did not answer.
+        ConfigError: it is not there.
     """
-    name = str(command[0])
+    name, words = str(command[0]), list(map(str, command))
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": env}
     try:
-        done = subprocess.run(
-            list(map(str, command)),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT_S,
-            check=False,
-            env=env,
-        )
-    except FileNotFoundError as error:
-        raise ConfigError(f"{name} is not found: run this on a login node of a Slurm cluster") from error
+        done = subprocess.run(words, timeout=TIMEOUT_S, check=False, **options)
     except OSError as error:
-        raise ConfigError(f"{name} can't be started: {error.strerror}; try again") from error
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{name} did not answer within {TIMEOUT_S} s; is slurmctld up?") from error
+        raise ConfigError(
+            f"{name} can't be started ({error.strerror}): run this on a login node of a Slurm cluster"
+        ) from error
+    except subprocess.TimeoutExpired:
+        why = f"did not answer within {TIMEOUT_S} s; is slurmctld up?"
+        done = subprocess.CompletedProcess(words, 1, "", why)
     said = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
+    return done, said
+
+
+def slurm(*command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
+    """What one of Slurm's commands printed; ConfigError where it is not there or (with `check`) failed."""
+    done, said = _run(*command, env=env)
     if check and done.returncode:
-        raise ConfigError(f"{name} refused: {said or f'exit code {done.returncode}'}")
-    return said if stream == "stderr" else done.stdout
+        raise ConfigError(f"{command[0]} refused: {said or f'exit code {done.returncode}'}")
+    return done.stdout
 
 
 def submit_script(script: Path) -> str:
@@ -105,12 +96,10 @@ def would_start(script: Path) -> str:
     Raises:
         ConfigError: it would refuse the script.
     """
-    try:
-        return slurm("sbatch", "--test-only", script, env=own_environment(), stream="stderr")
-    except ConfigError as error:
-        if not _NO_CONTROLLER.search(str(error)):
-            raise
-        return "not asked: no Slurm controller reachable from here"
+    done, said = _run("sbatch", "--test-only", script, env=own_environment())
+    if done.returncode and not _NO_CONTROLLER.search(said):
+        raise ConfigError(f"sbatch refused: {said}")
+    return "not asked: no Slurm controller reachable from here" if done.returncode else said
 
 
 def own_environment() -> dict[str, str]:
@@ -124,7 +113,8 @@ def own_environment() -> dict[str, str]:
 
 def job_state(job: str) -> JobState:
     """The state of a job."""
-    found = _fields(slurm("scontrol", "show", "job", "-o", job, check=False))
+    words = slurm("scontrol", "show", "job", "-o", job, check=False).split()
+    found = {key: value for key, _, value in (word.partition("=") for word in words)}
     if found.get("JobState"):
         reason = found.get("Reason", "")
         return JobState(
@@ -136,29 +126,18 @@ def job_state(job: str) -> JobState:
             elapsed=found.get("RunTime", ""),
             limit=found.get("TimeLimit", ""),
         )
-    try:
-        columns = "State,NodeList,Elapsed,Timelimit"
-        rows = slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", columns, check=False)
-    except ConfigError:
-        rows = ""
-    for row in reversed(rows.splitlines()):
+    for row in reversed(_accounts("-X", "-j", job, "-o", "State,NodeList,Elapsed,Timelimit")):
         state, nodes, elapsed, limit = row.split("|")
-        return JobState(
-            state.split()[0], nodes=nodes.replace("None assigned", ""), elapsed=elapsed, limit=limit
-        )
+        nodes = nodes.replace("None assigned", "")
+        return JobState(state.split()[0], nodes=nodes, elapsed=elapsed, limit=limit)
     return JobState("UNKNOWN")
 
 
 def ran_out_of_memory(job: str) -> bool:
     """Whether the kernel killed a task of the job's last attempt for its memory; False without accounts."""
-    try:
-        rows = slurm("sacct", "-n", "-P", "-j", job, "-o", "State", check=False)
-    except ConfigError:
-        return False
-    return any(row.startswith("OUT_OF_MEMORY") for row in rows.splitlines())
+    return any(row.startswith("OUT_OF_MEMORY") for row in _accounts("-j", job, "-o", "State"))
 
 
-def _fields(line: str) -> dict[str, str]:
-    """The words KEY=VALUE of a line of scontrol."""
-    pairs = (word.partition("=") for word in line.split())
-    return {key: value for key, equals, value in pairs if equals}
+def _accounts(*asked: str) -> list[str]:
+    """Rows of sacct; none where the site keeps no accounts."""
+    return slurm("sacct", "-n", "-P", *asked, check=False).splitlines() if shutil.which("sacct") else []

@@ -1,98 +1,53 @@
-"""The batch script of a job, made by submitit's own builder.
+"""The batch script of a job.
 
-    # setup      lines of the cluster profile; the job's own code first on Python's path
-    # command    srun: every rank is `launch/slurm_job.py rank <folder>` (task.py)
-    # teardown   `launch/slurm_job.py after <folder> <exit code>`: done, start again, or give up (after.py)
+    # SBATCH       the settings
+    setup          lines of the cluster profile; the job's own code first on Python's path
+    command        srun: every rank is `launch/slurm_job.py rank <folder>` (task.py)
+    last           `launch/slurm_job.py after <folder> <exit code>`: done, start again, or give up (after.py)
 
 The shell outlives the signals that its job gets, so that the last line is reached after every rank has ended.
-submitit would send a pickled function along; ours is a path: who may write a pickle's folder runs code as the
-user.
+It is written here and not by submitit, whose public interface submits a pickled function and gives no script:
+none to look at in a dry run, none without srun on this machine, none for 2-4 nodes.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segformer.slurm.attempts import attempt_line
-from segformer.slurm.settings import SlurmConfig, memory, minutes
+from segformer.slurm.settings import SlurmConfig, minutes
 
 
-@dataclass(frozen=True, slots=True)
 class JobFolder:
     """The files of one submission: runs/x/slurm/0001."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The composed configuration of the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def settings(self) -> Path:
-        """The settings of the job, and its id once it has one."""
-        return self.path / "job.json"
-
-    @property
-    def code(self) -> Path:
-        """The copy of the code."""
-        return self.path / "code"
-
-    @property
-    def script(self) -> Path:
-        """The batch script."""
-        return self.path / "script.sh"
-
-    @property
-    def logs(self) -> Path:
-        """What the ranks and the batch script print: <job>_<rank>_log.out and .err."""
-        return self.path / "logs"
-
-    @property
-    def outcomes(self) -> Path:
-        """Why ranks ended early: <attempt>-<rank>.json."""
-        return self.path / "outcomes"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # the composed configuration of the run
+        self.note = path / "job.json"  # the settings of the job, and its id once it has one
+        self.code = path / "code"
+        self.script = path / "script.sh"
+        self.logs = path / "logs"  # <job>_<rank>_log.out and .err
+        self.outcomes = path / "outcomes"  # why ranks ended early: <attempt>-<rank>.json
 
 
-def sbatch_script(cfg: SlurmConfig, name: str, folder: JobFolder, directory: Path, run_dir: Path) -> str:
+def training_script(cfg: SlurmConfig, name: str, folder: JobFolder, directory: Path, run_dir: Path) -> str:
     """The script of the training job called `name` whose files are in `folder`, run in `directory`."""
     start = [sys.executable, "-u", str(folder.code / "launch" / "slurm_job.py")]
-    after = shlex.join([*start, "after", str(folder.path)])
-    command = shlex.join([*start, "rank", str(folder.path)])
-    return _script(
-        cfg,
-        name,
-        folder,
-        directory,
-        command=command,
-        signal_delay_s=cfg.signal_delay_s,
-        first=["trap : TERM USR2 CONT", attempt_line(run_dir, cfg.ranks_per_node)],
-        teardown=[f'{after} "$?"'],
+    lines = [
+        "trap : TERM USR2 CONT",
+        attempt_line(run_dir, cfg.ranks_per_node),
+        *_setup(cfg, folder),
         # One failed rank ends the others, which would otherwise wait for it in a collective until the
         # time-out. A site's WaitTime would end rank zero while it exports and reports.
-        **_ranks(cfg, "--kill-on-bad-exit=1", "--wait=0"),
-    )
-
-
-def _ranks(cfg: SlurmConfig, *srun_args: str) -> dict[str, Any]:
-    """The options of a job whose srun starts the same number of ranks on each node.
-
-    Slurm remembers the tasks that a job with --ntasks-per-node has once had, and would never start it again
-    on fewer nodes. So a range of nodes asks for CPUs, and srun alone knows of tasks.
-    """
-    tasks = [f"--ntasks-per-node={cfg.ranks_per_node}"]
-    # Since Slurm 22.05 srun doesn't take --cpus-per-task from the job.
-    args = [*tasks, f"--cpus-per-task={cfg.cpus_per_task}", *srun_args]
-    shape: dict[str, Any] = {"nodes": cfg.nodes, "gpus_per_node": cfg.gpus_per_node, "srun_args": args}
-    low, high = cfg.node_range
-    if low < high:
-        return shape | {"more": {"mincpus": cfg.ranks_per_node * cfg.cpus_per_task}}
-    return shape | {"ntasks_per_node": cfg.ranks_per_node, "cpus_per_task": cfg.cpus_per_task}
+        f"{_srun(cfg, folder, '--wait=0')} {shlex.join([*start, 'rank', str(folder.path)])}",
+        f'{shlex.join([*start, "after", str(folder.path)])} "$?"',
+    ]
+    signal = {"signal": f"USR2@{cfg.signal_delay_s}"}
+    return _script(_options(cfg, name, folder, directory) | _shape(cfg) | signal, cfg, lines)
 
 
 def command_script(
@@ -104,59 +59,62 @@ def command_script(
     *,
     ranks: bool,
     tasks: int = 0,
-    more: dict[str, Any] | None = None,
+    more: dict[str, str] | None = None,
 ) -> str:
     """The script of a job that runs a shell command: as all ranks, once, or in an array of `tasks` jobs."""
+    options = _options(cfg, name, folder, directory, "%A_%a" if tasks else "%j")
     if ranks:
-        shape = _ranks(cfg, "--kill-on-bad-exit=1")
+        options |= _shape(cfg)
+        command = f"{_srun(cfg, folder)} {command}"
     else:
-        once = {"nodes": 1, "ntasks_per_node": 1, "cpus_per_task": cfg.cpus_per_task}
-        shape = once | {"use_srun": False}
-    if tasks:
-        shape |= {"map_count": tasks, "array_parallelism": tasks}
-    more = shape.pop("more", {}) | (more or {})
-    return _script(cfg, name, folder, directory, command=command, more=more, **shape)
+        options |= {"nodes": 1, "ntasks-per-node": 1, "cpus-per-task": cfg.cpus_per_task}
+    array = {"array": f"0-{tasks - 1}%{tasks}"} if tasks else {}
+    return _script(options | array | (more or {}), cfg, [*_setup(cfg, folder), command])
 
 
-def _script(
-    cfg: SlurmConfig,
-    name: str,
-    folder: JobFolder,
-    directory: Path,
-    *,
-    first: Sequence[str] = (),
-    more: dict[str, Any] | None = None,
-    **options: Any,
-) -> str:
-    # submitit's executor refuses to exist where there is no srun; the builder it uses needs nothing.
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    wanted: dict[str, Any] = {
-        "job_name": name,
-        "partition": cfg.partition,
-        "account": cfg.account,
-        "qos": cfg.qos,
-        "constraint": cfg.constraint,
-        "mem": memory(cfg.mem),
-        **options,
+def _options(
+    cfg: SlurmConfig, name: str, folder: JobFolder, directory: Path, job: str = "%j"
+) -> dict[str, Any]:
+    return {
+        "job-name": name,
+        "time": minutes(cfg.time),
+        **{key: getattr(cfg, key) for key in ("partition", "account", "qos", "constraint", "mem")},
+        "chdir": directory,
+        "output": folder.logs / f"{job}_0_log.out",
+        "error": folder.logs / f"{job}_0_log.err",
+        "open-mode": "append",
+        "requeue" if cfg.requeue else "no-requeue": True,
     }
-    path = f'export PYTHONPATH={shlex.quote(str(folder.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-    text: str = _make_sbatch_string(
-        folder=folder.logs,
-        time=minutes(cfg.time),
-        setup=[*first, *cfg.setup, path],
-        additional_parameters={
-            "requeue" if cfg.requeue else "no-requeue": True,
-            "chdir": str(directory),
-            **(more or {}),
-            **cfg.sbatch,
-        },
-        **{
-            "wckey": None,
-            **{key: value for key, value in wanted.items() if value is False or value not in ("", 0)},
-        },
-    )
-    lines = text.splitlines()
-    if "signal_delay_s" not in options:  # submitit's own default would kill ranks that don't know the signal
-        lines = [line for line in lines if not line.startswith("#SBATCH --signal=")]
-    return "\n".join(lines) + "\n"
+
+
+def _shape(cfg: SlurmConfig) -> dict[str, Any]:
+    """The options of a job of as many ranks on each node.
+
+    Slurm remembers the tasks that a job with --ntasks-per-node has once had, and would never start it again
+    on fewer nodes. So a range of nodes asks for CPUs, and srun alone knows of tasks.
+    """
+    shape = {"nodes": cfg.nodes, "gpus-per-node": cfg.gpus_per_node or ""}
+    low, high = cfg.node_range
+    if low < high:
+        return shape | {"mincpus": cfg.ranks_per_node * cfg.cpus_per_task}
+    return shape | {"ntasks-per-node": cfg.ranks_per_node, "cpus-per-task": cfg.cpus_per_task}
+
+
+def _srun(cfg: SlurmConfig, folder: JobFolder, *more: str) -> str:
+    # Since Slurm 22.05 srun doesn't take --cpus-per-task from the job.
+    tasks = (f"--ntasks-per-node={cfg.ranks_per_node}", f"--cpus-per-task={cfg.cpus_per_task}")
+    logs = (f"--output={folder.logs}/%j_%t_log.out", f"--error={folder.logs}/%j_%t_log.err")
+    return shlex.join(["srun", "--unbuffered", *logs, *tasks, "--kill-on-bad-exit=1", *more])
+
+
+def _setup(cfg: SlurmConfig, folder: JobFolder) -> list[str]:
+    return [*cfg.setup, f'export PYTHONPATH={shlex.quote(str(folder.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"']
+
+
+def _script(options: dict[str, Any], cfg: SlurmConfig, lines: list[str]) -> str:
+    given = {key: value for key, value in {**options, **cfg.sbatch}.items() if value != ""}
+    header = [
+        f"#SBATCH --{key}" + ("" if value is True else f"={shlex.quote(str(value))}")
+        for key, value in given.items()
+    ]
+    return "\n".join(["#!/bin/bash", *header, "", *lines]) + "\n"

@@ -8,6 +8,7 @@ The folder is for its owner alone (0700): what is in it runs as the user.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,12 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from segformer.checkpoint.reader import list_steps
+from segformer.checkpoint.checkpointer import list_steps
 from segformer.errors import ConfigError
+from segformer.files import write_atomic
 from segformer.slurm.attempts import attempts, step_of
-from segformer.slurm.code import snapshot
+from segformer.slurm.code import copy_code
 from segformer.slurm.queue import JobState, job_state, slurm, submit_script, would_start
-from segformer.slurm.script import JobFolder, sbatch_script
+from segformer.slurm.script import JobFolder, training_script
 from segformer.slurm.settings import SlurmConfig
 from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.progress import duration
@@ -46,8 +48,8 @@ def plain_path(name: str, path: Path | str) -> Path:
     whole = (Path.cwd() / path).absolute()
     if not _PATH.fullmatch(str(whole)) or ".." in whole.parts:
         raise ConfigError(
-            f"{name}={str(path)!r} is refused: it becomes part of a shell script; "
-            "use letters, digits, '/', '.', '_', '-', '+', '@', '=', single spaces, and no '..'"
+            f"{name}={str(path)!r} is refused (it becomes part of a script); use letters, digits, "
+            "/ . _ - + @ =, single spaces, and no '..'"
         )
     return whole
 
@@ -55,14 +57,8 @@ def plain_path(name: str, path: Path | str) -> Path:
 def describe(cfg: SlurmConfig, run: RunConfig) -> str:
     """How the ranks of a job share the global batch; ConfigError where a number of nodes can't."""
     low, high = cfg.node_range
-    for nodes in range(low, high + 1):
-        try:
-            batch = run.batch_shape(nodes * cfg.ranks_per_node)
-        except ConfigError as error:
-            raise ConfigError(
-                f"nodes={cfg.nodes}: with {nodes} of them {error}" if high > low else str(error)
-            ) from error
-    return f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {batch}"
+    batches = [run.batch_shape(nodes * cfg.ranks_per_node) for nodes in range(low, high + 1)]
+    return f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {batches[-1]}"
 
 
 def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> str:
@@ -77,27 +73,21 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
     directory = plain_path("the working directory", directory or Path.cwd())
     shape = describe(cfg, run)
     if cfg.dry_run:
-        _show(cfg, run, run_dir, directory, shape)
+        folder = JobFolder(run_dir / "slurm" / "0001")
+        show_script(training_script(cfg, run.name, folder, directory, run_dir))
+        print(f"dry run, nothing was written or submitted: {shape}", file=sys.stderr)
         return ""
-    for folder in submissions(run_dir):
-        job = _note(folder).get("job", "")
-        if job and (state := job_state(job)).alive:
-            if state.name == "COMPLETING":
-                raise ConfigError(f"{run.run_dir}: job {job} is still ending; try again in a moment")
-            raise ConfigError(
-                f"{run.run_dir} has job {job}, which is {state.name}; `python launch/slurm.py cancel "
-                f"{run.run_dir}` ends it, after saving its state"
-            )
+    for earlier in _submissions(run_dir):
+        _check_ended(run.run_dir, _note(earlier).get("job", ""))
     folder = make_folder(run_dir)
     run.checkpoint.notice_s = float(cfg.signal_delay_s)
     save_config(run, folder.config)
-    code = snapshot(ROOT, folder.code)
-    folder.script.write_text(sbatch_script(cfg, run.name, folder, directory, run_dir))
-    note: dict[str, Any] = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir)}
-    note["directory"] = str(directory)
-    _write_note(folder, note)
+    code = copy_code(ROOT, folder.code)
+    folder.script.write_text(training_script(cfg, run.name, folder, directory, run_dir))
+    note = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir), "directory": str(directory)}
+    write_atomic(folder.note, json.dumps(note, indent=1))
     job = submit_script(folder.script)
-    _write_note(folder, note | {"job": job})
+    write_atomic(folder.note, json.dumps(note | {"job": job}, indent=1))
     commit = (code["commit"] or "without git")[:12] + (" with changes" if code["changed"] else "")
     print(
         f"job {job}: {shape}, code {commit}\n"
@@ -108,11 +98,16 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
     return job
 
 
-def _show(cfg: SlurmConfig, run: RunConfig, run_dir: Path, directory: Path, shape: str) -> None:
-    """Print the script of a dry run, and what Slurm says to it where there is one."""
-    text = sbatch_script(cfg, run.name, JobFolder(run_dir / "slurm" / "0001"), directory, run_dir)
-    show_script(text)
-    print(f"dry run, nothing was written or submitted: {shape}", file=sys.stderr)
+def _check_ended(run_dir: str, job: str) -> None:
+    """Refuse a run whose job waits, runs or ends at this moment."""
+    state = job_state(job) if job else JobState("UNKNOWN")
+    if state.name == "COMPLETING":
+        raise ConfigError(f"{run_dir}: job {job} is still ending; try again in a moment")
+    if state.alive:
+        raise ConfigError(
+            f"{run_dir} has job {job}, which is {state.name}; `python launch/slurm.py cancel {run_dir}` ends "
+            "it, after saving its state"
+        )
 
 
 def show_script(text: str) -> None:
@@ -125,14 +120,9 @@ def show_script(text: str) -> None:
             print(f"Slurm: {would_start(Path(file.name))}", file=sys.stderr)
 
 
-def submissions(run_dir: Path) -> list[JobFolder]:
-    """The submissions of a run, oldest first."""
-    return [JobFolder(path) for path in _numbered(run_dir / "slurm")]
-
-
 def make_folder(parent: Path, name: str = "slurm") -> JobFolder:
     """A new folder parent/name/0001 for a submission, for its owner alone; `parent` is made, too."""
-    top = parent / name
+    top = path = parent / name
     try:
         parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         _check_owner(parent)
@@ -145,8 +135,7 @@ def make_folder(parent: Path, name: str = "slurm") -> JobFolder:
                 raise ConfigError(
                     f"{path} is a link, or others may open it, and what is in it runs as you; chmod 700 it"
                 )
-        earlier = _numbered(top)
-        folder = JobFolder(top / f"{int(earlier[-1].name) + 1 if earlier else 1:04d}")
+        folder = JobFolder(top / f"{max([int(path.name) for path in _numbered(top)], default=0) + 1:04d}")
         folder.path.mkdir(mode=0o700)
         folder.logs.mkdir()
     except OSError as error:
@@ -171,25 +160,21 @@ def _numbered(top: Path) -> list[Path]:
     return sorted(top.glob("[0-9][0-9][0-9][0-9]"))
 
 
-def _write_note(folder: JobFolder, note: dict[str, Any]) -> None:
-    temporary = folder.settings.with_name(".tmp-job.json")
-    temporary.write_text(json.dumps(note, indent=1) + "\n")
-    temporary.replace(folder.settings)
+def _submissions(run_dir: Path) -> list[JobFolder]:
+    """The submissions of a run, oldest first."""
+    return [JobFolder(path) for path in _numbered(run_dir / "slurm")]
 
 
 def _note(folder: JobFolder) -> dict[str, Any]:
-    try:
-        found = json.loads(folder.settings.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = json.loads(folder.note.read_text()) if folder.note.exists() else {}
+    return found
 
 
 def newest(run_dir: Path) -> tuple[JobFolder, str]:
     """The newest submission of a run and its job; ConfigError without one."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir} does not exist; give the run_dir of a run that was submitted")
-    for folder in reversed(submissions(run_dir)):
+    for folder in reversed(_submissions(run_dir)):
         if job := _note(folder).get("job"):
             return folder, job
     raise ConfigError(
@@ -210,8 +195,7 @@ def cancel(run_dir: Path) -> None:
 
 def settings_of(run_dir: Path) -> dict[str, Any]:
     """The settings of a run's newest job, by the names of SlurmConfig."""
-    folder, _ = newest(run_dir)
-    settings: dict[str, Any] = _note(folder)["settings"]
+    settings: dict[str, Any] = _note(newest(run_dir)[0])["settings"]
     return settings
 
 
@@ -226,16 +210,17 @@ def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
 def status(run_dir: Path) -> str:
     """A few lines about a run: its job, how far it is, its newest checkpoint, its attempts and its logs."""
     folder, job = newest(run_dir)
-    state, begun = job_state(job), attempts(run_dir, job)
-    lines = [f"job         {job}: {_state_text(state)}", f"step        {progress(run_dir, folder)}"]
     steps = list_steps(run_dir / "checkpoints")
-    lines.append(f"checkpoint  step {steps[-1]}" if steps else "checkpoint  none yet")
+    lines = [
+        f"job         {job}: {_state_text(job_state(job))}",
+        f"step        {progress(run_dir, folder)}",
+        f"checkpoint  step {steps[-1]}" if steps else "checkpoint  none yet",
+    ]
     lines += [
         f"attempt {one['attempt']:<3} {one['ranks']} ranks on {one['nodes']} from step {step_of(one)}"
-        for one in begun
+        for one in attempts(run_dir, job)
     ]
-    lines.append(f"logs        {folder.logs}/{job}_0_log.out and .err")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"logs        {folder.logs}/{job}_0_log.out and .err"])
 
 
 def _state_text(state: JobState) -> str:
@@ -262,20 +247,13 @@ def progress(run_dir: Path, folder: JobFolder) -> str:
     return ", ".join(parts)
 
 
-def _looked_up(job: str) -> JobState:
-    try:
-        return job_state(job)
-    except ConfigError:
-        return JobState("UNKNOWN")  # slurmctld may be busy, or starting again
-
-
 def watch(run_dir: Path) -> None:
     """Follow a job on one line until it has ended; Ctrl-C ends the watching only."""
     folder, job = newest(run_dir)
     live, shown, unknown = sys.stdout.isatty(), "", 0
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
-            state = _looked_up(job)
+            state = job_state(job)
             line = f"job {job} {_state_text(state)} | step {progress(run_dir, folder)}"
             if live:
                 print(f"\r\x1b[K{line}", end="", flush=True)
@@ -286,7 +264,5 @@ def watch(run_dir: Path) -> None:
             if not state.alive and unknown in (0, PATIENCE):
                 break
             time.sleep(WATCH_S)
-    except KeyboardInterrupt:
-        pass
     if live:
         print()

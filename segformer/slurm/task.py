@@ -17,7 +17,8 @@ from types import FrameType
 from segformer.checkpoint.lease import Owner
 from segformer.distributed.watchdog import is_lost_rank
 from segformer.distributed.world import SIGNALS, slurm_environment
-from segformer.errors import ConfigError, Preempted, RankLost, SegformerError
+from segformer.errors import ConfigError, Preempted, RankLost, SegformerError, ending
+from segformer.files import write_atomic
 from segformer.job import run_job
 from segformer.slurm.attempts import give_up
 from segformer.slurm.script import JobFolder
@@ -31,32 +32,44 @@ def task(path: Path) -> None:
     for number in SIGNALS:  # until the training has handlers of its own
         signal.signal(number, _stop_early)
     folder, rank = JobFolder(path), int(os.environ.get("SLURM_PROCID", "0"))
-    try:
-        os.environ.update(slurm_environment(os.environ))
-        cfg = load_config(folder.config, RunConfig)
-        if rank == 0 and (why := give_up(Path(cfg.run_dir), Owner.current().job, begun=True)):
-            raise ConfigError(f"{cfg.run_dir}: {why}")
-        run_job(cfg)
-    except SegformerError as error:
-        _record(folder, rank, error.exit_code, f"{type(error).__name__}: {error}")
-        if rank == 0 or not isinstance(error, Preempted):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _wait_for_rank_zero(folder)
-        sys.exit(error.exit_code)
-    except SystemExit as error:
-        if error.code:
-            _record(folder, rank, error.code if isinstance(error.code, int) else 1, "")
-            _wait_for_rank_zero(folder)
-        raise
-    except BaseException as error:
-        # Before the first step, too, a rank that is gone is no bug of this one.
-        code = RankLost.exit_code if is_lost_rank(error) else 1
-        _record(folder, rank, code, "".join(traceback.format_exception_only(error)).strip())
-        raise
+    with ending():
+        try:
+            os.environ.update(slurm_environment(os.environ))
+            cfg = load_config(folder.config, RunConfig)
+            if rank == 0 and (why := give_up(Path(cfg.run_dir), Owner.current().job, begun=True)):
+                raise ConfigError(f"{cfg.run_dir}: {why}")
+            run_job(cfg)
+        except BaseException as error:
+            _record(folder, rank, error)
+            raise
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
     raise Preempted(f"stopped by {signal.Signals(number).name} outside of the training; start again")
+
+
+def _record(folder: JobFolder, rank: int, error: BaseException) -> None:
+    """Leave the reason why this rank ends early; a full disk must not hide the error itself."""
+    code, message = 1, "".join(traceback.format_exception_only(error)).strip()
+    if isinstance(error, SegformerError):
+        code, message = error.exit_code, f"{type(error).__name__}: {error}"
+    elif isinstance(error, SystemExit):
+        if not error.code:
+            return
+        code, message = error.code if isinstance(error.code, int) else 1, ""
+    elif is_lost_rank(error):  # before the first step, too, a rank that is gone is no bug of this one
+        code = RankLost.exit_code
+    try:
+        folder.outcomes.mkdir(mode=0o700, exist_ok=True)
+        write_atomic(_outcome(folder, rank), json.dumps({"rank": rank, "code": code, "message": message}))
+    except OSError as failed:
+        print(f"the outcome can't be written to {folder.outcomes}: {failed}", file=sys.stderr, flush=True)
+    if isinstance(error, SegformerError | SystemExit):
+        _wait_for_rank_zero(folder)
+
+
+def _outcome(folder: JobFolder, rank: int) -> Path:
+    return folder.outcomes / f"{Owner.current().attempt}-{rank:05d}.json"
 
 
 def _wait_for_rank_zero(folder: JobFolder) -> None:
@@ -69,16 +82,3 @@ def _wait_for_rank_zero(folder: JobFolder) -> None:
     end = time.monotonic() + RANK_ZERO_S
     while not _outcome(folder, 0).exists() and time.monotonic() < end:
         time.sleep(0.2)
-
-
-def _outcome(folder: JobFolder, rank: int) -> Path:
-    return folder.outcomes / f"{Owner.current().attempt}-{rank:05d}.json"
-
-
-def _record(folder: JobFolder, rank: int, code: int, message: str) -> None:
-    """Leave the reason why this rank ends early; a full disk must not hide the error itself."""
-    try:
-        folder.outcomes.mkdir(mode=0o700, exist_ok=True)
-        _outcome(folder, rank).write_text(json.dumps({"rank": rank, "code": code, "message": message}))
-    except OSError as error:
-        print(f"the outcome can't be written to {folder.outcomes}: {error}", file=sys.stderr, flush=True)

@@ -52,9 +52,9 @@ def test_an_attempt_that_could_not_be_noted_is_the_last(tmp_path):
     (tmp_path / "slurm/attempts.jsonl").write_text(
         '{"job": "17", "attempt": 0, "ranks": 1, "nodes": "n0", "newest": ""}\n'
     )
-    assert after._unnoted(tmp_path, Owner("17", 0, "n0", 1)) == ""
-    assert "is the disk full?" in after._unnoted(tmp_path, Owner("17", 1, "n0", 1))
-    assert "is the disk full?" in after._unnoted(tmp_path, Owner("18", 0, "n0", 1))
+    assert after._uncounted(tmp_path, Owner("17", 0, "n0", 1)) == ""
+    assert "is the disk full?" in after._uncounted(tmp_path, Owner("17", 1, "n0", 1))
+    assert "is the disk full?" in after._uncounted(tmp_path, Owner("18", 0, "n0", 1))
 
 
 @pytest.mark.parametrize(

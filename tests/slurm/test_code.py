@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from segformer.errors import ConfigError
-from segformer.slurm.code import snapshot
+from segformer.slurm.code import copy_code
 
 FILES = {
     "segformer/a.py": "a = 1\n",
@@ -42,7 +42,7 @@ def names(folder):
 
 
 def test_a_clean_tree_is_its_commit(tree, tmp_path):
-    found = snapshot(tree, tmp_path / "copy")
+    found = copy_code(tree, tmp_path / "copy")
     head = subprocess.run(["git", "-C", tree, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert (found["commit"], found["changed"]) == (head.strip(), False)
     assert names(tmp_path / "copy") == {
@@ -52,11 +52,11 @@ def test_a_clean_tree_is_its_commit(tree, tmp_path):
 
 
 def test_changes_are_copied_and_kept_as_a_patch(tree, tmp_path):
-    clean = snapshot(tree, tmp_path / "clean")
+    clean = copy_code(tree, tmp_path / "clean")
     (tree / "segformer/a.py").write_text("a = 2\n")
     (tree / "segformer/new.py").write_text("new = 1\n")
     (tree / "segformer/x.log").write_text("ignored")
-    found = snapshot(tree, tmp_path / "copy")
+    found = copy_code(tree, tmp_path / "copy")
     assert found["changed"]
     assert found["sha256"] != clean["sha256"]
     assert (tmp_path / "copy/segformer/a.py").read_text() == "a = 2\n"
@@ -71,7 +71,7 @@ def test_without_git_everything_but_caches_is_taken(tree, tmp_path):
     subprocess.run(["rm", "-rf", tree / ".git"], check=True)
     (tree / "segformer/__pycache__").mkdir()
     (tree / "segformer/__pycache__/a.pyc").write_text("x")
-    found = snapshot(tree, tmp_path / "copy")
+    found = copy_code(tree, tmp_path / "copy")
     assert (found["commit"], found["changed"]) == (None, None)
     assert "segformer/__pycache__/a.pyc" not in names(tmp_path / "copy")
 
@@ -79,9 +79,9 @@ def test_without_git_everything_but_caches_is_taken(tree, tmp_path):
 def test_a_copy_that_fails_leaves_nothing(tree, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="the code can't be copied"):
-        snapshot(tree, tmp_path / "file" / "copy")
+        copy_code(tree, tmp_path / "file" / "copy")
     (tree / "segformer/gone.py").symlink_to("/proc/self/mem")
     with pytest.raises(ConfigError, match="the code can't be copied"):
-        snapshot(tree, tmp_path / "copy")
+        copy_code(tree, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     assert not list(tmp_path.glob(".tmp-*"))

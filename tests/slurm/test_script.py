@@ -1,7 +1,6 @@
 """The batch script of launch/slurm.py: what stands in it, and that no field can bring a command into it."""
 
 import importlib.util
-import re
 import shlex
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from segformer.errors import ConfigError
-from segformer.slurm.script import JobFolder, command_script, sbatch_script
-from segformer.slurm.settings import SlurmConfig, memory, minutes
+from segformer.slurm.script import JobFolder, command_script, training_script
+from segformer.slurm.settings import SlurmConfig, minutes
 from segformer.slurm.submission import describe, plain_path
 from segformer.training.config import RunConfig, compose, load_config, save_config
 
@@ -56,7 +55,7 @@ def script(*overrides: str, **fields: object) -> str:
     run = compose(RunConfig, "config", list(overrides))
     cfg, run_dir = SlurmConfig(**fields), plain_path("run_dir", run.run_dir)
     describe(cfg, run)
-    return sbatch_script(cfg, run.name, JobFolder(run_dir / "slurm/0001"), ROOT, run_dir)
+    return training_script(cfg, run.name, JobFolder(run_dir / "slurm/0001"), ROOT, run_dir)
 
 
 def options(text: str) -> dict[str, str]:
@@ -95,7 +94,7 @@ def test_every_field_reaches_its_option() -> None:
             nodes="2",
             gpus_per_node=8,
             cpus_per_task=12,
-            mem="480 GB",
+            mem="480G",
             time="1d12h",
             partition="gpu,long",
             account="vision",
@@ -139,7 +138,7 @@ def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configura
     command = [sys.executable, "-u", str(folder / "code/launch/slurm_job.py")]
     assert words[-5:] == [*command, "rank", str(folder)]
     assert shlex.split(lines[-1]) == [*command, "after", str(folder), "$?"]
-    assert lines.index("trap : TERM USR2 CONT") < lines.index("# command")
+    assert lines.index("trap : TERM USR2 CONT") < len(lines) - 2
     assert f"export PYTHONPATH={folder}/code" in "\n".join(lines)
 
 
@@ -148,7 +147,7 @@ def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch() -
     assert (found["nodes"], found["gpus-per-node"], found["mincpus"]) == ("1-2", "8", "32")
     # what Slurm keeps of these would keep the job from starting again on fewer nodes
     assert not {"ntasks", "ntasks-per-node", "cpus-per-task"} & set(found)
-    with pytest.raises(ConfigError, match=r"nodes=2-4: with 3 of them global_batch=16 is not divisible"):
+    with pytest.raises(ConfigError, match=r"global_batch=16 is not divisible by .* x 12"):
         script(nodes="2-4", gpus_per_node=4)
 
 
@@ -167,8 +166,8 @@ def test_nodes_without_gpus_get_the_ranks_that_are_asked_for() -> None:
 
 def test_lines_of_the_profile_stand_before_the_training() -> None:
     lines = script(setup=["module load cuda", "export NCCL_DEBUG=WARN"]).splitlines()
-    places = [lines.index(line) for line in ("module load cuda", "export NCCL_DEBUG=WARN", "# command")]
-    assert places == sorted(places)
+    srun = next(number for number, line in enumerate(lines) if line.startswith("srun"))
+    assert lines.index("module load cuda") < lines.index("export NCCL_DEBUG=WARN") < srun
 
 
 def test_a_global_batch_that_cannot_be_shared_is_refused_with_what_can() -> None:
@@ -204,7 +203,7 @@ def test_a_hostile_path_is_refused(value: str) -> None:
 @pytest.mark.parametrize("value", UNUSUAL)
 def test_an_unusual_run_directory_stays_one_word(value: str) -> None:
     folder = JobFolder(ROOT / value / "slurm/0001")
-    lines = sbatch_script(SlurmConfig(), "x", folder, ROOT, ROOT / value).rstrip().splitlines()
+    lines = training_script(SlurmConfig(), "x", folder, ROOT, ROOT / value).rstrip().splitlines()
     assert len(lines) == len(script().rstrip().splitlines())
     assert shlex.split(lines[-1])[-2] == str(folder.path)
 
@@ -285,39 +284,19 @@ def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [
-        ("24h", 1440),
-        ("24 hours", 1440),
-        ("90 minutes", 90),
-        ("90m", 90),
-        ("90", 90),
-        ("2d", 2880),
-        ("1d12h30m", 2190),
-        ("12:00:00", 720),
-        ("0:10:01", 11),
-        ("1-12:00:00", 2160),
-        ("1-12", 2160),
-        ("1-12:30", 2190),
-    ],
-)
+    {"24h": 1440, "90m": 90, "90": 90, "2d": 2880, "1d12h30m": 2190, "12:00:00": 720, "0:10:01": 11,
+     "1-12:00:00": 2160}.items(),
+)  # fmt: skip
 def test_durations_are_read_as_sbatch_and_people_mean_them(text: str, wanted: int) -> None:
     assert minutes(text) == wanted
 
 
 @pytest.mark.parametrize(
-    "text", ["", "12:00", "h", "24x", "1.5h", "-1", "0", "400d", "1h 2d", "24h;ls", "٣h"]
+    "text", ["", "12:00", "1-12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "24h;ls", "٣h"]
 )
 def test_other_durations_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="time="):
         minutes(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [("", ""), ("0", "0"), ("480G", "480G"), ("480 gb", "480G"), ("64GiB", "64G"), ("900", "900")],
-)
-def test_memory_is_written_as_sbatch_reads_it(text: str, wanted: str) -> None:
-    assert memory(text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -340,11 +319,11 @@ def test_settings_that_make_no_sense_are_refused(fields: dict[str, object]) -> N
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
 def test_every_shipped_profile_makes_a_script(name: str) -> None:
     cfg = compose(SlurmConfig, "slurm", [f"cluster={name}"])
-    assert sbatch_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
+    assert training_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
 
 
 def test_text_that_hydra_would_misread_keeps_its_value() -> None:
-    given = ["partition=a,b", "constraint=a&b|c", "time=90 minutes", "time='2h'", "account=my-1.project"]
+    given = ["partition=a,b", "constraint=a&b|c", "time='2h'", "account=my-1.project"]
     job, training = slurm.split_overrides([*given, "steps=5", "nodes=3"])
     cfg = compose(SlurmConfig, "slurm", job)
     assert (cfg.partition, cfg.constraint, cfg.time, cfg.nodes) == ("a,b", "a&b|c", "2h", "3")
@@ -360,7 +339,6 @@ def test_text_that_hydra_would_misread_keeps_its_value() -> None:
         (["status", "/"], "has not been submitted"),
         (["statu", "runs/x"], "'statu' is not a command; did you mean status?"),
         (["train"], "'train' is not a command; use status, watch, cancel, "),
-        (["resubmit", "/nowhere", "lr=1"], "a run keeps its settings"),
         (["shard", "data=sample"], "tasks=''"),
         (["shard", "tasks=2", "part=0/2"], "part is set by the array"),
         (["evaluate", "chekpoint=x"], "chekpoint"),
@@ -380,14 +358,3 @@ def test_the_saved_configuration_is_the_one_that_was_composed(tmp_path: Path) ->
     run = compose(RunConfig, "config", ["experiment=sample", "model=b2"])
     save_config(run, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml", RunConfig) == run
-
-
-def test_submitit_is_not_imported_before_it_is_needed() -> None:
-    script = "runpy.run_path('launch/slurm.py', run_name='__main__')"
-    unwanted = "assert not {'submitit', 'deepspeed'} & set(sys.modules)"
-    check = f"import runpy, sys; sys.argv = ['x', '--help']; {script}; {unwanted}"
-    ended = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert re.search(r"^partition: ''$", ended.stdout, re.MULTILINE)
