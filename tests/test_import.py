@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 FORBIDDEN = (
-    *("cv2", "PIL", "deepspeed", "webdataset", "hydra", "omegaconf", "torchmetrics", "wandb", "submitit"),
+    *("cv2", "PIL", "deepspeed", "webdataset", "hydra", "omegaconf", "torchmetrics", "wandb"),
     *("tqdm", "matplotlib", "transformers", "onnx", "scipy", "pandas", "tensorboard", "pynvml"),
 )
 SCRIPT = f"""

@@ -65,15 +65,15 @@ class RunConfig:
     run_dir: str = "runs/${name}"
     "Where everything of the run goes; an existing one of the same configuration is continued."
     seed: int = 0
-    "Seed of initialisation, sample order, augmentation and drop-out."
+    "Seed of initialization, sample order, augmentation and drop-out."
     steps: int = 160_000
-    "Optimiser steps of the whole run."
+    "Optimizer steps of the whole run."
     global_batch: int = 16
-    "Images per optimiser step over all ranks; part of the recipe, never changed by the world size."
+    "Images per optimizer step over all ranks; part of the recipe, never changed by the world size."
     micro_batch: int | None = None
     "Images per forward and rank; null takes global_batch / world size. Smaller ones accumulate gradients."
     eval_every: int = 4000
-    "Optimiser steps between evaluations; one always follows the last step."
+    "Optimizer steps between evaluations; one always follows the last step."
     eval_batch: int = 1
     "Images per evaluation forward and rank, of one size each."
     eval_split: str = "val"
