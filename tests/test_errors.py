@@ -27,7 +27,7 @@ runpy.run_path(script, run_name="__main__")
 """
 PRINTS = """
 import sys
-from segformer.command import ending
+from segformer.errors import ending
 with ending():
     print("x" * {size})
     {then}
@@ -49,21 +49,12 @@ def interrupted(*command, env=None):
 
 def unread(code):
     """Exit code and stderr of a program whose stdout nobody reads."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     reading, writing = os.pipe()
     os.close(reading)
-    try:
-        ended = subprocess.run(
-            [sys.executable, *code],
-            cwd=ROOT,
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            check=False,
-        )
-    finally:
-        os.close(writing)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": writing, "stderr": subprocess.PIPE, "text": True}
+    ended = subprocess.run([sys.executable, *code], cwd=ROOT, env=env, check=False, **pipes)
+    os.close(writing)
     return ended.returncode, ended.stderr
 
 
@@ -101,23 +92,26 @@ def test_help_into_a_reader_that_is_gone_ends_quietly(script):
     assert unread([f"launch/{script}", "--help"]) == (141, "")
 
 
-@pytest.mark.parametrize("size", [1, 100_000], ids=["at-the-end", "at-once"])
-def test_output_that_nobody_reads_ends_quietly_whenever_it_is_noticed(size):
-    assert unread(["-c", PRINTS.format(size=size, then="pass")]) == (141, "")
+DAMAGED = "from segformer.errors import DataError; raise DataError('damaged')"
 
 
-def test_an_exit_code_is_kept_where_nobody_reads_stdout():
-    assert unread(["-c", PRINTS.format(size=1, then="sys.exit(3)")]) == (3, "")
+@pytest.mark.parametrize(
+    ("size", "then", "wanted"),
+    [
+        (1, "pass", (141, "")),
+        (100_000, "pass", (141, "")),
+        (1, "sys.exit(3)", (3, "")),
+        (1, DAMAGED, (2, "DataError: damaged\n")),
+    ],
+    ids=["at-the-end", "at-once", "exit-code", "error"],
+)
+def test_output_that_nobody_reads_ends_quietly_and_keeps_code_and_error(size, then, wanted):
+    assert unread(["-c", PRINTS.format(size=size, then=then)]) == wanted
 
 
 def test_a_broken_pipe_that_is_not_stdout_keeps_its_traceback():
     with pytest.raises(BrokenPipeError, match="of a worker"), ending():
         raise BrokenPipeError("of a worker")
-
-
-def test_an_error_is_told_where_nobody_reads_stdout():
-    then = "from segformer.errors import DataError; raise DataError('damaged')"
-    assert unread(["-c", PRINTS.format(size=1, then=then)]) == (2, "DataError: damaged\n")
 
 
 def test_an_error_of_another_rank_bears_its_rank(monkeypatch, capsys):
