@@ -200,7 +200,8 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         key = getattr(error.__cause__, "full_key", None) or ""
         for given in overrides:
-            if key and key.startswith(given.partition("=")[0].lstrip("+")):
+            name = given.partition("=")[0].lstrip("+")
+            if name not in names and re.match(rf"{re.escape(name)}\b", key):
                 raise ConfigError(refusal(schema, key, printable(given))) from error
         raise ConfigError(_reason(error)) from error
 
@@ -211,18 +212,14 @@ def choices(config_name: str) -> dict[str, list[str]]:
 
     defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
     groups = [key.split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
-    variants = {group: list(VARIANTS) if group == "model" else [] for group in groups}
-    return {
-        group: [*built_in, *sorted(path.stem for path in CONF.glob(f"{group}/*.yaml"))]
-        for group, built_in in variants.items()
-    }
+    found = {group: sorted(path.stem for path in CONF.glob(f"{group}/*.yaml")) for group in groups}
+    return {group: [*VARIANTS, *names] if group == "model" else names for group, names in found.items()}
 
 
 def _reason(error: Exception) -> str:
-    """One line for an error in a file: its first line, with that of its cause and the key."""
-    both = [error, error.__cause__] if error.__cause__ else [error]
-    keys = [key for one in both if (key := getattr(one, "full_key", None))]
-    return " ".join([*(str(one).strip().partition("\n")[0] for one in both), *(f"({key})" for key in keys)])
+    """One line for an error in a file: what is wrong, and the key."""
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
+    return " ".join(lines[:3])
 
 
 def _refuse_resolvers(config: Any) -> None:
@@ -251,9 +248,8 @@ def _renamed(schema: type[Any], argument: str) -> str:
     """An argument by the key's present name; an old one is accepted for a release, with a line about it."""
     old, equals, value = argument.partition("=")
     new = RENAMED.get(old, "")
-    if not equals or not any(
-        f.name == new and isinstance(f.default, str) for f in dataclasses.fields(schema)
-    ):
+    plain = [f.name for f in dataclasses.fields(schema) if isinstance(f.default, str)]
+    if not equals or new not in plain:
         return argument
     if is_main_rank():
         print(f"{old}= is now {new}=; the old name goes with the next release", file=sys.stderr)

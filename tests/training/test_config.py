@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import sys
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
@@ -14,6 +15,7 @@ from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
 from segformer.inference.score import EvaluateConfig
 from segformer.slurm.settings import SlurmConfig
+from segformer.training import config
 from segformer.training.config import (
     CONF,
     FROZEN,
@@ -181,6 +183,18 @@ def test_help_shows_names_and_the_values_of_this_command_line(monkeypatch, capsy
     assert "model.variant=b3   (text)\n      Size of the network" in text
     assert re.search(r"^  model +b0, b1, b2, b3, b4, b5, b6, b5_w2, b5_w4$", text, re.MULTILINE)
     assert re.search(r"^  data +ade20k, ", text, re.MULTILINE)
+
+
+def test_a_mistake_in_a_file_names_file_and_key(tmp_path, monkeypatch):
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+    for line, wanted in (("clases: [a]", "data.clases"), ("classes: 3", "data.classes")):
+        (tmp_path / "conf/data/mine.yaml").write_text(line)
+        with pytest.raises(ConfigError) as caught:
+            run_config("data=mine")
+        assert "\n" not in str(caught.value)
+        assert "data/mine" in str(caught.value)
+        assert wanted in str(caught.value)
 
 
 def test_a_text_is_taken_as_it_stands():
