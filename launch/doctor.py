@@ -10,7 +10,7 @@ Takes the settings of any training command. Exit code 0: training may start;
 from segformer.errors import importing
 
 with importing(__name__):
-    from segformer.doctor.examine import DoctorConfig, doctor
+    from segformer.doctor.doctor import DoctorConfig, doctor
     from segformer.training.config import cli
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ ROOMS: dict[str, str] = {
     "inference": "export convert score predict pictures report",
     "job": "",
     "slurm": "attempts settings queue code script after task submission commands",
-    "doctor": "memory scan source_scan diagnosis contact preflight examine",
+    "doctor": "memory scan judge doctor",
 }
 ORDER = [
     f"{room.rstrip('.')}.{module}" if module else room
@@ -65,7 +65,6 @@ OWNERS: dict[str, set[str]] = {
         "data.shards.pool",
         "data.sources.download",
         "doctor.scan",
-        "doctor.source_scan",
     },
     "torchmetrics": {"evaluation.metrics"},
     "webdataset": {"data.shards.packing"},
@@ -75,8 +74,7 @@ OWNERS: dict[str, set[str]] = {
     "safetensors": {"checkpoint.format", "models.weights.files", "models.weights.save"},
     "cv2": DATA | {"evaluation.drawing"},
     "PIL": {
-        "data.sources.listing",
-        "doctor.contact",
+        "data.sources.decode",
         "evaluation.drawing",
         "inference.predict",
         "inference.pictures",

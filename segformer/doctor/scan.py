@@ -1,37 +1,41 @@
-"""What a data set holds, as facts: the scan of a split, and how shards are scanned. Nothing is judged.
+"""What a data set holds, as facts: scans of a source folder and of shards. Nothing is judged.
 
-A scan never stops at a defect: it notes it, by kind, with its count and the first few places, and goes on.
-
-    listing      folders, pairs and names that do not fit
-    unreadable   files that are damaged, of another format, too large or locked
-    size         masks of another size than their image
-    colour       masks with colours where ids are expected; the colours are counted
-    painted      painted masks with a colour that data.mask_colours does not list
-
-Of shards the index tells sizes and labels, and a random sample of the images is read and decoded
-(data_prep/verify.py re-reads everything). Of a folder (source_scan.py) every file is decoded.
+A scan never stops at a defect: it counts it by kind (listing.Defect) with the first few places, and goes on.
+Of a folder every file is decoded, as sharding would, by threads: reading and decoding leave Python's lock. Of
+shards the index tells sizes and labels, and a random sample of the images is read and decoded
+(data_prep/verify.py re-reads everything).
 """
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
-from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.data.sources.listing import Sample
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.decode import decode_image, decode_mask, decode_pixels, read_file
+from segformer.data.sources.listing import Defect, LoadedSample, Sample, find_samples, inspect_sample
 from segformer.errors import DataError
 
 HELD = 32  # samples to choose from for a contact sheet, per class
 SHOWN = 3  # places that are named for each kind of defect
+MAX_COLORS = 64  # of one mask; more are noise of a lossy format, not a palette
+_BATCH = 1024  # files handed to the threads at a time
 
 
 @dataclass(slots=True)
-class Defect:
-    """One kind of defect: how often, and the first places as messages."""
+class Places:
+    """How often something was found, and the first places as messages."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
@@ -47,9 +51,10 @@ class SplitScan:
     """The facts of one split of K classes; statistics are by train id, raw ones by the id in the masks."""
 
     name: str
-    class_pixels: np.ndarray
+    num_classes: int
+    class_pixels: np.ndarray = field(init=False)
     """int64 (K,), pixels; images in classification."""
-    class_images: np.ndarray
+    class_images: np.ndarray = field(init=False)
     """int64 (K,), images that hold the class."""
     samples: int = 0
     ignored_pixels: int = 0
@@ -59,21 +64,24 @@ class SplitScan:
     widths: list[int] = field(default_factory=list)
     raw_pixels: Counter[int] = field(default_factory=Counter)
     raw_images: Counter[int] = field(default_factory=Counter)
-    colours: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    """Colours in masks where ids are expected -> masks that hold them."""
+    colors: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """Colors in masks where ids are expected -> masks that hold them."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """Fingerprint of each image file -> its key."""
-    twice: Defect = field(default_factory=Defect)
+    twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
-    defects: dict[str, Defect] = field(default_factory=dict)
-    holders: dict[int, list[Sample | int]] = field(default_factory=dict)
-    """Train id -> some samples that hold it, as file names or as sample ids; -1: any."""
+    defects: dict[str, Places] = field(default_factory=dict)
+    holders: dict[int, list[Any]] = field(default_factory=dict)
+    """Train id -> some samples that hold it, as Sample or as sample ids; -1: any."""
     _seen: Counter[int] = field(default_factory=Counter)
     _strides: dict[int, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.class_pixels, self.class_images = np.zeros((2, self.num_classes), np.int64)
+
     def note(self, kind: str, text: str, count: int = 1) -> None:
         """Count a defect."""
-        self.defects.setdefault(kind, Defect()).add(text, count)
+        self.defects.setdefault(kind, Places()).add(text, count)
 
     def hold(self, label: int, sample: Sample | int) -> None:
         """Remember a sample for the contact sheet; those kept are spread evenly over what was seen."""
@@ -92,57 +100,140 @@ class SplitScan:
         else:
             self.digests[digest] = key
 
+    def sizes(self) -> Iterator[tuple[str, int, int]]:
+        """(min, median or max; height; width) by area; nothing for a split without images."""
+        if self.heights:
+            areas = np.array(self.heights, np.int64) * np.array(self.widths, np.int64)
+            order = np.argsort(areas, kind="stable")
+            for name, place in (("min", 0), ("median", len(order) // 2), ("max", -1)):
+                yield name, self.heights[order[place]], self.widths[order[place]]
 
-def empty_scan(name: str, num_classes: int) -> SplitScan:
-    """A scan that has seen nothing yet."""
-    return SplitScan(name, np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64))
+    def choose(self, count: int) -> list[Any]:
+        """Up to `count` samples for a contact sheet: one of each class, rarest class first, then any."""
+        chosen: list[Any] = []
+        present = np.flatnonzero(self.class_images)
+        for label in present[np.argsort(self.class_images[present], kind="stable")].tolist():
+            fresh = [sample for sample in self.holders.get(label, []) if sample not in chosen]
+            chosen += fresh[len(fresh) // 2 :][:1]  # neighbors in a folder look alike
+        others = [sample for sample in self.holders.get(-1, []) if sample not in chosen]
+        missing = max(0, count - len(chosen))
+        places = np.linspace(0, len(others) - 1, min(missing, len(others))).round().astype(int)
+        return (chosen + [others[place] for place in places])[:count]
 
 
-def scan_split(split: Split, content: dict[str, object], *, read: int, seed: int = 0) -> SplitScan:
+def scan_folder(
+    cfg: DatasetConfig, root: Path, name: str, *, num_classes: int, threads: int = -1
+) -> SplitScan:
+    """Every file of one split of a source folder; threads: -1 = one per core."""
+    scan = SplitScan(name, num_classes)
+    samples, defects = find_samples(cfg, root, name)
+    for defect in defects:
+        scan.note(defect.kind, defect.text, defect.count)
+    table = label_table(cfg) if cfg.classes and cfg.task == "segmentation" else None
+    with (
+        ThreadPoolExecutor(threads if threads > 0 else len(os.sched_getaffinity(0))) as pool,
+        tqdm(total=len(samples), unit="image", desc=f"scan {name}", leave=False, disable=None) as bar,
+    ):
+        rest = iter(samples)
+        while batch := list(islice(rest, _BATCH)):
+            for sample, found in zip(batch, pool.map(partial(_look, cfg), batch), strict=True):
+                _add(scan, sample, *found, table)
+                bar.update()
+    return scan
+
+
+def _look(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect], list[tuple[int, ...]]]:
+    """The sample, with a digest in the place of the image's bytes; its defects; its colors instead of ids."""
+    loaded, defects = inspect_sample(cfg, sample)
+    loaded.image = loaded.image and hashlib.blake2b(loaded.image, digest_size=16).digest()
+    loaded.ids = None
+    colors: list[tuple[int, ...]] = []
+    if sample.mask is not None and any(defect.kind == "colour" for defect in defects):
+        pixels = decode_pixels(sample.mask, read_file(sample.mask), "RGB").reshape(-1, 3)
+        colors = [tuple(color) for color in np.unique(pixels, axis=0)[:MAX_COLORS].tolist()]
+    return loaded, defects, colors
+
+
+def _add(
+    scan: SplitScan,
+    sample: Sample,
+    loaded: LoadedSample,
+    defects: list[Defect],
+    colors: list[tuple[int, ...]],
+    table: np.ndarray | None,
+) -> None:
+    scan.samples += 1
+    for defect in defects:
+        scan.note(defect.kind, str(sample.mask) if defect.kind == "colour" else defect.text)
+    scan.colors.update(colors)
+    if loaded.image:
+        scan.fingerprint(loaded.image, sample.key)
+    if loaded.height:
+        scan.heights.append(loaded.height)
+        scan.widths.append(loaded.width)
+        scan.hold(-1, sample)
+    raw_ids = loaded.raw_ids if sample.label is None else {sample.label: 1}
+    scan.raw_pixels.update(raw_ids)
+    scan.raw_images.update(raw_ids.keys())
+    labels: Counter[int] = Counter()
+    for raw, pixels in raw_ids.items():
+        labels[raw if table is None else int(table[raw])] += pixels
+    known = {label: pixels for label, pixels in labels.items() if 0 <= label < scan.num_classes}
+    for label, pixels in known.items():
+        scan.class_pixels[label] += pixels
+        scan.class_images[label] += 1
+        scan.hold(label, sample)
+    scan.ignored_pixels += labels[IGNORE_INDEX] if IGNORE_INDEX not in known else 0
+    scan.ignored_images += bool(raw_ids) and not known
+
+
+def load_from_folder(cfg: DatasetConfig, sample: Sample) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """(image uint8 (H, W, 3), mask uint8 (H, W) of train ids or None) of files that can be shown."""
+    loaded, defects = inspect_sample(cfg, sample)
+    if not loaded.height:
+        return None
+    image = decode_image(loaded.image)
+    if loaded.ids is None or defects or not cfg.classes:
+        return image, None
+    mask = label_table(cfg)[loaded.ids]
+    return image, np.where(mask < 0, IGNORE_INDEX, mask).astype(np.uint8)
+
+
+def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int = 0) -> SplitScan:
     """One split of shards: the whole index, and `read` random samples (-1: all) from the tars.
 
     content: the split's entry of dataset.json.
     """
-    records, classes = split.records, len(split.class_pixels)
-    scan = empty_scan(split.name, classes)
+    scan = SplitScan(split.name, len(split.class_pixels))
     scan.samples = split.num_samples
     scan.heights, scan.widths = split.heights.tolist(), split.widths.tolist()
     scan.class_pixels = split.class_pixels.copy()
-    holders = [split.samples_with(label) for label in range(classes)]
-    scan.class_images = np.array([len(ids) for ids in holders], np.int64)
     labelled = np.zeros(split.num_samples, bool)
-    for label, ids in enumerate(holders):
-        labelled[ids] = True
+    for label in range(scan.num_classes):
+        ids = split.samples_with(label)
+        labelled[ids], scan.class_images[label] = True, len(ids)
         scan.holders[label] = [int(sample_id) for sample_id in ids[:3]]
     scan.ignored_images = int((~labelled).sum())
-    ignored, raw_ids = content.get("ignored_pixels", 0), content.get("raw_ids", {})
-    assert isinstance(ignored, int)
-    assert isinstance(raw_ids, dict)
-    scan.ignored_pixels = ignored
-    scan.raw_pixels.update({int(raw): int(pixels) for raw, pixels in raw_ids.items()})
-    members = np.stack([records["image_size"], records["image_crc"].astype(np.int64)], axis=1)
+    scan.ignored_pixels = content.get("ignored_pixels", 0)
+    scan.raw_pixels.update({int(raw): int(pixels) for raw, pixels in content.get("raw_ids", {}).items()})
+    members = np.stack([split.records["image_size"], split.records["image_crc"].astype(np.int64)], axis=1)
     for sample_id, member in enumerate(members):
         scan.fingerprint(member.tobytes(), str(sample_id))
     scan.digests = {digest: split.key(int(number)) for digest, number in scan.digests.items()}
-    _read_some(split, scan, read, seed)
-    return scan
-
-
-def _read_some(split: Split, scan: SplitScan, read: int, seed: int) -> None:
     count = split.num_samples if read < 0 else min(read, split.num_samples)
-    chosen = np.sort(np.random.default_rng(seed).choice(split.num_samples, count, replace=False))
+    chosen = np.sort(np.random.default_rng(seed).choice(split.num_samples, count, replace=False)).tolist()
     reader = ShardReader(split)
-    for sample_id in tqdm(
-        chosen.tolist(), unit="image", desc=f"read {split.name}", leave=False, disable=None
-    ):
+    for sample_id in tqdm(chosen, unit="image", desc=f"read {split.name}", leave=False, disable=None):
         try:
-            image, target = load_from_shards(split, reader, sample_id)
-            size = (int(split.heights[sample_id]), int(split.widths[sample_id]))
-            if image.shape[:2] != size or (target is not None and target.shape != size):
-                scan.note("size", f"{split.describe(sample_id)} is not {size[1]} x {size[0]} pixels")
-            scan.hold(-1, sample_id)
+            image, mask = load_from_shards(split, reader, sample_id)
         except DataError as error:
             scan.note("unreadable", str(error))
+            continue
+        size = (int(split.heights[sample_id]), int(split.widths[sample_id]))
+        if image.shape[:2] != size or (mask is not None and mask.shape != size):
+            scan.note("size", f"{split.describe(sample_id)} is not {size[1]} x {size[0]} pixels")
+        scan.hold(-1, sample_id)
+    return scan
 
 
 def load_from_shards(
@@ -152,12 +243,3 @@ def load_from_shards(
     raw = reader.read(sample_id)
     mask = decode_mask(raw.target) if split.task == "segmentation" else None
     return decode_image(raw.image), mask
-
-
-def sizes(scan: SplitScan) -> Iterator[tuple[str, int, int]]:
-    """(min, median or max; height; width) by area; nothing for a split without images."""
-    if not scan.heights:
-        return
-    order = np.argsort(np.array(scan.heights, np.int64) * np.array(scan.widths, np.int64), kind="stable")
-    for name, place in (("min", 0), ("median", len(order) // 2), ("max", -1)):
-        yield name, scan.heights[order[place]], scan.widths[order[place]]

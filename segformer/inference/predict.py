@@ -25,8 +25,7 @@ from torch import nn
 
 from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, image_header
-from segformer.data.sources.decode import image_orientation, unusable, upright
-from segformer.data.sources.listing import read_file, whole_image
+from segformer.data.sources.decode import image_orientation, read_file, unusable, upright, whole_image
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import Trained, open_checkpoint

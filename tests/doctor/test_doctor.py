@@ -16,9 +16,9 @@ from PIL import Image
 
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.doctor.contact import choose, sheet
-from segformer.doctor.diagnosis import FAIL, OK, WARN, Verdict
-from segformer.doctor.examine import DoctorConfig, Report, as_json, as_text, doctor, examine
+from segformer.doctor.doctor import DoctorConfig, Report, as_json, as_text, doctor, look
+from segformer.doctor.judge import FAIL, OK, WARN, Finding
+from segformer.doctor.scan import SplitScan
 from segformer.errors import ConfigError
 from segformer.training.config import compose
 
@@ -46,41 +46,32 @@ def write_set(root: Path, masks: Masks = three_classes, train: int = 5, val: int
     return root
 
 
-def look(root: Path | str, tmp_path: Path, *overrides: str, pictures: int = 0) -> Report:
+def examined(root: Path | str, *overrides: str, pictures: int = 0) -> Report:
     """What the doctor says of a folder, with settings of a small run."""
-    given = [
-        "data=folder",
-        "steps=10",
-        "global_batch=4",
-        "augment.crop=[32,32]",
-        f"root={root}",
-        f"output={tmp_path / 'out'}",
-        f"pictures={pictures}",
-        *([] if any("classes=" in o for o in overrides) else [f"data.classes={CLASSES}"]),
-        *overrides,
-    ]
-    return examine(compose(DoctorConfig, "doctor", given))
+    given = ["data=folder", "steps=10", "global_batch=4", "augment.crop=[32,32]", f"root={root}"]
+    given += [] if any("classes=" in o for o in overrides) else [f"data.classes={CLASSES}"]
+    return look(compose(DoctorConfig, "doctor", [*given, f"pictures={pictures}", *overrides]))
 
 
 def texts(report: Report, level: str) -> list[str]:
-    return [f"{verdict.about}: {verdict.text}" for verdict in report.verdicts if verdict.level == level]
+    return [f"{finding.about}: {finding.text}" for finding in report.findings if finding.level == level]
 
 
 def only_failure(report: Report) -> str:
     (text,) = texts(report, FAIL)
-    assert not report.may_start
+    assert report.failures
     return text
 
 
 def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
-    report = look(write_set(tmp_path / "set"), tmp_path, pictures=6)
-    assert report.may_start
+    report = examined(write_set(tmp_path / "set"), pictures=6)
+    assert not report.failures
     assert texts(report, WARN) == []
     train = report.source[0]
     assert train.class_images.tolist() == [5, 5, 5]
     assert train.class_pixels.sum() + train.ignored_pixels == 5 * 40 * 48
     assert train.ignored_pixels == sum(3 * (2 + number) for number in range(5))
-    assert (tmp_path / "out/source.png").is_file()
+    assert report.sheets.keys() == {"source"}
     assert any("10 steps are 8.0 epochs of 5" in text for text in texts(report, OK))
     assert "forecast" in texts(report, OK)[-1]
 
@@ -94,7 +85,7 @@ def test_the_rarest_class_is_the_one_with_the_fewest_pixels(tmp_path: Path) -> N
         mask[20, :20] = 255
         return mask
 
-    report = look(write_set(tmp_path / "set", masks), tmp_path, "data.classes=[background,ship]")
+    report = examined(write_set(tmp_path / "set", masks), "data.classes=[background,ship]")
     (found,) = [text for text in texts(report, OK) if text.startswith("train: classes")]
     share = f"{100 * 4 / (40 * 48 - 20):.3g}"
     assert found.endswith(
@@ -109,7 +100,7 @@ def test_an_image_that_training_cannot_decode_is_a_failure(tmp_path: Path) -> No
         path.unlink()
     image = root / "images/train/0.png"
     image.write_bytes(image.read_bytes()[:-14])
-    found = only_failure(look(root, tmp_path, "data.image_suffix=.png"))
+    found = only_failure(examined(root, "data.image_suffix=.png"))
     assert "1 files cannot be used" in found
     assert "images/train/0.png' is not a whole JPEG or PNG" in found
 
@@ -162,10 +153,10 @@ MISTAKES: list[tuple[str, Masks, list[str], str]] = [
 def test_a_mistake_with_ids_fails_with_its_remedy(
     masks: Masks, overrides: list[str], message: str, tmp_path: Path
 ) -> None:
-    report = look(write_set(tmp_path / "set", masks), tmp_path, *overrides)
+    report = examined(write_set(tmp_path / "set", masks), *overrides)
     found = texts(report, FAIL)
     assert any(re.search(message, text) for text in found), found
-    assert not report.may_start
+    assert report.failures
 
 
 def test_colour_masks_fail_with_their_colours_ready_to_copy(tmp_path: Path) -> None:
@@ -173,12 +164,12 @@ def test_colour_masks_fail_with_their_colours_ready_to_copy(tmp_path: Path) -> N
     colours = np.array([[0, 0, 0], [0, 0, 255], [10, 200, 30]], np.uint8)
     for path in root.glob("masks/*/*.png"):
         Image.fromarray(colours[three_classes(0).clip(max=2)]).save(path)
-    text = only_failure_of(look(root, tmp_path), "label ids")
-    assert "5 masks hold colours, not label ids" in text
+    text = only_failure_of(examined(root), "label ids")
+    assert "5 masks hold colors, not label ids" in text
     for colour in colours.tolist():
         assert str(colour) in text
-    fixed = look(root, tmp_path, f"data.mask_colours={colours.tolist()}")
-    assert fixed.may_start, texts(fixed, FAIL)
+    fixed = examined(root, f"data.mask_colours={colours.tolist()}")
+    assert not fixed.failures, texts(fixed, FAIL)
 
 
 def only_failure_of(report: Report, consequence: str) -> str:
@@ -199,14 +190,14 @@ def test_all_defects_of_files_are_found_in_one_pass(tmp_path: Path) -> None:
     cv2.imwrite(str(masks / "4.png"), np.zeros((40, 50), np.uint8))
     shutil.copy(images / "5.jpg", images / "stray.png")
     cv2.imwrite(str(masks / "6.png"), np.full((40, 48), 9, np.uint8))
-    report = look(root, tmp_path)
+    report = examined(root)
     found = "\n".join(texts(report, FAIL))
     for message in (
-        r"1 images have no mask <key>.png; .* (0)",
-        r"1 masks have no image <key>.jpg; .* (1)",
+        r"1 images in .* have no mask <key>.png (0)",
+        r"1 masks in .* have no image <key>.jpg (1)",
         r"2 files cannot be used (.*2.jpg.*3.png",
         r"1 masks have another size than their image (.*4.png' is 50 x 40 pixels, its image 48 x 40",
-        r"1 pictures do not end in '.jpg'; .* (stray.png)",
+        r"1 pictures in .* do not end in '.jpg' (stray.png)",
         r"ids without a class: 9 in 1 images",
     ):
         pattern = message.replace("(", r"\(").replace(")", r"\)")
@@ -215,11 +206,11 @@ def test_all_defects_of_files_are_found_in_one_pass(tmp_path: Path) -> None:
 
 def test_missing_folders_and_an_empty_look_are_failures(tmp_path: Path) -> None:
     (tmp_path / "set/images/train").mkdir(parents=True)
-    found = "\n".join(texts(look(tmp_path / "set", tmp_path), FAIL))
+    found = "\n".join(texts(examined(tmp_path / "set"), FAIL))
     assert "mask folder" in found
     assert "image folder" in found
-    assert "is not a folder" in "\n".join(texts(look(tmp_path / "nowhere", tmp_path), FAIL))
-    assert "nothing to look at" in "\n".join(texts(look("-", tmp_path), FAIL))
+    assert "is not a folder" in "\n".join(texts(examined(tmp_path / "nowhere"), FAIL))
+    assert "nothing to look at" in "\n".join(texts(examined("-"), FAIL))
 
 
 def test_leaks_copies_and_classes_missing_in_training_are_warnings(tmp_path: Path) -> None:
@@ -230,16 +221,16 @@ def test_leaks_copies_and_classes_missing_in_training_are_warnings(tmp_path: Pat
     cv2.imwrite(str(root / "masks/val/0.png"), three_classes(0))
     shutil.copy(root / "images/train/1.jpg", root / "images/val/2.jpg")
     shutil.copy(root / "images/train/3.jpg", root / "images/train/4.jpg")
-    report = look(root, tmp_path)
+    report = examined(root)
     found = "\n".join(texts(report, WARN))
-    assert report.may_start
+    assert not report.failures
     assert "train and val: 1 images are in both, byte for byte (1 = 2)" in found
     assert "'tree' never seen in train but in val" in found
     assert "1 images are there more than once (4 = 3)" in found
 
 
 def test_a_map_that_reduces_labels_twice_is_a_warning(tmp_path: Path) -> None:
-    report = look(write_set(tmp_path / "set"), tmp_path, "+data.label_map={0: 255, 1: 0, 2: 1, 3: 2}")
+    report = examined(write_set(tmp_path / "set"), "+data.label_map={0: 255, 1: 0, 2: 1, 3: 2}")
     assert any(
         "the masks may hold" in text or "they may hold train ids already" in text
         for text in texts(report, WARN)
@@ -256,14 +247,14 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def test_shards_have_the_statistics_of_their_source(sharded: Path, tmp_path: Path) -> None:
-    report = look(tmp_path / "set", tmp_path, f"data.shards={sharded}", "loader.workers=2", pictures=4)
-    assert report.may_start, texts(report, FAIL)
+    report = examined(tmp_path / "set", f"data.shards={sharded}", "loader.workers=2", pictures=4)
+    assert not report.failures, texts(report, FAIL)
     for source, shards in zip(report.source, report.shards, strict=True):
         assert source.class_pixels.tolist() == shards.class_pixels.tolist()
         assert source.class_images.tolist() == shards.class_images.tolist()
         assert source.ignored_pixels == shards.ignored_pixels
         assert sorted(source.heights) == sorted(shards.heights)
-    assert (tmp_path / "out/shards.png").is_file()
+    assert report.sheets.keys() == {"source", "shards"}
     assert any("1 ranks x 2 workers = 2 readers of 3 chunks, 3 shards" in text for text in texts(report, OK))
 
 
@@ -271,7 +262,7 @@ def test_more_readers_than_chunks_and_a_batch_above_the_set_are_warnings(
     sharded: Path, tmp_path: Path
 ) -> None:
     overrides = ["global_batch=8", "ranks=8", "loader.workers=4", f"data.shards={sharded}"]
-    found = "\n".join(texts(look("-", tmp_path, *overrides), WARN))
+    found = "\n".join(texts(examined("-", *overrides), WARN))
     assert "8 ranks x 4 workers = 32 readers of 3 chunks, 3 shards: several" in found
     assert "one step holds images more than once" in found
     assert "3 images for 8 ranks" in found
@@ -283,7 +274,7 @@ def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path:
     data[600:620] = bytes(20)
     tar.write_bytes(data)
     overrides = [f"data.shards={sharded}", "data.classes=[a,b]"]
-    found = "\n".join(texts(look("-", tmp_path, *overrides), FAIL))
+    found = "\n".join(texts(examined("-", *overrides), FAIL))
     assert "1 unreadable" in found
     assert "data.classes has 2 classes, the shards were written with 3" in found
 
@@ -291,14 +282,14 @@ def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path:
 def test_batches_splits_and_memory_that_do_not_fit_are_failures(sharded: Path, tmp_path: Path) -> None:
     shards = f"data.shards={sharded}"
     assert "global_batch=4 is not divisible by micro_batch x world_size = 1 x 3" in only_failure(
-        look("-", tmp_path, shards, "ranks=3")
+        examined("-", shards, "ranks=3")
     )
     assert "eval_split=test is not there, only train, val" in only_failure(
-        look("-", tmp_path, shards, "eval_split=test")
+        examined("-", shards, "eval_split=test")
     )
-    assert "lower micro_batch" in only_failure(look("-", tmp_path, shards, "gpu_gib=0.001"))
+    assert "lower micro_batch" in only_failure(examined("-", shards, "gpu_gib=0.001"))
     assert "model.num_classes=7, the data has 3 classes" in only_failure(
-        look("-", tmp_path, shards, "model.num_classes=7")
+        examined("-", shards, "model.num_classes=7")
     )
 
 
@@ -348,30 +339,28 @@ def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
             for number in range(count):
                 image = rng.integers(0, 256, (32, 32, 3), np.uint8)
                 cv2.imwrite(str(tmp_path / "set" / split / name / f"{number}.jpg"), image)
-    report = look(
+    report = examined(
         tmp_path / "set",
-        tmp_path,
         "data.task=classification",
         "data.image_dir='{split}'",
         "data.classes=[]",
     )
-    assert report.may_start, texts(report, FAIL)
+    assert not report.failures, texts(report, FAIL)
     assert report.source[0].class_images.tolist() == [3, 2]
     rarest = "train: classes: all 2 seen; the rarest is 'dog', 40 % of the images, in 2 of 5 images"
     assert rarest in texts(report, OK)
     assert report.classes == ["cat", "dog"]
 
 
-def test_the_sheet_shows_rare_classes_first_and_every_class_in_the_legend() -> None:
-    holders = {-1: list(range(10)), 0: [0, 1], 1: [7], 2: [0, 7, 9]}
-    chosen = choose(holders, np.array([10, 1, 3]), 5)
+def test_the_sheet_shows_rare_classes_first() -> None:
+    scan = SplitScan("train", 3)
+    scan.class_images, scan.holders = (
+        np.array([10, 1, 3]),
+        {-1: [*range(10)], 0: [0, 1], 1: [7], 2: [0, 7, 9]},
+    )
+    chosen = scan.choose(5)
     assert chosen[:3] == [7, 9, 1]
     assert len(chosen) == len(set(chosen)) == 5
-    image, mask = np.full((40, 48, 3), 255, np.uint8), three_classes(3)
-    palette = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
-    drawn = np.asarray(sheet([("a", image, mask), ("b", image, None)], classes=CLASSES, palette=palette))
-    for colour in palette:  # the legend has the plain colours
-        assert (drawn == colour).all(-1).sum() > 100
 
 
 def test_settings_of_the_doctor_are_checked() -> None:
@@ -384,6 +373,6 @@ def test_settings_of_the_doctor_are_checked() -> None:
 
 
 def test_the_text_lists_failures_last() -> None:
-    report = Report(verdicts=[Verdict(FAIL, "a", "x"), Verdict(OK, "b", "y"), Verdict(WARN, "c", "z")])
+    report = Report(findings=[Finding(FAIL, "a", "x"), Finding(OK, "b", "y"), Finding(WARN, "c", "z")])
     assert [line[:4].strip() for line in as_text(report).splitlines()] == [OK, WARN, FAIL]
     assert as_json(report)["may_start"] is False

@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 
-from segformer.doctor.examine import DoctorConfig
+from segformer.doctor.doctor import DoctorConfig
 from segformer.errors import ConfigError
 from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig

@@ -3,6 +3,7 @@
 The share is of all pixels, ignored ones included, after the label map. Splits named val... or test... stay
 whole. Every mask is read once, in processes."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from segformer.data.shards.packing import stat_hash
 from segformer.data.shards.pool import advance, run
 from segformer.data.sources.dataset import DatasetConfig, label_table
-from segformer.data.sources.listing import Sample, mask_ids
+from segformer.data.sources.listing import Defect, Sample, mask_ids
 from segformer.errors import DataError
 
 SCAN = 64  # images that one task looks at
@@ -64,7 +65,10 @@ def _scan_part(task: tuple[DatasetConfig, str, list[Sample], dict[str, Any] | No
     counted = np.isin(label_table(cfg), [cfg.classes.index(name) for name in cfg.drop_classes])  # by raw id
     dropped = []
     for sample in samples:
-        if sample.mask is not None and counted[mask_ids(cfg, sample.mask)].mean() < cfg.min_share:
+        ids = mask_ids(cfg, Path(sample.mask_file or ""))
+        if isinstance(ids, Defect):
+            raise DataError(ids.text)
+        if counted[ids].mean() < cfg.min_share:
             dropped.append(sample.key)
         advance()
     return {"stat": stat, "dropped": dropped}

@@ -7,6 +7,7 @@ Masks belong to the stored pixels, so decoding does not apply the EXIF orientati
 274: how the stored pixels are to be turned or mirrored for viewing). `image_orientation` reads it from the
 header, `upright` applies it."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -14,11 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segformer.data.sources.dataset import TooManyPixelsError, image_header
+from segformer.data.sources.dataset import MAX_FILE_BYTES, PNG_MAGIC, TooManyPixelsError, image_header
 from segformer.errors import DataError
-
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_EXIF = b"Exif\0\0"
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -58,7 +56,7 @@ def _decode(data: bytes, flags: int, dimensions: int) -> np.ndarray:
 
 def check_sums(data: bytes) -> None:
     """ValueError for a PNG that is cut or whose chunks differ from their CRC: Pillow may not see it."""
-    at, kind = 8, b"" if data[:8] == _PNG_MAGIC else b"IEND"
+    at, kind = 8, b"" if data[:8] == PNG_MAGIC else b"IEND"
     while kind != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         crc = int.from_bytes(data[end - 4 : end], "big")
@@ -74,20 +72,57 @@ def unusable(path: Path, error: Exception) -> DataError:
     return DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it")
 
 
+def read_file(path: Path, first: int = -1) -> bytes:
+    """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise DataError(
+                f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}; make it smaller"
+            )
+        with path.open("rb") as stream:
+            return stream.read(first)
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
+
+
+def whole_image(path: Path, data: bytes) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
+    if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
+        decode_pixels(path, data)
+    try:
+        image_header(data)
+        check_sums(data)
+        return decode_image(data)
+    except (ValueError, DataError) as error:
+        raise unusable(path, error) from error
+
+
+def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
+    """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
+    from PIL import Image  # heavy, and only preparing data needs it
+
+    try:
+        image_header(data)
+        check_sums(data)
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            return np.asarray(picture if mode is None else picture.convert(mode))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise unusable(path, error) from error
+
+
 def image_orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG or PNG, 1 to 8, without decoding; 1 (upright) where it says nothing."""
-    tiff = _exif(data)
-    order = ">" if tiff[:2] == b"MM" else "<"
+    from PIL import Image  # heavy, and training needs none
+
+    exif = Image.Exif()
     try:
-        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (entries,) = struct.unpack_from(f"{order}H", tiff, first)
-        for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * entry)
-            if tag == 0x0112:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:  # cut, or none
-        pass
-    return 1
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            exif.load(picture.info.get("exif", b""))
+        value = exif.get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError, struct.error, Warning):  # a damaged header or EXIF block
+        return 1
+    return value if value in range(1, 9) else 1
 
 
 def orientation_text(orientation: int) -> str:
@@ -109,22 +144,3 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
-
-
-def _exif(data: bytes) -> bytes:
-    """The TIFF structure in the APP1 segment of a JPEG or the eXIf chunk of a PNG; empty without one."""
-    if data[:8] == _PNG_MAGIC:
-        at = 8
-        while at + 8 <= len(data):
-            end = at + 8 + int.from_bytes(data[at : at + 4], "big")
-            if data[at + 4 : at + 8] == b"eXIf":
-                return data[at + 8 : end].removeprefix(_EXIF)
-            at = end + 4
-        return b""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:  # until the scan
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == _EXIF:
-            return data[at + 10 : end]
-        at = at + 1 if data[at + 1] == 0xFF else end  # 0xFF: a fill byte
-    return b""

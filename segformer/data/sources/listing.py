@@ -1,41 +1,53 @@
-"""The files of a data set: which samples a split has, and one sample as bytes, ids and sizes.
+"""The files of a data set: which samples a split has, what one sample holds, and every defect of both.
 
-`list_samples` walks the folders once with plain strings (a million files: a few seconds) and pairs image and
-mask by their key, the path below the split's folder without the suffix. `load_sample` reads one pair:
+`find_samples` walks the folders once with plain strings (a million files: a few seconds) and pairs image and
+mask by their key, the path below the split's folder without the suffix. `inspect_sample` reads one pair:
 
     image   the file's bytes as they are, decoded as training does, to make sure that it is whole
-    mask    PNG: grey of 1 to 16 bits or indices (not colours) -> raw ids; or, with `data.mask_colours`,
-            colours of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
+    mask    PNG: grey of 1 to 16 bits or indices (not colors) -> raw ids; or, with `data.mask_colours`,
+            colors of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
 
-Refused: pairs that do not match, listed keys without file, damaged or too large images, masks of another size
-than their image, unknown ids or colors, images outside the class folders, folders that cannot be read."""
+Both give defects beside what can be used: the doctor lists them all; `list_samples` and `load_sample`, which
+sharding calls, raise the first. Defects: pairs that do not match, listed keys without file, damaged or too
+large images, masks of another size than their image, unknown ids or colors, images outside the class folders,
+folders that cannot be read."""
 
-import io
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from segformer.data.sources.dataset import (
-    IMAGE_SUFFIXES,
-    MAX_FILE_BYTES,
-    DatasetConfig,
-    image_header,
-    label_table,
-)
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, PNG_MAGIC, DatasetConfig, label_table
 from segformer.data.sources.decode import (
-    check_sums,
-    decode_image,
+    decode_pixels,
     image_orientation,
     orientation_text,
-    unusable,
+    read_file,
+    whole_image,
 )
 from segformer.errors import DataError
+from segformer.files import listed
 
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+SHOWN = 3  # names in the message of a defect
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """What sharding refuses: its kind, one line, and the number of files that the line is about.
+
+    listing      folders, pairs and names that do not fit
+    unreadable   files that are damaged, of another format, too large or locked
+    size         masks of another size than their image
+    colour       masks with colors where ids are expected
+    painted      painted masks with a color that data.mask_colours does not list
+    """
+
+    kind: str
+    text: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,43 +72,83 @@ class Sample:
         return None if self.mask_file is None else Path(self.mask_file)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoadedSample:
-    """What one sample holds; mask uint8 (H, W) of train ids and IGNORE_INDEX, None in classification."""
+    """What one sample holds, as far as its files can be used."""
 
-    image: bytes
-    mask: np.ndarray | None
-    raw_ids: dict[int, int]
-    """Raw id -> pixels, before the label map; empty in classification."""
-    height: int
-    width: int
+    image: bytes = b""
+    height: int = 0
+    width: int = 0
     orientation: int = 1
     """EXIF orientation of the image, which is not applied."""
+    ids: np.ndarray | None = None
+    """Raw ids of the mask, uint16 (H, W); None in classification."""
+    mask: np.ndarray | None = None
+    """Train ids and IGNORE_INDEX, uint8 (H, W), from `load_sample`; None in classification."""
+    raw_ids: dict[int, int] = field(default_factory=dict)
+    """Raw id -> pixels, before the label map; empty in classification."""
 
 
 def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
-    """Every sample of a split, sorted by key.
+    """Every sample of a split, sorted by key; DataError for the first defect of its folders."""
+    samples, defects = find_samples(cfg, root, split)
+    if defects:
+        raise DataError(defects[0].text)
+    return samples
 
-    DataError for a missing folder, an image without mask or a mask without image, an empty split, pictures in
-    the image folder whose name does not end in `image_suffix`, and what a list of keys names in vain.
-    """
-    if cfg.task == "classification":
-        return _list_images(cfg, root, split)
-    image_dir, mask_dir = (_folder(cfg, root, kind, split) for kind in ("image", "mask"))
-    images, others = find_files(image_dir, cfg.image_suffix)
-    masks = find_files(mask_dir, cfg.mask_suffix)[0]
-    if split in cfg.split_lists:
-        keys = _listed(cfg, root, split)
-        _check_listed(cfg, split, keys, images, f"{image_dir}/<key>{cfg.image_suffix}")
-        _check_listed(cfg, split, keys, masks, f"{mask_dir}/<key>{cfg.mask_suffix}")
+
+def find_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sample], list[Defect]]:
+    """The samples of a split that can be used, sorted by key, and what does not fit."""
+    paired = cfg.task == "segmentation"
+    kinds = ("image", "mask") if paired else ("image",)
+    missing = [text for kind in kinds if (text := _missing(cfg, root, kind, split))]
+    if missing:
+        return [], [Defect("listing", text) for text in dict.fromkeys(missing)]
+    image_dir, mask_dir = (str(root / cfg.folder(kind, split)) for kind in ("image", "mask"))
+    try:
+        images, others = find_files(image_dir, cfg.image_suffix)
+        masks = find_files(mask_dir, cfg.mask_suffix)[0] if paired else images
+        labels = {} if paired else {name: label for label, name in enumerate(class_folders(cfg, root))}
+        keys = _listed_keys(cfg, root, split) if split in cfg.split_lists else None
+    except DataError as error:
+        return [], [Defect("listing", str(error))]
+    image_end, mask_end = cfg.image_suffix, cfg.mask_suffix
+    defects: list[Defect] = []
+    if keys is not None:
+        sides = [(images, f"{image_dir}/<key>{image_end}"), (masks, f"{mask_dir}/<key>{mask_end}")]
+        for there, place in sides[: len(kinds)]:
+            what = f"keys in {cfg.split_lists[split]!r} have no file {place}"
+            defects += _about(keys - there, what, "a line of the list is one key, without folder and suffix")
     else:
         if image_dir == mask_dir:
-            others = [name for name in others if not name.endswith(cfg.mask_suffix)]
-        _check_found(cfg, image_dir, images or masks, others)
-        _check_pairs(cfg, (image_dir, mask_dir), images, masks)
-        keys = images
-    end = (cfg.image_suffix, cfg.mask_suffix)
-    return [Sample(key, f"{image_dir}/{key}{end[0]}", f"{mask_dir}/{key}{end[1]}") for key in sorted(keys)]
+            others = [name for name in others if not name.endswith(mask_end)]
+        what = f"pictures in {image_dir!r} do not end in {image_end!r}"
+        defects += _about(others, what, "set data.image_suffix, or convert or remove them")
+        if not images | masks:
+            text = (
+                f"no file in {image_dir!r} ends in {image_end!r}: the split is empty; set data.image_suffix"
+            )
+            defects.append(Defect("listing", f"{text} or leave the split out of data.splits"))
+        for here, place, there, kind, end in (
+            (images, image_dir, masks, "mask", mask_end),
+            (masks, mask_dir, images, "image", image_end),
+        ):
+            what = f"{'images' if kind == 'mask' else 'masks'} in {place!r} have no {kind} <key>{end}"
+            defects += _about(here - there, what, "add what is missing or remove them")
+    keys = (images if keys is None else keys) & images & masks
+    if not paired:
+        defects += _class_defects(cfg, image_dir, keys, labels)
+        keys = {key for key in keys if "/" in key and key.partition("/")[0] in labels}
+    samples = [
+        Sample(
+            key,
+            f"{image_dir}/{key}{image_end}",
+            f"{mask_dir}/{key}{mask_end}" if paired else None,
+            None if paired else labels[key.partition("/")[0]],
+        )
+        for key in sorted(keys)
+    ]
+    return samples, defects
 
 
 def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
@@ -105,49 +157,51 @@ def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
         return list(cfg.class_dirs)
     found: set[str] = set()
     for split in cfg.splits:
-        folder = _folder(cfg, root, "image", split)
-        found.update(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        if missing := _missing(cfg, root, "image", split):
+            raise DataError(missing)
+        found |= _folders_in(root / cfg.folder("image", split))
     if cfg.classes and len(cfg.classes) != len(found):
         raise DataError(
-            f"{str(root)!r} has {len(found)} class folders ({_some(found)}) for the {len(cfg.classes)} names "
-            "of data.classes; set data.class_dirs, or leave data.classes empty"
+            f"{str(root)!r} has {len(found)} class folders ({listed(sorted(found), SHOWN)}) for the "
+            f"{len(cfg.classes)} names of data.classes; set data.class_dirs, or leave data.classes empty"
         )
     return sorted(found)
 
 
-def _list_images(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
-    folder = _folder(cfg, root, "image", split)
-    labels = {name: label for label, name in enumerate(class_folders(cfg, root))}
-    keys, others = find_files(folder, cfg.image_suffix)
-    _check_found(cfg, folder, keys, others)
-    there = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    if missing := [name for name in cfg.class_dirs if name not in there]:
-        raise DataError(
-            f"{len(missing)} of {len(labels)} class folders are missing in {folder!r} ({_some(missing)}); "
-            "add them (empty, if the split has no such image) or correct data.class_dirs"
-        )
-    if stray := [key for key in keys if key.partition("/")[0] not in labels or "/" not in key]:
-        raise DataError(
-            f"{len(stray)} images in {folder!r} are in no class folder ({_some(stray)}); "
-            "move or remove them, or add their folder to data.class_dirs"
-        )
-    if split in cfg.split_lists:
-        listed = _listed(cfg, root, split)
-        _check_listed(cfg, split, listed, keys, f"{folder}/<key>{cfg.image_suffix}")
-        keys = listed
-    end = cfg.image_suffix
-    return [Sample(key, f"{folder}/{key}{end}", label=labels[key.partition("/")[0]]) for key in sorted(keys)]
+def _class_defects(
+    cfg: DatasetConfig, folder: str, keys: set[str], labels: Collection[str]
+) -> Iterator[Defect]:
+    """Class folders that are missing, and images in none."""
+    yield from _about(
+        set(cfg.class_dirs) - _folders_in(folder),
+        f"of {len(labels)} class folders are missing in {folder!r}",
+        "add them (empty, if the split has no such image) or correct data.class_dirs",
+    )
+    yield from _about(
+        {key for key in keys if "/" not in key or key.partition("/")[0] not in labels},
+        f"images in {folder!r} are in no class folder",
+        "move or remove them, or add their folder to data.class_dirs",
+    )
 
 
-def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
+def _folders_in(folder: Path | str) -> set[str]:
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+
+
+def _about(names: Iterable[str], what: str, remedy: str) -> Iterator[Defect]:
+    """A defect of several files, with the first few names; none without a name."""
+    if found := sorted(names):
+        yield Defect("listing", f"{len(found)} {what} ({listed(found, SHOWN)}); {remedy}", len(found))
+
+
+def _missing(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
+    """The message of a folder that is not there; empty where it is."""
     if not os.path.isdir(root):  # False too where its parents may not be entered
-        raise DataError(f"data root {str(root)!r} is not a folder; give root=<folder of the data set>")
+        return f"data root {str(root)!r} is not a folder; give root=<folder of the data set>"
     folder = root / cfg.folder(kind, split)
-    if not os.path.isdir(folder):
-        raise DataError(
-            f"{kind} folder {str(folder)!r} is missing; set data.{kind}_dir, data.split_dirs or data.splits"
-        )
-    return str(folder)
+    if os.path.isdir(folder):
+        return ""
+    return f"{kind} folder {str(folder)!r} is missing; set data.{kind}_dir, data.split_dirs or data.splits"
 
 
 def find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
@@ -186,7 +240,7 @@ def _walk(folder: str) -> Iterator[str]:
             raise DataError(f"{error.filename!r} {reason}") from error
 
 
-def _listed(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
+def _listed_keys(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     """The keys in the list of a split."""
     path = root / cfg.split_lists[split]
     try:
@@ -200,151 +254,96 @@ def _listed(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     if not keys:
         raise DataError(f"the list {str(path)!r} of the split {split} is empty; write one key a line")
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise DataError(f"the list {str(path)!r} names {_some(twice)} twice; a sample comes once")
+        raise DataError(f"the list {str(path)!r} names {listed(twice)} twice; a sample comes once")
     return set(keys)
-
-
-def _check_listed(cfg: DatasetConfig, split: str, keys: set[str], there: set[str], pattern: str) -> None:
-    missing = keys - there
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(keys)} keys in {cfg.split_lists[split]!r} have no file {pattern} "
-            f"({_some(missing)}); a line of the list is one key, without folder and suffix"
-        )
-
-
-def _check_found(cfg: DatasetConfig, folder: str, keys: set[str], others: list[str]) -> None:
-    if others:
-        raise DataError(
-            f"{len(others)} pictures in {folder!r} do not end in {cfg.image_suffix!r} ({_some(others)}); "
-            "set data.image_suffix, or convert or remove them"
-        )
-    if not keys:
-        raise DataError(
-            f"no file in {folder!r} ends in {cfg.image_suffix!r}: the split is empty; "
-            "set data.image_suffix or leave the split out of data.splits"
-        )
-
-
-def _check_pairs(cfg: DatasetConfig, folders: tuple[str, str], images: set[str], masks: set[str]) -> None:
-    sides = ("image", folders[0], images, cfg.image_suffix), ("mask", folders[1], masks, cfg.mask_suffix)
-    for (kind, folder, keys, _), (other, place, partners, suffix) in (sides, sides[::-1]):
-        if alone := keys - partners:
-            raise DataError(
-                f"{len(alone)} of {len(keys)} {kind}s in {folder!r} have no {other} ({_some(alone)}); "
-                f"add <key>{suffix} to {place!r} or remove them"
-            )
-
-
-def _some(names: set[str] | list[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 
 def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     """One sample, whole and checked; DataError names the file and what was found."""
-    image = read_file(sample.image)
-    height, width = whole_image(sample.image, image).shape[:2]
-    orientation = image_orientation(image)
-    if sample.mask is None:
-        return LoadedSample(image, None, {}, height, width, orientation)
-    raw = mask_ids(cfg, sample.mask)
-    if raw.shape != (height, width):
-        raise DataError(
-            f"mask {str(sample.mask)!r} is {raw.shape[1]} x {raw.shape[0]} pixels, "
-            f"its image {width} x {height}; they must agree{orientation_text(orientation)}"
-        )
-    counts = np.bincount(raw.reshape(-1))
-    raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    table = label_table(cfg)
-    if unknown := [value for value in raw_ids if table[value] < 0]:
-        shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-        known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
-        raise DataError(
-            f"mask {str(sample.mask)!r} holds the ids {shown}, outside {known} and 255; "
-            "add them to data.classes or map them in data.label_map (255 = ignore)"
-        )
-    return LoadedSample(image, table.astype(np.uint8)[raw], raw_ids, height, width, orientation)
-
-
-def read_file(path: Path, first: int = -1) -> bytes:
-    """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+    loaded, defects = inspect_sample(cfg, sample)
+    if defects:
+        raise DataError(defects[0].text)
+    if loaded.ids is not None:
+        table = label_table(cfg)
+        if unknown := [str(value) for value in loaded.raw_ids if table[value] < 0]:
+            known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
             raise DataError(
-                f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}; make it smaller"
+                f"mask {str(sample.mask)!r} holds the ids {listed(unknown, 8)}, outside {known} and 255; "
+                "add them to data.classes or map them in data.label_map (255 = ignore)"
             )
-        with path.open("rb") as stream:
-            return stream.read(first)
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
+        loaded.mask = table.astype(np.uint8)[loaded.ids]
+    return loaded
 
 
-def whole_image(path: Path, data: bytes) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
-    if data[:8] != _PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
-        decode_pixels(path, data)
+def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect]]:
+    """What can be used of a sample, before the label map, and what is wrong with its files."""
+    loaded, defects = LoadedSample(), []
     try:
-        image_header(data)
-        check_sums(data)
-        return decode_image(data)
-    except (ValueError, DataError) as error:
-        raise unusable(path, error) from error
-
-
-def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
-    """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
-    from PIL import Image  # heavy, and only preparing data needs it
-
-    try:
-        image_header(data)
-        check_sums(data)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            return np.asarray(picture if mode is None else picture.convert(mode))
-    except (ValueError, OSError, SyntaxError) as error:
-        raise unusable(path, error) from error
-
-
-def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
-    """Raw ids of a mask before the label map, uint16 (H, W)."""
-    data = read_file(path)
-    if data and data[:8] != _PNG_MAGIC:
-        raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
-    return _painted_ids(cfg, path, data) if cfg.mask_colours else _stored_ids(path, data)
-
-
-def _stored_ids(path: Path, data: bytes) -> np.ndarray:
-    """Grey of 1 to 16 bits, or the indices (not the colours) of an indexed PNG."""
-    pixels = decode_pixels(path, data)
-    if pixels.ndim != 2:
-        raise DataError(
-            f"mask {str(path)!r} is not a PNG with one channel ({pixels.shape[2]} channels); store ids as "
-            "grey or indexed PNG, or list its colours in data.mask_colours"
+        loaded.image = read_file(sample.image)
+        loaded.height, loaded.width = whole_image(sample.image, loaded.image).shape[:2]
+        loaded.orientation = image_orientation(loaded.image)
+    except DataError as error:
+        defects.append(Defect("unreadable", str(error)))
+    if sample.mask is None:
+        return loaded, defects
+    ids = mask_ids(cfg, sample.mask)
+    if isinstance(ids, Defect):
+        return loaded, [*defects, ids]
+    loaded.ids = ids
+    if loaded.height and ids.shape != (loaded.height, loaded.width):
+        text = (
+            f"mask {str(sample.mask)!r} is {ids.shape[1]} x {ids.shape[0]} pixels, its image "
+            f"{loaded.width} x {loaded.height}; they must agree{orientation_text(loaded.orientation)}"
         )
-    bits, colour_type = data[24], data[25]
-    if colour_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
+        defects.append(Defect("size", text))
+    counts = np.bincount(ids.reshape(-1))
+    loaded.raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    return loaded, defects
+
+
+def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray | Defect:
+    """Raw ids of a mask before the label map, uint16 (H, W), or what keeps them from being read.
+
+    Grey of 1 to 16 bits, or the indices (not the colors) of an indexed PNG; with data.mask_colours colors.
+    """
+    try:
+        data = read_file(path)
+        if data and data[:8] != PNG_MAGIC:
+            raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
+        if cfg.mask_colours and data[24:25] == b"\x10":
+            raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
+        pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
+    except DataError as error:
+        return Defect("unreadable", str(error))
+    if cfg.mask_colours:
+        return _painted_ids(cfg, path, pixels)
+    if pixels.ndim != 2:
+        text = (
+            f"mask {str(path)!r} is not a PNG with one channel ({pixels.shape[2]} channels); store ids as "
+            "grey or indexed PNG, or list its colors in data.mask_colours"
+        )
+        return Defect("colour", text)
+    bits, color_type = data[24], data[25]
+    if color_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
         pixels = pixels // (255 // (2**bits - 1))
     ids: np.ndarray = pixels.astype(np.uint16)
     return ids
 
 
-def _painted_ids(cfg: DatasetConfig, path: Path, data: bytes) -> np.ndarray:
-    """Colour -> its position in data.mask_colours."""
-    if len(data) > 24 and data[24] == 16:
-        raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
-    pixels = decode_pixels(path, data, "RGB").astype(np.uint32)
-    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]  # (H, W)
-    colours = np.array(cfg.mask_colours, np.uint32)
-    known = colours[:, 0] << 16 | colours[:, 1] << 8 | colours[:, 2]  # (raw ids,)
+def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray | Defect:
+    """Color (H, W, 3) -> its position in data.mask_colours."""
+    weights = np.array([1 << 16, 1 << 8, 1], np.uint32)
+    packed = pixels.astype(np.uint32) @ weights  # (H, W)
+    known = np.array(cfg.mask_colours, np.uint32) @ weights  # (raw ids,)
     order = np.argsort(known)
     nearest = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
     wrong = known[nearest] != packed
     if wrong.any():
         row, column = (int(value) for value in np.argwhere(wrong)[0])
-        raise DataError(
-            f"mask {str(path)!r} has the colour {pixels[row, column].tolist()} at row {row}, column "
-            f"{column}, which data.mask_colours does not list; add it (data.label_map can ignore it)"
+        text = (
+            f"mask {str(path)!r} has the color {pixels[row, column].tolist()} at row {row}, column {column}, "
+            "which data.mask_colours does not list; add it (data.label_map can ignore it)"
         )
+        return Defect("painted", text)
     ids: np.ndarray = nearest.astype(np.uint16)
     return ids

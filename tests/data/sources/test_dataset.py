@@ -73,7 +73,7 @@ def test_given_colours_are_used(config: DatasetConfig) -> None:
         ({"splits": ["../train"]}, "data.splits"),
         ({"classes": ["a", "b", "a"]}, "names a twice"),
         ({"classes": [str(index) for index in range(256)]}, "256 names"),
-        ({"classes": ["a"], "palette": [[0, 0, 0], [1, 1, 1]]}, "2 colours for 1 classes"),
+        ({"classes": ["a"], "palette": [[0, 0, 0], [1, 1, 1]]}, "2 colors for 1 classes"),
         ({"classes": ["a"], "palette": [[0, 0, 256]]}, "0 to 255"),
         ({"classes": ["a"], "label_map": {3: 1}}, "maps 3 to 1"),
         ({"classes": ["a"], "label_map": {70000: 0}}, "70000"),
