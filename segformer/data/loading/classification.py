@@ -5,7 +5,7 @@ crop (the average of an area where it shrinks, bilinear where it grows) -> horiz
 (Cubuk et al. 2020: of 14 operations each sample draws `ops`, with replacement, all at one magnitude), where
 magnitude 10 means
 
-    shear 0.3, shift 0.45 of the side, rotation 30 degrees    about the centre, bilinear, the mean outside
+    shear 0.3, shift 0.45 of the side, rotation 30 degrees    about the center, bilinear, the mean outside
     brightness, contrast, saturation, sharpness               factor 1 +- 0.9, Pillow's ImageEnhance
     posterize to 4 bits, solarize from 0                      Pillow's ImageOps, as autocontrast and equalize
 
@@ -57,7 +57,7 @@ class ClassificationAugment:
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes, 0 to below 1."""
     eval_resize: int = 256
-    """Short side of an image in evaluation before its centre is cut out, pixels, at least `size`."""
+    """Short side of an image in evaluation before its center is cut out, pixels, at least `size`."""
     mean: list[float] = field(default_factory=lambda: [123.675, 116.28, 103.53])
     """Mean of red, green, blue that is subtracted, 0-255."""
     std: list[float] = field(default_factory=lambda: [58.395, 57.12, 57.375])
@@ -101,8 +101,9 @@ class ClassificationGeometry:
         if rng.random() < self.cfg.hflip:
             crop = np.asarray(cv2.flip(crop, 1))
         if self.cfg.magnitude:
+            operations = list(OPERATIONS.values())
             for _ in range(self.cfg.ops):
-                operation = _OPERATIONS[int(rng.integers(len(_OPERATIONS)))]
+                operation = operations[int(rng.integers(len(operations)))]
                 sign = 1 if rng.random() < 0.5 else -1
                 crop = operation(crop, sign * self.cfg.magnitude / 10, self.fill)
         return crop
@@ -110,7 +111,7 @@ class ClassificationGeometry:
     def region(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(top, left, height, width) of a training crop in an image of this size.
 
-        Area and ratio are drawn again (10 tries) while the region does not fit; after that it is the centre,
+        Area and ratio are drawn again (10 tries) while the region does not fit; after that it is the center,
         cut to the nearest ratio that is allowed.
         """
         low, high = self.cfg.ratio
@@ -125,7 +126,7 @@ class ClassificationGeometry:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def eval_view(self, image: np.ndarray) -> np.ndarray:
-        """image uint8 (H, W, 3) -> short side to eval_resize, then the centre, uint8 (size, size, 3)."""
+        """image uint8 (H, W, 3) -> short side to eval_resize, then the center, uint8 (size, size, 3)."""
         height, width = image.shape[:2]
         factor = self.cfg.eval_resize / min(height, width)
         shape = max(self.cfg.size, round(height * factor)), max(self.cfg.size, round(width * factor))
@@ -140,45 +141,26 @@ def _resized(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.asarray(cv2.resize(image, (shape[1], shape[0]), interpolation=method))
 
 
-# One operation of RandAugment: (image uint8 (h, w, 3), level -1 to 1, fill uint8 (3,)) -> image. Level 0 is
-# the identity wherever an operation has a level at all.
-
-
-def _affine(image: np.ndarray, matrix: list[list[float]], fill: np.ndarray) -> np.ndarray:
-    """Warp by a linear map and shift (x, y) of the pixels of the result, about the centre."""
+def _warped(image: np.ndarray, matrix: list[list[float]], fill: np.ndarray) -> np.ndarray:
+    """Warp by a linear map and shift (x, y) of the pixels of the result, about the center."""
     height, width = image.shape[:2]
-    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    center = np.array([(width - 1) / 2, (height - 1) / 2])
     full = np.array(matrix, np.float64)
-    full[:, 2] += centre - full[:, :2] @ centre
+    full[:, 2] += center - full[:, :2] @ center
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return np.asarray(
         cv2.warpAffine(image, full, (width, height), flags=flags, borderValue=[int(value) for value in fill])
     )
 
 
-def _rotate(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
+def _rotated(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
     cos, sin = math.cos(math.radians(30 * level)), math.sin(math.radians(30 * level))
-    return _affine(image, [[cos, -sin, 0], [sin, cos, 0]], fill)
-
-
-def _shear_x(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _affine(image, [[1, 0.3 * level, 0], [0, 1, 0]], fill)
-
-
-def _shear_y(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _affine(image, [[1, 0, 0], [0.3 * level, 1, 0]], fill)
-
-
-def _shift_x(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _affine(image, [[1, 0, round(0.45 * level * image.shape[1])], [0, 1, 0]], fill)
-
-
-def _shift_y(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _affine(image, [[1, 0, 0], [0, 1, round(0.45 * level * image.shape[0])]], fill)
+    return _warped(image, [[cos, -sin, 0], [sin, cos, 0]], fill)
 
 
 def _blend(base: np.ndarray | float, image: np.ndarray, level: float) -> np.ndarray:
     """base + (1 + 0.9 level) (image - base), cut to 0-255 and rounded down as Pillow does."""
+    base, image = np.asarray(base, np.float32), image.astype(np.float32)
     return np.asarray((base + (1 + 0.9 * level) * (image - base)).clip(0, 255).astype(np.uint8))
 
 
@@ -186,34 +168,14 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.transform(image, _GREY))[..., None]
 
 
-def _brightness(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _blend(0.0, image.astype(np.float32), level)
-
-
-def _contrast(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _blend(math.floor(float(_grey(image).mean()) + 0.5), image.astype(np.float32), level)
-
-
-def _saturation(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return _blend(_grey(image).astype(np.float32), image.astype(np.float32), level)
-
-
-def _sharpness(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
+def _smooth(image: np.ndarray) -> np.ndarray:
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = image.copy()  # the edge stays as it is
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel)[1:-1, 1:-1]
-    return _blend(smooth.astype(np.float32), image.astype(np.float32), level)
+    return smooth
 
 
-def _posterize(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return image & np.uint8(256 - 2 ** round(4 * abs(level)))
-
-
-def _solarize(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return np.where(image < 256 * (1 - abs(level)), image, 255 - image)
-
-
-def _autocontrast(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
+def _autocontrast(image: np.ndarray) -> np.ndarray:
     low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]).T
     spread = np.where(high > low, high - low, 255)
     low = np.where(high > low, low, 0)
@@ -221,7 +183,7 @@ def _autocontrast(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarr
     return np.asarray(cv2.LUT(image, table[None]))
 
 
-def _equalize(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
+def _equalize(image: np.ndarray) -> np.ndarray:
     table = np.empty((256, 3), np.uint8)
     for channel in range(3):
         counts = np.bincount(image[..., channel].reshape(-1), minlength=256)
@@ -231,14 +193,28 @@ def _equalize(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.LUT(image, table[None]))
 
 
-def _identity(image: np.ndarray, level: float, fill: np.ndarray) -> np.ndarray:
-    return image
-
-
-_OPERATIONS: tuple[Callable[[np.ndarray, float, np.ndarray], np.ndarray], ...] = (
-    *(_identity, _autocontrast, _equalize, _rotate, _solarize, _saturation, _posterize, _contrast),
-    *(_brightness, _sharpness, _shear_x, _shear_y, _shift_x, _shift_y),
-)
+# RandAugment: (image uint8 (h, w, 3), level -1 to 1, fill uint8 (3,)) -> image. Level 0 is the identity
+# wherever an operation has a level at all. The draws of a sample depend on the order.
+OPERATIONS: dict[str, Callable[[np.ndarray, float, np.ndarray], np.ndarray]] = {
+    "identity": lambda image, level, fill: image,
+    "autocontrast": lambda image, level, fill: _autocontrast(image),
+    "equalize": lambda image, level, fill: _equalize(image),
+    "rotate": _rotated,
+    "solarize": lambda image, level, fill: np.where(image < 256 * (1 - abs(level)), image, 255 - image),
+    "saturation": lambda image, level, fill: _blend(_grey(image), image, level),
+    "posterize": lambda image, level, fill: image & np.uint8(256 - 2 ** round(4 * abs(level))),
+    "contrast": lambda image, level, fill: _blend(math.floor(_grey(image).mean() + 0.5), image, level),
+    "brightness": lambda image, level, fill: _blend(0, image, level),
+    "sharpness": lambda image, level, fill: _blend(_smooth(image), image, level),
+    "shear_x": lambda image, level, fill: _warped(image, [[1, 0.3 * level, 0], [0, 1, 0]], fill),
+    "shear_y": lambda image, level, fill: _warped(image, [[1, 0, 0], [0.3 * level, 1, 0]], fill),
+    "shift_x": lambda image, level, fill: _warped(
+        image, [[1, 0, round(0.45 * level * image.shape[1])], [0, 1, 0]], fill
+    ),
+    "shift_y": lambda image, level, fill: _warped(
+        image, [[1, 0, 0], [0, 1, round(0.45 * level * image.shape[0])]], fill
+    ),
+}
 
 
 def mix(
@@ -272,7 +248,7 @@ def mix(
 
 
 def cutmix_box(height: int, width: int, kept: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a box of 1 - kept of the area, at a random centre, cut at the border."""
+    """(top, bottom, left, right) of a box of 1 - kept of the area, at a random center, cut at the border."""
     row, column = int(rng.integers(height)), int(rng.integers(width))
     half_h, half_w = (round(side * math.sqrt(1 - kept)) / 2 for side in (height, width))
     top, bottom = max(0, math.ceil(row - half_h)), min(height, math.ceil(row + half_h))

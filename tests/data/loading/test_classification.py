@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from segformer.data.loading import classification
 from segformer.data.loading.classification import (
+    OPERATIONS,
     ClassificationAugment,
     ClassificationGeometry,
     cutmix_box,
@@ -131,23 +131,22 @@ def turned(picture: Image.Image, level: float) -> Image.Image:
 
 
 BY_PILLOW = {
-    "_brightness": enhanced("Brightness"),
-    "_contrast": enhanced("Contrast"),
-    "_saturation": enhanced("Color"),
-    "_sharpness": enhanced("Sharpness"),
-    "_posterize": lambda picture, level: ImageOps.posterize(picture, 8 - round(4 * abs(level))),
-    "_solarize": lambda picture, level: ImageOps.solarize(picture, math.ceil(256 * (1 - abs(level)))),
-    "_autocontrast": lambda picture, level: ImageOps.autocontrast(picture),
-    "_equalize": lambda picture, level: ImageOps.equalize(picture),
-    "_identity": lambda picture, level: picture,
-    "_rotate": turned,
-    "_shear_x": lambda picture, level: warped(picture, np.array([[1, 0.3 * level], [0, 1]])),
-    "_shear_y": lambda picture, level: warped(picture, np.array([[1, 0], [0.3 * level, 1]])),
-    "_shift_x": lambda picture, level: warped(picture, np.eye(2), (round(0.45 * level * 160), 0)),
-    "_shift_y": lambda picture, level: warped(picture, np.eye(2), (0, round(0.45 * level * 120))),
+    "brightness": enhanced("Brightness"),
+    "contrast": enhanced("Contrast"),
+    "saturation": enhanced("Color"),
+    "sharpness": enhanced("Sharpness"),
+    "posterize": lambda picture, level: ImageOps.posterize(picture, 8 - round(4 * abs(level))),
+    "solarize": lambda picture, level: ImageOps.solarize(picture, math.ceil(256 * (1 - abs(level)))),
+    "autocontrast": lambda picture, level: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, level: ImageOps.equalize(picture),
+    "identity": lambda picture, level: picture,
+    "rotate": turned,
+    "shear_x": lambda picture, level: warped(picture, np.array([[1, 0.3 * level], [0, 1]])),
+    "shear_y": lambda picture, level: warped(picture, np.array([[1, 0], [0.3 * level, 1]])),
+    "shift_x": lambda picture, level: warped(picture, np.eye(2), (round(0.45 * level * 160), 0)),
+    "shift_y": lambda picture, level: warped(picture, np.eye(2), (0, round(0.45 * level * 120))),
 }
-OPERATIONS = {operation.__name__: operation for operation in classification._OPERATIONS}
-GEOMETRIC = ("_rotate", "_shear_x", "_shear_y", "_shift_x", "_shift_y")
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y")
 
 
 def test_every_operation_has_a_reference() -> None:
@@ -169,7 +168,7 @@ def test_each_operation_equals_pillow(name: str, level: float, image: np.ndarray
         assert (difference == 0).mean() > 0.9
 
 
-@pytest.mark.parametrize("name", [name for name in BY_PILLOW if name not in ("_autocontrast", "_equalize")])
+@pytest.mark.parametrize("name", [name for name in BY_PILLOW if name not in ("autocontrast", "equalize")])
 def test_level_zero_changes_nothing(name: str, image: np.ndarray) -> None:
     np.testing.assert_array_equal(OPERATIONS[name](image, 0.0, FILL), image)
 
@@ -181,7 +180,7 @@ def test_a_flat_image_and_one_of_a_pixel_survive_each_operation(name: str, value
         flat = np.full(shape, value, np.uint8)
         ours = OPERATIONS[name](flat, 0.7, FILL)
         assert ours.shape == shape
-        if name not in (*GEOMETRIC, "_brightness", "_solarize", "_posterize"):
+        if name not in (*GEOMETRIC, "brightness", "solarize", "posterize"):
             np.testing.assert_array_equal(ours, flat)
 
 

@@ -1,19 +1,25 @@
-import io
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from servers import FAULTS, serving
 
 from segformer.data.loading.classification import ClassificationAugment, ClassificationGeometry
 from segformer.data.loading.crop import AugmentConfig, RandomCrop
 from segformer.data.loading.loader import (
     LoaderConfig,
+    WorkerStream,
     corrupt_budget,
     eval_batches,
     num_eval_batches,
@@ -29,11 +35,11 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import decode_image, decode_label, decode_mask
+from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.listing import list_samples, load_sample
 from segformer.errors import ConfigError, DataError
 
-AUGMENT = AugmentConfig(crop=[32, 48], resize=[])
+AUGMENT = AugmentConfig(crop=[32, 48], resize=[], rot90=0.5, vflip=0.5)
 STEPS = 7  # 42 samples: the two epochs of 21 samples end inside and at the end of a batch
 
 
@@ -84,24 +90,29 @@ def reference(shards: ShardSet) -> tuple[torch.Tensor, ...]:
     return joined(stream(shards))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_batches_are_the_same_bits_for_any_number_of_workers(
-    workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
-) -> None:
-    for ours, expected in zip(joined(stream(shards, workers=workers)), reference, strict=True):
-        assert torch.equal(ours, expected)
-
-
-@pytest.mark.parametrize(("world", "micro", "workers"), [(2, 3, 0), (3, 2, 0), (2, 1, 2), (1, 2, 0)])
-def test_global_batches_are_the_same_bits_for_any_ranks_and_accumulation(
+@pytest.mark.parametrize(
+    ("world", "micro", "workers"),
+    [(1, 6, 1), (1, 6, 2), (1, 2, 0), (2, 3, 0), (2, 1, 2), (2, 3, 1), (3, 2, 0), (3, 1, 1), (3, 2, 2)],
+)
+def test_global_batches_are_the_same_bits_for_any_ranks_workers_and_accumulation(
     world: int, micro: int, workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
 ) -> None:
     ranks = [
         joined(stream(shards, rank=rank, world=world, micro=micro, workers=workers)) for rank in range(world)
     ]
-    for field, expected in enumerate(reference):
-        per_rank = [ranks[rank][field].unflatten(0, (STEPS, -1)) for rank in range(world)]
-        assert torch.equal(torch.cat(per_rank, 1).flatten(0, 1), expected)
+    for whole, expected in zip(global_batches(ranks), reference, strict=True):
+        assert torch.equal(whole, expected)
+
+
+def global_batches(ranks: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """All samples in the order of the stream, from those of each rank."""
+    steps = [[field.unflatten(0, (STEPS, -1)) for field in rank] for rank in ranks]
+    return [torch.cat(parts, 1).flatten(0, 1) for parts in zip(*steps, strict=True)]
+
+
+def test_the_stream_is_the_sample_order(shards: ShardSet, reference: tuple[torch.Tensor, ...]) -> None:
+    spec = make_order_spec(shards.split("train").shard_sizes, seed=5, global_batch=6, chunk=4, block=2)
+    assert reference[3].tolist() == SampleOrder(spec).ids(0, STEPS * 6).tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -110,12 +121,6 @@ def test_a_stream_continues_at_any_step(
 ) -> None:
     for ours, expected in zip(joined(stream(shards, start=3, workers=workers)), reference, strict=True):
         assert torch.equal(ours, expected[18:])
-
-
-def test_every_epoch_of_the_stream_holds_every_sample_once(reference: tuple[torch.Tensor, ...]) -> None:
-    ids = reference[3]
-    for epoch in (ids[:21], ids[21:]):
-        assert sorted(epoch.tolist()) == list(range(21))
 
 
 def test_a_training_sample_is_its_augmented_pair(
@@ -184,21 +189,6 @@ def test_evaluation_reads_every_sample_once_in_batches_of_one_size(
     assert sorted(seen) == list(range(10))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_sample_ends_the_stream_with_one_line(
-    workers: int, shard_dir: Path, tmp_path: Path
-) -> None:
-    root = Path(shutil.copytree(shard_dir, tmp_path / "copy"))
-    shards = ShardSet.open(root)
-    split = shards.split("train")
-    with (root / split.files[1]).open("r+b") as tar:
-        tar.seek(int(split.records[9]["image_offset"]) + 30)
-        tar.write(b"\0\xff\0")
-    with pytest.raises(DataError, match=r"train-000001.tar', key '.*': the image at offset") as caught:
-        stream(shards, workers=workers)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture
 def damaged(shard_dir: Path, tmp_path: Path) -> Callable[..., ShardSet]:
     """A copy of the shards with a flipped byte in the image of some training samples."""
@@ -216,7 +206,16 @@ def damaged(shard_dir: Path, tmp_path: Path) -> Callable[..., ShardSet]:
     return make
 
 
-def test_a_corrupt_sample_is_replaced_by_its_neighbour_alike_for_any_ranks_and_workers(
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_sample_ends_the_stream_with_one_line(
+    workers: int, damaged: Callable[..., ShardSet]
+) -> None:
+    with pytest.raises(DataError, match=r"train-000001.tar', key '.*': the image at offset") as caught:
+        stream(damaged(9), workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_corrupt_sample_is_replaced_by_its_neighbor_alike_for_any_ranks_and_workers(
     shards: ShardSet, damaged: Callable[..., ShardSet], reference: tuple[torch.Tensor, ...]
 ) -> None:
     """Samples 6 and 7 end the first shard of 8: both are replaced by its sample 0."""
@@ -236,9 +235,7 @@ def test_a_corrupt_sample_is_replaced_by_its_neighbour_alike_for_any_ranks_and_w
             np.testing.assert_array_equal(whole[0][slot].permute(1, 2, 0), image)
             np.testing.assert_array_equal(whole[1][slot], target)
     ranks = [joined(stream(hurt, max_corrupt=0.1, rank=rank, world=2, micro=3, workers=2)) for rank in (0, 1)]
-    for field, expected in enumerate(whole):
-        per_rank = [part[field].unflatten(0, (STEPS, -1)) for part in ranks]
-        assert torch.equal(torch.cat(per_rank, 1).flatten(0, 1), expected)
+    assert all(map(torch.equal, global_batches(ranks), whole))
     found = [replaced for batch in stream(hurt, max_corrupt=0.1) for replaced in batch.replaced]
     assert sorted(replaced.sample_id for replaced in found) == [6, 6, 7, 7]
     assert all("damaged (crc32 differs)" in replaced.reason for replaced in found)
@@ -300,43 +297,6 @@ def test_an_order_of_other_shards_is_refused(shards: ShardSet) -> None:
             rank=0,
             batch=BatchShape(2, 2, 1),
             start_step=0,
-        )
-
-
-def test_a_photograph_decodes_to_what_pillow_sees_before_any_turning() -> None:
-    pixels = cv2.resize(np.random.default_rng(2).integers(0, 256, (5, 7, 3), np.uint8), (70, 50))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn by 90 degrees": masks belong to the stored pixels
-    for kind, options in (("JPEG", {"quality": 95, "subsampling": 0}), ("PNG", {})):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, kind, exif=exif, **options)
-        expected = np.asarray(Image.open(buffer)).astype(int)
-        decoded = decode_image(buffer.getvalue())
-        assert decoded.shape == (50, 70, 3)
-        assert np.abs(decoded - expected).max() <= 1
-
-
-def test_bytes_that_are_no_picture_are_refused() -> None:
-    png = cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes()
-    colour = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
-    for data in (b"", b"GIF89a", png[:40], colour):
-        with pytest.raises(DataError, match="cannot be decoded"):
-            decode_mask(data)
-
-
-def test_a_class_id_is_a_whole_number() -> None:
-    assert decode_label(b"17") == 17
-    for data in (b"", b"-1", b"1.5", b"cat", b"1234567890"):
-        with pytest.raises(DataError, match="not a whole number"):
-            decode_label(data)
-
-
-def test_masks_in_shards_decode_to_train_ids(shards: ShardSet, folder: Path, config: DatasetConfig) -> None:
-    split = shards.split("val")
-    reader = ShardReader(split)
-    for sample_id, sample in enumerate(list_samples(config, folder, "val")):
-        np.testing.assert_array_equal(
-            decode_mask(reader.read(sample_id).target), load_sample(config, sample).mask
         )
 
 
@@ -410,3 +370,119 @@ def test_classification_evaluation_reads_every_image_once_at_one_size(class_shar
     assert [tuple(batch.images.shape) for batch in taken] == [(4, 3, 24, 24), (2, 3, 24, 24)]
     assert torch.cat([batch.sample_ids for batch in taken]).tolist() == list(range(6))
     assert torch.cat([batch.targets for batch in taken]).tolist() == split.records["max_label"].tolist()
+
+
+SCRIPT = """
+import os, signal, sys
+from itertools import count
+from segformer.data.loading.loader import WorkerStream
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+    stream = iter(WorkerStream(count, workers=2, prefetch=2, timeout=60))
+    items = [next(stream) for _ in range(4)]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        os.killpg(0, number)
+    items += [next(stream) for _ in range(40)]
+    print(*items)
+    # ends with the stream open: the workers must not keep the program alive
+"""
+
+
+MASKS = """
+import multiprocessing
+from itertools import count
+from multiprocessing.forkserver import _forkserver
+from pathlib import Path
+from segformer.data.loading.loader import WorkerStream, start_server
+
+if __name__ == "__main__":
+    start_server()
+    stream = iter(WorkerStream(count, workers=2, prefetch=2, timeout=60))
+    next(stream)
+    for pid in [_forkserver._forkserver_pid, *(child.pid for child in multiprocessing.active_children())]:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        print(next(line.split()[1] for line in status if line.startswith("SigBlk")))
+"""
+
+
+def sleep(items: list[float], worker: int, workers: int) -> Iterator[float]:
+    for seconds in items[worker::workers]:
+        time.sleep(seconds)
+        yield seconds
+
+
+def test_signals_to_the_whole_group_reach_the_trainer_only_and_an_open_stream_lets_it_end(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(number) for number in range(44)]
+
+
+def test_the_fork_server_and_its_workers_are_born_with_the_signals_blocked(tmp_path: Path) -> None:
+    """A fork server that dies of SIGTERM takes its workers with it, so the mask must be there from birth."""
+    script = tmp_path / "script.py"
+    script.write_text(MASKS)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
+    masks = [int(line, 16) for line in done.stdout.split()]
+    assert len(masks) == 3
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        assert all(mask >> (number - 1) & 1 for mask in masks), number
+
+
+def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang() -> None:
+    others = set(multiprocessing.active_children())
+    items = iter(sleeping([0.0] * 3 + [60.0], workers=1))
+    next(items)
+    (worker,) = set(multiprocessing.active_children()) - others
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a loader process died"):
+        list(items)
+
+
+def test_a_worker_that_gives_nothing_ends_in_an_error_and_is_killed() -> None:
+    others = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="no batch from the loader processes for 1 s"):
+        list(sleeping([60.0], workers=1, timeout=1))
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_a_slow_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segformer.data.loading.loader.POLL_SECONDS", 1)
+    assert list(sleeping([2.5, 0.0], workers=1)) == [2.5, 0.0]
+
+
+def test_workers_end_with_their_stream() -> None:
+    others = set(multiprocessing.active_children())
+    items = iter(sleeping([0.0] * 9, workers=2))
+    next(items)
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    items.close()
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_only_a_finite_stream_has_a_length() -> None:
+    assert len(sleeping([0.0], workers=0)) == 1
+    with pytest.raises(TypeError, match="no end"):
+        len(WorkerStream(count, workers=0, prefetch=1, timeout=1))
+
+
+def sleeping(items: list[float], *, workers: int, timeout: int = 60) -> WorkerStream[float]:
+    """A stream whose workers sleep for each of the items."""
+    return WorkerStream(
+        partial(sleep, items), workers=workers, prefetch=1, timeout=timeout, length=len(items)
+    )
