@@ -13,26 +13,23 @@ place and the parent is synced. A crash at any point leaves what was there befor
 hidden leftovers, which `clean` removes; it also puts an .old-* back whose replacement never came. `verify`
 reads files in a stream: memory does not depend on their size.
 
-Owns names, bytes and durability; what the files mean is checkpoint.py's. Symbolic links are never followed
-when something is deleted.
+Owns names, bytes and durability; what the files mean is format.py's. Symbolic links are never followed when
+something is deleted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import secrets
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from segformer.errors import CheckpointError
+from segformer.files import remove, sha256_of, staged, sync
 
 MANIFEST = "MANIFEST.json"
-_LEFTOVERS = (".tmp-*", ".del-*")
 
 
 def commit(
@@ -49,32 +46,41 @@ def commit(
     Raises:
         CheckpointError: the disk is full or refuses; nothing has changed.
     """
-    final, temporary = folder / name, folder / f".tmp-{name}-{secrets.token_hex(4)}"
-    try:
-        _make_durable(folder)
-        temporary.mkdir()
-        for file, write in writers.items():
-            write(temporary / file)
-            _sync(temporary / file)
-        manifest = _encode({file: _entry(temporary / file) for file in writers})
-        (temporary / MANIFEST).write_bytes(manifest)
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+    final, old = folder / name, folder / f".old-{name}"
+
+    def make_room() -> None:
         fence()
-        _put(temporary, final)
+        if final.exists():
+            if old.exists():
+                _delete(old)
+            final.rename(old)
+
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync(folder.parent)
+        with staged(final, fence=make_room) as place:
+            place.mkdir()
+            for file, write in writers.items():
+                write(place / file)
+                sync(place / file)
+            (place / MANIFEST).write_bytes(_encode({file: _entry(place / file) for file in writers}))
+            sync(place / MANIFEST)
+        if old.exists():
+            _delete(old)
     except OSError as error:
+        if old.exists() and not final.exists():
+            old.rename(final)
         raise CheckpointError(
             f"{final} can't be written: {error.strerror or error}; free space, or make the folder writable"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
 def verify(path: Path, required: Collection[str], *, digests: bool = True) -> list[str]:
     """Names of the files of a committed folder, all of which are as they were written.
 
-    The manifest is formed again from the files and compared byte for byte, so that a flipped bit in the
+    The manifest is made anew from the files and compared byte for byte, so that a flipped bit in the
     manifest itself is found too. Without `digests` only presence and sizes are looked at.
 
     Raises:
@@ -129,55 +135,15 @@ def clean(folder: Path) -> None:
             _delete(old)
         else:
             old.rename(place)
-    for pattern in _LEFTOVERS:
-        for path in folder.glob(pattern):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _put(temporary: Path, final: Path) -> None:
-    """Rename a finished folder into its place, which may be taken."""
-    old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        if old.exists():
-            _delete(old)
-        final.rename(old)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    _sync(final.parent)
-    if old.exists():
-        _delete(old)
+    for path in (*folder.glob(".tmp-*"), *folder.glob(".del-*")):
+        remove(path)
 
 
 def _delete(path: Path) -> None:
-    """First out of sight, so that nothing half deleted is ever read."""
+    """Remove a folder: first out of sight, so that nothing half deleted is ever read."""
     doomed = path.with_name(f".del-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
     path.rename(doomed)
-    if doomed.is_symlink():
-        doomed.unlink()
-    else:
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _make_durable(folder: Path) -> None:
-    if not folder.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    remove(doomed)
 
 
 def _size(path: Path) -> dict[str, Any]:
@@ -185,9 +151,7 @@ def _size(path: Path) -> dict[str, Any]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+    return _size(path) | {"sha256": sha256_of(path)}
 
 
 def _encode(entries: Mapping[str, Mapping[str, Any]]) -> bytes:

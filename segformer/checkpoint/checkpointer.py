@@ -5,14 +5,14 @@
       step-00016500/
 
     checkpointer = Checkpointer(cfg.checkpoint, folder, world, warn=..., failed=...)      # all ranks, always
-    checkpointer.settle()                                    # so that memory never holds two copies
-    checkpointer.save(gather_model(engine), gather_optimizer(engine, world), ema, state)  # goes on at once
-    checkpointer.save(..., last=True)                        # is on the disk when it returns
-    checkpointer.finish()                                    # before a run ends without a last save
+    checkpointer.settle()                      # so that memory never holds two copies
+    checkpointer.save(content)                 # goes on at once
+    checkpointer.save(content, last=True)      # is on the disk when it returns
+    checkpointer.settle(final=True)            # before a run ends without a last save
 
 Save: every rank takes part in gathering the tensors; rank zero checks that they are finite and hands them to
-a thread, which writes. The thread never calls a collective: its outcome is learnt at the next save, settle or
-finish, by all ranks together. A save that fails (a full disk) costs nothing but itself: older checkpoints
+a thread, which writes. The thread never calls a collective: its outcome is learnt at the next save or settle,
+by all ranks together. A save that fails (a full disk) costs nothing but itself: older checkpoints
 stay and the run goes on, until max_failures saves in a row have failed. The thread outlives an error of the
 main thread, so that a save that was handed over is finished before the process ends.
 """
@@ -28,10 +28,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from segformer.checkpoint.atomic import commit, delete
-from segformer.checkpoint.format import TrainState, check_finite, step_name, writers_of
+from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
 from segformer.distributed.world import World
 from segformer.errors import CheckpointError, ConfigError
@@ -42,11 +40,11 @@ class CheckpointConfig:
     """When to save and what to keep."""
 
     save_every: int = 1000
-    "Optimiser steps between checkpoints; others are written for a new best, at a stop and at the end."
+    "Optimizer steps between checkpoints; others are written for a new best, at a stop and at the end."
     keep_last: int = 3
     "Newest checkpoints to keep; the one with the best validation score stays beside them."
     keep_every: int = 0
-    "Checkpoints of every multiple of so many steps stay for ever; 0: none."
+    "Checkpoints of every multiple of so many steps stay forever; 0: none."
     background: bool = True
     "Write in a thread while training goes on; needs host memory for one copy of the saved tensors."
     notice_s: float = 0.0
@@ -116,14 +114,11 @@ class Checkpointer:
 
     def save(
         self,
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-        ema: dict[str, Tensor],
-        state: TrainState,
+        content: Checkpoint,
         *,
         last: bool = False,
     ) -> None:
-        """Save the run's state, {} for tensors off rank zero, {} for `ema` without averaging; all ranks.
+        """Save `content`, whose tensors are {} off rank zero; all ranks.
 
         The tensors belong to the writer from now on, the state is copied. Waits for the save before this
         one, and for this one only where `last` is set or checkpoint.background is not.
@@ -133,29 +128,18 @@ class Checkpointer:
                 failed; with `last`, this save failed. Older checkpoints are as they were.
         """
         self.settle()
-        self._world.on_main(lambda: self._start(model, optimizer, ema, state))  # all ranks
-        if last:
-            self.finish()
-        elif not self._cfg.background:
-            self.settle()
+        self._world.on_main(lambda: self._start(content))  # all ranks
+        if last or not self._cfg.background:
+            self.settle(final=last)
 
-    def settle(self) -> None:
+    def settle(self, *, final: bool = False) -> None:
         """Wait for the save in flight, if there is one, and agree on how it went; all ranks.
 
-        Raises:
-            CheckpointError: it failed, the last of checkpoint.max_failures in a row.
-        """
-        self._settle(final=False)
-
-    def finish(self) -> None:
-        """As `settle`, at the end of a run, where no failure can be made good any more; all ranks.
+        final: at the end of a run, where no failure can be made good any more.
 
         Raises:
-            CheckpointError: the newest save failed.
+            CheckpointError: it failed, the last of checkpoint.max_failures in a row; or, `final`, at all.
         """
-        self._settle(final=True)
-
-    def _settle(self, *, final: bool) -> None:
         settled = False
         while not settled:
             self._progress()
@@ -166,17 +150,11 @@ class Checkpointer:
         if self._write is not None:
             self._write.thread.join()
 
-    def _start(
-        self,
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-        ema: dict[str, Tensor],
-        state: TrainState,
-    ) -> None:
+    def _start(self, content: Checkpoint) -> None:
         """Check the tensors and hand them over; rank zero."""
-        check_finite((model, optimizer, ema), state.step)
-        write = _Write(state.step)
-        writers = writers_of(model, optimizer, ema, state)
+        state = content.state
+        check_finite(content[:3], state.step)
+        write, writers = _Write(state.step), writers_of(content)
         job = partial(_write, write, writers, self._folder, self._cfg, state.best_step, self._fence)
         # No daemon: the interpreter waits for it also where the main thread ends with an error.
         write.thread = threading.Thread(target=job, name=f"checkpoint {state.step}", daemon=False)
@@ -233,7 +211,7 @@ def _write(
     best_step: int | None,
     fence: Callable[[], None],
 ) -> None:
-    """What the thread does; its outcome is left in `write`."""
+    """Write and prune, in the thread; the outcome is left in `write`."""
     try:
         commit(folder, step_name(write.step), writers, fence)
         write.seconds = time.monotonic() - write.began
@@ -243,25 +221,6 @@ def _write(
         write.failure = str(error)  # not the error itself: the frames of its traceback keep the tensors
     except BaseException as error:  # the main thread raises it
         write.bug = error
-
-
-def write_checkpoint(
-    model: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: TrainState,
-    cfg: CheckpointConfig,
-    folder: Path,
-    ema: dict[str, Tensor] | None = None,
-) -> Path:
-    """Write one checkpoint, commit it, remove what `cfg` no longer keeps; without threads or other ranks.
-
-    Raises:
-        CheckpointError: a tensor is not finite, or the disk is full; older checkpoints stay as they are.
-    """
-    check_finite((model, optimizer, ema or {}), state.step)
-    path = commit(folder, step_name(state.step), writers_of(model, optimizer, ema or {}, state))
-    _prune(folder, cfg, state.step, state.best_step)
-    return path
 
 
 def _prune(folder: Path, cfg: CheckpointConfig, newest: int, best_step: int | None) -> list[str]:

@@ -1,8 +1,8 @@
 """The canonical state of a run at one step, as files that any world and ZeRO stage can continue from.
 
     model.safetensors        parameters and buffers by name, fp32, whole
-    optimizer.safetensors    exp_avg.<parameter>, exp_avg_sq.<parameter>, fp32, whole
-    ema.safetensors          averaged parameters by name, fp32, whole; only where a run averages
+    optimizer.safetensors    <state>.<parameter>, fp32, whole: exp_avg and exp_avg_sq of AdamW, ...
+    ema.safetensors          EMA of the parameters by name, fp32, whole; only with optim.ema
     state.json               TrainState: step, order spec, digest of the data, best score
 
 Because tensors are stored whole and by name, a run resumes at any world size and ZeRO stage. There is no
@@ -40,7 +40,7 @@ class TrainState:
     """Everything a resume needs beside the tensors; the position in the data is step x global_batch."""
 
     step: int = 0
-    "Optimiser steps done."
+    "Optimizer steps done."
     order_spec: dict[str, Any] = field(default_factory=dict)
     "The frozen sample order (data.order.OrderSpec)."
     data_digest: str = ""
@@ -52,20 +52,20 @@ class TrainState:
     corrupt: list[int] = field(default_factory=list)
     "Samples of the training split that were found corrupt and replaced."
     skipped: int = 0
-    "Optimiser steps that were left out because loss or gradient was not finite."
+    "Optimizer steps that were left out because loss or gradient was not finite."
     skipped_in_a_row: int = 0
     "How many of them came last, one after the other."
     bad_step: int = 0
     "The step from which the run went back to a checkpoint and which it has not passed yet; 0 = none."
 
 
-class Loaded(NamedTuple):
-    """What one checkpoint holds; tensors on the CPU, mapped from the files."""
+class Checkpoint(NamedTuple):
+    """Content of one checkpoint; tensors by name on the CPU, of a loaded one mapped from the files."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor]
-    "Averaged parameters; {} where the run keeps none."
+    "EMA of the parameters; {} where the run keeps none."
     state: TrainState
 
 
@@ -88,12 +88,12 @@ def check_finite(groups: tuple[dict[str, Tensor], ...], step: int) -> None:
             raise CheckpointError(f"not saving step {step}: {name} is not finite; lower optim.lr")
 
 
-def writers_of(
-    model: dict[str, Tensor], optimizer: dict[str, Tensor], ema: dict[str, Tensor], state: TrainState
-) -> dict[str, Callable[[Path], object]]:
-    """What `commit` takes: file name -> function that writes it. The state is copied, tensors are not."""
-    text = json.dumps(asdict(state), indent=1).encode()  # now: the loop goes on changing the state
-    tensors = {MODEL: model, OPTIMIZER: optimizer} | ({EMA: ema} if ema else {})
+def writers_of(content: Checkpoint) -> dict[str, Callable[[Path], object]]:
+    """File name -> function that writes it, as `commit` takes them. The state is copied, tensors are not."""
+    text = json.dumps(asdict(content.state), indent=1).encode()  # now: the loop goes on changing the state
+    tensors = {MODEL: content.model, OPTIMIZER: content.optimizer} | (
+        {EMA: content.ema} if content.ema else {}
+    )
     writers: dict[str, Callable[[Path], object]] = {
         name: partial(_write_tensors, values) for name, values in tensors.items()
     }
@@ -111,18 +111,17 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def read_files(
-    path: Path, *, digests: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], bytes]:
-    """Model, optimiser, average ({} without one) and the text of the state; `digests` as in `verify`.
+def read_files(path: Path, *, digests: bool) -> tuple[Checkpoint, bytes]:
+    """Read the tensors, with an empty state, and the text of the state; `digests` as in `verify`.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     names = verify(path, FILES, digests=digests)
     try:
+        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
         ema = load_file(path / EMA) if EMA in names else {}
-        return load_file(path / MODEL), load_file(path / OPTIMIZER), ema, (path / STATE).read_bytes()
+        return Checkpoint(model, optimizer, ema, TrainState()), (path / STATE).read_bytes()
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 

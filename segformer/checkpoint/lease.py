@@ -15,7 +15,6 @@ nodes are not noticed before the first commit of the earlier one, which then end
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from segformer.errors import CheckpointError, ConfigError, RunTaken, SegformerError
+from segformer.files import lock, write_atomic
 
 FILE, LOCK = "lease.json", ".lock"
 RELEASE_S = 150  # how long a file server may keep the lock of a node that it has lost
@@ -57,9 +57,9 @@ class Owner:
 class Lease:
     """The right to write into a run directory, held by rank zero until `release` or the process's end."""
 
-    def __init__(self, path: Path, token: str, generation: int, lock: int) -> None:
+    def __init__(self, path: Path, token: str, generation: int, descriptor: int) -> None:
         self.generation = generation
-        self._path, self._token, self._lock = path, token, lock
+        self._path, self._token, self._lock = path, token, descriptor
 
     @classmethod
     def take(cls, run_dir: Path) -> Lease:
@@ -69,29 +69,28 @@ class Lease:
             ConfigError: another job or process works in it.
         """
         owner, path = Owner.current(), run_dir / FILE
-        lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            free = _flock(lock)
+            free = lock(descriptor)
             generation, holder = _read(path)
-            refusal = (
-                f"{run_dir} is in use by {holder or 'another process'}; wait for it, stop it, or choose "
-            )
+            holding = holder or "another process"
+            refusal = f"{run_dir} is in use by {holding}; wait for it, stop it, or choose another name=..."
             if holder is not None and owner.job and owner.job == holder.job:
                 if owner.attempt < holder.attempt:
                     raise RunTaken(f"{run_dir} has been taken over by attempt {holder.attempt} of this job")
                 free = free or owner.attempt > holder.attempt
             elif holder is not None and holder.job:
                 if _queued(holder.job):
-                    raise ConfigError(f"{refusal}another name=...")
-                free = free or _wait_for(lock, holder)
+                    raise ConfigError(refusal)
+                free = free or _wait_for(descriptor, holder)
             if not free:
-                raise ConfigError(f"{refusal}another name=...")
+                raise ConfigError(refusal)
             token = secrets.token_hex(8)
-            _write(path, {"generation": generation + 1, "token": token, "owner": asdict(owner)})
+            _write(path, generation + 1, token, owner)
         except BaseException:
-            os.close(lock)
+            os.close(descriptor)
             raise
-        return cls(path, token, generation + 1, lock)
+        return cls(path, token, generation + 1, descriptor)
 
     def check(self) -> None:
         """Raise RunTaken where another process has taken the directory over.
@@ -118,35 +117,20 @@ class Lease:
         """Give the directory back, where it is still ours; the generation stays."""
         with contextlib.suppress(SegformerError, OSError):
             self.check()
-            _write(self._path, {"generation": self.generation, "token": "", "owner": None})
+            _write(self._path, self.generation, "", None)
         os.close(self._lock)
 
 
-def _write(path: Path, lease: dict[str, object]) -> None:
-    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}-{FILE}")
-    with temporary.open("w") as file:
-        file.write(json.dumps(lease, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write(path: Path, generation: int, token: str, owner: Owner | None) -> None:
+    holder = None if owner is None else asdict(owner)
+    write_atomic(path, json.dumps({"generation": generation, "token": token, "owner": holder}, indent=1))
 
 
-def _flock(lock: int) -> bool:
-    """Whether the file is now locked by us; file systems that don't lock give True."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _wait_for(lock: int, holder: Owner) -> bool:
-    """Whether the lock comes free: the job is gone, but the file server may still believe its node."""
+def _wait_for(descriptor: int, holder: Owner) -> bool:
+    """Wait for the lock of a job that is gone, which its file server may still hold; True: it is ours."""
     print(f"waiting for the lock of {holder}, whose job has ended", flush=True)
     end = time.monotonic() + RELEASE_S
-    while not (free := _flock(lock)) and time.monotonic() < end:
+    while not (free := lock(descriptor)) and time.monotonic() < end:
         time.sleep(1)
     return free
 
@@ -165,31 +149,24 @@ def _read(path: Path) -> tuple[int, Owner | None]:
 
 
 def _queued(job: str) -> bool:
-    """Whether Slurm still has the job: running, ending or waiting for its next attempt.
+    """True while Slurm has the job: running, ending or waiting for its next attempt.
 
     Raises:
         ConfigError: Slurm does not answer for minutes.
     """
-    if not job:
-        return False
     end = time.monotonic() + RELEASE_S
     while True:
         try:
-            asked = subprocess.run(
-                ["squeue", "-h", "-j", job, "-o", "%T"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
+            command = ["squeue", "-h", "-j", job, "-o", "%T"]
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         except FileNotFoundError:
             return False  # no Slurm here: the lock has decided
         except subprocess.TimeoutExpired:
-            said = "no answer within 60 s"
+            answer = "no answer within 60 s"
         else:
             if asked.returncode == 0 or "Invalid job id" in asked.stderr:
                 return asked.returncode == 0 and bool(asked.stdout.strip())
-            said = asked.stderr.strip()
+            answer = asked.stderr.strip()
         if time.monotonic() > end:
-            raise ConfigError(f"squeue can't say whether job {job} has ended ({said}); try again later")
+            raise ConfigError(f"squeue can't say whether job {job} has ended ({answer}); try again later")
         time.sleep(5)

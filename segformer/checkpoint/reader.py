@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from segformer.checkpoint.atomic import set_aside
-from segformer.checkpoint.format import Loaded, TrainState, decode_state, read_files, step_name
+from segformer.checkpoint.format import Checkpoint, TrainState, decode_state, read_files, step_name
 from segformer.errors import CheckpointError
 
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -33,7 +33,7 @@ def load_checkpoint(
     quarantine: bool = False,
     warn: Callable[[str], None] = print,
     verify: bool = True,
-) -> Loaded | None:
+) -> Checkpoint | None:
     """The newest good checkpoint in `folder`, or that of `step`; None without any.
 
     A damaged checkpoint is passed over with a warning and, where `quarantine` is set, renamed bad-*: a run
@@ -52,7 +52,7 @@ def load_checkpoint(
     for candidate in [step] if step is not None else reversed(steps):
         path = folder / step_name(candidate)
         try:
-            model, optimizer, ema, text = read_files(path, digests=verify)
+            content, text = read_files(path, digests=verify)
         except CheckpointError as error:
             if step is not None:
                 raise
@@ -60,7 +60,7 @@ def load_checkpoint(
             if quarantine:
                 set_aside(path)
             continue
-        return Loaded(model, optimizer, ema, decode_state(path, text))
+        return content._replace(state=decode_state(path, text))
     raise CheckpointError(
         f"no checkpoint in {folder} is good; restore one, or delete the folder to start from scratch"
     )

@@ -1,19 +1,19 @@
 """The DeepSpeed engine: its configuration as a pure function, and how to build it on GPUs and on CPUs.
 
-Owns deepspeed (beside zero_state.py, which reads the optimiser's partitions). There is no DeepSpeed JSON
+Owns deepspeed (beside zero_state.py, which reads the optimizer's partitions). There is no DeepSpeed JSON
 file: `deepspeed_config` derives every key from the run's own settings, and `engine.extra` may add keys but
 not change derived ones.
 
 Choices, each for a reason:
-- The optimiser is torch.optim.AdamW, given to DeepSpeed: its own FusedAdam compiles a C++ extension at first
-  use.
-- bf16 is DeepSpeed's `torch_autocast`: parameters, gradients, optimiser state and batch-norm buffers stay
+- The optimizer is a plain one of torch, given to DeepSpeed: its own FusedAdam compiles a C++ extension at
+  first use.
+- bf16 is DeepSpeed's `torch_autocast`: parameters, gradients, optimizer state and batch-norm buffers stay
   fp32. Its `bf16` mode casts BatchNorm's parameters but not its buffers, which fails, and at stage 0 it is
   not AdamW (its first update was measured at 0.744 x lr).
-- Offloading leaves AdamW what it is, on the CPU: DeepSpeed's own CPU optimiser compiles an extension, too.
+- Offloading leaves the optimizer what it is, on the CPU: DeepSpeed's own one compiles an extension, too.
 - DeepSpeed's buckets are given the size of the model, at most 2^25 elements (128 MiB): its default of 5e8
   elements takes 4 to 8 GB whatever the model is.
-- A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimisers look at the
+- A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimizers look at the
   norm themselves, at stage 0 it is done here.
 - torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
   The loss stays outside the compiled function: losses other than cross entropy ask the data for its classes.
@@ -25,12 +25,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import warnings
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
@@ -41,6 +42,26 @@ OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
 "Largest bucket of gradients or parameters that is sent at once, elements."
 OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
+# What the run logs itself, with rank and samples, and a remark on every optimizer that is not Adam.
+_SILENT = re.compile("OVERFLOW!|untested optimizer")
+
+
+class Engine(Protocol):
+    """The part of deepspeed.DeepSpeedEngine that is used here."""
+
+    module: nn.Module
+    optimizer: Any
+    "At ZeRO-0 the optimizer that it was given, else DeepSpeed's own around that one (`.optimizer`)."
+    global_rank: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+    def train(self) -> Any: ...
+    def backward(self, loss: Tensor) -> Any: ...
+    def step(self) -> None: ...
+    def is_gradient_accumulation_boundary(self) -> bool: ...
+    def zero_optimization_stage(self) -> int: ...
+    def get_global_grad_norm(self) -> float | None: ...
+    def was_step_applied(self) -> bool: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,10 +69,10 @@ class EngineConfig:
     """How the model is trained on the devices at hand. What changes the result beyond rounding says so."""
 
     zero_stage: int | None = None
-    """DeepSpeed ZeRO: 0 none, 1 optimiser state, 2 and gradients, 3 and parameters partitioned over the
+    """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters partitioned over the
     ranks; null means 1 on GPUs and 0 on a CPU, where ZeRO's copies cost more than they save."""
     offload_optimizer: bool = False
-    "Keep gradients' averages, optimiser state and fp32 weights in the host's memory; ZeRO-1 to 3. Slow."
+    "Keep gradients' averages, optimizer state and fp32 weights in the host's memory; ZeRO-1 to 3. Slow."
     offload_parameters: bool = False
     "Keep the partitioned parameters in the host's memory, too; ZeRO-3 only."
     precision: str = "auto"
@@ -108,16 +129,14 @@ def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
     return cfg.precision
 
 
-def _zero_config(cfg: EngineConfig, num_parameters: int) -> dict[str, Any]:
-    if cfg.zero_stage is None:
-        raise ValueError("engine.zero_stage has not been resolved")
-    zero: dict[str, Any] = {"stage": cfg.zero_stage}
-    if not cfg.zero_stage:
+def _zero_config(cfg: EngineConfig, stage: int, num_parameters: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if not stage:
         return zero
     # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
     zero["overlap_comm"] = torch.cuda.is_available()
     zero["reduce_bucket_size"] = bucket_elements(num_parameters)
-    if cfg.zero_stage < 3:
+    if stage < 3:
         zero["allgather_bucket_size"] = bucket_elements(num_parameters)
     pinned = torch.cuda.is_available()
     if cfg.offload_optimizer:
@@ -133,26 +152,23 @@ def bucket_elements(num_parameters: int) -> int:
 
 
 def deepspeed_config(
-    cfg: EngineConfig,
-    batch: BatchShape,
-    *,
-    precision: str,
-    num_parameters: int,
+    cfg: EngineConfig, batch: BatchShape, *, stage: int, precision: str, num_parameters: int
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: a pure function of its arguments; cfg.zero_stage is a number.
+    """The DeepSpeed configuration of a run: a pure function of its arguments.
 
     Raises:
         ConfigError: engine.extra sets a key that other settings decide.
     """
-    zero = _zero_config(cfg, num_parameters)
+    zero = _zero_config(cfg, stage, num_parameters)
     derived: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
-        "gradient_clipping": cfg.grad_clip if cfg.zero_stage else 0.0,  # at stage 0: take_step
+        "gradient_clipping": cfg.grad_clip if stage else 0.0,  # at stage 0: take_step
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
     extra = dict(cfg.extra)
@@ -173,14 +189,14 @@ def build_engine(
     cfg: EngineConfig,
     world: World,
     batch: BatchShape,
-) -> Any:
-    """A deepspeed.DeepSpeedEngine around `model`, which already holds its weights; all ranks."""
-    precision = resolve_precision(cfg, world.device)
-    cfg = replace(cfg, zero_stage=resolve_stage(cfg, world.device))
+) -> Engine:
+    """Wrap `model`, which already holds its weights, in a deepspeed.DeepSpeedEngine; all ranks."""
+    stage = resolve_stage(cfg, world.device)
     config = deepspeed_config(
         cfg,
         batch,
-        precision=precision,
+        stage=stage,
+        precision=resolve_precision(cfg, world.device),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     if world.device.type == "cpu":
@@ -190,7 +206,7 @@ def build_engine(
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
-    logger.addFilter(_not_said_by_us)
+    logger.addFilter(_is_news)
     if world.device.type == "cpu":
         # On a CPU every start would compile a shared-memory extension (30-55 s, needs ninja and a compiler)
         # that gloo does without. The table of extensions is private: deepspeed is pinned below 0.20.
@@ -200,34 +216,39 @@ def build_engine(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    compile_model = cfg.zero_stage != 3 and torch.cuda.is_available() if cfg.compile is None else cfg.compile
-    if compile_model:
+    if cfg.compile or (cfg.compile is None and stage < 3 and torch.cuda.is_available()):
         engine.compile()
     return engine
 
 
-def _not_said_by_us(record: logging.LogRecord) -> bool:
-    """DeepSpeed's line about a step that was not taken: the run says it itself, with rank and samples."""
-    return "OVERFLOW!" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    return not _SILENT.search(record.getMessage())
 
 
-def take_step(engine: Any, grad_clip: float) -> tuple[float | None, bool]:
-    """The optimiser's step after the last backward: (norm of the averaged gradients, whether it was taken).
+def take_step(engine: Engine, grad_clip: float) -> tuple[float | None, bool]:
+    """Step the engine after a backward: (norm of the averaged gradients, whether the weights moved).
 
-    It is not taken where a gradient is not finite; all ranks decide alike, because the norm is that of the
-    averages. The norm is the one before clipping, None where DeepSpeed does not tell it.
+    They move after the last of the accumulated micro batches, unless a gradient is not finite; all ranks
+    decide alike, because the norm is that of the averages. It is the norm before clipping, None where
+    DeepSpeed does not give it.
     """
-    if engine.zero_optimization_stage() > 0:
-        engine.step()
-        norm = engine.get_global_grad_norm()
-        return None if norm is None else float(norm), bool(engine.was_step_applied())
+    last, partitioned = engine.is_gradient_accumulation_boundary(), engine.zero_optimization_stage() > 0
+    norm, finite = (None, True) if partitioned or not last else _clip(engine, grad_clip)
+    engine.step()
+    if not partitioned or not last:
+        return norm, last and finite
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm), bool(engine.was_step_applied())
+
+
+def _clip(engine: Engine, grad_clip: float) -> tuple[float, bool]:
+    """Clip the gradients as ZeRO's optimizers do, or drop them where one is not finite: (norm, finite)."""
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
     total = float(norm)
     finite = math.isfinite(total)
-    if not finite:  # AdamW passes over parameters without a gradient
+    if not finite:  # optimizers pass over parameters without a gradient
         engine.optimizer.zero_grad(set_to_none=True)
     elif grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    engine.step()
     return total, finite

@@ -1,8 +1,6 @@
-"""Watchdog: a rank that hangs or has lost the others ends with a word, and so does one that is out of memory.
+"""Watchdog of a rank, and the errors of collectives that mean a lost rank: both end it with exit code 76.
 
-A Watchdog writes the stacks of every rank into the run directory when a rank has made no progress for a
-while, and ends the process with exit code 76 before the collectives' own timeout (engine.timeout_s) kills it
-without a word; `lost_ranks` turns what a collective says of a rank that has died into the same.
+The collectives' own timeout (engine.timeout_s) would end it later, and without a word.
 """
 
 from __future__ import annotations
@@ -17,10 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, RankLost
+from segformer.errors import RankLost
 
 DUMP_SHARE, EXIT_SHARE = 0.8, 0.95  # of the collectives' timeout
 # What gloo, NCCL, the store and the operating system say when the other side, or the way to it, is gone.
@@ -31,11 +27,10 @@ _LOST = re.compile(
     r"unhandled system error|Dist(Network|Store)Error|uncorrectable|ECC error|Xid",
     re.IGNORECASE,
 )
-_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory")
 
 
 class Watchdog:
-    """Notices when a rank does not get on: writes down where it is, and then ends the process.
+    """Timer of a rank's progress: writes down where the rank hangs, and then ends the process.
 
     After DUMP_SHARE of `timeout_s` without progress the stacks of all threads go to
     <run_dir>/stacks/rank-00003.txt. The dump is made by a thread of the interpreter's C code, so that it
@@ -61,7 +56,7 @@ class Watchdog:
         return self
 
     def progress(self) -> None:
-        """The rank got on: begin to count the seconds again. The first call is that of the loop."""
+        """Reset the timer. The first call is that of the loop."""
         self._last = time.monotonic()
         faulthandler.dump_traceback_later(self._timeout_s * DUMP_SHARE, file=self._file)
         if not self.begun:
@@ -74,15 +69,12 @@ class Watchdog:
         while not self._left.wait(max(0.05, self._last + limit - time.monotonic())):
             if time.monotonic() - self._last >= limit:
                 rank = "" if self._world.is_main else f"[rank {self._world.rank}] "
-                print(
-                    f"{rank}RankLost: {self.lost(f'no progress for {limit:.0f} s')}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                reason = self.lost(f"no progress for {limit:.0f} s")
+                print(f"{rank}RankLost: {reason}", file=sys.stderr, flush=True)
                 os._exit(RankLost.exit_code)
 
     def lost(self, why: str) -> str:
-        """What to say when another rank is gone."""
+        """The message of a rank whose others are gone."""
         stacks = f"; where this rank was: {self.path}" if self.path.stat().st_size else ""
         return (
             f"another rank has ended or hangs ({why}){stacks}; look at the first error of the other ranks; "
@@ -101,7 +93,7 @@ class Watchdog:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error of a collective, or of the rendezvous, says that the other side is gone."""
+    """True for an error of a collective, or of the rendezvous, whose other side is gone."""
     return isinstance(error, RuntimeError) and bool(_LOST.search(f"{type(error).__name__}: {error}"))
 
 
@@ -117,25 +109,3 @@ def lost_ranks(watchdog: Watchdog) -> Iterator[None]:
         if not watchdog.begun or not is_lost_rank(error):
             raise
         raise RankLost(watchdog.lost(str(error).strip().splitlines()[0][:200])) from error
-
-
-@contextlib.contextmanager
-def enough_memory(rank: int, what: str, advice: str) -> Iterator[None]:
-    """Turn an allocation that fails into a ConfigError: what was done, and what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _MEMORY.search(str(error)):
-            raise
-        raise ConfigError(f"rank {rank} is out of memory {what}; {advice}") from error
-
-
-def smaller_batch(micro_batch: int) -> str:
-    """Advice for a training step that doesn't fit."""
-    if micro_batch == 1:
-        return "use a smaller augment.crop, model.checkpointing=[0,1], or engine.zero_stage=3"
-    lower = max(size for size in range(1, micro_batch) if micro_batch % size == 0)
-    return (
-        f"use micro_batch={lower} (gradients are accumulated, batch norm sees fewer images), a smaller "
-        "augment.crop, or model.checkpointing=[0,1]"
-    )

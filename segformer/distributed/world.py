@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, which alone writes files and prints."""
+        """Rank zero, which alone writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ class World:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on at least one rank; all ranks call it."""
+        """True on all ranks where `flag` is set on one; all ranks call it."""
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -76,14 +75,14 @@ class World:
 
         What it raises ends every rank, and only rank zero reports it: one mistake, one line.
         """
-        result, failure = None, None
+        outcome: list[Any] = [None, None]  # the result, the exit code
+        failure = None
         if self.is_main:
             try:
-                result = function()
+                outcome[0] = function()
             except Exception as error:
                 failure = error
-        code = None if failure is None else failure.exit_code if isinstance(failure, SegformerError) else 1
-        outcome: list[Any] = [result, code]
+                outcome[1] = error.exit_code if isinstance(error, SegformerError) else 1
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if failure is not None:
@@ -118,59 +117,38 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: Slurm's variables are incomplete.
     """
-    if not environment.get("SLURM_STEP_ID", "").isdigit() or environment.get("SLURM_STEP_NUM_TASKS") in (
-        None,
-        "1",
-    ):
+    step, tasks = environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if not step.isdigit() or tasks == "1":
         return {}
-    names = {
-        "RANK": "SLURM_PROCID",
-        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
-        "LOCAL_RANK": "SLURM_LOCALID",
-        "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
-    }
     try:
-        found = {name: environment[source] for name, source in names.items()}
-        nodes, job = environment["SLURM_STEP_NODELIST"], int(environment["SLURM_JOB_ID"])
+        # Below the ephemeral ports; another one after a requeue, whose old one may still be taken.
+        attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        port = 20000 + (int(environment["SLURM_JOB_ID"]) * 131 + attempt * 17 + int(step)) % 12000
+        nodes, node = environment["SLURM_STEP_NODELIST"], int(environment.get("SLURM_NODEID", "0"))
+        first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]  # gpu[03-05,9],cpu1 -> gpu03
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": tasks,
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], node),
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or first,
+            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        }
     except (KeyError, ValueError) as error:
         raise ConfigError(f"this looks like a step of srun, but {error} is missing or no number") from error
-    found["LOCAL_WORLD_SIZE"] = _tasks_on_node(
-        found["LOCAL_WORLD_SIZE"], int(environment.get("SLURM_NODEID", "0"))
-    )
-    first = environment.get("MASTER_ADDR") or _first_host(nodes)
-    # Below the ephemeral ports; another one after a requeue, whose old one may still be taken.
-    attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
-    port = 20000 + (job * 131 + attempt * 17 + int(environment["SLURM_STEP_ID"])) % 12000
-    return found | {"MASTER_ADDR": first, "MASTER_PORT": environment.get("MASTER_PORT", str(port))}
 
 
 def _tasks_on_node(text: str, node: int) -> str:
     """The tasks of a node from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
-    counts: list[str] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
-            raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text} can't be read")
-        counts += [found.group(1)] * int(found.group(2) or 1)
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    counts = [count for count, times in found for _ in range(int(times or 1))]
+    if not counts:
+        raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text} can't be read")
     return counts[min(node, len(counts) - 1)]
 
 
-def _first_host(nodes: str) -> str:
-    """The first node of a list like "gpu[03-05,9],cpu1"; Slurm itself unfolds it, where its tool is there."""
-    try:
-        unfolded = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-        )
-        return unfolded.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
-        if found is None:
-            raise ConfigError(f"SLURM_STEP_NODELIST={nodes} can't be read") from None
-        return found.group(1) + (found.group(2) or "")
-
-
 def _sees_own_gpu_only(local_rank: int) -> bool:
-    """Whether Slurm gave this task one GPU, which every task then knows as the first (--gpus-per-task=1)."""
+    """True where Slurm gave this task one GPU, which every task knows as the first (--gpus-per-task=1)."""
     of_slurm = os.environ.get("SLURM_LOCALID") == str(local_rank) and "TORCHELASTIC_RUN_ID" not in os.environ
     return torch.cuda.device_count() == 1 and of_slurm
 

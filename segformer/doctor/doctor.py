@@ -49,6 +49,7 @@ from segformer.doctor.scan import SplitScan, load_from_folder, load_from_shards,
 from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.evaluation.drawing import beside, grid, legend, panels
 from segformer.training.config import RunConfig
+from segformer.training.optim import OPTIMIZERS
 from segformer.training.task import training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
@@ -234,11 +235,10 @@ def _look_at_run(cfg: DoctorConfig, shard_sizes: dict[str, list[int]], report: R
 
 
 def _forecast(cfg: RunConfig, num_classes: int, batch: BatchShape) -> Forecast:
-    height, width = training_crop(cfg)
     return forecast(
         cfg.model,
         num_classes,
-        crop=(height, width),
+        crop=training_crop(cfg),
         micro_batch=batch.micro_batch,
         world_size=batch.world_size,
         zero_stage=resolve_stage(cfg.engine, torch.device("cuda")),
@@ -247,6 +247,7 @@ def _forecast(cfg: RunConfig, num_classes: int, batch: BatchShape) -> Forecast:
         bucket=cfg.engine.extra.get("zero_optimization", {}).get("reduce_bucket_size"),
         offload=cfg.engine.offload_optimizer,
         ema=cfg.optim.ema > 0,
+        moments=len(OPTIMIZERS[cfg.optim.name].states),
         task=cfg.data.task,
     )
 

@@ -2,9 +2,9 @@
 
     parameters   4 P bytes; ZeRO-3: 4 P / R and what it gathers ahead
     gradients    4 P; ZeRO-2 and 3: 4 P / R
-    optimizer    AdamW's two moments, 8 P; ZeRO-1 to 3: (8 + 4) P / R, with DeepSpeed's copy of the weights;
-                 nothing where the optimiser is offloaded to the host
-    average      the averaged weights (optim.ema), 4 P; ZeRO-1 to 3: 4 P / R; nothing where offloaded
+    optimizer    M state tensors (AdamW 2, sgd and lion 1), 4 M P; ZeRO-1 to 3: (4 M + 4) P / R, with
+                 DeepSpeed's copy of the weights; nothing where the optimizer is offloaded to the host
+    average      the EMA of the weights (optim.ema), 4 P; ZeRO-1 to 3: 4 P / R; nothing where offloaded
     buckets      DeepSpeed's buffers for reducing gradients (engine.bucket_elements)
     activations  what autograd keeps between forward and backward, counted on a forward of fake tensors
     loss         the gradient of the logits and the blocks of enlarged logits (models/ops/cross_entropy.py)
@@ -68,12 +68,13 @@ def forecast(
     bucket: int | None = None,
     offload: bool = False,
     ema: bool = False,
+    moments: int = 2,
     task: str = "segmentation",
 ) -> Forecast:
     """Memory of one rank; crop in pixels, precision fp32 or bf16, bucket in elements (null: the engine's)."""
     skeleton = _skeleton(model, num_classes, task)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    states = state_bytes(parameters, world_size=world_size, zero_stage=zero_stage)
+    states = state_bytes(parameters, world_size=world_size, zero_stage=zero_stage, moments=moments)
     share = 4 * (-(-parameters // world_size) if zero_stage else parameters)
     bucket = bucket_elements(parameters) if bucket is None else bucket
     logits = num_classes * -(-crop[0] // 4) * -(-crop[1] // 4)
@@ -95,13 +96,13 @@ def forecast(
     )
 
 
-def state_bytes(parameters: int, *, world_size: int, zero_stage: int) -> dict[str, int]:
+def state_bytes(parameters: int, *, world_size: int, zero_stage: int, moments: int = 2) -> dict[str, int]:
     """Bytes of parameters, gradients and optimiser states on one rank, by the formulas above."""
     whole, share = 4 * parameters, 4 * -(-parameters // world_size)
     return {
         "parameters": share if zero_stage == 3 else whole,
         "gradients": share if zero_stage >= 2 else whole,
-        "optimizer": 3 * share if zero_stage else 2 * whole,
+        "optimizer": (moments + 1) * share if zero_stage else moments * whole,
     }
 
 

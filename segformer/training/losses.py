@@ -10,7 +10,7 @@ size.
 
 Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
 entropies do it tile by tile (models/ops/cross_entropy.py; ops=reference: whole), the others hold one image at
-a time and form it again in the backward pass.
+a time and recompute it in the backward pass.
 
 Averages: `all` divides by the number of all pixels, ignored ones included (NVlabs and mmsegmentation),
 `valid` by the number of the others (transformers), at least 1. Class and boundary weights do not enter the
@@ -126,14 +126,14 @@ def boundary_cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
-    radius: int,
-    weight: float,
+    boundary_radius: int,
+    boundary_weight: float,
     average: str = "all",
     class_weights: Tensor | None = None,
     ops: Backend = FUSED,
 ) -> Tensor:
-    """Cross entropy in which a pixel that is `near_boundary` counts 1 + weight times."""
-    pixel_weights = 1 + weight * near_boundary(target, radius).to(torch.float32)
+    """Cross entropy in which a pixel that is `near_boundary` counts 1 + boundary_weight times."""
+    pixel_weights = 1 + boundary_weight * near_boundary(target, boundary_radius).to(torch.float32)
     total, _ = ops.upsampled_cross_entropy(
         logits, target, IGNORE_INDEX, pixel_weights=pixel_weights, class_weights=class_weights
     )
@@ -144,19 +144,19 @@ def ohem_cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
-    threshold: float,
-    min_kept: float,
+    ohem_threshold: float,
+    ohem_min_kept: float,
     class_weights: Tensor | None = None,
     ops: Backend = FUSED,
 ) -> Tensor:
-    """Mean cross entropy over the pixels with p_t < threshold, at least the hardest share `min_kept`."""
+    """Mean cross entropy over the pixels with p_t < ohem_threshold, at least the hardest ohem_min_kept."""
     with torch.no_grad():
         _, losses = ops.upsampled_cross_entropy(logits, target, IGNORE_INDEX)
         valid = target != IGNORE_INDEX
         hardest = losses[valid].sort(descending=True).values
-        bound = -math.log(max(threshold, 1e-30))
+        bound = -math.log(max(ohem_threshold, 1e-30))
         if len(hardest):
-            count = max(1, math.ceil(min_kept * len(hardest)))
+            count = max(1, math.ceil(ohem_min_kept * len(hardest)))
             bound = min(bound, float(hardest[count - 1]))
         kept = (valid & (losses >= bound)).to(losses.dtype)
     total, _ = ops.upsampled_cross_entropy(
@@ -168,7 +168,7 @@ def ohem_cross_entropy(
 def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
     """Stack function(probabilities (K, n), target (n,)) of the labelled pixels of each image.
 
-    The probabilities of an image are formed again in the backward pass, so one image is held at a time.
+    The probabilities of an image are recomputed in the backward pass, so one image is held at a time.
     """
 
     def one(image: Tensor, labels: Tensor) -> Tensor:
@@ -186,14 +186,14 @@ def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, tar
     )
 
 
-def focal(logits: Tensor, target: Tensor, *, gamma: float, average: str = "all") -> Tensor:
-    """Mean over pixels of -(1 - p_t)^gamma log p_t."""
+def focal(logits: Tensor, target: Tensor, *, focal_gamma: float, average: str = "all") -> Tensor:
+    """Mean over pixels of -(1 - p_t)^focal_gamma log p_t."""
 
     def total(log_probability: Tensor, label: Tensor) -> Tensor:
         hit = log_probability.gather(0, label[None])
         # Above 0, because the slope of x^gamma is infinite at 0 for gamma < 1.
         missed = (-hit.expm1()).clamp(min=torch.finfo(hit.dtype).tiny)
-        return -(missed**gamma * hit).sum()
+        return -(missed**focal_gamma * hit).sum()
 
     return _per_image(total, logits, target).sum() / num_pixels(target, average)
 
@@ -238,39 +238,17 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return -(targets * log_probability).sum(dim=1).mean()
 
 
-Term = Callable[[Tensor, Tensor, LossConfig, Tensor | None, Backend], Tensor]
-
-LOSSES: dict[str, Term] = {
-    "cross_entropy": lambda logits, target, cfg, weights, ops: cross_entropy(
-        logits,
-        target,
-        average=cfg.average,
-        class_weights=weights,
-        label_smoothing=cfg.label_smoothing,
-        ops=ops,
+# Name -> (function of logits and target, its further arguments: fields of LossConfig, and ops).
+LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "cross_entropy": (cross_entropy, ("average", "class_weights", "label_smoothing", "ops")),
+    "ohem_cross_entropy": (ohem_cross_entropy, ("ohem_threshold", "ohem_min_kept", "class_weights", "ops")),
+    "boundary_cross_entropy": (
+        boundary_cross_entropy,
+        ("boundary_radius", "boundary_weight", "average", "class_weights", "ops"),
     ),
-    "ohem_cross_entropy": lambda logits, target, cfg, weights, ops: ohem_cross_entropy(
-        logits,
-        target,
-        threshold=cfg.ohem_threshold,
-        min_kept=cfg.ohem_min_kept,
-        class_weights=weights,
-        ops=ops,
-    ),
-    "boundary_cross_entropy": lambda logits, target, cfg, weights, ops: boundary_cross_entropy(
-        logits,
-        target,
-        radius=cfg.boundary_radius,
-        weight=cfg.boundary_weight,
-        average=cfg.average,
-        class_weights=weights,
-        ops=ops,
-    ),
-    "focal": lambda logits, target, cfg, *_: focal(
-        logits, target, gamma=cfg.focal_gamma, average=cfg.average
-    ),
-    "dice": lambda logits, target, *_: dice(logits, target),
-    "lovasz": lambda logits, target, *_: lovasz(logits, target),
+    "focal": (focal, ("focal_gamma", "average")),
+    "dice": (dice, ()),
+    "lovasz": (lovasz, ()),
 }
 
 
@@ -298,9 +276,11 @@ class SegmentationLoss(nn.Module):
 
         Float32 scalars. A batch without any label gives 0, with gradients of 0.
         """
-        parts = {
-            name: LOSSES[name](logits, target, self.cfg, self.class_weights, self.ops)
-            for name in self.cfg.terms
-        }
+        given = {"class_weights": self.class_weights, "ops": self.ops}
+        parts: dict[str, Tensor] = {}
+        for name in self.cfg.terms:
+            function, arguments = LOSSES[name]
+            options = {key: given[key] if key in given else getattr(self.cfg, key) for key in arguments}
+            parts[name] = function(logits, target, **options)
         loss = torch.stack([self.cfg.terms[name] * part for name, part in parts.items()]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""The optimiser: parameter groups, AdamW, and the learning rate as a pure function of the step.
+"""The optimizers, their parameter groups, and the learning rate as a pure function of the step.
 
 Official SegFormer recipe (NVlabs, `custom_keys` of its configs): AdamW, base lr 6e-5, weight decay 0.01;
 
@@ -26,14 +26,16 @@ along the depth, d_s being the blocks of the stages before stage s and L one mor
     warm-up  : for step < warmup_steps, a straight line from warmup_start to 1
     floor    : min_lr_factor
 
-`step` counts optimiser steps from 0; the first step runs at lr(0). There is no scheduler object: whoever
+`step` counts optimizer steps from 0; the first step runs at lr(0). There is no scheduler object: whoever
 resumes at a step has its lr, so nothing about it needs to be saved.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,14 +49,16 @@ NO_DECAY = ("norms", "norms_and_biases")
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """Optimizer and schedule."""
 
+    name: str = "adamw"
+    "adamw, sgd (with momentum) or lion."
     lr: float = 6e-5
     "Peak learning rate of the encoder, for the global batch of the recipe."
     head_lr_factor: float = 10.0
     "Learning rate of decode_head over that of the encoder."
     weight_decay: float = 0.01
-    "Decoupled weight decay of every group that `no_decay` does not spare."
+    "Weight decay of every group that `no_decay` does not spare; decoupled, but for sgd."
     no_decay: str = "norms"
     "norms spares the encoder's LayerNorms (official), norms_and_biases every 1-d parameter (DeiT)."
     frozen_stages: int = 0
@@ -63,44 +67,45 @@ class OptimConfig:
     layer_decay: float = 1.0
     "Factor on the encoder's lr for each layer further from the head, above 0 to 1; 1 = one lr for all."
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    "Decay rates of AdamW's first and second moments."
+    "adamw: decay rates of both moments; lion: of the update's average and of the moment, [0.9, 0.99] there."
     eps: float = 1e-8
-    "AdamW's denominator term."
+    "Denominator term of adamw."
+    momentum: float = 0.9
+    "Momentum of sgd."
     schedule: str = "poly"
     "poly, cosine or constant; how the lr falls from the first step to the last."
     power: float = 1.0
     "Exponent of the poly schedule."
     warmup_steps: int = 1500
-    "Optimiser steps of linear warm-up; 0 for none."
+    "Optimizer steps of linear warm-up; 0 for none."
     warmup_start: float = 1e-6
     "Share of the lr at step 0 of the warm-up."
     min_lr_factor: float = 0.0
     "Share of the lr that poly and cosine fall to instead of 0."
     ema: float = 0.0
-    "Decay of the averaged weights, as min(ema, (1 + t) / (10 + t)) at step t; 0 = no average is kept."
+    "Decay of the EMA of the weights, as min(ema, (1 + t) / (10 + t)) at step t; 0 = none is kept."
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"optim.schedule={self.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}"
-            )
-        if self.no_decay not in NO_DECAY:
-            raise ConfigError(f"optim.no_decay={self.no_decay!r} is unknown; use {' or '.join(NO_DECAY)}")
+        for key, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("no_decay", NO_DECAY)):
+            if getattr(self, key) not in choices:
+                value = getattr(self, key)
+                raise ConfigError(f"optim.{key}={value!r} is unknown; use one of {', '.join(choices)}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.frozen_stages <= 4:
             raise ConfigError(f"optim.frozen_stages={self.frozen_stages} must be from 0 to 4")
         if not 0 <= self.min_lr_factor <= 1:
             raise ConfigError(f"optim.min_lr_factor={self.min_lr_factor} must be between 0 and 1")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"optim.ema={self.ema} must be at least 0 and below 1")
         if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
-        for name in ("head_lr_factor", "weight_decay", "eps", "power", "warmup_steps", "warmup_start"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} must not be negative")
+        for key in ("ema", "momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} must be at least 0 and below 1")
+        for key in ("head_lr_factor", "weight_decay", "eps", "power", "warmup_steps", "warmup_start"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} must not be negative")
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
@@ -118,7 +123,7 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
 
 
 def schedule_remark(cfg: OptimConfig, steps: int) -> str:
-    """What is odd about the schedule of a run of `steps` steps, for its log; or nothing."""
+    """Remark on a warm-up that a run of `steps` steps does not outlast, for its log; or nothing."""
     if cfg.warmup_steps < steps:
         return ""
     peak = max(lr_factor(cfg, step, steps) for step in range(steps))
@@ -154,7 +159,7 @@ def encoder_layers(model: nn.Module) -> tuple[dict[int, int], int]:
     return layers, depth + 1
 
 
-def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
     """The groups described above that have members: name, params, base_lr, lr, weight_decay.
 
     Parameters without requires_grad are in none.
@@ -201,24 +206,80 @@ def _reading_order(group: str) -> tuple[int, str, int]:
     return int(kind.startswith("head")), layer, kinds.index(kind)
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; fused on CUDA, where one kernel a group does the step."""
-    fused = all(parameter.is_cuda for parameter in model.parameters()) or None
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al. 2023, algorithm 2): the sign of an average of gradients, with decoupled decay.
+
+    update = sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta2) g
+    weights <- weights - lr (update + weight_decay weights)
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                moment = state["exp_avg"]
+                update = torch.lerp(parameter.grad, moment, beta1).sign_()
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                moment.lerp_(parameter.grad, 1 - beta2)
+
+
+class Row(NamedTuple):
+    """An optimizer of the table."""
+
+    build: Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]
+    "(groups, settings, all on CUDA) -> the optimizer."
+    states: tuple[str, ...]
+    "Its state tensors, each of the shape of its parameter: what ZeRO cuts and a checkpoint keeps, by name."
+    counts_steps: bool
+    "Its state has a scalar `step`, too."
+
+
+def _adamw(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        parameter_groups(model, cfg),
+        groups,
         lr=cfg.lr,
         betas=(cfg.betas[0], cfg.betas[1]),
         eps=cfg.eps,
         weight_decay=cfg.weight_decay,
-        fused=fused,
+        fused=cuda or None,  # one kernel a group does the step
     )
 
 
-def set_learning_rate(
-    groups: list[dict[str, float]], cfg: OptimConfig, step: int, steps: int
-) -> dict[str, float]:
-    """Set every group's lr for `step` and return them by group name."""
+def _sgd(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
+    decay, fused = cfg.weight_decay, cuda or None
+    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=decay, fused=fused)
+
+
+def _lion(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
+    return Lion(groups, cfg.lr, (cfg.betas[0], cfg.betas[1]), cfg.weight_decay)
+
+
+# ZeRO steps flat pieces of many parameters: only optimizers that work element by element can be rows here.
+OPTIMIZERS = {
+    "adamw": Row(_adamw, ("exp_avg", "exp_avg_sq"), counts_steps=True),
+    "sgd": Row(_sgd, ("momentum_buffer",), counts_steps=False),
+    "lion": Row(_lion, ("exp_avg",), counts_steps=False),
+}
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of `cfg.name` over `parameter_groups`."""
+    cuda = all(parameter.is_cuda for parameter in model.parameters())
+    return OPTIMIZERS[cfg.name].build(parameter_groups(model, cfg), cfg, cuda)
+
+
+def set_learning_rate(groups: list[dict[str, Any]], cfg: OptimConfig, step: int, steps: int) -> None:
+    """Set every group's lr for `step`."""
     factor = lr_factor(cfg, step, steps)
     for group in groups:
         group["lr"] = group["base_lr"] * factor
-    return {str(group["name"]): group["lr"] for group in groups}

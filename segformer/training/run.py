@@ -1,8 +1,8 @@
-"""A run: its directory, its parts, and how they are made or continued.
+"""A run: its parts, and how they are made or continued.
 
     runs/<name>/config.yaml      the configuration; later starts agree in the frozen part (config.FROZEN)
-    runs/<name>/checkpoints/     checkpoint.py
-    runs/<name>/metrics.jsonl    telemetry.py, and log.txt beside it
+    runs/<name>/checkpoints/     checkpoint/
+    runs/<name>/metrics.jsonl    telemetry/, and log.txt beside it
     runs/<name>/stacks/          where every rank was when one of them hung (watchdog.py)
     runs/<name>/profile/         profiling.py
 
@@ -12,8 +12,10 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,74 +23,91 @@ import torch
 from torch import nn
 
 from segformer.checkpoint.checkpointer import Checkpointer
-from segformer.checkpoint.format import Loaded, TrainState
+from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import list_steps, load_checkpoint
-from segformer.data.loading.loader import corrupt_budget, start_server, train_batches, worker_count
+from segformer.data.loading.loader import (
+    WorkerStream,
+    corrupt_budget,
+    start_server,
+    train_batches,
+    worker_count,
+)
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
-from segformer.distributed.ema import Average
-from segformer.distributed.engine import EngineConfig, build_engine
-from segformer.distributed.watchdog import Watchdog
-from segformer.distributed.world import StopFlag, SumOverRanks, World, derive_seed
-from segformer.distributed.zero_state import restore_optimizer, write_model
+from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
+from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
+from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
 from segformer.models.ops.batch_norm import synchronize_batch_norm
-from segformer.telemetry.jsonl import Ledger
+from segformer.models.variants import VARIANTS
+from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
 from segformer.training.config import RunConfig
-from segformer.training.log_header import announce
-from segformer.training.optim import build_optimizer, freeze_stages
+from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
+from segformer.training.step import ModelState
+from segformer.training.stopping import Stopping
 from segformer.training.task import Task, check_task, make_task, training_crop
 
 
-@dataclass(kw_only=True, slots=True)
-class Run:
-    """What the loop works with."""
+class MicroBatches:
+    """This rank's micro batches, from an optimizer step on."""
 
-    cfg: RunConfig
-    world: World
-    shards: ShardSet
-    task: Task
-    engine: Any
-    average: Average | None
-    order: SampleOrder
-    batches: Generator[Batch, None, None]
-    state: TrainState
+    def __init__(self, stream: Callable[..., WorkerStream[Batch]], accumulation: int, step: int) -> None:
+        self._stream, self._accumulation = stream, accumulation
+        self.replaced: dict[int, str] = {}
+        "Corrupt samples that this rank has met and why, not yet reported to the others."
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Go on from another optimizer step."""
+        self._batches = iter(self._stream(start_step=step))
+
+    def fetch(self, on_error: Callable[[SegformerError], None]) -> tuple[list[Batch], float]:
+        """The micro batches of the next step and the seconds they took; `on_error` gets what is damaged."""
+        start = time.monotonic()
+        batches: list[Batch] = []
+        try:
+            while len(batches) < self._accumulation:
+                batches.append(next(self._batches))
+        except SegformerError as error:
+            on_error(error)
+        self.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
+        return batches, time.monotonic() - start
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches.close()
+
+
+@dataclass(kw_only=True, slots=True)
+class Services:
+    """The parts of a run beside the step: data, checkpoints, logs."""
+
+    batches: MicroBatches
     checkpoints: Checkpointer
-    batch: BatchShape
+    lease: Lease | None
+    "The right to write into the run's directory; rank zero."
     telemetry: Telemetry
     ledger: Ledger | None
     meter: Meter
     spike: LossSpike
     profiler: Profiler
-    stop: StopFlag
-    watchdog: Watchdog
-    corrupt_budget: int
-    "Corrupt samples that the run may replace."
-    lease: Lease | None = None
-    "The right to write into the run's directory; rank zero."
-    failure: SegformerError | None = None
-    "An error that this rank has met and that the ranks have not agreed on yet."
-    replaced: dict[int, str] = field(default_factory=dict)
-    "Corrupt samples that this rank has met and why, not yet told to the others."
+    stopping: Stopping
+    split: Split
+    "The split that is trained on."
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    "The skipped steps in a row: step, ranks, samples."
-    agreeing: float = 0.0
-    "Seconds that this rank waited for others before the last step."
+    "The skipped steps in a row: step, samples."
 
-    def fail(self, error: SegformerError) -> None:
-        """Keep an error until the ranks agree to stop: raised, it would leave the others in a collective."""
-        self.failure = error
-
-    @property
-    def folder(self) -> Path:
-        """Where the run's checkpoints are."""
-        return Path(self.cfg.run_dir) / "checkpoints"
+    def close(self) -> None:
+        """End workers, profiler and the save in flight, before the lease is given back."""
+        self.batches.close()
+        self.profiler.close()
+        self.checkpoints.wait()
 
 
 def config_summary(cfg: RunConfig) -> dict[str, Any]:
@@ -124,85 +143,89 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
     return shards
 
 
-def _check(cfg: RunConfig, world_size: int) -> None:
-    """What can be wrong with batch and data; rank zero, so that it is said once."""
-    cfg.batch_shape(world_size)
-    check_task(cfg, open_shards(cfg))
-
-
-def _check_data(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
-    if state.data_digest != shards.digest:
-        raise CheckpointError(
-            f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
-            "restore the old shards or choose another name=..."
-        )
-
-
-def _check_corrupt(state: TrainState, budget: int) -> None:
-    """A run that ended because of too many corrupt samples does not go on with them; rank zero."""
-    if len(state.corrupt) > budget:
-        last = f"sample {state.corrupt[-1]} of {len(state.corrupt)} in the checkpoint"
-        raise DataError(over_budget(len(state.corrupt), budget, last))
-
-
 def set_up(
-    cfg: RunConfig,
-    world: World,
-    telemetry: Telemetry,
-    stop: StopFlag,
-    watchdog: Watchdog,
-    lease: Lease | None = None,
-) -> Run:
+    cfg: RunConfig, world: World, telemetry: Telemetry, stopping: Stopping, lease: Lease | None = None
+) -> tuple[Task, ModelState, Services]:
     """Make every part of the run, or continue it from its newest good checkpoint; all ranks."""
     if worker_count(cfg.loader, world.local_size):
         start_server()
-    world.on_main(lambda: _check(cfg, world.size))
-    batch = cfg.batch_shape(world.size)
+    batch = world.on_main(lambda: _check(cfg, world.size))
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     task = make_task(cfg, shards, world)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
-    resumed = newest_checkpoint(cfg, world, telemetry)
+    saved = newest_checkpoint(cfg, world, telemetry.line)
+    state = TrainState(data_digest=shards.digest) if saved is None else saved.state
+    world.on_main(lambda: _check_resumed(cfg, shards, state))
+    model = _make_model(cfg, world, task, saved, state, batch)
+    split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
+    stream = partial(
+        train_batches,
+        split,
+        _sample_order(cfg, split, state),
+        task.augment,
+        cfg.loader,
+        batch=batch,
+        seed=cfg.seed,
+        rank=world.rank,
+        local_world_size=world.local_size,
+    )
+    flops = training_flops(cfg.model, training_crop(cfg), task.num_classes, task=task.name)
+    log_header(cfg, world, telemetry, shards, model.engine.module, state)
+    return (
+        task,
+        model,
+        Services(
+            batches=MicroBatches(stream, batch.accumulation, state.step),
+            checkpoints=_checkpointer(cfg, world, telemetry, stopping, lease, state.step),
+            lease=lease,
+            telemetry=telemetry,
+            ledger=Ledger(run_dir / "ledger", world.rank, state.step) if cfg.telemetry.ledger else None,
+            meter=Meter(world, flops_per_image=float(flops)),
+            spike=LossSpike(),
+            profiler=Profiler(cfg.profile, run_dir, world, telemetry.line),
+            stopping=stopping,
+            split=split,
+        ),
+    )
+
+
+def _make_model(
+    cfg: RunConfig, world: World, task: Task, saved: Checkpoint | None, state: TrainState, batch: BatchShape
+) -> ModelState:
+    """The network, its optimizer and EMA, new or as they were saved; all ranks."""
     # A run that goes on has its weights, and doesn't need the file that it started from.
-    network = cfg.model if resumed is None else replace(cfg.model, pretrained="")
-    model = task.build_model(network)
+    model = task.build_model(cfg.model if saved is None else replace(cfg.model, pretrained=""))
     freeze_stages(model, cfg.optim.frozen_stages)
     prepare_model(model, cfg.engine, world)
-    state = TrainState(data_digest=shards.digest)
-    if resumed is not None:
-        state = resumed.state
-        _check_data(cfg, shards, state)
-        model.load_state_dict(resumed.model)
-    split = shards.split(cfg.train_split)
-    budget = corrupt_budget(cfg.loader, split)
-    world.on_main(lambda: _check_corrupt(state, budget))
-    order = _sample_order(cfg, split, state)
+    if saved is not None:
+        model.load_state_dict(saved.model)
     engine = build_engine(model, build_optimizer(model, cfg.optim), cfg.engine, world, batch)
-    average = Average(engine, cfg.optim.ema) if cfg.optim.ema else None
-    if resumed is not None:
-        _restore_optimizer(engine, average, resumed)
-    announce(cfg, world, telemetry, shards, model, state)
-    return Run(
-        cfg=cfg,
-        world=world,
-        shards=shards,
-        task=task,
-        engine=engine,
-        average=average,
-        order=order,
-        batches=make_batches(cfg, world, task, split, order, state.step),
-        state=state,
-        checkpoints=_checkpointer(cfg, world, telemetry, state, watchdog, lease),
-        lease=lease,
-        corrupt_budget=budget,
-        batch=batch,
-        telemetry=telemetry,
-        ledger=_ledger(cfg, world, state.step),
-        meter=Meter(world, flops_per_image=_flops(cfg, task)),
-        spike=LossSpike(),
-        profiler=Profiler(cfg.profile, Path(cfg.run_dir), world, telemetry.line),
-        stop=stop,
-        watchdog=watchdog,
+    trained = ModelState(engine, cfg, state)
+    if saved is not None:
+        trained.restore(saved)
+    return trained
+
+
+def _checkpointer(
+    cfg: RunConfig,
+    world: World,
+    telemetry: Telemetry,
+    stopping: Stopping,
+    lease: Lease | None,
+    step: int,
+) -> Checkpointer:
+    checkpoints = Checkpointer(
+        cfg.checkpoint,
+        Path(cfg.run_dir) / "checkpoints",
+        world,
+        warn=telemetry.line,
+        failed=lambda step, reason: telemetry.event("checkpoint_failed", step, reason=reason),
+        fence=(lambda: None) if lease is None else lease.check,
+        progress=stopping.watchdog.progress,
+        round_s=min(5.0, cfg.engine.timeout_s / 4),
     )
+    checkpoints.last_saved = step or None
+    return checkpoints
 
 
 def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
@@ -212,8 +235,24 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     model.to(world.device)
 
 
-def _ledger(cfg: RunConfig, world: World, step: int) -> Ledger | None:
-    return Ledger(Path(cfg.run_dir) / "ledger", world.rank, step) if cfg.telemetry.ledger else None
+def _check(cfg: RunConfig, world_size: int) -> BatchShape:
+    """Find what is wrong with batch and data; rank zero, so that it is said once."""
+    batch = cfg.batch_shape(world_size)
+    check_task(cfg, open_shards(cfg))
+    return batch
+
+
+def _check_resumed(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
+    """Refuse other data, and a run that ended because of too many corrupt samples; rank zero."""
+    if state.data_digest != shards.digest:
+        raise CheckpointError(
+            f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
+            "restore the old shards or choose another name=..."
+        )
+    budget = corrupt_budget(cfg.loader, shards.split(cfg.train_split))
+    if len(state.corrupt) > budget:
+        last = f"sample {state.corrupt[-1]} of {len(state.corrupt)} in the checkpoint"
+        raise DataError(over_budget(len(state.corrupt), budget, last))
 
 
 def _sample_order(cfg: RunConfig, split: Split, state: TrainState) -> SampleOrder:
@@ -225,83 +264,9 @@ def _sample_order(cfg: RunConfig, split: Split, state: TrainState) -> SampleOrde
     return SampleOrder(spec)
 
 
-def _flops(cfg: RunConfig, task: Task) -> float:
-    height, width = training_crop(cfg)
-    return float(training_flops(cfg.model, (height, width), task.num_classes, task=task.name))
-
-
-def _checkpointer(
-    cfg: RunConfig,
-    world: World,
-    telemetry: Telemetry,
-    state: TrainState,
-    watchdog: Watchdog,
-    lease: Lease | None,
-) -> Checkpointer:
-    def failed(step: int, reason: str) -> None:
-        telemetry.event("checkpoint_failed", step, reason=reason)
-
-    folder = Path(cfg.run_dir) / "checkpoints"
-    checkpoints = Checkpointer(
-        cfg.checkpoint,
-        folder,
-        world,
-        warn=telemetry.line,
-        failed=failed,
-        fence=(lambda: None) if lease is None else lease.check,
-        progress=watchdog.progress,
-        round_s=min(5.0, cfg.engine.timeout_s / 4),
-    )
-    checkpoints.last_saved = state.step or None
-    return checkpoints
-
-
-def _restore_optimizer(engine: Any, average: Average | None, resumed: Loaded) -> None:
-    restore_optimizer(engine, resumed.optimizer, resumed.state.step - resumed.state.skipped)
-    if average is not None:
-        average.restore(resumed.ema)
-
-
-def go_back(run: Run) -> bool:
-    """Continue from the newest good checkpoint that is not of the middle of a row of skipped steps.
-
-    In the same process, all ranks; False where there is none.
-    """
-    resumed = newest_checkpoint(run.cfg, run.world, run.telemetry, calm=True)
-    if resumed is None:
-        return False
-    write_model(run.engine, resumed.model)
-    _restore_optimizer(run.engine, run.average, resumed)
-    run.state = resumed.state
-    run.checkpoints.last_saved = run.state.step
-    split = run.shards.split(run.cfg.train_split)
-    run.batches.close()
-    run.batches = make_batches(run.cfg, run.world, run.task, split, run.order, run.state.step)
-    return True
-
-
-def make_batches(
-    cfg: RunConfig, world: World, task: Task, split: Split, order: SampleOrder, start_step: int
-) -> Generator[Batch, None, None]:
-    """This rank's micro batches from an optimiser step on."""
-    return iter(
-        train_batches(
-            split,
-            order,
-            task.augment,
-            cfg.loader,
-            batch=cfg.batch_shape(world.size),
-            seed=cfg.seed,
-            rank=world.rank,
-            local_world_size=world.local_size,
-            start_step=start_step,
-        )
-    )
-
-
 def newest_checkpoint(
-    cfg: RunConfig, world: World, telemetry: Telemetry, *, calm: bool = False
-) -> Loaded | None:
+    cfg: RunConfig, world: World, warn: Callable[[str], None], *, calm: bool = False
+) -> Checkpoint | None:
     """The newest good checkpoint, the same on all ranks; rank zero judges which one that is. All ranks.
 
     calm: pass over those that were saved after a skipped step, whose weights may be what is wrong.
@@ -309,7 +274,7 @@ def newest_checkpoint(
     folder = Path(cfg.run_dir) / "checkpoints"
 
     def newest() -> int | None:
-        found = load_checkpoint(folder, quarantine=True, warn=telemetry.line)
+        found = load_checkpoint(folder, quarantine=True, warn=warn)
         while calm and found is not None and found.state.skipped_in_a_row:
             before = [step for step in list_steps(folder) if step < found.state.step]
             found = load_checkpoint(folder, step=before[-1]) if before else None
@@ -317,3 +282,36 @@ def newest_checkpoint(
 
     step = world.on_main(newest)
     return None if step is None else load_checkpoint(folder, step=step, verify=False)
+
+
+def log_header(
+    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
+) -> None:
+    """Log what is trained on what, with what, and from where; all ranks."""
+    network = f"{BACKBONES[VARIANTS[cfg.model.variant].backbone].title}-{cfg.model.variant.upper()}"
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    frozen = sum(size for size, trained in sizes if not trained)
+    kept = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
+    train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
+    telemetry.line(
+        f"run {cfg.name}: {network}, {sum(size for size, _ in sizes) / 1e6:.2f} M parameters{kept}, "
+        f"{resolve_precision(cfg.engine, world.device)}, "
+        f"ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
+    )
+    telemetry.line(
+        f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
+        f"images, {len(shards.classes)} classes"
+    )
+    crop = "x".join(map(str, training_crop(cfg)))
+    telemetry.line(f"batch {cfg.batch_shape(world.size)}, crop {crop}, {cfg.steps} steps")
+    if remark := schedule_remark(cfg.optim, cfg.steps):
+        telemetry.line(remark)
+    if pretrained := getattr(model, "pretrained", ""):
+        telemetry.line(f"weights of {pretrained}")
+    if state.step and world.is_main:
+        # A start that made no step has cost none: what was to be done again then, still is.
+        last = newest_row(Path(cfg.run_dir), "train", "continued")
+        redone = max(0, last["step"] - state.step) if last else 0
+        cost = f"; {redone} more had been logged and are done again" if redone else ""
+        telemetry.line(f"continuing from step {state.step}{cost}")
+        telemetry.event("continued", state.step, redone=redone, ranks=world.size)

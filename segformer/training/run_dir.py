@@ -6,26 +6,35 @@ runs/<name>/lease.json       who works in it (lease.py)
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.lease import Lease
+from segformer.distributed.world import World
 from segformer.errors import ConfigError
 from segformer.training.config import RunConfig, frozen_difference, load_config, save_config
 
 
-def prepare_run_dir(cfg: RunConfig) -> Lease:
+@contextlib.contextmanager
+def leased(cfg: RunConfig, world: World) -> Iterator[Lease | None]:
+    """The run directory, made or taken by rank zero, which alone holds the lease; all ranks."""
+    with contextlib.ExitStack() as held:
+        leases: list[Lease] = []
+        world.on_main(lambda: leases.append(_take(cfg, held)))
+        yield leases[0] if leases else None
+
+
+def _take(cfg: RunConfig, held: contextlib.ExitStack) -> Lease:
     """Make the run directory, or take the one that exists and belongs to this configuration; rank zero."""
     cfg.telemetry.check_account()
     run_dir = Path(cfg.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
         lease = Lease.take(run_dir)
-        try:
-            _check_run_dir(cfg, run_dir)
-        except BaseException:
-            lease.release()
-            raise
+        held.callback(lease.release)
+        _check_run_dir(cfg, run_dir)
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} can't be used: {error.strerror}; choose another one") from error
     return lease

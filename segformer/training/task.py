@@ -171,7 +171,7 @@ def check_task(cfg: RunConfig, shards: ShardSet) -> None:
         )
 
 
-def training_crop(cfg: RunConfig) -> list[int]:
+def training_crop(cfg: RunConfig) -> tuple[int, int]:
     """Height and width of what the model sees in training, pixels."""
     side = cfg.classification.size
-    return [side, side] if cfg.data.task == "classification" else list(cfg.augment.crop)
+    return (side, side) if cfg.data.task == "classification" else (cfg.augment.crop[0], cfg.augment.crop[1])

@@ -8,6 +8,7 @@ from segformer.distributed.engine import EngineConfig, build_engine
 from segformer.distributed.world import init_world
 from segformer.distributed.zero_state import gather_model, gather_optimizer, restore_optimizer
 
+STATES = ("exp_avg", "exp_avg_sq")
 world = init_world()
 
 
@@ -37,11 +38,13 @@ def main():
         engine = build(stage, threshold)
         for index in range(3):
             step(engine, index)
-        moments = gather_optimizer(engine, world)
+        moments = gather_optimizer(engine, STATES, world)
         moments = world.gather(moments)[0]  # what every rank reads from a checkpoint
-        restore_optimizer(engine, {name: torch.zeros_like(value) for name, value in moments.items()}, 0)
-        restore_optimizer(engine, moments, 3)
-        again = gather_optimizer(engine, world)
+        restore_optimizer(
+            engine, STATES, {name: torch.zeros_like(value) for name, value in moments.items()}, 0
+        )
+        restore_optimizer(engine, STATES, moments, 3)
+        again = gather_optimizer(engine, STATES, world)
         if world.is_main:
             assert again.keys() == moments.keys()
             assert all(torch.equal(again[name], moments[name]) for name in moments), (

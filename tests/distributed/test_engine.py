@@ -18,6 +18,7 @@ def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp
     return deepspeed_config(
         cfg or EngineConfig(zero_stage=1),
         BatchShape(global_batch, micro_batch, world_size),
+        stage=1 if cfg is None else cfg.zero_stage,
         precision=precision,
         num_parameters=3_700_000,
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
@@ -93,9 +93,7 @@ def test_a_run_is_converted_with_its_own_epsilons_and_classes(tmp_path: Path) ->
     save_config(compose(RunConfig, "config", overrides), folder / "config.yaml")
     model = build_model(ModelConfig(), 2)
     moments = {"exp_avg.x": torch.zeros(1)}
-    write_checkpoint(
-        model.state_dict(), moments, TrainState(step=9), CheckpointConfig(), folder / "checkpoints"
-    )
+    write_checkpoint(model.state_dict(), moments, TrainState(step=9), folder / "checkpoints")
     run(folder, tmp_path / "out")
     exported = read_export(export(ExportConfig(checkpoint=str(folder))))
     converted = read_export(tmp_path / "out")

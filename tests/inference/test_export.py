@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from safetensors.torch import load_file
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.export import (
@@ -75,7 +75,7 @@ def run(tmp_path: Path) -> Path:
         model = build_model(ModelConfig(), 2)
         moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
         state = TrainState(step=step, data_digest="d")
-        write_checkpoint(model.state_dict(), moments, state, CheckpointConfig(), folder / "checkpoints")
+        write_checkpoint(model.state_dict(), moments, state, folder / "checkpoints")
     row = {"kind": "eval", "step": 20, "miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + '\n{"kind": "ev')
     return folder
@@ -177,7 +177,7 @@ def best_run(run: Path) -> Path:
     """`run` after a step 30, whose best score was that of step 10."""
     model = build_model(ModelConfig(), 2)
     state = TrainState(step=30, data_digest="d", best_score=0.5, best_step=10)
-    write_checkpoint(model.state_dict(), {}, state, CheckpointConfig(), run / "checkpoints")
+    write_checkpoint(model.state_dict(), {}, state, run / "checkpoints")
     return run
 
 

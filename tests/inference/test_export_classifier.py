@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import shapes
 import torch
+from checkpoints import write_checkpoint
 from PIL import Image
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
@@ -67,7 +67,7 @@ def run(tmp_path: Path, shards: Path) -> Path:
     moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
     state = TrainState(step=20, data_digest="d")
     model = random_classifier()[0].state_dict()
-    write_checkpoint(model, moments, state, CheckpointConfig(), folder / "checkpoints")
+    write_checkpoint(model, moments, state, folder / "checkpoints")
     row = {"kind": "final", "step": 20, "top1": 0.5, "top5": 1.0, "macc": 0.4, "acc": [0.5, 0.3, None]}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     return folder

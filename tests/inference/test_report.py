@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from PIL import Image
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import CheckpointError, ConfigError
@@ -77,7 +77,7 @@ def trained(run: Path, tiny_shards: Path) -> Path:
     model = build_model(ModelConfig(), 2)
     moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
     state = TrainState(step=60, data_digest="d")
-    write_checkpoint(model.state_dict(), moments, state, CheckpointConfig(), run / "checkpoints")
+    write_checkpoint(model.state_dict(), moments, state, run / "checkpoints")
     write_metrics(run)
     return run
 

@@ -129,7 +129,7 @@ def test_a_certain_and_right_prediction_costs_nothing_and_a_wrong_one_does(name)
 
 def test_focal_with_gamma_zero_is_cross_entropy():
     logits, target = problem()
-    torch.testing.assert_close(focal(logits, target, gamma=0.0), cross_entropy(logits, target))
+    torch.testing.assert_close(focal(logits, target, focal_gamma=0.0), cross_entropy(logits, target))
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
@@ -138,14 +138,16 @@ def test_focal_is_its_definition_pixel_by_pixel(gamma):
     hits = [probabilities[label] for image in pixels(logits, target) for probabilities, label in image]
     expected = sum(-((1 - hit) ** gamma) * math.log(hit) for hit in hits)
     for average, count in (("all", target.numel()), ("valid", len(hits))):
-        assert focal(logits, target, gamma=gamma, average=average).item() == pytest.approx(expected / count)
+        assert focal(logits, target, focal_gamma=gamma, average=average).item() == pytest.approx(
+            expected / count
+        )
 
 
 def test_focal_of_a_certain_prediction_has_a_gradient_for_every_gamma():
     target = problem()[1]
     for gamma in (0.0, 0.5, 1.0, 2.0):
         logits = certain(target, 4, confidence=1e4).requires_grad_()
-        (grad,) = torch.autograd.grad(focal(logits, target, gamma=gamma), logits)
+        (grad,) = torch.autograd.grad(focal(logits, target, focal_gamma=gamma), logits)
         assert grad.isfinite().all(), gamma
 
 
@@ -228,7 +230,12 @@ def test_boundary_cross_entropy_weighs_the_pixels_near_a_boundary(class_weights,
     count = target.numel() if average == "all" else int((target != 255).sum())
     expected = (losses * (1 + weight * naive_boundary(target, radius))).sum() / count
     got = boundary_cross_entropy(
-        logits, target, radius=radius, weight=weight, average=average, class_weights=class_weights
+        logits,
+        target,
+        boundary_radius=radius,
+        boundary_weight=weight,
+        average=average,
+        class_weights=class_weights,
     )
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (got, expected)]
@@ -237,7 +244,7 @@ def test_boundary_cross_entropy_weighs_the_pixels_near_a_boundary(class_weights,
 
 def test_without_a_weight_the_boundary_term_is_cross_entropy():
     logits, target = problem()
-    got = boundary_cross_entropy(logits, target, radius=2, weight=0.0)
+    got = boundary_cross_entropy(logits, target, boundary_radius=2, boundary_weight=0.0)
     torch.testing.assert_close(got, cross_entropy(logits, target))
 
 
@@ -299,7 +306,9 @@ def test_ohem_averages_the_pixels_below_the_threshold_or_the_hardest_share(thres
     least = max(1, math.ceil(min_kept * len(hits)))
     kept = [pair for index, pair in enumerate(hits) if pair[0] < threshold or index < least]
     classes = torch.tensor(weights, dtype=torch.float64)
-    got = ohem_cross_entropy(logits, target, threshold=threshold, min_kept=min_kept, class_weights=classes)
+    got = ohem_cross_entropy(
+        logits, target, ohem_threshold=threshold, ohem_min_kept=min_kept, class_weights=classes
+    )
     assert got.item() == pytest.approx(sum(-weight * math.log(hit) for hit, weight in kept) / len(kept))
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from segformer.models.backbone import DropPath
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.optim import (
+    OPTIMIZERS,
+    Lion,
     OptimConfig,
     build_optimizer,
     freeze_stages,
@@ -77,11 +80,15 @@ def test_warm_up_starts_at_its_share_of_the_lr():
     assert lr_factor(cfg, 10, 100) == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi / 10)))
 
 
+def rates_at(optimizer: torch.optim.Optimizer, step: int, steps: int) -> dict[str, float]:
+    set_learning_rate(optimizer.param_groups, OptimConfig(), step, steps)
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
 def test_the_lr_is_a_pure_function_of_the_step():
     optimizer = build_optimizer(build_model(ModelConfig(variant="b0"), 2), OptimConfig(layer_decay=0.9))
-    forwards = [set_learning_rate(optimizer.param_groups, OptimConfig(), step, 50) for step in range(50)]
-    for step in reversed(range(50)):  # in any order, again and again
-        assert set_learning_rate(optimizer.param_groups, OptimConfig(), step, 50) == forwards[step]
+    rates = [rates_at(optimizer, step, 50) for step in range(50)]
+    assert [rates_at(optimizer, step, 50) for step in reversed(range(50))] == rates[::-1]
 
 
 def test_norms_and_biases_spares_every_vector_of_encoder_and_head():
@@ -157,10 +164,9 @@ def test_groups_have_the_official_lr_and_decay():
 
 def test_set_learning_rate_reaches_every_group():
     optimizer = build_optimizer(build_model(ModelConfig(variant="b0"), 2), OptimConfig())
-    rates = set_learning_rate(optimizer.param_groups, OptimConfig(), 3000, 160_000)
+    rates = rates_at(optimizer, 3000, 160_000)
     factor = 1 - 3000 / 160_000
     assert rates == pytest.approx({"backbone": 6e-5 * factor, "norm": 6e-5 * factor, "head": 6e-4 * factor})
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(list(rates.values()))
 
 
 def test_one_step_of_each_group_is_adamw_by_hand():
@@ -180,17 +186,47 @@ def test_one_step_of_each_group_is_adamw_by_hand():
         assert torch.allclose(parameter, expected, atol=1e-7), name
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_row_names_the_state_that_its_optimizer_makes(name):
+    model = torch.nn.Linear(3, 2)
+    optimizer = OPTIMIZERS[name].build([{"params": model.parameters()}], OptimConfig(name=name), False)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert state.keys() - {"step"} == set(OPTIMIZERS[name].states)
+        assert ("step" in state) == OPTIMIZERS[name].counts_steps
+        assert all(state[key].shape == parameter.shape for key in OPTIMIZERS[name].states)
+
+
+def test_lion_follows_algorithm_2_of_its_paper():
+    generator = np.random.default_rng(0)
+    theta, moment = generator.normal(size=(4, 5)), np.zeros((4, 5))
+    weight = torch.nn.Parameter(torch.tensor(theta))
+    optimizer = Lion([weight], lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    for _ in range(5):
+        gradient = generator.normal(size=(4, 5))
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        update = np.sign(0.9 * moment + (1 - 0.9) * gradient)
+        theta = theta - 0.01 * (update + 0.1 * theta)
+        moment = 0.99 * moment + (1 - 0.99) * gradient
+        np.testing.assert_allclose(weight.detach().numpy(), theta, atol=1e-12)
+
+
+WRONG = {
+    "name": ["adam"], "schedule": ["linear"], "lr": [0.0, math.nan], "betas": [[0.9]], "weight_decay": [-1.0],
+    "warmup_steps": [-1], "no_decay": ["biases"], "layer_decay": [0.0, 1.1], "min_lr_factor": [-0.1, 2.0],
+    "ema": [1.0, -0.5], "momentum": [1.0],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "bad",
-    [
-        *({"schedule": "linear"}, {"lr": 0.0}, {"lr": math.nan}, {"betas": [0.9]}, {"weight_decay": -1.0}),
-        *({"warmup_steps": -1}, {"no_decay": "biases"}, {"layer_decay": 0.0}, {"layer_decay": 1.1}),
-        *({"min_lr_factor": -0.1}, {"min_lr_factor": 2.0}, {"ema": 1.0}, {"ema": -0.5}),
-    ],
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
 )
-def test_nonsense_is_refused_by_name(bad):
-    with pytest.raises(ConfigError, match=rf"optim\.{next(iter(bad))}"):
-        OptimConfig(**bad)
+def test_nonsense_is_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=rf"optim\.{key}"):
+        OptimConfig(**{key: value})
 
 
 @pytest.mark.parametrize("stages", [0, 2, 4])

@@ -217,8 +217,8 @@ def test_a_classifier_on_masks_is_refused(tiny_shards: Path) -> None:
 
 
 def test_the_crop_of_each_task(class_shards: ShardSet, tiny_shards: Path) -> None:
-    assert training_crop(configure(class_shards, *CLASSIFY)) == [48, 48]
-    assert training_crop(configure(tiny_shards, "data=sample", "augment.crop=[64,96]")) == [64, 96]
+    assert training_crop(configure(class_shards, *CLASSIFY)) == (48, 48)
+    assert training_crop(configure(tiny_shards, "data=sample", "augment.crop=[64,96]")) == (64, 96)
 
 
 def test_the_augmentation_of_classification_is_frozen() -> None:

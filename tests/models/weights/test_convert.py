@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -17,7 +18,6 @@ from transformers import (
     SegformerModel,
 )
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model, load_strict
@@ -351,9 +351,7 @@ def test_a_checkpoint_of_a_run_is_read_but_does_not_say_its_epsilons(
     older = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     moments = {"exp_avg.x": torch.zeros(1)}
     for step, tensors in ((10, older), (20, state)):
-        write_checkpoint(
-            tensors, moments, TrainState(step=step), CheckpointConfig(), tmp_path / "checkpoints"
-        )
+        write_checkpoint(tensors, moments, TrainState(step=step), tmp_path / "checkpoints")
     for path in (tmp_path, tmp_path / "checkpoints/step-00000020"):
         weights = read_weights(path)
         assert (weights.format, weights.norm_profile) == ("run", None)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from segformer.checkpoint.checkpointer import CheckpointConfig, write_checkpoint
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError
 from segformer.models.segformer import build_model
@@ -351,7 +351,7 @@ def test_an_export_with_the_weights_of_another_is_refused(export: Path) -> None:
 
 def test_a_damaged_checkpoint_of_a_run_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     moments = {"exp_avg.x": torch.zeros(1)}
-    path = write_checkpoint(state, moments, TrainState(step=5), CheckpointConfig(), tmp_path / "checkpoints")
+    path = write_checkpoint(state, moments, TrainState(step=5), tmp_path / "checkpoints")
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (path / "model.safetensors").write_bytes(content)

@@ -1,0 +1,49 @@
+"""The ranks' agreement to end a run: because of a signal, or of an error, on any of them.
+
+SIGTERM, SIGUSR2 and Ctrl-C only set a flag on whichever rank receives them, and an error in the data is kept
+by the rank that met it: raised at once, it would leave the other ranks in a collective.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from segformer.distributed.watchdog import Watchdog
+from segformer.distributed.world import StopFlag, World
+from segformer.errors import Preempted, SegformerError
+
+
+class Stopping:
+    """What this rank knows of reasons to end, and the question to all ranks."""
+
+    def __init__(self, world: World, flag: StopFlag, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+        self.waited = 0.0
+        "Seconds that this rank waited for the others when they last agreed."
+        self._world, self._flag = world, flag
+        self._failure: SegformerError | None = None
+
+    def fail(self, error: SegformerError) -> None:
+        """Keep an error of this rank until the ranks agree to stop."""
+        self._failure = error
+
+    def agreed(self) -> bool:
+        """True where a rank has received a signal or can't go on; all ranks."""
+        self.watchdog.progress()
+        start = time.monotonic()
+        stop = self._world.any(self._flag.signal is not None or self._failure is not None)
+        self.waited = time.monotonic() - start
+        return stop
+
+    def reason(self, step: int, folder: Path) -> BaseException:
+        """The error on the rank that has one, a silent exit on the others; or Preempted. All ranks."""
+        signals = [number for number in self._world.gather(self._flag.signal) if number is not None]
+        if self._world.any(self._failure is not None):
+            return self._failure or SystemExit(SegformerError.exit_code)
+        name = signal.Signals(signals[0]).name
+        if not step:
+            return Preempted(f"stopped before the first step by {name}; the same command begins again")
+        where = f"the state is in {folder}; the same command continues"
+        return Preempted(f"stopped at step {step} by {name}; {where}")
