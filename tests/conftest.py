@@ -47,30 +47,39 @@ def tiny_shards(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_in(tiny_shards: Path) -> Callable[[Path], Callable[..., list[str]]]:
+    """(folder) -> (name, overrides ...) -> overrides of a run in that folder; see `tiny`."""
+
+    def within(folder: Path) -> Callable[..., list[str]]:
+        def overrides(name: str, *more: str) -> list[str]:
+            return [
+                "experiment=sample",
+                f"name={name}",
+                f"run_dir={folder / name}",
+                f"data.shards={tiny_shards}",
+                "steps=20",
+                "global_batch=4",
+                "eval_every=1000",
+                "overlays=0",
+                "augment.crop=[64,64]",
+                "model.drop_path_rate=0",
+                "model.dropout=0",
+                "loader.workers=0",
+                "telemetry.log_every=1",
+                "checkpoint.save_every=1000",
+                *more,
+            ]
+
+        return overrides
+
+    return within
+
+
 @pytest.fixture
-def tiny(tiny_shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def tiny(tiny_in: Callable[[Path], Callable[..., list[str]]], tmp_path: Path) -> Callable[..., list[str]]:
     """Overrides of a run of 20 steps of MiT-B0 on crops of 64 pixels; only the data is random."""
-
-    def overrides(name: str, *more: str) -> list[str]:
-        return [
-            "experiment=sample",
-            f"name={name}",
-            f"run_dir={tmp_path / name}",
-            f"data.shards={tiny_shards}",
-            "steps=20",
-            "global_batch=4",
-            "eval_every=1000",
-            "overlays=0",
-            "augment.crop=[64,64]",
-            "model.drop_path_rate=0",
-            "model.dropout=0",
-            "loader.workers=0",
-            "telemetry.log_every=1",
-            "checkpoint.save_every=1000",
-            *more,
-        ]
-
-    return overrides
+    return tiny_in(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -142,13 +151,22 @@ def run_ranks(start_ranks: Callable[..., list[subprocess.Popen]]) -> Callable[..
     return run
 
 
-@pytest.fixture
-def train_many(tmp_path: Path, run_ranks: Callable[..., list[str]]) -> Callable[..., None]:
-    """Several runs, each a list of overrides, one after the other in one group of `ranks` processes."""
+@pytest.fixture(scope="session")
+def train_many(
+    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]
+) -> Callable[..., list[tuple[str, ...]]]:
+    """Several runs in one group of `ranks` processes, one after the other; a run is a list of overrides, or
+    an entry of a plan (distributed/train_many.py).
 
-    def train(ranks: int, runs: list[list[str]]) -> None:
-        plan = tmp_path / f"plan-{ranks}.json"
-        plan.write_text(json.dumps(runs))
-        run_ranks(ranks, "tests/distributed/train_many.py", str(plan), timeout=600)
+    Returns the outcome of each run on each rank; one that is not "" has to be expected: `failing`.
+    """
+
+    def train(ranks: int, runs: list, *, failing: bool = False) -> list[tuple[str, ...]]:
+        plan = tmp_path_factory.mktemp("plans") / "plan.json"
+        plan.write_text(json.dumps([{"run": run} if isinstance(run, list) else run for run in runs]))
+        outputs = run_ranks(ranks, "tests/distributed/train_many.py", str(plan), timeout=900)
+        outcomes = list(zip(*(json.loads(output.splitlines()[-1]) for output in outputs), strict=True))
+        assert failing or not any(map(any, outcomes)), outcomes
+        return outcomes
 
     return train

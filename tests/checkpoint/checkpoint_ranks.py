@@ -1,5 +1,9 @@
-"""What ranks see of a Checkpointer: `checkpoint_ranks.py <scenario> <folder>`, on one rank or several."""
+"""Scenarios of a Checkpointer, each in its own folder: `checkpoint_ranks.py <folder>`, on 1 or 2 ranks.
 
+Prints a line for each that ends with an error.
+"""
+
+import os
 import resource
 import sys
 import threading
@@ -8,19 +12,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from segformer.checkpoint import atomic as commit
-from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer, write_checkpoint
-from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
+from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import init_world
 from segformer.errors import CheckpointError
 
 
-def tensors(world, seed, size=64):
+def content(world, seed, step, size=64):
     if not world.is_main:
-        return {}, {}, {}
+        return Checkpoint({}, {}, {}, TrainState(step=step))
     generator = torch.Generator().manual_seed(seed)
-    return tuple({"w": torch.randn(size, size, generator=generator)} for _ in range(3))
+    tensors = [{"w": torch.randn(size, size, generator=generator)} for _ in range(3)]
+    return Checkpoint(*tensors, TrainState(step=step))
 
 
 def allow(world, bytes_):
@@ -36,12 +40,12 @@ def full_disk(world, folder):
     checkpointer = Checkpointer(
         cfg, folder, world, warn=warnings.append, failed=lambda *what: failures.append(what)
     )
-    checkpointer.save(*tensors(world, 1), TrainState(step=1))
+    checkpointer.save(content(world, 1, 1))
     checkpointer.settle()
     assert checkpointer.last_saved == 1
     for step, room in ((2, False), (3, False), (4, True), (5, False), (6, False)):
         allow(world, -1 if room else 8192)
-        checkpointer.save(*tensors(world, step), TrainState(step=step))
+        checkpointer.save(content(world, step, step))
         checkpointer.settle()
         assert world.gather(checkpointer.last_saved) == [4 if step >= 4 else 1] * world.size
     assert list_steps(folder) == [1, 4]
@@ -50,33 +54,29 @@ def full_disk(world, folder):
     assert [step for step, _ in failures] == ([2, 3, 5, 6] if world.is_main else [])
     assert all("File too large" in reason for _, reason in failures)
     assert len(warnings) == len(failures)
-    checkpointer.save(*tensors(world, 7), TrainState(step=7))  # fails in the thread
+    checkpointer.save(content(world, 7, 7))  # fails in the thread
     try:
-        checkpointer.save(*tensors(world, 8), TrainState(step=8))
-    except CheckpointError as error:
-        assert world.is_main
-        assert [step for step, _ in failures] == [2, 3, 5, 6, 7]
-        print(f"CheckpointError: {error}")
-        world.close()
-        sys.exit(error.exit_code)
+        checkpointer.save(content(world, 8, 8))
+    finally:
+        assert [step for step, _ in failures] == ([2, 3, 5, 6, 7] if world.is_main else [])
 
 
 def last(world, folder):
     """The last save of a run has to succeed."""
     checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
-    checkpointer.save(*tensors(world, 1), TrainState(step=1), last=True)
+    checkpointer.save(content(world, 1, 1), last=True)
     assert list_steps(folder) == [1]
     allow(world, 8192)
-    checkpointer.save(*tensors(world, 2), TrainState(step=2), last=True)
+    checkpointer.save(content(world, 2, 2), last=True)
 
 
 def not_finite(world, folder):
     """No rank goes on with weights that are not numbers, and nothing is written."""
     checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
-    model, optimizer, ema = tensors(world, 1)
+    wrong = content(world, 1, 1)
     if world.is_main:
-        ema["w"][3, 4] = float("inf")
-    checkpointer.save(model, optimizer, ema, TrainState(step=1))
+        wrong.ema["w"][3, 4] = float("inf")
+    checkpointer.save(wrong)
 
 
 def slow_disk(world, folder):
@@ -92,8 +92,8 @@ def slow_disk(world, folder):
 
     for name in ("broadcast_object_list", "all_gather_object", "all_reduce", "barrier"):
         setattr(dist, name, watched(getattr(dist, name)))
-    gate, real = threading.Event(), commit.os.fsync
-    commit.os.fsync = lambda descriptor: (gate.wait(60), real(descriptor))
+    gate, real = threading.Event(), os.fsync
+    os.fsync = lambda descriptor: (gate.wait(60), real(descriptor))
     rounds = []
     checkpointer = Checkpointer(
         CheckpointConfig(),
@@ -104,14 +104,14 @@ def slow_disk(world, folder):
         progress=lambda: rounds.append(1),
         round_s=0.02,
     )
-    checkpointer.save(*tensors(world, 1), TrainState(step=1))
+    checkpointer.save(content(world, 1, 1))
     for _ in range(5):
         assert world.any(world.rank == world.size - 1)
     assert not gate.is_set()
     assert list_steps(folder) == []
     world.gather(None)
     threading.Timer(0.5, gate.set).start()  # 25 rounds
-    checkpointer.finish()
+    checkpointer.settle(final=True)
     assert checkpointer.last_saved == 1
     world.gather(None)
     assert list_steps(folder) == [1]
@@ -119,21 +119,18 @@ def slow_disk(world, folder):
 
 def memory(world, folder):
     """Saving and loading take next to no memory beside the tensors: 3 x 64 MiB of them."""
-    model, optimizer, ema = tensors(world, 1, size=4096)
+    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    large = content(world, 1, 1, size=4096)
     for what, function in (
-        (
-            "save",
-            lambda: write_checkpoint(model, optimizer, TrainState(step=1), CheckpointConfig(), folder, ema),
-        ),
+        ("save", lambda: checkpointer.save(large, last=True)),
         ("load", lambda: load_checkpoint(folder)),
     ):
         function()  # once, for what is allocated only once
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = peak_mib()
         kept = function()
-        print(f"{what}: {peak_mib() - before:.0f} MiB")
         assert peak_mib() - before < 16, what
-    assert torch.equal(kept.ema["w"], ema["w"])
+    assert torch.equal(kept.ema["w"], large.ema["w"])
 
 
 def peak_mib():
@@ -144,14 +141,15 @@ def peak_mib():
 def main():
     torch.set_num_threads(1)
     world = init_world(timeout_s=60)
-    scenario = {f.__name__: f for f in (full_disk, last, not_finite, slow_disk, memory)}[sys.argv[1]]
-    try:
-        scenario(world, Path(sys.argv[2]))
-    except CheckpointError as error:
-        print(f"CheckpointError: {error}")
-        sys.exit(error.exit_code)
-    finally:
-        world.close()
+    scenarios = [full_disk, last, not_finite, slow_disk]
+    for scenario in scenarios if world.size > 1 else [memory, *scenarios]:
+        try:
+            scenario(world, Path(sys.argv[1]) / scenario.__name__)
+        except (CheckpointError, SystemExit) as error:
+            print(f"{scenario.__name__}: {type(error).__name__}: {error}", flush=True)
+        finally:
+            allow(world, -1)
+    world.close()
 
 
 main()

@@ -40,7 +40,7 @@ def elsewhere(tmp_path):
 @pytest.fixture
 def no_locks(monkeypatch):
     """A file system that gives every node its own locks."""
-    monkeypatch.setattr(lease, "_flock", lambda _: True)
+    monkeypatch.setattr(lease, "lock", lambda _: True)
 
 
 def attempt(monkeypatch, job, count):

@@ -1,8 +1,6 @@
 """Steps that are not finite, ranks that hang or die, memory that is not there: in real runs on gloo ranks."""
 
-import json
 import resource
-import shutil
 import signal
 import time
 
@@ -13,38 +11,44 @@ from plain_training import train_plainly
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 
-STEPS = 20
+SKIPPING = {
+    "loss": ("engine.zero_stage=0", "engine.grad_clip=1"),
+    "gradient": ("engine.zero_stage=3", "engine.grad_clip=0"),
+}
 
 
-def write_plan(tmp_path, **plan):
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({"kind": "loss", "rank": 1, **plan}))
-    return str(path)
+@pytest.fixture(scope="module")
+def faulty(tiny_in, calm, tmp_path_factory, train_many):
+    """(folder, outcome by name) of runs on two ranks whose losses go wrong."""
+    folder = tmp_path_factory.mktemp("faulty")
+    tiny, once = tiny_in(folder), {"steps": [3], "rank": 0, "once": False}
+    options = ("optim.ema=0.9", "checkpoint.save_every=10")
+    plan = [
+        {"run": tiny(kind, *chosen, *calm), "wrong": {"steps": [5, 9], "kind": kind}}
+        for kind, chosen in SKIPPING.items()
+    ]
+    plan += [
+        {"run": tiny("whole", *options), "wrong": once},
+        {"cut": str(folder / "whole"), "to": str(folder / "half"), "step": 10},
+        {"run": tiny("half", *options), "wrong": once},
+        {"run": tiny("stays", "checkpoint.save_every=5"), "wrong": {"steps": [7, 8, 9], "once": False}},
+        {"run": tiny("early"), "wrong": {"steps": [1, 2, 3], "once": False}},
+    ]
+    names = [*SKIPPING, "whole", "half", "stays", "early"]
+    return folder, dict(zip(names, train_many(2, plan, failing=True), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("stage", "kind", "clip"),
-    [
-        (0, "loss", 1),
-        pytest.param(1, "gradient", 0, marks=pytest.mark.slow),
-        pytest.param(2, "loss", 1, marks=pytest.mark.slow),
-        (3, "gradient", 0),
-    ],
-)
-def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(
-    tiny, calm, tmp_path, run_ranks, metrics, stage, kind, clip
-):
-    plan = write_plan(tmp_path, steps=[5, 9], kind=kind)
-    overrides = tiny("faulty", f"engine.zero_stage={stage}", f"engine.grad_clip={clip}", *calm)
-    output = run_ranks(2, "tests/distributed/faulty_training.py", plan, *overrides)[0]
+@pytest.mark.parametrize("kind", SKIPPING)
+def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(faulty, tiny, calm, metrics, kind):
+    run = faulty[0] / kind
     what = "the loss of rank 1" if kind == "loss" else "the gradient"
-    assert f"step 5: {what} is not finite; step skipped (1 so far)" in output
-    loaded = load_checkpoint(tmp_path / "faulty" / "checkpoints")
+    assert f"step 5: {what} is not finite; step skipped (1 so far)" in (run / "log.txt").read_text()
+    loaded = load_checkpoint(run / "checkpoints")
     assert (loaded.state.skipped, loaded.state.skipped_in_a_row, loaded.state.bad_step) == (2, 0, 0)
-    lines = metrics(tmp_path / "faulty", "skipped")
+    lines = metrics(run, "skipped")
     assert [line["step"] for line in lines] == [5, 9]
     assert all(len(line["samples"]) == (2 if kind == "loss" else 4) for line in lines)
-    _, reference, _ = train_plainly(overrides, skip={4, 8})
+    _, reference, _ = train_plainly(tiny("plain", *SKIPPING[kind], *calm), skip={4, 8})
     for name, value in reference.items():
         if "running" in name or "num_batches" in name:
             assert torch.allclose(loaded.model[name].float(), value.float(), rtol=0, atol=1e-2), name
@@ -52,89 +56,60 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(
             assert (loaded.model[name] - value).abs().max() < 1e-5, name
 
 
-def test_a_run_that_was_stopped_after_a_skipped_step_continues_bit_for_bit(
-    tiny, tmp_path, run_ranks, metrics
-):
-    def run(name, *more):
-        plan = write_plan(tmp_path, steps=[3], rank=0, once=False)
-        run_ranks(1, "tests/distributed/faulty_training.py", plan, *tiny(name, "optim.ema=0.9", *more))
+def test_a_run_that_goes_on_after_a_skipped_step_continues_bit_for_bit(faulty):
+    folder, outcomes = faulty
+    assert not any(outcomes["whole"] + outcomes["half"])
+    assert_identical(saved_state(folder / "half"), saved_state(folder / "whole"))
 
-    run("whole", "checkpoint.save_every=10")
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / f"step-{STEPS:08d}")
-    run("half", "checkpoint.save_every=10")
-    assert_identical(saved_state(tmp_path / "half"), saved_state(tmp_path / "whole"))
-    averages = [load_checkpoint(tmp_path / name / "checkpoints").ema for name in ("half", "whole")]
-    assert_identical(*averages)
+
+def test_a_cause_that_stays_ends_the_run_with_the_samples(faulty):
+    folder, outcomes = faulty
+    message, other = outcomes["stays"]
+    assert message.startswith("Diverged: going back to a checkpoint did not help: ")
+    assert "in steps 7, 8, 9; samples: " in message
+    assert "train-00000" in message
+    assert other == "SystemExit: 2"
+    assert list_steps(folder / "stays" / "checkpoints") == [5]
+    assert outcomes["early"][0].startswith("Diverged: there is no checkpoint yet to go back to: ")
 
 
 @pytest.mark.slow
-def test_the_first_step_may_be_skipped_and_accumulated_ones_too(tiny, tmp_path, run_ranks, metrics):
+def test_the_first_step_may_be_skipped_and_accumulated_ones_too(tiny, tmp_path, train_many, metrics):
     """Moments that do not exist yet are saved as zeros; a bad micro batch takes its whole step with it."""
-    plan = write_plan(tmp_path, steps=[1, 4], accumulation=2)
+    wrong = {"steps": [1, 4], "accumulation": 2}
     options = ("micro_batch=1", "checkpoint.save_every=2", "steps=6", "checkpoint.keep_last=9")
-    for stage in (0, 1, 2, 3):
-        overrides = tiny(f"stage-{stage}", f"engine.zero_stage={stage}", "engine.grad_clip=1", *options)
-        run_ranks(2, "tests/distributed/faulty_training.py", plan, *overrides)
-        assert [line["step"] for line in metrics(tmp_path / f"stage-{stage}", "skipped")] == [1, 4]
-        folder = tmp_path / f"stage-{stage}" / "checkpoints"
-        assert list_steps(folder) == [2, 6], "none in a row of skipped steps"
-        losses = torch.tensor([line["loss"] for line in metrics(tmp_path / f"stage-{stage}")])
+    runs = [tiny(f"stage-{n}", f"engine.zero_stage={n}", "engine.grad_clip=1", *options) for n in range(4)]
+    train_many(2, [{"run": run, "wrong": wrong} for run in runs])
+    for stage in range(4):
+        run = tmp_path / f"stage-{stage}"
+        assert [line["step"] for line in metrics(run, "skipped")] == [1, 4]
+        assert list_steps(run / "checkpoints") == [2, 6], "none in a row of skipped steps"
+        losses = torch.tensor([line["loss"] for line in metrics(run)])
         reference = torch.tensor([line["loss"] for line in metrics(tmp_path / "stage-0")])
         assert (losses - reference).abs().max() < 1e-4, f"ZeRO-{stage}"
 
 
 @pytest.mark.slow
-def test_a_stop_before_any_step_was_taken_saves_a_state_that_continues(tiny, tmp_path, run_ranks):
-    plan = write_plan(tmp_path, steps=[1, 2], rank=0)
-    script = tmp_path / "stopped.py"
-    script.write_text(
-        "import os, signal, segformer.training.loop as train\n"
-        "step = train.train_step\n"
-        "def stop_after(run, *arguments):\n"
-        "    if run.state.step == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return step(run, *arguments)\n"
-        "train.train_step = stop_after\n"
-        "import runpy, sys\n"
-        "sys.argv.pop(0)\n"
-        "runpy.run_path('tests/distributed/faulty_training.py', run_name='__main__')\n"
-    )
-    overrides = tiny("stopped", "engine.zero_stage=1")
-    arguments = ["tests/distributed/faulty_training.py", plan, *overrides]
-    run_ranks(1, str(script), *arguments, code=75)
-    loaded = load_checkpoint(tmp_path / "stopped" / "checkpoints")
+def test_a_stop_before_any_step_was_taken_saves_a_state_that_continues(tiny, tmp_path, train_many):
+    run, folder = tiny("stopped", "engine.zero_stage=1"), tmp_path / "stopped" / "checkpoints"
+    (stopped,) = train_many(1, [{"run": run, "wrong": {"steps": [1, 2], "rank": 0}, "stop": 2}], failing=True)
+    assert stopped[0].startswith("Preempted: stopped at step 2")
+    loaded = load_checkpoint(folder)
     assert (loaded.state.step, loaded.state.skipped, loaded.state.skipped_in_a_row) == (2, 2, 2)
     assert not any(value.any() for value in loaded.optimizer.values())
-    run_ranks(1, "launch/train.py", *overrides)
-    assert load_checkpoint(tmp_path / "stopped" / "checkpoints").state.skipped_in_a_row == 0
+    train_many(1, [run])
+    assert load_checkpoint(folder).state.skipped_in_a_row == 0
 
 
 @pytest.mark.slow
-def test_three_in_a_row_go_back_once_and_end_as_if_nothing_had_been(tiny, tmp_path, run_ranks, metrics):
+def test_three_in_a_row_go_back_once_and_end_as_if_nothing_had_been(tiny, tmp_path, train_many, metrics):
     options = ("engine.zero_stage=2", "checkpoint.save_every=5", "loader.workers=1", "optim.ema=0.9")
-    run_ranks(2, "launch/train.py", *tiny("whole", *options))
-    plan = write_plan(tmp_path, steps=[7, 8, 9])
-    output = run_ranks(2, "tests/distributed/faulty_training.py", plan, *tiny("faulty", *options))[0]
-    assert "3 steps in a row were skipped: back to step 5, once" in output
+    wrong = {"steps": [7, 8, 9]}
+    train_many(2, [tiny("whole", *options), {"run": tiny("faulty", *options), "wrong": wrong}])
+    assert "3 steps in a row were skipped: back to step 5, once" in (tmp_path / "faulty/log.txt").read_text()
     assert [line["step"] for line in metrics(tmp_path / "faulty", "rollback")] == [5]
     assert load_checkpoint(tmp_path / "faulty" / "checkpoints").state.skipped == 0, "none in what was kept"
     assert_identical(saved_state(tmp_path / "faulty"), saved_state(tmp_path / "whole"))
-
-
-def test_a_cause_that_stays_ends_the_run_with_the_samples(tiny, tmp_path, run_ranks):
-    plan = write_plan(tmp_path, steps=[7, 8, 9], once=False)
-    overrides = tiny("faulty", "checkpoint.save_every=5")
-    outputs = run_ranks(2, "tests/distributed/faulty_training.py", plan, *overrides, code=2)
-    assert outputs[0].count("Diverged: going back to a checkpoint did not help: ") == 1
-    assert "in steps 7, 8, 9; samples: " in outputs[0]
-    assert "train-00000" in outputs[0].split("Diverged: ")[1]
-    assert "Traceback" not in "".join(outputs)
-    assert "Diverged" not in outputs[1]
-    assert list_steps(tmp_path / "faulty" / "checkpoints") == [5]
-    early = write_plan(tmp_path, steps=[1, 2, 3], once=False)
-    outputs = run_ranks(2, "tests/distributed/faulty_training.py", early, *tiny("early"), code=2)
-    assert "Diverged: there is no checkpoint yet to go back to: " in outputs[0]
 
 
 def wait_for_steps(run_dir, count, process):
@@ -149,7 +124,7 @@ def wait_for_steps(run_dir, count, process):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_rank_that_hangs_or_dies_ends_the_others_in_one_line(tiny, tmp_path, start_ranks, run_ranks, sent):
+def test_a_rank_that_hangs_or_dies_ends_the_others_in_one_line(tiny, tmp_path, start_ranks, sent):
     overrides = tiny("lost", "engine.timeout_s=6", "steps=400", "checkpoint.save_every=5")
     processes = start_ranks(2, "launch/train.py", *overrides)
     try:
@@ -165,7 +140,7 @@ def test_a_rank_that_hangs_or_dies_ends_the_others_in_one_line(tiny, tmp_path, s
     stacks = tmp_path / "lost" / "stacks" / "rank-00000.txt"
     if sent == signal.SIGSTOP:
         assert str(stacks) in output
-        assert "train.py" in stacks.read_text()
+        assert "loop.py" in stacks.read_text()
     assert list_steps(tmp_path / "lost" / "checkpoints")[-1] % 5 == 0, "what was committed is there"
 
 

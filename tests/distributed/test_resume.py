@@ -1,9 +1,9 @@
 """Runs that go on elsewhere: other worlds, other stages, other launchers, after many stops."""
 
+import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,37 +21,28 @@ STEPS = 40
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_path, run_ranks, metrics):
-    """State bit-equal, the next 20 global batches identical, the losses of 20 steps within 1e-5."""
-
-    def overrides(name, *more):
-        options = (
-            "global_batch=6",
-            f"steps={STEPS}",
-            "checkpoint.save_every=20",
-            "optim.ema=0.99",
-            *calm,
-            *more,
-        )
-        return tiny(name, *options)
-
-    run_ranks(2, "launch/train.py", *overrides("start", "engine.zero_stage=3"))
+def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_path, train_many, metrics):
+    """The same samples in every step, and the losses of 20 steps within 1e-5."""
+    options = ("global_batch=6", f"steps={STEPS}", "checkpoint.save_every=20", "optim.ema=0.99", *calm)
+    train_many(2, [tiny("start", "engine.zero_stage=3", *options)])
     whole = torch.tensor([line["loss"] for line in metrics(tmp_path / "start")])
-    half = tmp_path / "start" / "checkpoints" / "step-00000020"
-    order = SampleOrder(OrderSpec.from_dict(load_checkpoint(half.parent, step=20).state.order_spec))
-    expected = [order.ids(6 * step, 6).tolist() for step in range(20, 40)]
-    for ranks, stage in ((1, 1), (1, 2), (3, 1), (3, 2)):
-        name = f"on-{ranks}-{stage}"
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        shutil.copytree(half, tmp_path / name / "checkpoints" / half.name)
-        shutil.copy(tmp_path / "start" / "config.yaml", tmp_path / name)
-        options = overrides(name, f"engine.zero_stage={stage}", "loader.workers=1")
-        out = tmp_path / f"{name}.json"
-        run_ranks(ranks, "tests/distributed/resume_ranks.py", str(out), *options)
-        assert json.loads(out.read_text()) == expected, name
-        continued = torch.tensor([line["loss"] for line in metrics(tmp_path / name)])
-        assert len(continued) == 20
-        assert (continued - whole[20:]).abs().max() < 1e-5, name
+    spec = load_checkpoint(tmp_path / "start" / "checkpoints", step=20).state.order_spec
+    order = SampleOrder(OrderSpec.from_dict(spec))
+    expected = [sorted(order.ids(6 * step, 6).tolist()) for step in range(20, STEPS)]
+    for ranks in (1, 3):
+        plan = []
+        for stage in (1, 2):
+            run = tmp_path / f"on-{ranks}-{stage}"
+            plan += [{"cut": str(tmp_path / "start"), "to": str(run), "step": 20}]
+            plan += [tiny(run.name, f"engine.zero_stage={stage}", "telemetry.ledger=true", *options)]
+        train_many(ranks, plan)
+        for stage in (1, 2):
+            run = tmp_path / f"on-{ranks}-{stage}"
+            ledgers = [path.read_text().splitlines() for path in (run / "ledger").iterdir()]
+            parts = zip(*([json.loads(line)["ids"] for line in lines] for lines in ledgers), strict=True)
+            assert [sorted(itertools.chain(*ids)) for ids in parts] == expected
+            continued = torch.tensor([line["loss"] for line in metrics(run)])
+            assert (continued - whole[20:]).abs().max() < 1e-5, run.name
 
 
 @pytest.mark.slow

@@ -1,14 +1,90 @@
-"""Several runs one after the other in one process group: `train_many.py <overrides.json>`."""
+"""Several runs one after the other in one group of ranks: `train_many.py <plan.json>`.
+
+A plan is a list of
+    {"run": overrides, "wrong": {"rank": 1, "steps": [5], "kind": "loss" | "gradient", "once": true,
+                                 "accumulation": 1}, "stop": 3}
+        a run; its losses go wrong where `wrong` says so (steps count from 1; of accumulated micro batches the
+        first one), and rank zero gets SIGTERM in step `stop`; both may be left out
+    {"cut": source, "to": target, "step": 10}
+        a copy of a run as it was when it had saved that step
+The last line of each rank is the outcome of each run as JSON: "" or "Error: message".
+"""
 
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
-from segformer.distributed.world import init_world
-from segformer.training.config import RunConfig, compose
-from segformer.training.loop import train
+import torch
 
-world = init_world()
-for overrides in json.loads(Path(sys.argv[1]).read_text()):
-    train(compose(RunConfig, "config", overrides), world)
-world.close()
+import segformer.training.loop as loop
+from segformer.distributed.world import init_world
+from segformer.errors import SegformerError
+from segformer.training.config import RunConfig, compose
+from segformer.training.task import Segmentation
+
+HONEST, STEP = Segmentation.loss, loop.train_step
+
+
+def wrong_loss(plan):
+    """Segmentation.loss that goes wrong as planned."""
+    left = [*plan["steps"]]
+
+    def loss(self, model, batch, position):
+        value, parts = HONEST(self, model, batch, position)
+        micro_step, rank = divmod(position, torch.distributed.get_world_size())
+        step, index = divmod(micro_step, plan.get("accumulation", 1))
+        if index or rank != plan.get("rank", 1) or step + 1 not in left:
+            return value, parts
+        if plan.get("once", True):
+            left.remove(step + 1)
+        if plan.get("kind") == "gradient":
+            return value + (value * 0).sqrt(), parts  # the value is right, its derivative 0 x infinity
+        return value * torch.nan, parts
+
+    return loss
+
+
+def stopped_step(world, stop):
+    """train_step in which rank zero gets a signal."""
+
+    def step(cfg, ranks, task, model, *arguments):
+        if model.state.step + 1 == stop and world.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return STEP(cfg, ranks, task, model, *arguments)
+
+    return step
+
+
+def cut(source, target, step):
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("metrics.jsonl", "wandb*"))
+    for path in Path(target, "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+
+
+def outcome(world, entry):
+    Segmentation.loss = wrong_loss(entry["wrong"]) if "wrong" in entry else HONEST
+    loop.train_step = stopped_step(world, entry["stop"]) if "stop" in entry else STEP
+    try:
+        loop.train(compose(RunConfig, "config", entry["run"]), world)
+    except (SegformerError, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main():
+    world, outcomes = init_world(timeout_s=120), []
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        if "cut" in entry:
+            world.on_main(lambda entry=entry: cut(entry["cut"], entry["to"], entry["step"]))
+        else:
+            outcomes.append(outcome(world, entry))
+    world.close()
+    print("\n" + json.dumps(outcomes), flush=True)
+
+
+if __name__ == "__main__":  # a loader's process imports this file, too
+    main()

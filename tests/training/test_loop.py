@@ -1,12 +1,12 @@
 """Whole runs through launch/train.py: what a run leaves, what it learns, what it refuses before it starts."""
 
-import json
 import runpy
 import shutil
 import sys
 
+import cv2
+import numpy as np
 import pytest
-import torch
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.shards.sharding import write_shards
@@ -89,23 +89,19 @@ def test_a_finished_run_starts_again_without_training(finished, run_ranks, metri
     assert (copy / "checkpoints/step-00000006/model.safetensors").read_bytes() == before
 
 
-def test_evaluating_run_and_export_on_one_and_two_ranks_gives_the_final_table(finished, run_ranks):
+def test_evaluating_the_run_on_two_ranks_gives_the_final_table(finished, run_ranks):
     run_dir, _, output = finished
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
-    for ranks, checkpoint in ((1, run_dir / "export"), (2, run_dir)):
-        options = ["loader.workers=0", "batch=2"]
-        printed = run_ranks(ranks, "launch/evaluate.py", f"checkpoint={checkpoint}", *options)[0]
-        assert [line for line in table if line not in printed.splitlines()] == [], printed
+    printed = run_ranks(2, "launch/evaluate.py", f"checkpoint={run_dir}", "loader.workers=0", "batch=2")[0]
+    assert [line for line in table if line not in printed.splitlines()] == [], printed
 
 
-def test_four_images_are_learnt_by_heart(tmp_path, run_ranks, metrics):
-    import cv2
-    import numpy as np
-
+def write_boxes(folder):
+    """Shards of four images, dark with bright boxes, for training and validation alike."""
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
         for kind in ("images", "masks"):
-            (tmp_path / "data" / kind / split).mkdir(parents=True)
+            (folder / "data" / kind / split).mkdir(parents=True)
     for index in range(4):
         image = generator.integers(0, 60, (96, 96, 3), np.uint8)
         mask = np.zeros((96, 96), np.uint8)
@@ -114,21 +110,51 @@ def test_four_images_are_learnt_by_heart(tmp_path, run_ranks, metrics):
             mask[y : y + size // 2 + 8, x : x + size // 2 + 8] = 1
         image[mask == 1] += 120
         for split in ("train", "val"):
-            cv2.imwrite(str(tmp_path / f"data/images/{split}/{index}.png"), image)
-            cv2.imwrite(str(tmp_path / f"data/masks/{split}/{index}.png"), mask)
+            cv2.imwrite(str(folder / f"data/images/{split}/{index}.png"), image)
+            cv2.imwrite(str(folder / f"data/masks/{split}/{index}.png"), mask)
     cfg = DatasetConfig(name="four", image_suffix=".png", classes=["dark", "bright"], splits=["train", "val"])
-    write_shards(cfg, tmp_path / "data", tmp_path / "shards", seed=0, samples_per_shard=4, workers=1)
-    run_dir = tmp_path / "run"
-    run_ranks(
-        1,
-        "launch/train.py",
-        *("experiment=sample", f"run_dir={run_dir}", f"data.shards={tmp_path / 'shards'}", "data.name=four"),
-        *("data.classes=[dark,bright]", "data.palette=[]", "steps=150", "global_batch=4", "eval_every=1000"),
-        *("augment.crop=[96,96]", "augment.scale=[1,1]", "augment.rot90=0", "augment.photometric=false"),
-        *("augment.hflip=0", "augment.vflip=0", "augment.cat_max_ratio=1", "model.drop_path_rate=0"),
-        *("loader.workers=0", "overlays=0", "optim.warmup_steps=10"),
-    )
-    assert metrics(run_dir, "final")[0]["miou"] > 0.95
+    write_shards(cfg, folder / "data", folder / "shards", seed=0, samples_per_shard=4, workers=1)
+
+
+@pytest.fixture(scope="module")
+def others(tiny_in, tmp_path_factory, train_many):
+    """(folder, outcomes by name) of further runs on one rank."""
+    folder = tmp_path_factory.mktemp("others")
+    tiny = tiny_in(folder)
+    write_boxes(folder)
+    runs = {
+        "heart": [
+            *("experiment=sample", f"run_dir={folder / 'heart'}", f"data.shards={folder / 'shards'}"),
+            *("data.name=four", "data.classes=[dark,bright]", "data.palette=[]", "steps=150"),
+            *("global_batch=4", "eval_every=1000", "augment.crop=[96,96]", "augment.scale=[1,1]"),
+            *("augment.rot90=0", "augment.photometric=false", "augment.hflip=0", "augment.vflip=0"),
+            *("augment.cat_max_ratio=1", "model.drop_path_rate=0", "loader.workers=0", "overlays=0"),
+            "optim.warmup_steps=10",
+        ],
+        "best": tiny("best", "steps=3", "eval_every=2"),
+        "diverged": tiny("diverged", "optim.lr=1e30", "optim.warmup_steps=0"),
+    }
+    return folder, dict(zip(runs, train_many(1, [*runs.values()], failing=True), strict=True))
+
+
+def test_four_images_are_learned_by_heart(others, metrics):
+    assert metrics(others[0] / "heart", "final")[0]["miou"] > 0.95
+
+
+def test_the_best_step_is_saved_between_the_regular_checkpoints(others):
+    steps = list_steps(others[0] / "best" / "checkpoints")
+    assert steps == [2, 3], "the first evaluation is the best so far"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(others, metrics):
+    folder, outcomes = others
+    (message,) = outcomes["diverged"]
+    assert message.startswith("Diverged: ")
+    assert "lower optim.lr" in message
+    assert list_steps(folder / "diverged" / "checkpoints") == []
+    skipped = metrics(folder / "diverged", "skipped")
+    assert len(skipped) == 3
+    assert all(len(line["samples"]) == 4 for line in skipped)
 
 
 def test_wrong_settings_are_one_line_before_the_first_step(finished, tiny, monkeypatch, capsys, tmp_path):
@@ -152,17 +178,13 @@ def test_wrong_settings_are_one_line_before_the_first_step(finished, tiny, monke
     assert list_steps(run_dir / "checkpoints")[-1] == 6
 
 
-def test_a_refused_start_can_be_corrected_under_the_same_name(tiny, tmp_path, run_ranks):
-    outputs = run_ranks(2, "launch/train.py", *tiny("same", "global_batch=3", "steps=2"), code=2)
-    assert "use a world size of 1, 3 or global_batch=2 or 4" in outputs[0]
-    assert "ConfigError" not in outputs[1]
-    run_ranks(2, "launch/train.py", *tiny("same", "steps=2"))
+def test_a_refused_start_can_be_corrected_under_the_same_name(tiny, tmp_path, train_many):
+    runs = [tiny("same", "global_batch=3", "steps=2"), tiny("same", "steps=2")]
+    refused, corrected = train_many(2, runs, failing=True)
+    assert "use a world size of 1, 3 or global_batch=2 or 4" in refused[0]
+    assert refused[1] == "SystemExit: 2"
+    assert not any(corrected)
     assert list_steps(tmp_path / "same" / "checkpoints") == [2]
-
-
-def test_the_best_step_is_saved_also_between_the_regular_checkpoints(tiny, tmp_path, run_ranks):
-    run_ranks(1, "launch/train.py", *tiny("best", "steps=3", "eval_every=2", "checkpoint.save_every=1000"))
-    assert list_steps(tmp_path / "best" / "checkpoints") == [2, 3], "the first evaluation is the best so far"
 
 
 def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, monkeypatch, capsys):
@@ -177,29 +199,3 @@ def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, m
         runpy.run_path("launch/train.py", run_name="__main__")
     assert stop.value.code == 2
     assert "is not the data that" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(tiny, tmp_path, run_ranks):
-    output = run_ranks(
-        1, "launch/train.py", *tiny("diverged", "optim.lr=1e30", "optim.warmup_steps=0"), code=2
-    )[0]
-    assert "lower optim.lr" in output
-    assert "Traceback" not in output
-    assert list_steps(tmp_path / "diverged" / "checkpoints") == []
-    lines = [json.loads(line) for line in (tmp_path / "diverged/metrics.jsonl").read_text().splitlines()]
-    skipped = [line for line in lines if line["kind"] == "skipped"]
-    assert len(skipped) == 3
-    assert all(len(line["samples"]) == 4 for line in skipped)
-
-
-def test_a_checkpoint_damaged_after_the_run_is_passed_over(finished, tmp_path):
-    run_dir, _, _ = finished
-    copy = tmp_path / "copy"
-    shutil.copytree(run_dir, copy)
-    path = copy / "checkpoints/step-00000006/model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    model, _, _, state = load_checkpoint(copy / "checkpoints", warn=lambda text: None)
-    assert state.step == 5
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.values())
