@@ -49,7 +49,7 @@ with importing(__name__):
 
 @dataclass(kw_only=True, slots=True)
 class BenchConfig:
-    """What is measured."""
+    """The measurement and its settings."""
 
     bench: str = "???"
     """loader, order, start, memory, peers, kernels, trainers, stages, scaling or slurm."""

@@ -1,26 +1,21 @@
 """Train on a Slurm cluster.
 
-    python launch/slurm.py nodes=4 experiment=ade20k_160k  submits the run
-    python launch/slurm.py nodes=2-4 ... watch=true        and follows it; goes
-                                                on with 2, 3 or 4 nodes
-    python launch/slurm.py nodes=4 ... dry_run=true        prints the script,
-                                                submits nothing
+    python launch/slurm.py nodes=4 experiment=ade20k_160k
 
-    python launch/slurm.py status runs/x        its job, how far it is, its logs
-    python launch/slurm.py watch runs/x
-    python launch/slurm.py cancel runs/x        saves first, where KillWait
-                                                leaves the time
-    python launch/slurm.py resubmit runs/x [nodes=2 ...]   goes on, with the
-                                                code of now
+Takes every override of launch/train.py beside the settings of the job. The
+configuration is composed once and the code is copied: the job runs what was
+submitted. nodes=2-4 goes on with 2, 3 or 4 nodes, watch=true follows the job,
+dry_run=true prints its script and submits nothing.
+
+    python launch/slurm.py status runs/x    its job, how far it is, its logs
+    python launch/slurm.py watch runs/x     follows it
+    python launch/slurm.py cancel runs/x    ends it, after a save
+    python launch/slurm.py resubmit runs/x [nodes=2 ...]    with the code of now
 
     python launch/slurm.py evaluate nodes=2 checkpoint=runs/x split=test
-                                                launch/evaluate.py on all ranks
     python launch/slurm.py shard tasks=16 data=ade20k root=... output=...
-                                                data_prep/shard.py as an array
 
-Takes every override of launch/train.py beside the settings of the job, which
-follow here. The configuration is composed once and the code is copied: the job
-runs what was submitted.
+The last two: launch/evaluate.py on all ranks, data_prep/shard.py as an array.
 """
 
 import re

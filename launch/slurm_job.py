@@ -1,4 +1,4 @@
-"""What a batch script of launch/slurm.py runs; not for people.
+"""The command that a batch script of launch/slurm.py runs; not for people.
 
 python launch/slurm_job.py rank <folder>        every rank: train, or go on
 python launch/slurm_job.py after <folder> <exit code>   once, when they ended

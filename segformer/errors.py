@@ -34,7 +34,7 @@ STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class SegformerError(Exception):
-    """What the command line prints as one line before it exits with `exit_code`."""
+    """An error that the command line prints as one line before it exits with `exit_code`."""
 
     exit_code = 2
 
@@ -72,7 +72,7 @@ class RankLost(SegformerError):
 
 
 def is_main_rank() -> bool:
-    """Whether this is rank zero, or there are no ranks."""
+    """True on rank zero and where there are no ranks."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -135,7 +135,7 @@ def ending() -> Iterator[None]:
 
 
 def _unread() -> bool:
-    """Whether the reader of stdout is gone; a pipe to a process of ours may break, too, and that is a bug."""
+    """True where the reader of stdout is gone; a broken pipe to a process of ours is a bug instead."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -43,8 +43,8 @@ def interrupted(*command, env=None):
         assert process.stdout.readline() == "importing\n", process.stderr.read()
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    return process.returncode, said
+        _, printed = process.communicate(timeout=30)
+    return process.returncode, printed
 
 
 def unread(code):

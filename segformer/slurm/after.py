@@ -37,14 +37,14 @@ REQUEUE_WAIT_S = 60  # Slurm ends the batch script soon after it has taken the r
 
 
 class Decision(NamedTuple):
-    """What becomes of the job after its ranks have ended."""
+    """The next state of a job whose ranks have ended: started again or not."""
 
     again: bool
     why: str
 
 
 def outcomes(folder: JobFolder, attempt: int) -> list[dict[str, Any]]:
-    """Why the ranks of an attempt ended early, by rank."""
+    """Reasons of the ranks of an attempt that ended early, by rank."""
     return [json.loads(path.read_text()) for path in sorted(folder.outcomes.glob(f"{attempt}-*.json"))]
 
 
@@ -58,7 +58,7 @@ def decide(
     out_of_memory: bool,
     stuck: str,
 ) -> Decision:
-    """What becomes of a job whose srun ended with `code`, not 0, in `attempt`; see the table above."""
+    """Decide about a job whose srun ended with `code`, not 0, in `attempt`, by the table above."""
     fatal = [one for one in ended if one["code"] not in AGAIN]
     stopped = any(one["code"] == Preempted.exit_code for one in ended)
     if fatal:
@@ -85,17 +85,17 @@ def after(path: Path, code: int) -> None:
     if code == 0:
         print(f"job {owner.job}: finished", flush=True)
         return
-    note = patiently(lambda: json.loads(folder.note.read_text()))
-    if note is None:
+    record = patiently(lambda: json.loads(folder.record.read_text()))
+    if record is None:
         sys.exit(code)
-    run_dir = Path(note["run_dir"])
+    run_dir = Path(record["run_dir"])
     state = patiently(lambda: job_state(owner.job), lambda state: state.name != "UNKNOWN")
     decision = decide(
         code,
         outcomes(folder, owner.attempt),
         state or JobState("UNKNOWN"),
         attempt=owner.attempt,
-        requeue=note["settings"]["requeue"],
+        requeue=record["settings"]["requeue"],
         out_of_memory=ran_out_of_memory(owner.job),
         stuck=_uncounted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
     )
@@ -107,7 +107,7 @@ def after(path: Path, code: int) -> None:
 
 
 def _uncounted(run_dir: Path, owner: Owner) -> str:
-    """Why the attempts can't be counted, where this one is not among them: it would start again for ever."""
+    """Reason to end a job whose attempt is not on record: uncounted, it would start again for ever."""
     begun = attempts(run_dir, owner.job)
     if begun and begun[-1]["attempt"] == owner.attempt:
         return ""
@@ -123,7 +123,7 @@ def _requeue(owner: Owner) -> bool:
 
 
 def patiently(ask: Callable[[], _T], good: Callable[[_T], bool] = lambda _: True) -> _T | None:
-    """What `ask` gives as soon as it is `good`: the controller may be starting again. None in the end."""
+    """Ask until the answer is `good` (the controller may be starting again); None where time is over."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:

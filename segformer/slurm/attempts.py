@@ -46,13 +46,13 @@ def step_of(attempt: dict[str, Any]) -> int:
 
 
 def in_vain(ended: list[dict[str, Any]], newest: str) -> int:
-    """How many of a job's last restarts made no checkpoint; `newest` is the name of the newest one now."""
+    """Count the last restarts of a job that made no checkpoint; `newest` is the name of the newest now."""
     row = list(itertools.takewhile(lambda one: one["newest"] == newest, reversed(ended)))
     return len(row) - bool(row and row[-1]["attempt"] == 0)  # the first start is no restart
 
 
 def give_up(run_dir: Path, job: str, *, begun: bool) -> str:
-    """Why the job should not be started again, or (`begun`) not go on; empty where it may."""
+    """Reason not to start the job again, or (`begun`) not to go on; empty where it may."""
     names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
     newest = names[-1] if names else ""
     ended = attempts(run_dir, job)[: -1 if begun else None]

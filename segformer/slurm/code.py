@@ -67,7 +67,7 @@ def _files(root: Path) -> list[str]:
 
 
 def _git(root: Path, *command: str) -> bytes | None:
-    """What git prints; None where it, or the repository, is not there."""
+    """Output of git; None where it, or the repository, is not there."""
     if not shutil.which("git"):
         return None
     done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, check=False)

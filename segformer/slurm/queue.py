@@ -1,4 +1,4 @@
-"""What Slurm knows, by its own commands: lists of arguments, never a shell, one clear error.
+"""Slurm by its own commands: lists of arguments, never a shell, one clear error.
 
 Jobs are looked for where they can be: scontrol for those that wait, run or ended in the last minutes
 (MinJobAge), sacct for all others, where the site keeps accounts.
@@ -50,14 +50,14 @@ class JobState:
 
     @property
     def alive(self) -> bool:
-        """Whether the job waits, runs or ends at this moment."""
+        """True while the job waits, runs or ends."""
         return self.name not in ENDED
 
 
 def _run(
     *command: str | Path, env: dict[str, str] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], str]:
-    """One of Slurm's commands, and what it printed on stderr; one that doesn't answer has failed.
+    """Run one of Slurm's commands; with it, its stderr on one line. One that doesn't answer has failed.
 
     Raises:
         ConfigError: it is not there.
@@ -73,15 +73,15 @@ def _run(
     except subprocess.TimeoutExpired:
         why = f"did not answer within {TIMEOUT_S} s; is slurmctld up?"
         done = subprocess.CompletedProcess(words, 1, "", why)
-    said = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
-    return done, said
+    printed = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
+    return done, printed
 
 
 def slurm(*command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
-    """What one of Slurm's commands printed; ConfigError where it is not there or (with `check`) failed."""
-    done, said = _run(*command, env=env)
+    """Output of one of Slurm's commands; ConfigError where it is absent or (with `check`) failed."""
+    done, printed = _run(*command, env=env)
     if check and done.returncode:
-        raise ConfigError(f"{command[0]} refused: {said or f'exit code {done.returncode}'}")
+        raise ConfigError(f"{command[0]} refused: {printed or f'exit code {done.returncode}'}")
     return done.stdout
 
 
@@ -91,15 +91,15 @@ def submit_script(script: Path) -> str:
 
 
 def would_start(script: Path) -> str:
-    """What Slurm says to a script that it is shown but not given, or why it can't be asked.
+    """Ask Slurm about a script without submitting it; its answer, or why there is none.
 
     Raises:
         ConfigError: it would refuse the script.
     """
-    done, said = _run("sbatch", "--test-only", script, env=own_environment())
-    if done.returncode and not _NO_CONTROLLER.search(said):
-        raise ConfigError(f"sbatch refused: {said}")
-    return "not asked: no Slurm controller reachable from here" if done.returncode else said
+    done, printed = _run("sbatch", "--test-only", script, env=own_environment())
+    if done.returncode and not _NO_CONTROLLER.search(printed):
+        raise ConfigError(f"sbatch refused: {printed}")
+    return "not asked: no Slurm controller reachable from here" if done.returncode else printed
 
 
 def own_environment() -> dict[str, str]:
@@ -134,7 +134,7 @@ def job_state(job: str) -> JobState:
 
 
 def ran_out_of_memory(job: str) -> bool:
-    """Whether the kernel killed a task of the job's last attempt for its memory; False without accounts."""
+    """True where the kernel killed a task of the last attempt for its memory; False without accounts."""
     return any(row.startswith("OUT_OF_MEMORY") for row in _accounts("-j", job, "-o", "State"))
 
 

@@ -27,7 +27,7 @@ class JobFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"  # the composed configuration of the run
-        self.note = path / "job.json"  # the settings of the job, and its id once it has one
+        self.record = path / "job.json"  # the settings of the job, and its id once it has one
         self.code = path / "code"
         self.script = path / "script.sh"
         self.logs = path / "logs"  # <job>_<rank>_log.out and .err

@@ -69,7 +69,7 @@ class SlurmConfig:
     constraint: str = ""
     "Features that the nodes must have, such as h100&nvlink."
     signal_delay_s: int = 180
-    "Seconds before the limit at which the job is told to save and requeue; at least 60."
+    "Seconds before the limit at which the job is signaled to save and requeue; at least 60."
     setup: list[str] = field(default_factory=list)
     "Shell lines before the training, such as `module load cuda`; cluster profile only."
     sbatch: dict[str, Any] = field(default_factory=dict)

@@ -55,7 +55,7 @@ def plain_path(name: str, path: Path | str) -> Path:
 
 
 def describe(cfg: SlurmConfig, run: RunConfig) -> str:
-    """How the ranks of a job share the global batch; ConfigError where a number of nodes can't."""
+    """Shares of the ranks in the global batch; ConfigError where a number of nodes can't have any."""
     low, high = cfg.node_range
     batches = [run.batch_shape(nodes * cfg.ranks_per_node) for nodes in range(low, high + 1)]
     return f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {batches[-1]}"
@@ -78,16 +78,16 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
         print(f"dry run, nothing was written or submitted: {shape}", file=sys.stderr)
         return ""
     for earlier in _submissions(run_dir):
-        _check_ended(run.run_dir, _note(earlier).get("job", ""))
+        _check_ended(run.run_dir, _record_of(earlier).get("job", ""))
     folder = make_folder(run_dir)
     run.checkpoint.notice_s = float(cfg.signal_delay_s)
     save_config(run, folder.config)
     code = copy_code(ROOT, folder.code)
     folder.script.write_text(training_script(cfg, run.name, folder, directory, run_dir))
-    note = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir), "directory": str(directory)}
-    write_atomic(folder.note, json.dumps(note, indent=1))
+    record = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir), "directory": str(directory)}
+    write_atomic(folder.record, json.dumps(record, indent=1))
     job = submit_script(folder.script)
-    write_atomic(folder.note, json.dumps(note | {"job": job}, indent=1))
+    write_atomic(folder.record, json.dumps(record | {"job": job}, indent=1))
     commit = (code["commit"] or "without git")[:12] + (" with changes" if code["changed"] else "")
     print(
         f"job {job}: {shape}, code {commit}\n"
@@ -165,8 +165,8 @@ def _submissions(run_dir: Path) -> list[JobFolder]:
     return [JobFolder(path) for path in _numbered(run_dir / "slurm")]
 
 
-def _note(folder: JobFolder) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(folder.note.read_text()) if folder.note.exists() else {}
+def _record_of(folder: JobFolder) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(folder.record.read_text()) if folder.record.exists() else {}
     return found
 
 
@@ -175,7 +175,7 @@ def newest(run_dir: Path) -> tuple[JobFolder, str]:
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir} does not exist; give the run_dir of a run that was submitted")
     for folder in reversed(_submissions(run_dir)):
-        if job := _note(folder).get("job"):
+        if job := _record_of(folder).get("job"):
             return folder, job
     raise ConfigError(
         f"{run_dir} has not been submitted; python launch/slurm.py run_dir={run_dir} ... does it"
@@ -195,7 +195,7 @@ def cancel(run_dir: Path) -> None:
 
 def settings_of(run_dir: Path) -> dict[str, Any]:
     """The settings of a run's newest job, by the names of SlurmConfig."""
-    settings: dict[str, Any] = _note(newest(run_dir)[0])["settings"]
+    settings: dict[str, Any] = _record_of(newest(run_dir)[0])["settings"]
     return settings
 
 
@@ -204,7 +204,7 @@ def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
     folder, _ = newest(run_dir)
     run = load_config(folder.config, RunConfig)
     run.run_dir = str(run_dir)
-    return submit(cfg, run, Path(_note(folder)["directory"]))
+    return submit(cfg, run, Path(_record_of(folder)["directory"]))
 
 
 def status(run_dir: Path) -> str:
@@ -232,7 +232,7 @@ def _state_text(state: JobState) -> str:
 
 
 def progress(run_dir: Path, folder: JobFolder) -> str:
-    """How far a run is, by its newest line of metrics: step, loss, speed, time to go."""
+    """Progress of a run by its newest line of metrics: step, loss, speed, time to go."""
     total = load_config(folder.config, RunConfig).steps
     last = newest_row(run_dir, "train")
     if not last:

@@ -1,4 +1,4 @@
-"""What every rank of the job runs: rank and rendezvous from Slurm, then the same as launch/train.py.
+"""A rank of the job: rank and rendezvous from Slurm, then the same as launch/train.py.
 
 A rank that ends early leaves a line in JobFolder.outcomes, which after.py reads.
 """

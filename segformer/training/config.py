@@ -207,7 +207,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
 
 
 def choices(config_name: str) -> dict[str, list[str]]:
-    """What each group of a command can be set to: files of conf/<group>, and the variants of the model."""
+    """Names that each group of a command can be set to: files of conf/<group>, variants of the model."""
     from omegaconf import OmegaConf
 
     defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults

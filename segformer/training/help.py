@@ -40,7 +40,7 @@ def _keys(
     schema: type[Any], values: dict[str, Any], prefix: str, fields: list[dataclasses.Field[Any]]
 ) -> Iterator[str]:
     """The plain keys of a group, then the groups in it."""
-    hints, told = get_type_hints(schema), explanations(schema)
+    hints, texts = get_type_hints(schema), explanations(schema)
     groups = [f for f in fields if dataclasses.is_dataclass(hints[f.name])]
     for field in fields:
         if field in groups:
@@ -48,7 +48,7 @@ def _keys(
         key, value = f"{prefix}{field.name}", _written(values[field.name])
         given = f"  {key}={'...' if value == '???' else value}"
         yield f"{given}   ({kind(hints[field.name])})"
-        yield from _wrapped(told.get(field.name, ""), " " * 6, " " * 6)
+        yield from _wrapped(texts.get(field.name, ""), " " * 6, " " * 6)
     for field in groups:
         group = hints[field.name]
         yield ""

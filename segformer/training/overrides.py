@@ -108,7 +108,7 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
 
 
 def refusal(schema: type[Any], key: str, given: str) -> str:
-    """Why the override `given` has no value for the setting `key`."""
+    """Message for the override `given`, whose value is none that the setting `key` takes."""
     key, value = re.sub(r"\[\d+\]", "", key), given.partition("=")[2]
     hint = type_of(schema, key)
     if value == "null":

@@ -44,7 +44,7 @@ def resubmitted(monkeypatch, tmp_path, saved, *overrides):
     """The settings with which a job of these settings is submitted again."""
     folder = submission.make_folder(tmp_path / "run")
     settings = {**dict.fromkeys(["partition", "account", "qos", "constraint", "mem"], ""), **saved}
-    folder.note.write_text(json.dumps({"job": "17", "settings": settings, "directory": "/"}))
+    folder.record.write_text(json.dumps({"job": "17", "settings": settings, "directory": "/"}))
     found = []
     monkeypatch.setattr(submission, "resubmit", lambda run_dir, cfg: found.append(cfg))
     look_after = runpy.run_path("launch/slurm.py")["look_after"]
@@ -71,7 +71,7 @@ def test_resubmitting_changes_the_job_and_nothing_else(tmp_path, monkeypatch, ov
 
 def test_a_job_that_is_still_ending_asks_for_patience(tmp_path, monkeypatch):
     folder = submission.make_folder(tmp_path / "run")
-    folder.note.write_text(json.dumps({"job": "17"}))
+    folder.record.write_text(json.dumps({"job": "17"}))
     monkeypatch.setattr(submission, "job_state", lambda job: JobState("COMPLETING"))
     with pytest.raises(ConfigError, match="job 17 is still ending; try again in a moment"):
         submission.submit(SlurmConfig(), RunConfig(run_dir=str(tmp_path / "run")))

@@ -221,14 +221,6 @@ def test_terms_of_the_command_line_join_those_of_the_recipe_and_one_can_be_taken
     assert recipe("ade20k_160k", *given, "~loss.terms.cross_entropy").loss.terms == {"dice": 0.5}
 
 
-def test_camvid_is_scored_on_val_and_trains_on_whole_frames():
-    cfg = recipe("camvid")
-    assert (cfg.data.name, cfg.train_split, cfg.eval_split) == ("camvid", "train", "val")
-    assert (len(cfg.data.classes), cfg.augment.crop, cfg.augment.resize) == (11, [360, 480], [])
-    assert cfg.model.pretrained == ""
-    assert recipe("camvid", "model=b2").optim == cfg.optim
-
-
 DOCUMENT = CONF.parent / "docs/recipes.md"
 
 

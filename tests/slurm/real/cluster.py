@@ -95,8 +95,8 @@ class Cluster:
             **options,
         )
         if check and done.returncode:
-            said = f"{done.stdout}{done.stderr}"
-            raise RuntimeError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{said}")
+            printed = f"{done.stdout}{done.stderr}"
+            raise RuntimeError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{printed}")
         return done
 
     def cut_power(self, node: str) -> None:
@@ -127,7 +127,7 @@ class Cluster:
         found = self.ranks(node)
         return bool(found) and self.run("kill", f"-{name}", *found, where=node, check=False).returncode == 0
 
-    def told(self, node: str) -> bool:
+    def signaled(self, node: str) -> bool:
         """Whether a USR2 waits for every rank on the node: they are stopped, or busy in C."""
         text = self.run(
             "grep", "-hE", "^(SigPnd|ShdPnd)", *(f"/proc/{rank}/status" for rank in self.ranks(node)),

@@ -140,8 +140,8 @@ def start(
     def of(run_dir: Path, *settings: str) -> Job:
         given = {setting.partition("=")[0] for setting in settings}
         shape = [s for s in ("nodes=2", "tasks_per_node=2", *JOB) if s.partition("=")[0] not in given]
-        said = launch(cluster, *shape, *overrides(run_dir, *settings)).stdout
-        return Job(cluster, run_dir, said.partition(":")[0].removeprefix("job "))
+        printed = launch(cluster, *shape, *overrides(run_dir, *settings)).stdout
+        return Job(cluster, run_dir, printed.partition(":")[0].removeprefix("job "))
 
     return of
 
@@ -206,7 +206,7 @@ def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory)
                 time.sleep(0.2)
             stopped = [node for node in job.cluster.apart if job.cluster.signal("STOP", node)]
             try:
-                while not over.is_set() and not all(job.cluster.told(node) for node in stopped):
+                while not over.is_set() and not all(job.cluster.signaled(node) for node in stopped):
                     time.sleep(0.5)
             finally:
                 for node in stopped:

@@ -97,9 +97,9 @@ def test_four_tasks_and_a_join_write_what_one_command_writes(
 def test_a_dry_run_shows_the_script_and_asks_the_controller(cluster, launch, tmp_path):
     run = ("experiment=sample", f"run_dir={tmp_path / 'run'}", "cpus_per_task=1", "dry_run=true")
     before = jobs(cluster)
-    said = launch(cluster, "nodes=2", "gpus_per_node=8", "global_batch=16", *run)
-    assert said.stdout.startswith("#!/bin/bash\n")
-    assert "to start at" in said.stderr
+    printed = launch(cluster, "nodes=2", "gpus_per_node=8", "global_batch=16", *run)
+    assert printed.stdout.startswith("#!/bin/bash\n")
+    assert "to start at" in printed.stderr
     refused = launch(cluster, "nodes=64", "gpus_per_node=1", "global_batch=64", *run, check=False)
     assert refused.returncode == 2
     assert "Requested node configuration is not available" in refused.stderr

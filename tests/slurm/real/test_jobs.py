@@ -65,9 +65,9 @@ def test_a_job_is_a_local_run_on_other_nodes(limited, submit, undisturbed, launc
     assert_undisturbed(job, undisturbed, metrics)
     for name in ("metrics.jsonl", "log.txt", "report.html", "export/model.safetensors"):
         assert (job.run_dir / name).stat().st_size, name
-    said = launch(cluster, "status", str(job.run_dir)).stdout
-    assert f"job         {job.id}: COMPLETED" in said
-    assert f"step        {STEPS} of {STEPS} (100 %)" in said
+    printed = launch(cluster, "status", str(job.run_dir)).stdout
+    assert f"job         {job.id}: COMPLETED" in printed
+    assert f"step        {STEPS} of {STEPS} (100 %)" in printed
     watched = launch(cluster, "watch", str(job.run_dir)).stdout
     assert watched.startswith(f"job {job.id} COMPLETED"), watched
     assert (job.run_dir / "slurm").stat().st_mode & 0o777 == 0o700
@@ -192,8 +192,8 @@ def test_a_second_job_on_the_same_run_is_refused(submit, overrides, launch, clus
     saved = list_steps(job.run_dir / "checkpoints")
     assert saved, "its state was saved"
     assert len(job.attempts) == 1
-    said = launch(cluster, "resubmit", str(job.run_dir), "time=5m").stdout
-    job = replace(job, id=said.partition(":")[0].removeprefix("job "))
+    printed = launch(cluster, "resubmit", str(job.run_dir), "time=5m").stdout
+    job = replace(job, id=printed.partition(":")[0].removeprefix("job "))
     job.wait_until_gone_on(1)
     assert job.lines("continued") == [{"kind": "continued", "step": saved[-1], "redone": 0, "ranks": 1}]
     assert cluster.job(job.id)["TimeLimit"] == "00:05:00"
