@@ -38,7 +38,7 @@ ROOMS: dict[str, str] = {
     "models.": "layers mit encoders head",
     "models.weights": "names files card sizes class_map convert save",
     "models..": "segformer macs",
-    "telemetry": "jsonl meter queue trackers progress logger profiling",
+    "telemetry": "jsonl meter trackers progress logger profiling",
     "evaluation": "metrics inference_mode drawing evaluate",
     "training": "losses optim overrides help config run_dir task stopping step run recovery loop",
     "inference": "export convert score predict pictures report",

@@ -23,7 +23,7 @@ from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import SegformerError
-from segformer.evaluation.metrics import AnyScores, ClassificationMetric, SegmentationMetric
+from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
 from segformer.models.ops.backend import BACKENDS, Backend
 
 
@@ -42,8 +42,8 @@ def evaluate(
     on_error: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
     ops: Backend = BACKENDS["fused"],
-    on_batch: Callable[[Batch, Tensor], None] | None = None,
-) -> AnyScores | None:
+    on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+) -> Scores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
 
     Args:
@@ -57,19 +57,21 @@ def evaluate(
         on_error: gets what is wrong with the data that this rank reads. It must make `should_stop` answer
             True on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cropped; None for segmentation.
-        ops: the form of the operation that counts the pixels of a segmentation.
+        ops: backend of the operation that counts the pixels of a segmentation.
         on_batch: gets every batch of this rank and its logits, once they are counted.
     """
-    iterator = _batches(split, loader, world, batch_size, view)
-    metric = _metric(num_classes, view, ops).to(world.device)
+    metric = SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
+    metric = metric.to(world.device)
     training = model.training
     model.eval()
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
-    try:
+    with contextlib.closing(_batches(split, loader, world, batch_size, view)) as iterator:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
             if should_stop():
-                return None
-            batch = _next(iterator, on_error)
+                break
+            batch = None
+            with _reported(on_error):
+                batch = next(iterator, None)
             if batch is not None:
                 batch = batch.to(world.device, non_blocking=True)
                 images = batch.images
@@ -77,14 +79,12 @@ def evaluate(
             with autocast, bounded_compilation(model, images):
                 logits = model(normalize(images, None))
             if batch is not None:
-                _count(metric, batch, logits, on_error)
-                if on_batch is not None:
-                    on_batch(batch, logits)
-        if should_stop():
-            return None
-    finally:
-        iterator.close()
-        model.train(training)
+                with _reported(on_error):
+                    metric.update(logits, batch.targets)
+                on_batch(batch, logits)
+    model.train(training)
+    if should_stop():
+        return None
     with warnings.catch_warnings():  # a rank may have had no image: its zeros count
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         return metric.compute()
@@ -105,14 +105,15 @@ def _batches(
     return iter(batches)
 
 
-def _metric(
-    num_classes: int, view: ClassificationAugment | None, ops: Backend
-) -> SegmentationMetric | ClassificationMetric:
-    return SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
-
-
 @contextlib.contextmanager
-def bounded_compilation(model: nn.Module, images: Tensor) -> Iterator[None]:
+def _reported(on_error: Callable[[SegformerError], None]) -> Iterator[None]:
+    try:
+        yield
+    except SegformerError as error:
+        on_error(error)
+
+
+def bounded_compilation(model: nn.Module, images: Tensor) -> contextlib.AbstractContextManager[object]:
     """A compiled model runs without its graphs where a side is no multiple of 32.
 
     All sizes of whole 32 share two or three graphs. The others have one for every way in which the maps of
@@ -120,27 +121,5 @@ def bounded_compilation(model: nn.Module, images: Tensor) -> Iterator[None]:
     """
     whole = images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
     if whole or not getattr(model, "is_compiled", False):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _next(batches: Iterator[Batch], on_error: Callable[[SegformerError], None]) -> Batch | None:
-    try:
-        return next(batches, None)
-    except SegformerError as error:
-        on_error(error)
-        return None
-
-
-def _count(
-    metric: SegmentationMetric | ClassificationMetric,
-    batch: Batch,
-    logits: Tensor,
-    on_error: Callable[[SegformerError], None],
-) -> None:
-    try:
-        metric.update(logits, batch.targets)
-    except SegformerError as error:
-        on_error(error)
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -40,9 +40,39 @@ _MAX_ROWS = 60  # classes in a table of classification; of more, the hardest thi
 
 @dataclass(kw_only=True, slots=True)
 class Scores:
-    """What a segmentation model reached on a data set; every value between 0 and 1."""
+    """Scores of a model on a data set, every share between 0 and 1. Base of the two kinds below."""
 
-    score_name: ClassVar[str] = "mIoU"
+    NAMES: ClassVar[dict[str, str]]
+    "Field -> name of the scores of a line; the first compares models."
+
+    pictures: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
+    "Validation pictures: key of an image -> uint8 (H, W, 3). Segmentation, rank zero only."
+
+    @property
+    def score(self) -> float:
+        """The score that compares models."""
+        return float(getattr(self, next(iter(self.NAMES))))
+
+    def summary(self) -> str:
+        """One line for the log."""
+        return ", ".join(f"{name} {getattr(self, key):.4f}" for key, name in self.NAMES.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON; the pictures are left out."""
+        values = asdict(replace(self, pictures={}))
+        del values["pictures"]
+        return values
+
+    def table(self, classes: list[str]) -> str:
+        """Aligned text, one line a class, the means last; percent, `-` where there is no score."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, slots=True)
+class SegmentationScores(Scores):
+    """Scores of a segmentation model."""
+
+    NAMES: ClassVar[dict[str, str]] = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc"}
 
     miou: float
     macc: float
@@ -50,41 +80,19 @@ class Scores:
     iou: list[float | None]
     acc: list[float | None]
     confusion: list[list[int]]
-    pictures: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
-    "Key of an image -> uint8 (H, W, 3): image, target and prediction side by side. Rank zero only."
 
     @classmethod
-    def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """From counts (K, K), rows labels and columns predictions. Means of nothing are NaN."""
-        counts = confusion.to("cpu", torch.float64)
-        hits, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
-        iou = _ratios(hits, labelled + predicted - hits)
-        acc = _ratios(hits, labelled)
-        return cls(
-            miou=_mean(iou),
-            macc=_mean(acc),
-            aacc=_mean(_ratios(hits.sum()[None], counts.sum()[None])),
-            iou=iou,
-            acc=acc,
-            confusion=confusion.tolist(),
-        )
-
-    @property
-    def score(self) -> float:
-        """What models are compared by."""
-        return self.miou
-
-    def summary(self) -> str:
-        """One line for the log."""
-        return f"mIoU {self.miou:.4f}, mAcc {self.macc:.4f}, aAcc {self.aacc:.4f}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; the pictures are left out."""
-        return _plain(self)
+    def from_counts(cls, counts: Tensor) -> "SegmentationScores":
+        """From a confusion matrix (K, K), rows labels and columns predictions. Means of nothing are NaN."""
+        pixels = counts.to("cpu", torch.float64)
+        hits, labeled, predicted = pixels.diag(), pixels.sum(1), pixels.sum(0)
+        iou, acc = _ratios(hits, labeled + predicted - hits), _ratios(hits, labeled)
+        aacc = _mean(_ratios(hits.sum()[None], pixels.sum()[None]))
+        confusion = counts.tolist()
+        return cls(miou=_mean(iou), macc=_mean(acc), aacc=aacc, iou=iou, acc=acc, confusion=confusion)
 
     def table(self, classes: list[str]) -> str:
-        """An aligned text table, one line a class, the means last; percent, `-` where there is no score."""
-        _check_names(classes, len(self.iou))
+        """See Scores."""
         pixels = [sum(row) for row in self.confusion]
         rows = [
             (name, _percent(iou), _percent(acc), f"{count:,}")
@@ -95,10 +103,10 @@ class Scores:
 
 
 @dataclass(kw_only=True, slots=True)
-class ClassScores:
-    """What a classifier reached on a data set; every share between 0 and 1."""
+class ClassificationScores(Scores):
+    """Scores of a classifier."""
 
-    score_name: ClassVar[str] = "top-1"
+    NAMES: ClassVar[dict[str, str]] = {"top1": "top-1", "top5": "top-5", "macc": "mAcc"}
 
     top1: float
     top5: float
@@ -106,76 +114,51 @@ class ClassScores:
     acc: list[float | None]
     counts: list[list[int]]
     "By class: images, right ones, and those with the class among the first five."
-    pictures: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
-    "As in Scores; a classifier's are not drawn."
 
     @classmethod
-    def from_counts(cls, counts: Tensor) -> "ClassScores":
+    def from_counts(cls, counts: Tensor) -> "ClassificationScores":
         """From counts (K, 3), see the module's docstring. Shares of nothing are NaN."""
         images, first, among = counts.to("cpu", torch.float64).unbind(1)
         acc = _ratios(first, images)
-        return cls(
-            top1=_mean(_ratios(first.sum()[None], images.sum()[None])),
-            top5=_mean(_ratios(among.sum()[None], images.sum()[None])),
-            macc=_mean(acc),
-            acc=acc,
-            counts=counts.tolist(),
-        )
-
-    @property
-    def score(self) -> float:
-        """What models are compared by."""
-        return self.top1
-
-    def summary(self) -> str:
-        """One line for the log."""
-        return f"top-1 {self.top1:.4f}, top-5 {self.top5:.4f}, mAcc {self.macc:.4f}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; the pictures are left out."""
-        return _plain(self)
+        top1, top5 = (_mean(_ratios(hits.sum()[None], images.sum()[None])) for hits in (first, among))
+        return cls(top1=top1, top5=top5, macc=_mean(acc), acc=acc, counts=counts.tolist())
 
     def table(self, classes: list[str]) -> str:
-        """An aligned text table, one line a class, all images last; percent, `-` where there is no score.
-
-        Of more than 60 classes, the 20 that are recognised worst.
-        """
-        _check_names(classes, len(self.acc))
-        shown = list(range(len(classes)))
-        if len(classes) > _MAX_ROWS:
-            known = [k for k in shown if self.acc[k] is not None]
-            shown = sorted(known, key=lambda k: self.acc[k] or 0.0)[: _MAX_ROWS // 3]
-        rows = [
-            (classes[k], _percent(self.acc[k]), _percent(_ratio(among, images)), f"{images:,}")
-            for k, (images, _, among) in ((k, self.counts[k]) for k in shown)
+        """See Scores; of more than 60 classes, the 20 that are recognized worst."""
+        rows = list(zip(classes, self.acc, self.counts, strict=True))
+        if len(rows) > _MAX_ROWS:
+            known = [row for row in rows if row[1] is not None]
+            rows = sorted(known, key=lambda row: row[1] or 0.0)[: _MAX_ROWS // 3]
+        lines = [
+            (name, _percent(acc), _percent(among / images if images else None), f"{images:,}")
+            for name, acc, (images, _, among) in rows
         ]
         images = sum(row[0] for row in self.counts)
         total = (f"all {len(classes)}", _percent(self.top1), _percent(self.top5), f"{images:,}")
-        return _aligned([("class", "top-1", "top-5", "images"), *rows, total])
+        return _aligned([("class", "top-1", "top-5", "images"), *lines, total])
 
 
-AnyScores = Scores | ClassScores
-
-
-def _plain(scores: AnyScores) -> dict[str, Any]:
-    values = asdict(replace(scores, pictures={}))
-    del values["pictures"]
-    return values
-
-
-class SegmentationMetric(Metric):
-    """Adds up the confusion matrix; `compute` sums it over the ranks."""
+class CountingMetric(Metric):
+    """Adds up integer counts of every class; `compute` sums them over the ranks."""
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    confusion: Tensor
+    counts: Tensor
+
+    def __init__(self, num_classes: int, columns: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        zeros = torch.zeros(num_classes, columns, dtype=torch.int64)
+        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
+
+
+class SegmentationMetric(CountingMetric):
+    """The confusion matrix of pixels."""
 
     def __init__(self, num_classes: int, ops: Backend = BACKENDS["fused"], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes, self.ops = num_classes, ops
-        zeros = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.add_state("confusion", default=zeros, dist_reduce_fx="sum")
+        super().__init__(num_classes, num_classes, **kwargs)
+        self.ops = ops
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count what logits (B, K, h, w), enlarged to target (B, H, W) of integers, choose for each label.
@@ -183,32 +166,24 @@ class SegmentationMetric(Metric):
         DataError for a label that is no class nor 255.
         """
         _check_labels(target[target != IGNORE_INDEX], self.num_classes)
-        self.confusion += self.ops.upsample_confusion(logits, target, IGNORE_INDEX)
+        self.counts += self.ops.upsample_confusion(logits, target, IGNORE_INDEX)
 
-    def compute(self) -> Scores:
+    def compute(self) -> SegmentationScores:
         """The scores of everything counted so far, on all ranks."""
-        return Scores.from_confusion(self.confusion)
+        return SegmentationScores.from_counts(self.counts)
 
 
-class ClassificationMetric(Metric):
-    """Adds up the counts of every class; `compute` sums them over the ranks."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    counts: Tensor
+class ClassificationMetric(CountingMetric):
+    """Images of each class, and where its logit ranks among theirs."""
 
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes = num_classes
-        zeros = torch.zeros(num_classes, 3, dtype=torch.int64)
-        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
+        super().__init__(num_classes, 3, **kwargs)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count where logits (B, K) rank the classes of target (B,), int64. DataError for a class beyond K.
 
         Of equal logits the lower class comes first, as in argmax, and a class whose logit is NaN comes last:
-        a model that says nothing is not right by accident.
+        constant or broken logits are not right by accident.
         """
         _check_labels(target, self.num_classes)
         own = logits.gather(1, target[:, None])
@@ -217,9 +192,9 @@ class ClassificationMetric(Metric):
         seen = torch.stack([torch.ones_like(place), place < 1, place < _TOP], 1)
         self.counts.index_add_(0, target, seen.to(self.counts.dtype))
 
-    def compute(self) -> ClassScores:
+    def compute(self) -> ClassificationScores:
         """The scores of everything counted so far, on all ranks."""
-        return ClassScores.from_counts(self.counts)
+        return ClassificationScores.from_counts(self.counts)
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
@@ -231,17 +206,10 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def _check_names(classes: list[str], num_classes: int) -> None:
-    if len(classes) != num_classes:
-        raise ValueError(f"{len(classes)} class names for scores of {num_classes} classes")
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
 def _ratios(parts: Tensor, wholes: Tensor) -> list[float | None]:
-    return [_ratio(part, whole) for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True)]
+    return [
+        part / whole if whole else None for part, whole in zip(parts.tolist(), wholes.tolist(), strict=True)
+    ]
 
 
 def _mean(values: list[float | None]) -> float:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.errors import ConfigError
 from segformer.evaluation.drawing import INK, grid, legend, panels
+from segformer.inference.predict import writing
 from segformer.telemetry.jsonl import read_metrics
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 def series(rows: list[dict[str, Any]], kinds: tuple[str, ...], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the finite values of `key` in the rows of these kinds."""
-    points = [(int(r["step"]), _number(r.get(key))) for r in rows if r["kind"] in kinds]
+    # Non-finite values are text, unknown ones null.
+    points = [(int(row["step"]), float(row.get(key) or "nan")) for row in rows if row["kind"] in kinds]
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     steps, values = zip(*finite, strict=True) if finite else ((), ())
     return np.array(steps, np.int64), np.array(values, np.float64)
@@ -49,24 +50,12 @@ def score_series(rows: list[dict[str, Any]]) -> tuple[str, np.ndarray, np.ndarra
     return "mIoU", *series(rows, ("eval", "final"), "miou")
 
 
-def _number(value: Any) -> float:
-    """A float of a JSON value; telemetry writes non-finite ones as text, unknown ones as null."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
 def smoothed(values: np.ndarray, width: float) -> np.ndarray:
     """Mean under a Gaussian of standard deviation `width` values, centered so that the curve doesn't lag."""
-    index = np.arange(len(values))
     reach = math.ceil(3 * width)
-    out = np.empty(len(values), np.float64)
-    for at in index:
-        near = slice(max(0, at - reach), at + reach + 1)
-        weight = np.exp(-0.5 * ((index[near] - at) / width) ** 2)
-        out[at] = (weight * values[near]).sum() / weight.sum()
-    return out
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    sums = np.convolve(values, weights)[reach:-reach]
+    return np.asarray(sums / np.convolve(np.ones(len(values)), weights)[reach:-reach])
 
 
 def write_curve(run_dir: Path) -> Path | None:
@@ -90,15 +79,13 @@ def write_curve(run_dir: Path) -> Path | None:
     bottom.plot(rate_steps, rates, color=RATE, linewidth=1.4)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("lr", color=RATE, fontsize=14)
-    bottom.set_xlabel("optimiser step", color=INK, fontsize=14)
+    bottom.set_xlabel("optimizer step", color=INK, fontsize=14)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (top, bottom):
         _style(axes)
     path = run_dir / "curve.png"
-    try:
+    with writing(path):
         figure.savefig(path)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; check the run directory") from error
     return path
 
 
@@ -176,7 +163,7 @@ def write_overlays(
 
     Image (H, W, 3) uint8 RGB; target and prediction (H, W) uint8, class ids, in the target also IGNORE_INDEX.
     """
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("[0-9][0-9]_*.jpg"):
             old.unlink()
@@ -186,9 +173,7 @@ def write_overlays(
             picture = comparison(image, target, prediction, classes=classes, palette=palette)
             picture.save(path, quality=90, subsampling=0)
             paths.append(path)
-        return paths
-    except OSError as error:
-        raise ConfigError(f"{out} can't be written: {error.strerror}; check the run directory") from error
+    return paths
 
 
 def comparison(

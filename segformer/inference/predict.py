@@ -3,19 +3,22 @@
     Predictor(image (H, W, 3) uint8 RGB) -> mask (H, W) uint8, class ids, at the size of the image
 
 `predict` reads one JPEG or PNG file, or those of a folder (not of its sub-folders), and writes for each
-    <output>/<stem>.png           indexed PNG: pixel values are class ids, colours are the palette
-    <output>/<stem>_overlay.jpg   the photograph under the colours of its classes
+    <output>/<stem>.png           indexed PNG: pixel values are class ids, colors are the palette
+    <output>/<stem>_overlay.jpg   the photograph under the colors of its classes
 
 Photographs are decoded as in training, then turned upright as their EXIF orientation says (training leaves
 them as they are stored): masks and overlays are upright, and of the size of the upright picture.
 
 Refuses files that are no whole JPEG or PNG or are larger than MAX_PIXELS or MAX_FILE_BYTES, two inputs with
 one output name, an output that would overwrite an input, and the folder of the inputs as output. The
-headers of all files are looked at before the first is predicted.
+headers of all files are checked before the first is predicted.
 
 Shapes: H W image, K classes.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +28,19 @@ from torch import nn
 
 from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, image_header
-from segformer.data.sources.decode import image_orientation, read_file, unusable, upright, whole_image
+from segformer.data.sources.decode import image_orientation, read_file, upright, whole_image
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import Trained, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
 
 HEADER_BYTES = 2**18  # EXIF, colour profile and previews that come before the size of most JPEGs
-MIN_SIDE = 32  # the least that the encoder takes; smaller images are continued by their edge pixels
+MIN_SIDE = 32  # smaller images are padded with their edge pixels: the encoder reduces by 32
 
 
 @dataclass(kw_only=True, slots=True)
 class PredictConfig:
-    """What to predict with what."""
+    """A model and photographs for it."""
 
     checkpoint: str = "???"
     "Directory of a run, of one of its checkpoints, or of an export."
@@ -50,7 +53,7 @@ class PredictConfig:
     device: str = "auto"
     "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
     alpha: float = 0.5
-    "Share of the class colour in the overlay, 0 to 1."
+    "Share of the class color in the overlay, 0 to 1."
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -93,8 +96,17 @@ class Predictor:
         return prediction[0, :height, :width].to(torch.uint8).cpu().numpy()
 
     def overlay(self, image: np.ndarray, mask: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-        """The image under the colours of `mask`; see `overlay`."""
+        """The image under the colors of `mask`; see `overlay`."""
         return overlay(image, mask, self.palette, alpha)
+
+
+@contextlib.contextmanager
+def writing(place: object) -> Iterator[None]:
+    """ConfigError that names the place where it can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{place} can't be written: {error.strerror}; choose another folder") from error
 
 
 def predict(cfg: PredictConfig) -> list[Path]:
@@ -103,16 +115,13 @@ def predict(cfg: PredictConfig) -> list[Path]:
     plan = _plan(Path(cfg.input), output)
     _check_headers([source for source, _ in plan], cfg.input)
     predictor = Predictor.from_export(cfg.checkpoint, cfg.device, cfg.step)
-    try:
+    with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output={output} can't be made: {error.strerror}; choose another folder"
-        ) from error
     for source, target in plan:
         image = read_image(source)
         mask = predictor(image)
-        _write(target, mask, predictor.palette, predictor.overlay(image, mask, cfg.alpha))
+        with writing(target):
+            _write(target, mask, predictor.palette, predictor.overlay(image, mask, cfg.alpha))
         print(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
     return [target for _, target in plan]
 
@@ -128,30 +137,27 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _check_headers(images: list[Path], source: str) -> None:
-    """DataError where a file is no JPEG or PNG within the limits, as far as its first bytes tell."""
+    """DataError where a file is no JPEG or PNG within the limits, as far as its first bytes show."""
     errors = []
     for path in images:
         try:
             _check_header(path)
         except DataError as error:
             errors.append(error)
-    if errors and len(images) > 1:
+    if len(images) > 1 and errors:
         raise DataError(
             f"{len(errors)} of the {len(images)} images in input={source} can't be used; the first: "
             f"{errors[0]}"
-        ) from errors[0]
+        )
     if errors:
         raise errors[0]
 
 
 def _check_header(path: Path) -> None:
     try:
-        try:
-            image_header(read_file(path, HEADER_BYTES))
-        except ValueError:  # or there is more before it
-            image_header(read_file(path))
-    except ValueError as error:
-        raise unusable(path, error) from error
+        image_header(read_file(path, HEADER_BYTES))
+    except ValueError:  # or its size comes later
+        read_image(path)
 
 
 def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
@@ -196,13 +202,8 @@ def _write(target: Path, mask: np.ndarray, palette: np.ndarray, picture: np.ndar
 
     indexed = Image.fromarray(mask)
     indexed.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).tobytes())  # "L" becomes "P"
-    try:
-        indexed.save(target, optimize=True)
-        Image.fromarray(picture).save(_overlay_path(target), quality=90, subsampling=0)
-    except OSError as error:
-        raise ConfigError(
-            f"{target} can't be written: {error.strerror}; choose another output folder"
-        ) from error
+    indexed.save(target, optimize=True)
+    Image.fromarray(picture).save(_overlay_path(target), quality=90, subsampling=0)
 
 
 def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:
@@ -215,12 +216,9 @@ def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"device={name!r} is unknown; use auto, cpu, cuda or cuda:<number>")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={name} is not there: {torch.cuda.device_count()} GPUs are visible; use auto or cpu"

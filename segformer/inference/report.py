@@ -1,4 +1,4 @@
-"""The report of a run: one file that says what was trained, how it went and what came out.
+"""The report of a run: one page of its scores, curve, pictures and configuration.
 
     runs/<name>/report.html     scores, table of classes, curve.png, overlays/*.jpg, configuration
 
@@ -21,14 +21,15 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.files import write_atomic
 from segformer.inference.pictures import history, series, write_curve, write_overlays
-from segformer.inference.predict import Predictor
+from segformer.inference.predict import Predictor, writing
 from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, load_config
 from segformer.training.task import training_crop
 
-SCORES = {  # of each task: what it is called, its key in metrics.jsonl; the first one compares models
+SCORES = {  # of each task: name and key in metrics.jsonl; the first one compares models
     "segmentation": [("mIoU", "miou"), ("mean accuracy", "macc"), ("pixel accuracy", "aacc")],
     "classification": [("top-1", "top1"), ("top-5", "top5"), ("mean accuracy", "macc")],
 }
@@ -94,17 +95,11 @@ def report(cfg: ReportConfig) -> Path:
     run = Path(cfg.checkpoint)
     run_config = _run_config(run)
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
-    notes = []
     if write_curve(run) is None:
-        notes.append("nothing has been logged yet, so there is no curve")
+        print("report: nothing has been logged yet, so there is no curve")
     if count and run_config.data.task == "segmentation":
-        try:
-            _draw_overlays(run, run_config, count, cfg.device)
-        except (CheckpointError, DataError) as error:  # a report of what there is beats none
-            notes.append(f"no new overlays: {error}")
+        _draw_overlays(run, run_config, count, cfg.device)
     path = write_report(run)
-    for note in notes:
-        print(f"report: {note}")
     for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
         if (run / name).exists():
             print(f"{label}: {run / name}")
@@ -120,21 +115,19 @@ def _run_config(run: Path) -> RunConfig:
     return load_config(run / "config.yaml", RunConfig)
 
 
-def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> list[Path]:
+def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
     """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
-    predictor = Predictor.from_export(run, device)
-    split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
-    reader = ShardReader(split)
-
-    def samples() -> Any:
-        for sample_id in (
-            np.linspace(0, split.num_samples - 1, min(count, split.num_samples)).round().astype(int)
-        ):
-            raw = reader.read(int(sample_id))
-            image = decode_image(raw.image)
-            yield raw.key, image, decode_mask(raw.target), predictor(image)
-
-    return write_overlays(samples(), run / "overlays", classes=predictor.classes, palette=predictor.palette)
+    try:
+        predictor = Predictor.from_export(run, device)
+        split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
+        reader = ShardReader(split)
+        ids = np.linspace(0, split.num_samples - 1, min(count, split.num_samples)).round().astype(int)
+        raws = (reader.read(sample_id) for sample_id in ids.tolist())
+        decoded = ((raw.key, decode_image(raw.image), decode_mask(raw.target)) for raw in raws)
+        samples = ((key, image, target, predictor(image)) for key, image, target in decoded)
+        write_overlays(samples, run / "overlays", classes=predictor.classes, palette=predictor.palette)
+    except (CheckpointError, DataError) as error:  # a report of what there is beats none
+        print(f"report: no new overlays: {error}")
 
 
 def write_report(run: Path) -> Path:
@@ -142,7 +135,7 @@ def write_report(run: Path) -> Path:
     cfg = _run_config(run)
     rows = history(run)
     evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
-    title = html.escape(cfg.name)
+    title, config = html.escape(cfg.name), html.escape((run / "config.yaml").read_text("utf-8"))
     parts = [
         f"<h1>{title}</h1>",
         f"<p>{html.escape(_subtitle(cfg))}</p>",
@@ -150,7 +143,7 @@ def write_report(run: Path) -> Path:
         _curve(run),
         _class_table(evaluations[-1], cfg) if evaluations else "<p>No evaluation has been made yet.</p>",
         _gallery(run),
-        f"<details><summary>Configuration</summary><pre>{_text(run / 'config.yaml')}</pre></details>",
+        f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -160,10 +153,8 @@ def write_report(run: Path) -> Path:
         + "\n</main></body></html>\n"
     )
     path = run / "report.html"
-    try:
-        path.write_text(page, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror}; check the run directory") from error
+    with writing(path):
+        write_atomic(path, page)
     return path
 
 
@@ -186,7 +177,7 @@ def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: R
     _, scores = series(rows, ("eval", "final"), key)
     steps, losses = series(rows, ("train",), "loss")
     _, rates = series(rows, ("train",), "images_per_s")
-    values = [
+    cards = [
         (first, _percent(last.get(key))),
         (f"best {first}", _percent(scores.max() if len(scores) else None)),
         *((name, _percent(last.get(other))) for name, other in others),
@@ -194,23 +185,13 @@ def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: R
         (f"of {cfg.steps} steps", str(steps[-1]) if len(steps) else "0"),
         ("images/s, median", f"{np.median(rates):.1f}" if len(rates) else "-"),
     ]
-    return '<div class="cards">' + "".join(_card(name, value) for name, value in values) + "</div>"
-
-
-def _card(name: str, value: str) -> str:
-    return f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
+    shown = [f'<div class="card"><b>{value}</b><span>{name}</span></div>' for name, value in cards]
+    return f'<div class="cards">{"".join(shown)}</div>'
 
 
 def _percent(value: Any) -> str:
     """A share as per cent with one digit; "-" where it was not measured or the class did not occur."""
     return f"{100 * value:.1f}" if isinstance(value, int | float) and value == value else "-"
-
-
-def _curve(run: Path) -> str:
-    path = run / "curve.png"
-    if not path.is_file():
-        return ""
-    return f"<h2>Training</h2>{_image(path, 'image/png', 'loss and validation score')}"
 
 
 Figures = tuple[tuple[str, ...], Sequence[tuple[Any, tuple[str, ...]]], tuple[str, ...]]
@@ -251,14 +232,14 @@ def _cells(texts: tuple[str, ...]) -> str:
 
 def _class_table(row: dict[str, Any], cfg: RunConfig) -> str:
     heads, figures, total = _pixel_figures(row) if "iou" in row else _image_figures(row)
-    names, colours = _class_names(cfg), class_palette(cfg.data)
+    names, colors = _class_names(cfg), class_palette(cfg.data)
     lines = []
     for k, (share, texts) in enumerate(figures):
         name = html.escape(names[k] if k < len(names) else f"class {k}")
-        colour = "#{:02x}{:02x}{:02x}".format(*colours[k]) if k < len(colours) else "transparent"
+        color = "#{:02x}{:02x}{:02x}".format(*colors[k]) if k < len(colors) else "transparent"
         bar = f'<i style="width:{100 * share:.1f}%"></i>' if isinstance(share, int | float) else ""
         lines.append(
-            f'<tr><td><span class="chip" style="background:{colour}"></span>{name}</td>'
+            f'<tr><td><span class="chip" style="background:{color}"></span>{name}</td>'
             f'<td class="bar">{bar}</td>{_cells(texts)}</tr>'
         )
     last = f'<tr><td>{total[0]}</td><td class="bar"></td>{_cells(total[1:])}</tr>'
@@ -268,6 +249,12 @@ def _class_table(row: dict[str, Any], cfg: RunConfig) -> str:
     if len(lines) > MANY_CLASSES:
         return f"<details><summary>{title}</summary>{table}</details>"
     return f"<h2>{title}</h2>{table}"
+
+
+def _curve(run: Path) -> str:
+    path = run / "curve.png"
+    picture = _image(path, "image/png", "loss and validation score") if path.is_file() else ""
+    return picture and f"<h2>Training</h2>{picture}"
 
 
 def _gallery(run: Path) -> str:
@@ -282,7 +269,3 @@ def _gallery(run: Path) -> str:
 def _image(path: Path, kind: str, text: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{html.escape(text)}" src="data:{kind};base64,{data}">'
-
-
-def _text(path: Path) -> str:
-    return html.escape(path.read_text("utf-8"))

@@ -27,7 +27,7 @@ from segformer.evaluation.inference_mode import (
     in_mode,
     settings,
 )
-from segformer.evaluation.metrics import AnyScores
+from segformer.evaluation.metrics import Scores
 from segformer.inference.export import Trained, open_checkpoint
 from segformer.telemetry.progress import duration
 
@@ -58,7 +58,7 @@ class EvaluateConfig(InferenceModeConfig):
         EngineConfig(precision=self.precision)
 
 
-def evaluate_checkpoint(cfg: EvaluateConfig) -> AnyScores:
+def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     """Print the table of scores (rank zero) and return them; all ranks."""
     world = init_world()
     try:

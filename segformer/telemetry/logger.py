@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar or log lines, metrics.jsonl, log.txt; wandb and TensorBoard.
+"""The log of a run: progress bar or lines, metrics.jsonl, log.txt, wandb and TensorBoard.
 
 Rank zero alone writes; on other ranks every method returns at once.
 
@@ -17,12 +17,14 @@ and named at the end, and never the run.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +34,18 @@ import numpy as np
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
 from segformer.telemetry.jsonl import LineFile
-from segformer.telemetry.progress import Bar, duration, on_terminal, shown_figures
-from segformer.telemetry.queue import Outbox, Tracker
-from segformer.telemetry.trackers import confusion_picture, open_tensorboard, open_wandb
+from segformer.telemetry.progress import duration, fitting, on_terminal, open_bar, train_figures
+from segformer.telemetry.trackers import (
+    Tensorboard,
+    Tracker,
+    Wandb,
+    confusion_picture,
+    one_line,
+    without_secrets,
+)
 
 WANDB_MODES = ("disabled", "offline", "online")
 MAX_CLASSES = 200  # with more, per-class curves go to metrics.jsonl only
-FINISH_S = 10.0  # for what is local
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,7 +53,7 @@ class TelemetryConfig:
     """Logging of a run."""
 
     log_every: int = 10
-    "Optimiser steps between two log lines and metrics.jsonl entries."
+    "Optimizer steps between two log lines and metrics.jsonl entries."
     progress: bool | None = None
     "Progress bar; null shows it when standard error is a terminal, and prints lines otherwise."
     wandb: str = "disabled"
@@ -56,8 +63,7 @@ class TelemetryConfig:
     wandb_entity: str | None = None
     "wandb user or team; null takes the account's default."
     wandb_timeout_s: float = 15.0
-    """Seconds that the start of a run waits for wandb's server, and likewise its end; in between it never
-    waits."""
+    """Seconds that the start of a run waits for wandb's server, and likewise its end; no step waits."""
     tensorboard: bool = False
     "Event files in the run directory's folder tensorboard (needs the package tensorboard)."
     images: int = 4
@@ -81,16 +87,20 @@ class TelemetryConfig:
 
     @property
     def pictures(self) -> int:
-        """How many validation pictures somebody will see: 0 without wandb and TensorBoard."""
+        """Number of validation pictures that somebody will see: 0 without wandb and TensorBoard."""
         return self.images if self.wandb != "disabled" or self.tensorboard else 0
 
-    def check_account(self) -> None:
-        """ConfigError where wandb is to be online and nobody has logged in."""
-        if self.wandb == "online" and not (
-            "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-        ):
+    def check_trackers(self) -> None:
+        """ConfigError for wandb online without an account, and for TensorBoard without its package."""
+        account = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        if self.wandb == "online" and not account:
             raise ConfigError(
                 "telemetry.wandb=online needs an account; run `wandb login`, set WANDB_API_KEY or use offline"
+            )
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(
+                "telemetry.tensorboard=true needs the package tensorboard, which is not installed; "
+                "run `pip install 'segformer[tensorboard]'` or set it to false"
             )
 
 
@@ -105,7 +115,7 @@ def _jsonable(value: Any) -> Any:
 
 
 class Telemetry:
-    """The run's log; a context manager, so that bar, files and wandb are closed also when training fails."""
+    """The log of a run; a context manager, which closes bar, files and trackers also when training fails."""
 
     def __init__(
         self,
@@ -117,33 +127,44 @@ class Telemetry:
         steps: int,
         config: dict[str, Any],
     ):
-        self.world = world
-        self.steps = steps
+        self.world, self.steps = world, steps
         self._cfg = cfg
-        self._bar: Bar | None = None
-        self._outboxes: list[Outbox] = []
-        world.on_main(lambda: self._open(run_dir, name, config))
+        self._bar: Any = None
+        self._trackers: dict[str, Tracker] = {}
+        self._missed: Counter[str] = Counter()
+        world.on_main(lambda: self._open(run_dir, name, without_secrets(config)))
 
     def _open(self, run_dir: Path, name: str, config: dict[str, Any]) -> None:
         cfg = self._cfg
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._log = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "log.txt")
         self._show_bar = on_terminal() if cfg.progress is None else cfg.progress
+        openers: dict[str, Callable[[], Tracker]] = {}
         if cfg.tensorboard:
-            self._outboxes.append(open_tensorboard(run_dir, config))
+            openers["TensorBoard"] = lambda: Tensorboard(run_dir, config)
         if cfg.wandb != "disabled":
-            self._outboxes.append(
-                open_wandb(
-                    run_dir,
-                    mode=cfg.wandb,
-                    timeout_s=cfg.wandb_timeout_s,
-                    project=cfg.wandb_project,
-                    entity=cfg.wandb_entity,
-                    name=name,
-                    config=config,
-                )
+            openers["wandb"] = lambda: Wandb(
+                run_dir,
+                self.line,
+                mode=cfg.wandb,
+                timeout_s=cfg.wandb_timeout_s,
+                project=cfg.wandb_project,
+                entity=cfg.wandb_entity,
+                name=name,
+                config=config,
             )
-        self._tell()
+        for title, opener in openers.items():
+            with self._counted(title):
+                self._trackers[title] = opener()
+
+    @contextlib.contextmanager
+    def _counted(self, tracker: str) -> Iterator[None]:
+        """Around a call of a tracker: what it raises is counted, and logged the first time."""
+        try:
+            yield
+        except Exception as error:
+            if not self._missed[tracker]:
+                self.line(f"{tracker}: {one_line(error)}")
+            self._missed[tracker] += 1
 
     def __enter__(self) -> Telemetry:
         return self
@@ -156,42 +177,36 @@ class Telemetry:
         if not self.world.is_main:
             return
         text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no Unicode
-        self._note(text)
-        if self._bar is not None:
-            self._bar.line(text)
-            return
-        with contextlib.suppress(OSError):  # nobody looks any more
-            print(text, file=sys.stderr, flush=True)
-
-    def _note(self, text: str) -> None:
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
+        with contextlib.suppress(OSError):  # the terminal has gone
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
-        if not self.world.is_main:
-            return
         self._send(lambda tracker: tracker.begin(step))
-        if self._show_bar and step < self.steps:
-            self._bar = Bar(step, self.steps)
+        if self.world.is_main and self._show_bar and step < self.steps:
+            self._bar = open_bar(step, self.steps)
 
     def advance(self) -> None:
-        """One optimiser step is done; rank zero."""
+        """One optimizer step is done; rank zero."""
         if self._bar is not None:
-            self._bar.advance()
+            self._bar.update(1)
 
     def train(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Record a training interval that ended with `step` steps done; rank zero."""
         if not self.world.is_main:
             return
-        self._record("train", step, values)
-        shown = shown_figures(values)
+        self.event("train", step, **values)
+        figures = train_figures(values)
         if self._bar is not None:
-            self._bar.show(shown)
-            self._note(f"step {step} {'  '.join(shown)}")
+            self._bar.set_postfix_str(fitting(figures))
+            self._log.write(f"{time.strftime('%H:%M:%S')} step {step} {'  '.join(figures)}")
         else:
             eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
-            self.line(f"step {step}/{self.steps}  {'  '.join(shown)}  eta {eta}")
-        self._tell()
+            self.line(f"step {step}/{self.steps}  {'  '.join(figures)}  eta {eta}")
 
     def scores(self, kind: str, step: int, values: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
         """Record an evaluation ("eval") or the last one ("final"); rank zero.
@@ -199,61 +214,46 @@ class Telemetry:
         The trackers get the numbers, a curve for each class, and the confusion matrix as a picture; `classes`
         are the names of the lists' entries.
         """
-        if not self.world.is_main:
+        self.event(kind, step, **values)
+        if not self._trackers:
             return
-        self._record(kind, step, values)
-        if not self._outboxes:
-            return
-        curves: dict[str, Any] = {}
+        curves = dict(values) if kind == "final" else {}  # the last point of the curves
         for name, entries in values.items():
             if isinstance(entries, list) and len(entries) <= MAX_CLASSES and name != "confusion":
                 names = classes if len(classes) == len(entries) else [f"{k}" for k in range(len(entries))]
                 curves |= {f"{name}/{label}": v for label, v in zip(names, entries, strict=True)}
         self._scalars("eval", step, curves)
-        if kind == "final":  # the last point of the curves
-            self._scalars("eval", step, values)
         if values.get("confusion"):
-            self._pictures(step, {"eval/confusion": confusion_picture(values["confusion"])})
+            picture = confusion_picture(values["confusion"])
+            self._send(lambda tracker: tracker.pictures(step, {"eval/confusion": picture}))
 
     def replaced(self, step: int, sample_id: int, reason: str) -> None:
-        """Say that a corrupt sample was replaced, and why; rank zero."""
-        if self.world.is_main:
-            self.line(f"replaced by its neighbour: {reason}")
-            self._record("replaced", step, {"sample_id": sample_id, "reason": reason})
+        """Record that a corrupt sample was replaced, and why; rank zero."""
+        self.line(f"replaced by its neighbor: {reason}")
+        self.event("replaced", step, sample_id=sample_id, reason=reason)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Record something that happened at `step` as an object of its own in metrics.jsonl; rank zero."""
         if self.world.is_main:
-            self._record(kind, step, values)
+            entry = {"kind": kind, "step": step} | {name: _jsonable(value) for name, value in values.items()}
+            self._metrics.write(json.dumps(entry))
+            self._scalars(kind, step, values)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Give pictures, uint8 (H, W, 3) by name, to the trackers, as pictures/<name>; rank zero."""
-        if self.world.is_main:
-            self._pictures(step, {f"pictures/{name}": picture for name, picture in pictures.items()})
-
-    def _pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Give validation pictures, uint8 (H, W, 3) by name, to the trackers; rank zero."""
         if pictures:
-            size = sum(picture.nbytes for picture in pictures.values())
-            self._send(lambda tracker: tracker.pictures(step, pictures), size)
-
-    def _record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        entry = {"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}
-        self._metrics.write(json.dumps(entry))
-        self._scalars(kind, step, values)
+            named = {f"pictures/{name}": picture for name, picture in pictures.items()}
+            self._send(lambda tracker: tracker.pictures(step, named))
 
     def _scalars(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         numbers = {f"{kind}/{name}": float(v) for name, v in values.items() if isinstance(v, int | float)}
         if numbers:
             self._send(lambda tracker: tracker.scalars(step, numbers))
 
-    def _send(self, call: Callable[[Tracker], None], size: int = 0) -> None:
-        for outbox in self._outboxes:
-            outbox.put(call, size)
-
-    def _tell(self) -> None:
-        for outbox in self._outboxes:
-            for text in outbox.lines():
-                self.line(text)
+    def _send(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            with self._counted(name):
+                call(tracker)
 
     def stop_bar(self) -> None:
         """Take the bar away, so that what follows is printed plainly."""
@@ -266,10 +266,9 @@ class Telemetry:
         if not self.world.is_main:
             return
         self.stop_bar()
-        for outbox in self._outboxes:
-            outbox.finish(FINISH_S + (self._cfg.wandb_timeout_s if outbox.name == "wandb" else 0))
-        self._tell()
-        self._outboxes = []
+        self._send(lambda tracker: tracker.close())
+        for name, count in self._missed.items():
+            self.line(f"{name} missed {count} entries; metrics.jsonl has them all")
         for file in (self._metrics, self._log):
             if file.lost:
                 self.line(f"{file.path}: {file.lost} lines could not be written; is the disk full?")

@@ -1,7 +1,7 @@
-"""How fast a run trains and what that costs: rates of an interval, memory, loss spikes.
+"""Rates of a training interval, memory, loss spikes.
 
     images_per_s         images over all ranks / wall time of the interval
-    step_s               wall time / optimiser steps, with all that lies between the steps
+    step_s               wall time / optimizer steps, with all that lies between the steps
     step_p50_s, _p99_s   nearest-rank percentiles of the step times of rank zero. On a GPU they are times
                          between CUDA events, one after each step: the host runs ahead of the device, and its
                          clock shows the device's steps only where the loop waits for it
@@ -49,9 +49,8 @@ PEAK_FLOPS = {
         756.5: ("NVIDIA H100 PCIe",),
         364.2: ("NVIDIA RTX 6000 Ada Generation",),
         362.05: ("NVIDIA L40S",),
-        312.0: (
-            *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"),
-            *("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
+        312.0: tuple(
+            f"NVIDIA A100{kind}" for kind in ("-SXM4-40GB", "-SXM4-80GB", "-PCIE-40GB", " 80GB PCIe")
         ),
         165.2: ("NVIDIA GeForce RTX 4090",),
         165.0: ("NVIDIA A30",),
@@ -76,33 +75,19 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
-class EnergyCounter:
-    """Joules that the board of a rank's device has used since its driver was loaded (NVML)."""
+def energy(device: torch.device) -> float | None:
+    """Joules that the board of a device has used since its driver was loaded, by NVML; None without."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
 
-    def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = None
-        if device.type != "cuda":
-            return
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            # By its identity: NVML does not count as CUDA_VISIBLE_DEVICES does.
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        except Exception:  # no library, no driver, no counter on this device: NVML has an error for each
-            return
-        self._nvml = pynvml
-
-    def read(self) -> float | None:
-        """The counter, J; None where there is none."""
-        if self._nvml is None:
-            return None
-        try:
-            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
-        except Exception:  # the device has gone
-            return None
+        pynvml.nvmlInit()
+        # By its identity: NVML does not count as CUDA_VISIBLE_DEVICES does.
+        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(board)) / 1e3
+    except Exception:  # no library, no driver, no counter on this device: NVML has an error for each
+        return None
 
 
 class Meter:
@@ -117,7 +102,6 @@ class Meter:
         self._device = torch.device("cpu") if world is None else world.device
         self._flops_per_image = flops_per_image
         self._peak = peak_flops(self._device)
-        self.energy = EnergyCounter(self._device)
         self.reset()
 
     def reset(self) -> None:
@@ -125,7 +109,7 @@ class Meter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._start = time.monotonic()
-        self._joules = self.energy.read()
+        self._joules = energy(self._device)
         self._marks = [self._mark()]
         self._waited = 0.0
         self._busy: float | None = 0.0
@@ -133,7 +117,7 @@ class Meter:
         self._steps = 0
 
     def add(self, images: int, waited: float, seconds: float | None = None) -> None:
-        """Count an optimiser step.
+        """Count an optimizer step.
 
         Args:
             images: of the step, over all ranks.
@@ -154,16 +138,12 @@ class Meter:
         """
         elapsed = max(time.monotonic() - self._start, 1e-9)
         images_per_s = self._images / elapsed
-        joules, now = None, self.energy.read()
-        if now is not None and self._joules is not None:
-            joules = now - self._joules
+        now = energy(self._device)
+        joules = None if now is None or self._joules is None else now - self._joules
         own = (self._waited, self._busy, self._peak, joules)
         ranks = [own] if self._world is None else self._world.gather(own)  # all ranks
         waited, busy, peaks, energies = zip(*ranks, strict=True)
-        peak, energy = _total(peaks), _total(energies)
-        mfu = None
-        if peak and self._flops_per_image:
-            mfu = self._flops_per_image * images_per_s / peak
+        peak, used = _total(peaks), _total(energies)
         straggler, straggler_rank = _straggler(busy)
         times = self._step_times()
         return {
@@ -172,9 +152,9 @@ class Meter:
             "step_p50_s": percentile(times, 0.5),
             "step_p99_s": percentile(times, 0.99),
             "data_wait": max(waited) / elapsed,
-            "mfu": mfu,
-            "power_w": None if energy is None else energy / elapsed,
-            "energy_j_per_image": energy / self._images if energy is not None and self._images else None,
+            "mfu": self._flops_per_image * images_per_s / peak if peak and self._flops_per_image else None,
+            "power_w": None if used is None else used / elapsed,
+            "energy_j_per_image": used / self._images if used is not None and self._images else None,
             "straggler": straggler,
             "straggler_rank": straggler_rank,
         }
@@ -232,22 +212,13 @@ class LossSpike:
         return ratio
 
 
-def host_memory_gib() -> float | None:
-    """Resident set of this process, GiB; None where the system doesn't say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return None
-    return float(pages * os.sysconf("SC_PAGE_SIZE") / 2**30)
-
-
-def memory_gib(device: torch.device) -> float | None:
-    """Peak of the device's allocator since the meter's last reset, or the resident set on a CPU; GiB."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 2**30)
-    return host_memory_gib()
-
-
 def memory(device: torch.device) -> dict[str, float | None]:
-    """memory_gib and host_memory_gib of this rank."""
-    return {"memory_gib": memory_gib(device), "host_memory_gib": host_memory_gib()}
+    """GiB of this rank: peak of the device's allocator since the meter's last reset, and its resident set.
+
+    On a CPU both are the resident set; None where the system has no /proc.
+    """
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else None
+    host = None if pages is None else pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else host
+    return {"memory_gib": peak, "host_memory_gib": host}

@@ -1,4 +1,4 @@
-"""How a run looks while it trains: the figures of a line, and a bar on a terminal.
+"""The figures of a log line, and the progress bar of a terminal.
 
     step 40/500  loss 0.4123  lr 1.2e-04  grad 1.32  18.4 img/s  data wait 1%  eta 3m10s
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-STRAGGLER, SPIKE = 1.2, 2.0  # from where on a line speaks of them
+STRAGGLER, SPIKE = 1.2, 2.0  # from where on a line has them
 BAR = 42  # columns of a bar without figures
 
 
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def shown_figures(values: Mapping[str, Any]) -> list[str]:
+def train_figures(values: Mapping[str, Any]) -> list[str]:
     """The figures of a training interval that a line has room for; those that are None are left out."""
     known = {name: value for name, value in values.items() if value is not None}
     rates = [value for name, value in known.items() if name == "lr" or name.startswith("lr/")]
@@ -54,48 +54,26 @@ def shown_figures(values: Mapping[str, Any]) -> list[str]:
 
 def on_terminal() -> bool:
     """Whether standard error is a terminal with a size; without one (some containers) no bar is drawn."""
-    try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
-    except (OSError, ValueError):
-        return False
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
 
 
-class Bar:
-    """A progress bar on standard error. A terminal that goes away takes the bar with it, not the run."""
+def open_bar(step: int, steps: int) -> Any:
+    """A progress bar on standard error, which tqdm disables where the terminal goes away."""
+    from tqdm import tqdm
 
-    def __init__(self, step: int, steps: int) -> None:
-        from tqdm import tqdm
+    return tqdm(
+        total=steps,
+        initial=step,
+        unit="step",
+        dynamic_ncols=True,
+        smoothing=0.1,
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+    )
 
-        self._bar: Any = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-        )
 
-    def advance(self) -> None:
-        """One step is done."""
-        self._try(lambda: self._bar.update(1))
-
-    def show(self, figures: list[str]) -> None:
-        """Put as many figures beside the bar as the terminal has columns for."""
-        room = shutil.get_terminal_size().columns - BAR
-        while len(figures) > 1 and len(", ".join(figures)) > room:
-            figures = figures[:-1]
-        self._try(lambda: self._bar.set_postfix_str(", ".join(figures)))
-
-    def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._try(lambda: self._bar.write(text, file=sys.stderr))
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._try(lambda: self._bar.close())
-
-    def _try(self, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except OSError:
-            self._bar.disable = True
+def fitting(figures: list[str]) -> str:
+    """As many figures as the terminal has columns for beside the bar, at least one."""
+    room = shutil.get_terminal_size().columns - BAR
+    while len(figures) > 1 and len(", ".join(figures)) > room:
+        figures = figures[:-1]
+    return ", ".join(figures)

@@ -21,7 +21,7 @@ from pathlib import Path
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
 from segformer.errors import CheckpointError, RunTaken
-from segformer.evaluation.metrics import AnyScores
+from segformer.evaluation.metrics import Scores
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import duration
@@ -34,7 +34,7 @@ from segformer.training.stopping import Stopping
 from segformer.training.task import Task
 
 
-def train(cfg: RunConfig, world: World) -> AnyScores:
+def train(cfg: RunConfig, world: World) -> Scores:
     """Train, or continue, the run of `cfg` and return the scores of its last step, equal on all ranks.
 
     Raises:
@@ -58,7 +58,7 @@ def train(cfg: RunConfig, world: World) -> AnyScores:
             return _loop(cfg, world, task, model, run)
 
 
-def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> AnyScores:
+def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores:
     telemetry, meter, stopping, losses = run.telemetry, run.meter, run.stopping, LossSum(world.device)
     telemetry.start(model.state.step)
     meter.reset()
@@ -125,7 +125,7 @@ def _log(world: World, model: ModelState, run: Services, losses: LossSum, norm: 
     run.meter.reset()
 
 
-def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> AnyScores | None:
+def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores | None:
     """Scores on the evaluation split, None where the ranks stop; remembers the best step; all ranks."""
     start, state, telemetry = time.monotonic(), model.state, run.telemetry
     swapped = contextlib.nullcontext() if model.ema is None else model.ema.swapped_in(world)

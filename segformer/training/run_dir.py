@@ -28,7 +28,7 @@ def leased(cfg: RunConfig, world: World) -> Iterator[Lease | None]:
 
 def _take(cfg: RunConfig, held: contextlib.ExitStack) -> Lease:
     """Make the run directory, or take the one that exists and belongs to this configuration; rank zero."""
-    cfg.telemetry.check_account()
+    cfg.telemetry.check_trackers()
     run_dir = Path(cfg.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)

@@ -25,7 +25,7 @@ from segformer.distributed.world import World
 from segformer.errors import ConfigError, SegformerError
 from segformer.evaluation.drawing import Gallery
 from segformer.evaluation.evaluate import evaluate
-from segformer.evaluation.metrics import AnyScores
+from segformer.evaluation.metrics import Scores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
@@ -69,7 +69,7 @@ class Task:
         should_stop: Callable[[], bool],
         on_error: Callable[[SegformerError], None],
         pictures: int = 0,
-    ) -> AnyScores | None:
+    ) -> Scores | None:
         """Scores on the evaluation split, None where `should_stop` answered True; all ranks. See evaluate.py.
 
         pictures: validation images to draw with target and prediction (scores.pictures); segmentation only.

@@ -118,7 +118,7 @@ def test_a_damaged_sample_ends_a_run_and_the_steps_before_it_are_kept(damaged):
 def test_a_corrupt_sample_within_the_budget_is_replaced_named_once_and_kept_in_the_state(damaged, metrics):
     """20 steps of 4 are five epochs of 16: both ranks meet the sample, several times, and count it once."""
     run = damaged[0] / "replaced"
-    assert (run / "log.txt").read_text().count("replaced by its neighbour: shard ") == 1
+    assert (run / "log.txt").read_text().count("replaced by its neighbor: shard ") == 1
     (line,) = metrics(run, "replaced")
     assert "train-000002.tar" in line["reason"]
     assert load_checkpoint(run / "checkpoints", step=STEPS).state.corrupt == [line["sample_id"]]

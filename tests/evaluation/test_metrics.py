@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from segformer.errors import DataError
-from segformer.evaluation.metrics import ClassificationMetric, ClassScores, Scores, SegmentationMetric
+from segformer.evaluation.metrics import (
+    ClassificationMetric,
+    ClassificationScores,
+    SegmentationMetric,
+    SegmentationScores,
+)
 
 
 def chosen(prediction, classes=5):
@@ -33,7 +38,7 @@ def test_confusion_equals_a_loop_over_pixels_and_batches():
             if t != 255:
                 expected[t][p] += 1
     assert metric.compute().confusion == expected
-    assert metric.confusion.dtype == torch.int64
+    assert metric.counts.dtype == torch.int64
 
 
 def test_scores_equal_set_operations_on_the_pixels():
@@ -58,13 +63,13 @@ def test_logits_of_a_lower_resolution_are_enlarged_before_they_are_compared():
     metric, enlarged = SegmentationMetric(5), SegmentationMetric(5)
     metric.update(logits, target)
     enlarged.update(torch.nn.functional.interpolate(logits, (14, 11), mode="bilinear"), target)
-    assert torch.equal(metric.confusion, enlarged.confusion)
+    assert torch.equal(metric.counts, enlarged.counts)
 
 
 def test_absent_classes_are_none_and_outside_the_means():
     # class 0: labelled 4, right 2; class 1: labelled 2, right 2, predicted 3; 2: absent; 3: only predicted
     confusion = torch.tensor([[2, 1, 0, 1], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    scores = Scores.from_confusion(confusion)
+    scores = SegmentationScores.from_counts(confusion)
     assert scores.iou == [2 / 4, 2 / 3, None, 0.0]
     assert scores.acc == [2 / 4, 1.0, None, None]
     assert scores.miou == pytest.approx((2 / 4 + 2 / 3 + 0) / 3)
@@ -74,7 +79,7 @@ def test_absent_classes_are_none_and_outside_the_means():
 
 def test_counts_beyond_the_integers_of_float32_stay_exact():
     metric = SegmentationMetric(2)
-    metric.confusion += torch.tensor([[2**40 + 1, 0], [0, 3]])
+    metric.counts += torch.tensor([[2**40 + 1, 0], [0, 3]])
     metric.update(chosen(torch.zeros(1, 1, 1), 2), torch.zeros(1, 1, 1, dtype=torch.uint8))
     assert metric.compute().confusion == [[2**40 + 2, 0], [0, 3]]
 
@@ -104,7 +109,7 @@ def test_reset_starts_from_zero():
     for prediction, target in batches():
         metric.reset()
         metric.update(chosen(prediction), target)
-    assert metric.confusion.sum() == (target != 255).sum()
+    assert metric.counts.sum() == (target != 255).sum()
 
 
 def test_a_label_outside_the_classes_is_refused_and_named():
@@ -122,7 +127,7 @@ def test_an_ignored_batch_counts_nothing():
 
 
 def test_table_is_aligned_and_ends_with_the_means():
-    scores = Scores.from_confusion(torch.tensor([[1200, 300, 0], [100, 400, 0], [0, 0, 0]]))
+    scores = SegmentationScores.from_counts(torch.tensor([[1200, 300, 0], [100, 400, 0], [0, 0, 0]]))
     assert scores.table(["background", "nucleus", "debris"]).split("\n") == [
         "class         IoU  accuracy  pixels",
         "-----------------------------------",
@@ -135,8 +140,8 @@ def test_table_is_aligned_and_ends_with_the_means():
 
 
 def test_scores_survive_json():
-    scores = Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
-    assert Scores(**json.loads(json.dumps(scores.to_dict()))) == scores
+    scores = SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
+    assert SegmentationScores(**json.loads(json.dumps(scores.to_dict()))) == scores
 
 
 def ranked(rows):
@@ -182,7 +187,7 @@ def test_with_fewer_than_five_classes_all_are_among_the_first_five():
 
 
 def test_the_table_of_classes_ends_with_all_images():
-    scores = ClassScores.from_counts(torch.tensor([[1200, 900, 1140], [300, 60, 150], [0, 0, 0]]))
+    scores = ClassificationScores.from_counts(torch.tensor([[1200, 900, 1140], [300, 60, 150], [0, 0, 0]]))
     assert scores.table(["cat", "dog", "owl"]).split("\n") == [
         "class  top-1  top-5  images",
         "---------------------------",
@@ -194,24 +199,24 @@ def test_the_table_of_classes_ends_with_all_images():
     ]
 
 
-def test_of_many_classes_the_table_has_those_that_are_recognised_worst():
+def test_of_many_classes_the_table_has_those_that_are_recognized_worst():
     counts = torch.tensor([[100, hits, 100] for hits in range(100)])
-    lines = ClassScores.from_counts(counts).table([f"c{k}" for k in range(100)]).split("\n")
+    lines = ClassificationScores.from_counts(counts).table([f"c{k}" for k in range(100)]).split("\n")
     assert [line.split()[0] for line in lines[2:-2]] == [f"c{k}" for k in range(20)]
     assert lines[-1].split() == ["all", "100", "49.50", "100.00", "10,000"]
 
 
 def test_class_scores_survive_json_and_refuse_a_class_that_is_not_there():
-    scores = ClassScores.from_counts(torch.tensor([[2, 1, 2], [1, 1, 1]]))
-    assert ClassScores(**json.loads(json.dumps(scores.to_dict()))) == scores
+    scores = ClassificationScores.from_counts(torch.tensor([[2, 1, 2], [1, 1, 1]]))
+    assert ClassificationScores(**json.loads(json.dumps(scores.to_dict()))) == scores
     with pytest.raises(DataError, match=r"labels \[3\]"):
         ClassificationMetric(3).update(torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
 def test_pictures_are_no_part_of_the_numbers():
-    scores = Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
+    scores = SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
     scores.pictures = {"a": np.zeros((2, 6, 3), np.uint8)}
     assert "pictures" not in scores.to_dict()
-    assert scores == Scores.from_confusion(torch.tensor([[2, 1], [0, 2]]))
+    assert scores == SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
     assert scores.summary() == f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
     assert scores.score == scores.miou

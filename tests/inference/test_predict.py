@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory):
     torch.manual_seed(1)
     model = build_model(ModelConfig(), 3).eval()
     return write_export(
@@ -38,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path):
     """A folder with a JPEG, a grey PNG, and a file that is no picture."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -49,13 +48,11 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def config(checkpoint: Path, source: Path, output: Path) -> PredictConfig:
+def config(checkpoint, source, output):
     return PredictConfig(checkpoint=str(checkpoint), input=str(source), output=str(output), device="cpu")
 
 
-def test_the_mask_is_an_indexed_png_of_class_ids_at_the_size_of_the_image(
-    checkpoint: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_the_mask_is_an_indexed_png_of_class_ids_at_the_size_of_the_image(checkpoint, photos, tmp_path):
     (path,) = predict(config(checkpoint, photos / "b.JPG", tmp_path / "out"))
     predictor = Predictor.from_export(checkpoint, "cpu")
     with Image.open(path) as picture:
@@ -65,9 +62,7 @@ def test_the_mask_is_an_indexed_png_of_class_ids_at_the_size_of_the_image(
         assert picture.size == (70, 50)
 
 
-def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(
-    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(checkpoint, photos, tmp_path, capsys):
     predict(config(checkpoint, photos, tmp_path / "deep/out"))
     names = sorted(path.name for path in (tmp_path / "deep/out").iterdir())
     assert names == ["a.png", "a_overlay.jpg", "b.png", "b_overlay.jpg"]
@@ -76,14 +71,14 @@ def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(
     assert "b.JPG" in capsys.readouterr().out
 
 
-def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoint: Path) -> None:
+def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoint):
     image = np.random.default_rng(1).integers(0, 256, (40, 40, 3), np.uint8)
     predictor = Predictor.from_export(checkpoint, "cpu")
     turned = np.ascontiguousarray(image.transpose(1, 0, 2)).transpose(1, 0, 2)
     assert np.array_equal(predictor(image), predictor(turned))
 
 
-def pictures() -> dict[str, Image.Image]:
+def pictures():
     """Smooth pictures of every mode that a JPEG or PNG may have."""
     small = np.random.default_rng(3).integers(0, 256, (5, 7, 3), np.uint8)
     colour = Image.fromarray(small).resize((70, 50), Image.Resampling.BICUBIC)
@@ -95,7 +90,7 @@ def pictures() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("orientation", [None, 1])
 @pytest.mark.parametrize("name", pictures())
-def test_a_photograph_is_decoded_as_in_training(tmp_path: Path, name: str, orientation: int | None) -> None:
+def test_a_photograph_is_decoded_as_in_training(tmp_path, name, orientation):
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
@@ -107,9 +102,7 @@ def test_a_photograph_is_decoded_as_in_training(tmp_path: Path, name: str, orien
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_a_photograph_is_turned_as_its_exif_orientation_says(
-    tmp_path: Path, suffix: str, orientation: int
-) -> None:
+def test_a_photograph_is_turned_as_its_exif_orientation_says(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"
@@ -121,7 +114,7 @@ def test_a_photograph_is_turned_as_its_exif_orientation_says(
     assert np.abs(decoded.astype(int) - expected).max() <= (4 if suffix == "jpg" else 0)
 
 
-def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint: Path, tmp_path: Path) -> None:
+def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to view
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
@@ -132,18 +125,18 @@ def test_mask_and_overlay_of_a_turned_photograph_are_upright(checkpoint: Path, t
 
 
 @pytest.mark.parametrize("name", ["missing.jpg", "missing"])
-def test_a_missing_input_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_input_is_refused(checkpoint, tmp_path, name):
     with pytest.raises(DataError, match=rf"{name} does not exist"):
         predict(config(checkpoint, tmp_path / name, tmp_path / "out"))
 
 
-def test_a_folder_without_pictures_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_folder_without_pictures_is_refused(checkpoint, tmp_path):
     with pytest.raises(DataError, match="holds no"):
         predict(config(checkpoint, tmp_path, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"GIF89a" + b"\0" * 40, b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_jpeg_or_png_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_jpeg_or_png_is_refused(tmp_path, content):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"x.jpg' is not a whole JPEG or PNG"):
@@ -151,14 +144,14 @@ def test_what_is_no_jpeg_or_png_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 @pytest.mark.parametrize("name", ["a.png", "b.JPG"])
-def test_a_truncated_picture_is_refused(photos: Path, tmp_path: Path, name: str) -> None:
+def test_a_truncated_picture_is_refused(photos, tmp_path, name):
     data = (photos / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(DataError, match="not a whole"):
         read_image(tmp_path / name)
 
 
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -166,29 +159,27 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: 
             read_image(tmp_path / "bomb.png")
 
 
-def test_two_pictures_of_one_stem_are_refused(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_two_pictures_of_one_stem_are_refused(checkpoint, photos, tmp_path):
     (photos / "a.jpg").write_bytes((photos / "b.JPG").read_bytes())
     with pytest.raises(DataError, match=r"a.jpg and a.png would both become"):
         predict(config(checkpoint, photos, tmp_path / "out"))
 
 
-def test_an_input_is_never_overwritten(checkpoint: Path, photos: Path) -> None:
+def test_an_input_is_never_overwritten(checkpoint, photos):
     before = (photos / "a.png").read_bytes()
     with pytest.raises(ConfigError, match="would overwrite the input"):
         predict(config(checkpoint, photos / "a.png", photos))
     assert (photos / "a.png").read_bytes() == before
 
 
-def test_the_folder_of_the_input_is_refused_as_output(checkpoint: Path, photos: Path) -> None:
+def test_the_folder_of_the_input_is_refused_as_output(checkpoint, photos):
     (photos / "a.png").unlink()
     with pytest.raises(ConfigError, match=r"output=.*/photos is the input folder: .*choose another"):
         predict(config(checkpoint, photos, photos / "../photos"))
     assert sorted(path.name for path in photos.iterdir()) == ["b.JPG", "notes.txt"]
 
 
-def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(
-    checkpoint: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(checkpoint, photos, tmp_path):
     (photos / "x.png").write_bytes(b"text")
     Image.new("1", (10_000, 10_000)).save(photos / "y.png")
     message = r"2 of the 4 images in input=.*photos can't be used; the first: '.*x.png' is not a whole"
@@ -197,44 +188,38 @@ def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(checkpoint, tmp_path):
     picture = Image.new("RGB", (40, 40))
     picture.save(tmp_path / "long.jpg", icc_profile=b"\0" * 400_000)
     assert len(predict(config(checkpoint, tmp_path / "long.jpg", tmp_path / "out"))) == 1
 
 
 @pytest.mark.parametrize("output", ["file", "file/below"])
-def test_an_output_that_cannot_be_a_folder_is_refused(
-    checkpoint: Path, photos: Path, tmp_path: Path, output: str
-) -> None:
+def test_an_output_that_cannot_be_a_folder_is_refused(checkpoint, photos, tmp_path, output):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="output="):
         predict(config(checkpoint, photos, tmp_path / output))
 
 
-def test_a_checkpoint_that_is_none_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_none_is_refused(photos, tmp_path):
     with pytest.raises(CheckpointError, match="neither a run"):
         predict(config(photos, photos, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
-def test_a_device_that_is_not_there_is_refused(checkpoint: Path, device: str) -> None:
+def test_a_device_that_is_not_there_is_refused(checkpoint, device):
     with pytest.raises(ConfigError, match="device="):
         Predictor.from_export(checkpoint, device)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
-def test_alpha_outside_0_to_1_is_refused(alpha: float) -> None:
+def test_alpha_outside_0_to_1_is_refused(alpha):
     with pytest.raises(ConfigError, match="alpha="):
         PredictConfig(checkpoint="a", input="b", output="c", alpha=alpha)
 
 
-def test_the_command_line_predicts_and_refuses_with_one_line(
-    root: Path, checkpoint: Path, photos: Path, tmp_path: Path
-) -> None:
-    def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+def test_the_command_line_predicts_and_refuses_with_one_line(root, checkpoint, photos, tmp_path):
+    def run(*overrides):
         command = [sys.executable, "launch/predict.py", f"checkpoint={checkpoint}", *overrides]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
@@ -247,7 +232,5 @@ def test_the_command_line_predicts_and_refuses_with_one_line(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 90), (31, 33)])
-def test_images_smaller_than_the_encoder_takes_are_predicted_at_their_size(
-    checkpoint: Path, size: tuple[int, int]
-) -> None:
+def test_images_smaller_than_the_encoder_takes_are_predicted_at_their_size(checkpoint, size):
     assert Predictor.from_export(checkpoint, "cpu")(np.zeros((*size, 3), np.uint8)).shape == size

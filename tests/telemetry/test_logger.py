@@ -16,7 +16,7 @@ import torch
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
 from segformer.telemetry.logger import Telemetry, TelemetryConfig
-from segformer.telemetry.progress import duration, shown_figures
+from segformer.telemetry.progress import duration, train_figures
 
 MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 VALUES = {
@@ -104,9 +104,9 @@ def test_online_without_an_account_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="wandb login"):
-        TelemetryConfig(wandb="online").check_account()
+        TelemetryConfig(wandb="online").check_trackers()
     monkeypatch.setenv("WANDB_API_KEY", "key")
-    TelemetryConfig(wandb="online").check_account()
+    TelemetryConfig(wandb="online").check_trackers()
 
 
 @pytest.mark.parametrize(
@@ -120,17 +120,17 @@ def test_nonsense_is_refused_by_name(bad):
 
 def test_a_line_speaks_of_mfu_stragglers_spikes_and_skipped_steps_only_where_there_are_some():
     quiet = VALUES | {"mfu": None, "straggler": 1.19, "straggler_rank": 0, "loss_spike": 1.9, "skipped": 0}
-    assert shown_figures(quiet) == shown_figures(VALUES)
+    assert train_figures(quiet) == train_figures(VALUES)
     loud = VALUES | {"mfu": 0.314, "straggler": 1.2, "straggler_rank": 3, "loss_spike": 2.0, "skipped": 2}
-    assert shown_figures(loud)[5:] == ["mfu 31.4%", "rank 3 1.2x slow", "loss spike 2.0x", "skipped 2"]
-    assert shown_figures({"loss": None}) == ["no finite loss"]
-    assert "loss spike nanx" in shown_figures(VALUES | {"loss_spike": float("nan")})
+    assert train_figures(loud)[5:] == ["mfu 31.4%", "rank 3 1.2x slow", "loss spike 2.0x", "skipped 2"]
+    assert train_figures({"loss": None}) == ["no finite loss"]
+    assert "loss spike nanx" in train_figures(VALUES | {"loss_spike": float("nan")})
 
 
 def test_the_rate_of_a_line_is_lr_or_the_highest_of_the_groups():
     groups = {"lr/backbone.00": 1e-5, "lr/head": 6e-4, "loss": 1.0}
-    assert shown_figures(groups) == ["loss 1.0000", "lr 6.0e-04"]
-    assert shown_figures(groups | {"lr": 6e-5})[1] == "lr 6.0e-05"
+    assert train_figures(groups) == ["loss 1.0000", "lr 6.0e-04"]
+    assert train_figures(groups | {"lr": 6e-5})[1] == "lr 6.0e-05"
 
 
 def test_an_event_is_an_object_of_its_own(tmp_path):

@@ -19,16 +19,17 @@ import torch
 
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
+from segformer.telemetry import logger
 from segformer.telemetry.logger import Telemetry, TelemetryConfig
-from segformer.telemetry.queue import MAX_BYTES, MAX_ENTRIES, Outbox
-from segformer.telemetry.trackers import GRACE_S, PROBE_S, answers, confusion_picture, without_secrets
+from segformer.telemetry.trackers import confusion_picture, without_secrets
 
+MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 CANARY = "c0ffee" * 6 + "cafe"  # as long as a key of wandb
 TIMEOUT_S = 4
 SCRIPT = f"""
 import json, sys, time
 from pathlib import Path
-import torch
+import torch, wandb
 from segformer.distributed.world import World
 from segformer.telemetry.logger import Telemetry, TelemetryConfig
 run_dir, mode, pause = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -147,9 +148,7 @@ class Started:
         out, self.err = self.process.communicate("\n", timeout=120)
         assert self.process.returncode == 0, self.err
         self.times = json.loads(out.splitlines()[-1])
-        lines = [line for line in self.err.splitlines() if not line.startswith("step ")]
-        # On a busy machine the import of wandb may take longer than the start waits for it.
-        self.said = [line for line in lines if not line.startswith("wandb has not started")]
+        self.lines = [line for line in self.err.splitlines() if not line.startswith("step ")]
         self.seconds = time.monotonic() - self.began
         return self
 
@@ -197,7 +196,7 @@ def test_a_server_gets_values_pictures_and_the_step_they_belong_to(ran):
     assert rows[20]["eval/iou/a"] == 0.25
     assert "eval/iou/b" not in rows[20], "a class without a score has no point"
     assert any(name.startswith("media/images/eval/confusion") for name in case.server.uploads)
-    assert not case.said, "silent where all is well"
+    assert not case.lines, "silent where all is well"
 
 
 def test_offline_keeps_one_run_id_over_restarts(ran):
@@ -210,9 +209,9 @@ def test_offline_keeps_one_run_id_over_restarts(ran):
 @pytest.mark.parametrize("name", ["closed", "hole", "refuses"])
 def test_a_server_that_can_t_be_used_means_offline_and_one_line(name, ran):
     case = ran[name]
-    assert len(case.said) == 1, case.err
-    assert case.said[0].startswith(f"wandb: no run at {case.url} (")
-    assert "wandb sync" in case.said[0]
+    assert len(case.lines) == 1, case.err
+    assert case.lines[0].startswith(f"wandb: no run at {case.url} (")
+    assert "wandb sync" in case.lines[0]
     assert any(folder.startswith("offline-run-") for folder in case.recorded())
     recorded = next(case.run_dir.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     assert b"eval/miou" in recorded
@@ -220,7 +219,7 @@ def test_a_server_that_can_t_be_used_means_offline_and_one_line(name, ran):
 
 @pytest.mark.parametrize("name", ["closed", "hole", "refuses", "online"])
 def test_the_start_waits_no_longer_than_it_says(name, ran):
-    assert ran[name].times["open"] < PROBE_S + TIMEOUT_S + GRACE_S + 1
+    assert ran[name].times["open"] < TIMEOUT_S + 5
 
 
 def test_no_step_waits_for_wandb(ran):
@@ -231,7 +230,7 @@ def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(r
     case = ran["stops"]
     assert case.times["close"] < TIMEOUT_S + 6
     assert case.seconds < 60, "and the interpreter exits"
-    (line,) = case.said
+    (line,) = case.lines
     assert line.startswith(f"wandb has not sent everything within {TIMEOUT_S} s; `wandb sync ")
     assert b"train/loss" in next(case.run_dir.glob("wandb/run-*/run-*.wandb")).read_bytes()
 
@@ -254,68 +253,14 @@ def test_no_machine_is_described(ran):
     assert not list(ran["online"].run_dir.rglob("requirements.txt"))
 
 
-class Slow:
-    """A tracker that hangs in its first call until it is let go."""
-
-    def __init__(self):
-        self.free, self.got = threading.Event(), []
-
-    def scalars(self, step, values):
-        self.free.wait()
-        self.got.append(step)
-
-    def close(self):
-        self.got.append("closed")
-
-
-def test_what_a_tracker_can_t_keep_up_with_is_dropped_and_counted():
-    slow = Slow()
-    box = Outbox("slow", lambda say: slow)
-    began = time.monotonic()
-    for step in range(3 * MAX_ENTRIES):
-        box.put(lambda tracker, step=step: tracker.scalars(step, {}))
-    assert time.monotonic() - began < 1
-    assert MAX_ENTRIES <= 3 * MAX_ENTRIES - box.dropped <= MAX_ENTRIES + 1
-    kept = 3 * MAX_ENTRIES - box.dropped
-    slow.free.set()
-    box.finish(10)
-    assert slow.got == [*range(kept), "closed"], "in order, and none twice"
-    assert f"slow missed {2 * MAX_ENTRIES - (kept - MAX_ENTRIES)} entries" in box.lines()[-1]
-
-
-def test_pictures_are_bounded_by_their_size():
-    slow = Slow()
-    box = Outbox("slow", lambda say: slow)
-    box.put(lambda tracker: tracker.scalars(0, {}), MAX_BYTES)
-    while box._items:
-        time.sleep(0.01)
-    box.put(lambda tracker: tracker.scalars(1, {}), MAX_BYTES)
-    box.put(lambda tracker: tracker.scalars(2, {}), 1)
-    box.put(lambda tracker: tracker.scalars(3, {}))
-    slow.free.set()
-    box.finish(10)
-    assert slow.got == [0, 1, 3, "closed"]
-    assert box.dropped == 1
-
-
-def test_a_tracker_that_hangs_is_left_behind():
-    slow = Slow()
-    box = Outbox("slow", lambda say: slow)
-    for step in range(3):
-        box.put(lambda tracker, step=step: tracker.scalars(step, {}))
-    began = time.monotonic()
-    box.finish(0.2)
-    assert 0.1 < time.monotonic() - began < 2
-    lines = box.lines()
-    assert lines[0] == "slow has not finished after 0.2 s and is left behind"
-    slow.free.set()
-
-
 class Weak:
     """A tracker whose numbers never arrive; pictures do."""
 
     def __init__(self):
         self.got = []
+
+    def begin(self, step):
+        pass
 
     def scalars(self, step, values):
         raise RuntimeError("no\nspace")
@@ -327,39 +272,25 @@ class Weak:
         raise RuntimeError("still none")
 
 
-def test_a_tracker_that_fails_says_why_once_and_the_next_entries_still_go_through():
+def test_a_tracker_that_fails_is_logged_once_and_the_next_entries_still_go_through(
+    tmp_path, monkeypatch, capsys
+):
     weak = Weak()
-    box = Outbox("weak", lambda say: weak)
-    box.put(lambda tracker: tracker.scalars(1, {}))
-    box.put(lambda tracker: tracker.pictures(2, {}))
-    box.finish(10)
+    monkeypatch.setattr(logger, "Wandb", lambda *_, **__: weak)
+    with telemetry(tmp_path, wandb="offline") as log:
+        log.train(1, {"loss": 0.5})
+        log.pictures(2, {"photo": np.zeros((4, 6, 3), np.uint8)})
     assert weak.got == [2]
-    first, last = box.lines()
-    assert first == "weak: no space"
-    assert last.startswith("weak missed 2 entries (0 dropped, 2 failed)")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "wandb: no space"
+    assert lines[2:] == ["wandb missed 2 entries; metrics.jsonl has them all"]
 
 
-def test_a_tracker_that_can_t_be_opened_is_left_out():
-    def opener(say):
-        raise OSError("no room")
-
-    box = Outbox("shut", opener)
-    box.put(lambda tracker: None)
-    box.finish(10)
-    assert box.lines()[0] == "shut can't be started and is left out: no room"
-    assert box.dropped == 1
-
-
-def test_an_answer_is_an_answer_whatever_it_says():
-    server = Server()
-    assert answers(server.url) is None
-    server.stop()
-    assert answers("http://127.0.0.1:1") is not None
-    assert answers("nonsense") is not None
-    with socket.create_server(("127.0.0.1", 0)) as hole:
-        began = time.monotonic()
-        assert "no answer" in answers(f"http://127.0.0.1:{hole.getsockname()[1]}", 0.3)
-        assert time.monotonic() - began < 2
+def test_a_tracker_that_can_t_be_opened_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logger, "Tensorboard", lambda *_: 1 / 0)
+    with telemetry(tmp_path, tensorboard=True) as log:
+        log.train(1, {"loss": 0.5})
+    assert capsys.readouterr().err.startswith("TensorBoard: division by zero\nstep 1/9")
 
 
 def test_secrets_are_left_out_by_name_and_by_value(monkeypatch):
@@ -379,12 +310,14 @@ def test_a_confusion_matrix_is_dark_where_the_predictions_are():
     assert confusion_picture(np.eye(1000)).shape == (1000, 1000, 3)
 
 
-MAIN = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+def telemetry(folder, **options):
+    config = {"lr": 0.5, "token": CANARY}
+    cfg = TelemetryConfig(progress=False, **options)
+    return Telemetry(cfg, folder, MAIN, name="run", steps=9, config=config)
 
 
 def tensorboard(folder, steps, start=0):
-    cfg = TelemetryConfig(tensorboard=True, progress=False)
-    with Telemetry(cfg, folder, MAIN, name="run", steps=9, config={"lr": 0.5, "token": CANARY}) as log:
+    with telemetry(folder, tensorboard=True) as log:
         log.start(start)
         for step in steps:
             log.train(step, {"loss": float(10 * start + step), "lr": 0.1})
@@ -416,8 +349,7 @@ def test_tensorboard_s_own_reader_finds_values_pictures_and_no_point_twice(tmp_p
 def test_tensorboard_hides_what_a_rollback_makes_again(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = TelemetryConfig(tensorboard=True, progress=False)
-    with Telemetry(cfg, tmp_path, MAIN, name="run", steps=9, config={}) as log:
+    with telemetry(tmp_path, tensorboard=True) as log:
         log.start(0)
         for step in (1, 2, 3):
             log.train(step, {"loss": float(step)})
@@ -429,7 +361,7 @@ def test_tensorboard_hides_what_a_rollback_makes_again(tmp_path):
     assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [(1, 1.0), (2, 22.0)]
 
 
-def test_tensorboard_without_its_package_is_one_line(tmp_path, monkeypatch):
+def test_tensorboard_without_its_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"telemetry\.tensorboard=true needs the package tensorboard"):
-        tensorboard(tmp_path, [1])
+        TelemetryConfig(tensorboard=True).check_trackers()

@@ -17,7 +17,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import LINE
-from segformer.evaluation.metrics import ClassScores, Scores
+from segformer.evaluation.metrics import ClassificationScores, SegmentationScores
 from segformer.models.segformer import MiTClassifier, SegFormer
 from segformer.training.config import FROZEN, RunConfig, compose
 from segformer.training.task import Task, make_task, training_crop
@@ -135,7 +135,7 @@ def test_top_1_is_that_of_a_loop_over_the_pictures(class_shards: ShardSet, tmp_p
         logits = model(((pixels - MEAN) / STD).permute(2, 0, 1)[None])
         hits[path.parent.name] += int(logits.argmax()) == shapes.CLASSES.index(path.parent.name)
     scores = evaluate(task, model)
-    assert isinstance(scores, ClassScores)
+    assert isinstance(scores, ClassificationScores)
     assert [row[1] for row in scores.counts] == [hits[name] for name in shapes.CLASSES]
     assert scores.top1 == scores.score == sum(hits.values()) / 11
     assert model.training, "left as it came"
@@ -159,7 +159,7 @@ def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shar
     task = segmentation(tiny_shards)
     torch.manual_seed(0)
     scores = evaluate(task, nn.Conv2d(3, 2, 4, stride=4), pictures=2)
-    assert isinstance(scores, Scores)
+    assert isinstance(scores, SegmentationScores)
     assert len(scores.pictures) == 2
     assert "pictures" not in scores.to_dict()
     keys = ShardSet.open(tiny_shards).split("val").keys
