@@ -27,7 +27,7 @@ from bench.original import IGNORED, Original, plain_loss
 from segformer.errors import ConfigError
 from segformer.models.segformer import build_model
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
-from segformer.models.weights.names import from_ours
+from segformer.models.weights.key_maps import from_ours
 from segformer.training.losses import cross_entropy
 
 EAGER = ("fused", "reference", "transformers", "original", "smp")

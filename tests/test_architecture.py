@@ -36,7 +36,7 @@ ROOMS: dict[str, str] = {
         "cross_entropy_triton argmax_triton"
     ),
     "models.": "layers mit encoders head",
-    "models.weights": "names files card sizes class_map convert save",
+    "models.weights": "key_maps bundle class_map tensor_files read write load",
     "models..": "segformer macs",
     "telemetry": "jsonl meter trackers progress logger profiling",
     "evaluation": "metrics inference_mode drawing evaluate",
@@ -70,8 +70,8 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data.shards.packing"},
     "hydra": {"training.config"},
     "omegaconf": {"training.config"},
-    "yaml": {"training.config", "inference.convert"},
-    "safetensors": {"checkpoint.format", "models.weights.files", "models.weights.save"},
+    "yaml": {"checkpoint.reader", "training.config", "inference.convert"},
+    "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA | {"evaluation.drawing"},
     "PIL": {
         "data.sources.decode",
@@ -101,7 +101,7 @@ BANNED_CALLS = (
     *("os.system", "os.popen"),
 )
 # The one place that reads .pth files; each of its calls must say weights_only=True, literally.
-SAFE_LOAD = "models.weights.files"
+SAFE_LOAD = "models.weights.tensor_files"
 BUILTIN_CALLS = ("eval", "exec")
 BANNED_NAMES = ("utils", "helpers", "common", "misc")
 

@@ -81,11 +81,15 @@ def check_finite(groups: tuple[dict[str, Tensor], ...], step: int) -> None:
         CheckpointError: it names the first one.
     """
     for name, value in (item for group in groups for item in group.items()):
-        if not value.is_floating_point() or not value.numel():
-            continue
-        # Extremes, for NaN is passed on by both: `isfinite` would make a mask of the size of the tensor.
-        if not all(math.isfinite(extreme) for extreme in torch.aminmax(value.detach())):
+        if not is_finite(value):
             raise CheckpointError(f"not saving step {step}: {name} is not finite; lower optim.lr")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity. By its extremes, for NaN is passed on by both: a mask would cost memory."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 
 
 def writers_of(content: Checkpoint) -> dict[str, Callable[[Path], object]]:

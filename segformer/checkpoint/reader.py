@@ -1,23 +1,106 @@
-"""Checkpoints of a run, found and read again.
+"""Run directories, opened: the one reader behind resume, from_pretrained, convert, export and prediction.
 
-Newest first: a checkpoint whose manifest, sizes or sha256 disagree is passed over with a warning and the next
-older one is tried. Where there are checkpoints but no good one, reading stops: training never restarts
-silently from scratch.
+    runs/x/config.yaml               the configuration, as plain data here
+    runs/x/checkpoints/step-N/       newest first (format.py has the files of each)
+
+A checkpoint whose manifest, sizes or sha256 disagree is passed over with a warning and the next older one is
+tried; the folder of one checkpoint stands for that step alone. Where there are checkpoints but no good one,
+reading stops: training never restarts silently from scratch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from torch import Tensor
 
-from segformer.checkpoint.atomic import set_aside
-from segformer.checkpoint.format import Checkpoint, TrainState, decode_state, read_files, step_name
-from segformer.errors import CheckpointError
+from segformer.checkpoint.atomic import MANIFEST, set_aside
+from segformer.checkpoint.format import MODEL, Checkpoint, TrainState, decode_state, read_files, step_name
+from segformer.errors import CheckpointError, ConfigError
 
+CONFIG = "config.yaml"
 _NAME = re.compile(r"step-([0-9]{8,})")
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A checkpoint of a run, and the run's configuration."""
+
+    folder: Path
+    weights: dict[str, Tensor]
+    "Parameters and buffers; of a run with optim.ema the averaged parameters, and the model's own buffers."
+    state: TrainState
+    config: dict[str, Any]
+    "Content of config.yaml; {} without it."
+
+
+def is_run(path: Path) -> bool:
+    """`path` is a run directory, or the folder of one of its checkpoints."""
+    return (path / CONFIG).is_file() or (path / "checkpoints").is_dir() or _step_folder(path) is not None
+
+
+def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = print) -> Run:
+    """Open a run directory at its newest good checkpoint, its best or that of a step (a number).
+
+    The folder of a checkpoint stands for that step of its run.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or no good one.
+        ConfigError: `step` is none of the three, or contradicts `path`.
+    """
+    run, number = run_folder(path), step
+    if (place := _step_folder(path)) is not None:
+        number = str(int(place.name.removeprefix("step-")))
+        if step not in ("newest", number):
+            raise ConfigError(f"step={step} is another checkpoint than {path}; give {run}, or leave step out")
+    folder = run / "checkpoints" if place is None else place.parent
+    if number not in ("newest", "best") and not re.fullmatch(r"[0-9]{1,18}", number):
+        raise ConfigError(f"step={step!r} is unknown; use newest, best or the number of a step")
+    loaded = load_checkpoint(folder, step=int(number) if number.isdigit() else None, warn=warn)
+    if loaded is None:
+        raise CheckpointError(f"{run} has no checkpoint yet; train it first, or name another run")
+    if number == "best" and loaded.state.best_step != loaded.state.step:
+        if loaded.state.best_step is None:
+            raise CheckpointError(
+                f"{run} has no best checkpoint, it has not been evaluated yet; use step=newest"
+            )
+        loaded = load_checkpoint(folder, step=loaded.state.best_step, warn=warn)
+        assert loaded is not None  # a step that is asked for is there, or an error
+    if unknown := sorted(loaded.ema.keys() - loaded.model.keys()):
+        raise CheckpointError(f"{run}: the EMA of the weights has {unknown[0]}, which the model has not")
+    weights = loaded.model | loaded.ema
+    return Run(folder=run, weights=weights, state=loaded.state, config=_read_config(run / CONFIG))
+
+
+def run_folder(path: Path) -> Path:
+    """The directory of the run that `path` is, or is a checkpoint of."""
+    place = _step_folder(path)
+    return path if place is None else place.absolute().parent.parent
+
+
+def _step_folder(path: Path) -> Path | None:
+    """The folder of a checkpoint that `path`, or the weights at `path`, is; it may be gone."""
+    folder = path.parent if path.name == MODEL else path
+    is_ours = (folder / MANIFEST).is_file() or not folder.exists()
+    return folder if is_ours and _NAME.fullmatch(folder.name) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The plain data of a run's configuration; {} without the file."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no configuration of a run; restore it")
+    return content
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -34,7 +117,7 @@ def load_checkpoint(
     warn: Callable[[str], None] = print,
     verify: bool = True,
 ) -> Checkpoint | None:
-    """The newest good checkpoint in `folder`, or that of `step`; None without any.
+    """Load the newest good checkpoint in `folder`, or that of `step`; None without any.
 
     A damaged checkpoint is passed over with a warning and, where `quarantine` is set, renamed bad-*: a run
     does that once, when it starts; who only reads a run leaves it as it is. Without `verify` only presence
@@ -64,22 +147,3 @@ def load_checkpoint(
     raise CheckpointError(
         f"no checkpoint in {folder} is good; restore one, or delete the folder to start from scratch"
     )
-
-
-def load_model_state(
-    run_dir: Path, step: int | None = None, *, averaged: bool = True
-) -> tuple[dict[str, Tensor], TrainState]:
-    """Parameters and buffers of a run's newest good checkpoint (or of `step`), and the state they belong to.
-
-    Where the run averages its weights, those are the parameters, unless `averaged` is off; buffers are
-    always the model's.
-
-    Raises:
-        CheckpointError: the run has no checkpoint.
-    """
-    loaded = load_checkpoint(run_dir / "checkpoints", step=step)
-    if loaded is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first, or name another run")
-    if unknown := sorted(loaded.ema.keys() - loaded.model.keys()):
-        raise CheckpointError(f"{run_dir}: the averaged weights have {unknown[0]}, which the model has not")
-    return (loaded.model | loaded.ema if averaged else loaded.model), loaded.state

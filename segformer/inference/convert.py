@@ -1,16 +1,16 @@
 """The command that converts weights: any known format in, any that can hold the model out.
 
-    source  ->  format, variant, classes and epsilons are found (models/convert.py)
-            ->  encoder_only: without the head      class_map: another class layer (models/remap.py)
+    source  ->  format, variant, classes and epsilons are found (models/weights/read.py)
+            ->  encoder_only: without the head    class_map: another class layer (models/weights/class_map.py)
             ->  checked against the network that the sizes say, every tensor of it
-            ->  out: a directory for ours and hf, a .pth for nvlabs, smp and mmseg (models/save.py)
+            ->  out: a directory for ours and hf, a .pth for nvlabs, smp and mmseg (models/weights/write.py)
 
 It prints what it found, what it left out and what it wrote. Refuses everything that those modules refuse, and
 to write over its source.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,15 @@ import torch
 import yaml
 
 from segformer.errors import ConfigError
-from segformer.inference.export import read_run
-from segformer.models.segformer import MiTClassifier, build_encoder, build_model, check_strict
+from segformer.files import listed
+from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
-from segformer.models.weights.card import Card, colours
-from segformer.models.weights.class_map import check_distinct
-from segformer.models.weights.convert import PROFILES, Weights, read_weights
-from segformer.models.weights.files import SUFFIXES
-from segformer.models.weights.names import TITLES, WRITTEN, listed, printable
-from segformer.models.weights.save import write_hf, write_pth
-from segformer.models.weights.sizes import find_sizes
-
-_SHOWN = 5  # class names printed
-_UNFIT = "get the whole file again, or take the encoder alone, where that is sound, with encoder_only=true"
-_CARRIED = ("view", "shards", "digest", "step", "scores")
+from segformer.models.weights.bundle import Metadata, Weights
+from segformer.models.weights.class_map import check_distinct, map_classes
+from segformer.models.weights.key_maps import TITLES, WRITTEN
+from segformer.models.weights.read import PROFILES, read_weights
+from segformer.models.weights.tensor_files import SUFFIXES, reason_of
+from segformer.models.weights.write import write_export, write_hf, write_pth
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,86 +76,48 @@ def convert(cfg: ConvertConfig) -> list[Path]:
         CheckpointError: the source can't be read, is damaged or is no SegFormer.
         ConfigError: the class map, the class names or the place to write doesn't fit.
     """
-    out = Path(cfg.output)
-    _keep_apart(Path(cfg.checkpoint), out)
-    class_map, (classes, palette) = _mapping(cfg.class_map), _named(cfg.classes)
+    source, out = Path(cfg.checkpoint), Path(cfg.output)
+    class_map, target = _mapping(cfg.class_map), _named(cfg.classes)
+    classes = target.classes
     weights = _read(cfg)
+    _keep_apart(source, out)
     _report(weights)
     if class_map is not None:
         generator = torch.Generator().manual_seed(cfg.seed)
-        before = weights.sizes.num_classes
-        weights = weights.mapped(class_map, target_classes=classes, generator=generator)
-        print(f"class map  {before} -> {weights.sizes.num_classes} classes: {_few(weights.card.classes)}")
-    elif classes is not None:
-        if len(classes) != weights.sizes.num_classes:
-            has = weights.sizes.num_classes or "no"
+        before = weights.arch.num_classes
+        weights = map_classes(weights, class_map, target_classes=classes, generator=generator)
+        print(f"class map  {before} -> {weights.arch.num_classes} classes: {_few(weights.metadata.classes)}")
+    elif classes:
+        if len(classes) != weights.arch.num_classes:
+            has = weights.arch.num_classes or "no"
             raise ConfigError(f"classes has {len(classes)} names, but the model has {has} classes")
         print(f"named      {_few(classes)}")
-        weights = replace(weights, card=replace(weights.card, classes=classes))
-    if palette is not None:
-        weights = replace(weights, card=replace(weights.card, palette=palette))
+        weights.metadata.classes = classes
+    weights.metadata.palette = target.palette or weights.metadata.palette
     check_network(weights)
     if cfg.to == "ours":
-        carried = {key: value for key, value in (weights.section or {}).items() if key in _CARRIED}
-        written = write_hf(weights, out, section={**carried, "converted_from": weights.title})
+        written = write_export(weights, out, converted_from=weights.title)
     elif cfg.to == "hf":
-        written = write_hf(weights, out, section=None)
+        written = write_hf(weights, out)
     else:
         written = write_pth(weights, out, cfg.to)
     _report_written(cfg.to, weights, out, written)
     return written
 
 
-def check_network(weights: Weights) -> None:
-    """Raise CheckpointError naming every tensor that is missing or of another shape than the network has."""
-    sizes, config = weights.sizes, weights.config()
-    with torch.device("meta"):
-        if sizes.kind == "classification":
-            network: torch.nn.Module = MiTClassifier(build_encoder(config), sizes.num_classes or 0)
-        else:
-            network = build_model(config, sizes.num_classes or 1)
-    prefixes = ("backbone.",) if sizes.kind == "encoder" else ("",)
-    source = f"{weights.source} as {sizes.variant}"
-    check_strict(network, weights.state, source=source, prefixes=prefixes, do=_UNFIT)
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    try:
-        places = {source.resolve(), source.resolve().parent} if source.is_file() else {source.resolve()}
-        same = out.resolve() in places
-    except (OSError, ValueError, RuntimeError):  # too long, closed to us, links in a circle
-        return  # whoever reads or writes it says so
-    if same:
-        raise ConfigError(f"output={out} is where the source lies; choose another place")
-
-
 def _read(cfg: ConvertConfig) -> Weights:
-    source = Path(cfg.checkpoint)
-    if _is_run(source):
-        trained = read_run(source)
-        card = Card(classes=trained.classes, palette=trained.palette, mean=trained.mean, std=trained.std)
-        weights = Weights(
-            source=cfg.checkpoint,
-            state=trained.state,
-            sizes=find_sizes(trained.state),
-            format="run",
-            norm_profile=trained.model.norm_profile,
-            card=card,
-            section={key: getattr(trained, key) for key in _CARRIED},
-        )
-        weights = weights.encoder() if cfg.encoder_only else weights
-    else:
-        weights = read_weights(cfg.checkpoint, encoder_only=cfg.encoder_only)
+    weights = read_weights(cfg.checkpoint, encoder_only=cfg.encoder_only)
+    if weights.format == "run" and weights.arch.kind != "encoder":
+        complete(weights)
     if cfg.norm_profile is not None:
-        weights = replace(weights, norm_profile=cfg.norm_profile)
+        weights.arch.norm_profile = cfg.norm_profile
     return weights
 
 
-def _is_run(source: Path) -> bool:
-    try:
-        return (source / "config.yaml").is_file() and (source / "checkpoints").is_dir()
-    except (OSError, ValueError):
-        return False  # reading it says why
+def _keep_apart(source: Path, out: Path) -> None:
+    place = source.resolve()
+    if out.resolve() in (place, place.parent if source.is_file() else place):
+        raise ConfigError(f"output={out} is where the source lies; choose another place")
 
 
 def _mapping(given: Any) -> dict[Any, Any] | None:
@@ -173,83 +130,49 @@ def _mapping(given: Any) -> dict[Any, Any] | None:
     return content
 
 
-def _named(given: Any) -> tuple[list[str] | None, list[list[int]] | None]:
-    """Names of the target classes, and their colours where a file has `palette:` beside `classes:`."""
-    content = _read_file(given, "classes") if isinstance(given, str) else given
+def _named(given: Any) -> Metadata:
+    """Names of the target classes, and their colors where a file has `palette:` beside `classes:`."""
     if given is None:
-        return None, None
+        return Metadata()
+    content = _read_file(given, "classes") if isinstance(given, str) else given
     described = content if isinstance(content, dict) else {"classes": content}
-    names, palette = described.get("classes"), described.get("palette") or None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+    names = described.get("classes")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(
             "classes must be a list of names, or a file with such a list, alone or as `classes:`"
         )
     check_distinct(names, "classes")
-    try:
-        return names, None if palette is None else colours(palette, len(names))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"classes={given}: its palette can't be used ({error})") from None
+    named = Metadata(classes=names, palette=described.get("palette") or [])
+    named.check(len(names))
+    return named
 
 
 def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            return json.loads(text, object_pairs_hook=_once)
-        _check_once(yaml.compose(text, yaml.SafeLoader))
-        return yaml.safe_load(text)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={path} {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{key}={path} can't be read: {error.strerror}; give a YAML or JSON file") from None
-    except RecursionError:
-        raise ConfigError(f"{key}={path} is nested too deeply; give a plain list or mapping") from None
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{key}={path} is no YAML or JSON: {' '.join(str(error).split())}") from None
-
-
-def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """The mapping of `pairs`; ConfigError, of which Python would say nothing, where a key comes twice."""
-    content: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ConfigError(f"has {printable(str(key))} twice; give each key once")
-        content[key] = value
-    return content
-
-
-def _check_once(root: yaml.Node | None) -> None:
-    """Raise ConfigError where a mapping of a YAML file has a key twice; safe_load would keep the last."""
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-            continue
-        seen.add(id(node))  # an alias is the same node again
-        if isinstance(node, yaml.MappingNode):
-            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-            waiting += [value for _, value in node.value]
-        else:
-            waiting += node.value
+        return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
+        reason = reason_of(error)
+        raise ConfigError(f"{key}={path} can't be read: {reason}; give a YAML or JSON file") from None
 
 
 def _report(weights: Weights) -> None:
-    sizes, card = weights.sizes, weights.card
+    arch = weights.arch
     head = {
-        "segmentation": f"segmentation, {sizes.num_classes} classes, decoder_dim {sizes.decoder_dim}",
-        "classification": f"image classifier, {sizes.num_classes} classes",
+        "segmentation": f"segmentation, {arch.num_classes} classes, decoder_dim {arch.decoder_dim}",
+        "classification": f"image classifier, {arch.num_classes} classes",
         "encoder": "encoder without a head",
-    }[sizes.kind]
+    }[arch.kind]
     print(f"source     {weights.source}: {weights.title}")
-    print(f"model      {sizes.variant}, {head}, {weights.parameters:,} parameters")
+    print(f"model      {arch.variant}, {head}, {weights.parameters:,} parameters")
     profile = weights.config().norm_profile
     block, embed = NORM_PROFILES[profile]
     print(f"epsilons   {profile}: {block:g} in blocks, {embed:g} after embedding and reduction")
-    if sizes.num_classes:
-        print(f"classes    {_few(card.classes) if card.classes else 'not named in the file'}")
+    if arch.num_classes:
+        print(f"classes    {_few(weights.metadata.classes)}")
     if weights.dropped:
-        print(f"left out   {len(weights.dropped)} tensors: {listed(weights.dropped)}")
+        print(f"left out   {len(weights.dropped)} tensors: {listed(sorted(weights.dropped))}")
     for note in weights.notes:
         print(f"note       {note}")
 
@@ -257,40 +180,41 @@ def _report(weights: Weights) -> None:
 def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -> None:
     size = sum(path.stat().st_size for path in written) / 1e6
     print(f"wrote      {', '.join(map(str, written))} ({size:.1f} MB)")
-    profile = PROFILES.get(to, weights.norm_profile)
-    if profile != weights.norm_profile:
+    profile = PROFILES.get(to, weights.arch.norm_profile)
+    if profile != weights.arch.norm_profile:
         print(
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
-            f"are of profile {weights.norm_profile}: outputs differ slightly"
+            f"are of profile {weights.arch.norm_profile}: outputs differ slightly"
         )
     print(f"use        {_use(to, weights, out)}")
 
 
 def _use(to: str, weights: Weights, out: Path) -> str:
     """How the target is loaded."""
-    sizes = weights.sizes
-    if to == "smp" and sizes.kind == "segmentation":
+    arch = weights.arch
+    segments = arch.kind == "segmentation"
+    if to == "ours" and segments:
         return (
-            f'smp.Segformer("mit_{sizes.variant}", encoder_weights=None, decoder_segmentation_channels='
-            f'{sizes.decoder_dim}, classes={sizes.num_classes}).load_state_dict(torch.load("{out}"))'
+            f'model.pretrained={out} in training, SegFormer.from_pretrained("{out}"), '
+            f"launch/predict.py checkpoint={out}"
         )
     if to == "hf":
         name = {"segmentation": "ForSemanticSegmentation", "classification": "ForImageClassification"}
-        return f'Segformer{name.get(sizes.kind, "Model")}.from_pretrained("{out}")'
+        return f'Segformer{name.get(arch.kind, "Model")}.from_pretrained("{out}")'
+    if to == "smp" and segments:
+        return (
+            f'smp.Segformer("mit_{arch.variant}", encoder_weights=None, decoder_segmentation_channels='
+            f'{arch.decoder_dim}, classes={arch.num_classes}).load_state_dict(torch.load("{out}"))'
+        )
+    if to == "nvlabs" and segments:
+        return f"python tools/test.py <config> {out}"
     return {
-        "ours": f"model.pretrained={out} in training"
-        + (f', SegFormer.from_pretrained("{out}")' if sizes.kind == "segmentation" else "")
-        + (f", launch/predict.py checkpoint={out}" if sizes.kind == "segmentation" else ""),
-        "nvlabs": f"python tools/test.py <config> {out}"
-        if sizes.kind == "segmentation"
-        else f"model=dict(pretrained='{out}') in the config",
+        "ours": f"model.pretrained={out} in training",
+        "nvlabs": f"model=dict(pretrained='{out}') in the config",
         "smp": f'model.encoder.load_state_dict(torch.load("{out}"))',
         "mmseg": f"backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{out}'))",
     }[to]
 
 
-def _few(names: list[str] | None) -> str:
-    if not names:
-        return "not named"
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(printable, names[:_SHOWN])) + more
+def _few(names: list[str]) -> str:
+    return listed(names, 5) or "not named"

@@ -31,8 +31,9 @@ from segformer.data.sources.dataset import IMAGE_SUFFIXES, image_header
 from segformer.data.sources.decode import image_orientation, read_file, upright, whole_image
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import overlay
-from segformer.inference.export import Trained, open_checkpoint
+from segformer.inference.export import build, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
+from segformer.models.weights.bundle import Weights
 
 HEADER_BYTES = 2**18  # EXIF, colour profile and previews that come before the size of most JPEGs
 MIN_SIDE = 32  # smaller images are padded with their edge pixels: the encoder reduces by 32
@@ -63,12 +64,13 @@ class PredictConfig:
 class Predictor:
     """A model with everything it needs to be used on photographs."""
 
-    def __init__(self, trained: Trained, device: str = "auto") -> None:
-        self.classes = trained.classes
-        self.palette = np.array(trained.palette, np.uint8)
+    def __init__(self, trained: Weights, device: str = "auto") -> None:
+        metadata = trained.metadata
+        self.classes = metadata.classes
+        self.palette = np.array(metadata.palette, np.uint8)
         self.device = _device(device)
-        self.model: nn.Module = trained.build().to(self.device)
-        self._normalize = Normalize(trained.mean, trained.std).to(self.device)
+        self.model: nn.Module = build(trained).to(self.device)
+        self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
 
     @classmethod
     def from_export(cls, path: str | Path, device: str = "auto", step: str = "newest") -> "Predictor":
@@ -77,10 +79,10 @@ class Predictor:
         ConfigError where it is a classifier.
         """
         trained = open_checkpoint(path, step)
-        if trained.task != "segmentation":
+        if trained.arch.kind != "segmentation":
             raise ConfigError(
-                f"{path} is a classifier of {len(trained.classes)} classes: it names a whole image and draws "
-                "no mask; score it with launch/evaluate.py, or give a segmentation model"
+                f"{path} is a classifier of {trained.arch.num_classes} classes: it names a whole image and "
+                "draws no mask; score it with launch/evaluate.py, or give a segmentation model"
             )
         return cls(trained, device)
 

@@ -28,7 +28,9 @@ from segformer.evaluation.inference_mode import (
     settings,
 )
 from segformer.evaluation.metrics import Scores
-from segformer.inference.export import Trained, open_checkpoint
+from segformer.files import listed
+from segformer.inference.export import build, open_checkpoint
+from segformer.models.weights.bundle import Weights
 from segformer.telemetry.progress import duration
 
 
@@ -68,8 +70,8 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
-            in_mode(trained.build().to(world.device), cfg),
-            Normalize(trained.mean, trained.std).to(world.device),
+            in_mode(build(trained).to(world.device), cfg),
+            Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
             shards.split(cfg.split),
             cfg.loader,
             world,
@@ -87,54 +89,56 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     if world.is_main:
         split = shards.split(cfg.split)
         print(
-            f"{cfg.checkpoint} at step {trained.step} on {split.num_samples} images of {cfg.split} "
-            f"({_mode(trained, cfg)}) in {duration(time.monotonic() - start)}",
+            f"{cfg.checkpoint} at step {trained.provenance.get('step')} on {split.num_samples} images of "
+            f"{cfg.split} ({_mode(trained, cfg)}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
         print(scores.table(shards.classes))
     return scores
 
 
-def _view(trained: Trained) -> ClassificationAugment | None:
-    if trained.view is None:
+def _view(trained: Weights) -> ClassificationAugment | None:
+    if trained.arch.kind != "classification":
         return None
-    size, short = trained.view
+    size, short = trained.metadata.view
     return ClassificationAugment(size=size, eval_resize=short)
 
 
-def _mode(trained: Trained, cfg: EvaluateConfig) -> str:
-    if trained.view is None:
+def _mode(trained: Weights, cfg: EvaluateConfig) -> str:
+    if trained.arch.kind != "classification":
         return describe(cfg)
-    size, short = trained.view
+    size, short = trained.metadata.view
     return f"short side to {short}, center {size} x {size}"
 
 
-def _open(cfg: EvaluateConfig) -> tuple[Trained, ShardSet]:
-    trained = open_checkpoint(cfg.checkpoint, cfg.step)
-    if not (cfg.shards or trained.shards):
+def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
+    trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
+    place = cfg.shards or trained.provenance.get("shards", "")
+    if not place:
         raise ConfigError(
             f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
         )
-    shards = ShardSet.open(cfg.shards or trained.shards, cfg.loader.storage)
-    if shards.task != trained.task:
+    shards = ShardSet.open(place, cfg.loader.storage)
+    if shards.task != trained.arch.kind:
         raise ConfigError(
-            f"{cfg.checkpoint} is a model for {trained.task}, {cfg.shards or trained.shards} was sharded for "
+            f"{cfg.checkpoint} is a model for {trained.arch.kind}, {place} was sharded for "
             f"{shards.task}; give shards of its own"
         )
-    if list(shards.classes) != trained.classes:
+    predicted = trained.metadata.classes
+    if list(shards.classes) != predicted:
         raise ConfigError(
-            f"{cfg.checkpoint} predicts {len(trained.classes)} classes ({', '.join(trained.classes[:3])}), "
-            f"the shards have {len(shards.classes)} ({', '.join(shards.classes[:3])}); give shards of its own"
+            f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
+            f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
         )
     _check_mode(cfg, trained, shards.split(cfg.split))
     return trained, shards
 
 
-def _check_mode(cfg: EvaluateConfig, trained: Trained, split: Split) -> None:
+def _check_mode(cfg: EvaluateConfig, trained: Weights, split: Split) -> None:
     changed = settings(cfg)
     if not changed:
         return
-    if trained.task != "segmentation":
+    if trained.arch.kind != "segmentation":
         raise ConfigError(
             f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each image; "
             "leave this out"

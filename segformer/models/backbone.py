@@ -79,6 +79,8 @@ class Backbone(nn.Module, ABC):
     "Name in logs and reports."
     embed_dims: tuple[int, ...]
     "Channels of the four maps."
+    config: ModelConfig | None = None
+    "How it was built (encoders.py)."
 
     @classmethod
     @abstractmethod

@@ -9,4 +9,6 @@ BACKBONES: dict[str, type[Backbone]] = {"mit": MixTransformer}
 
 def build_encoder(cfg: ModelConfig) -> Backbone:
     """The encoder of `cfg.variant` with random weights."""
-    return BACKBONES[VARIANTS[cfg.variant].backbone].build(cfg)
+    encoder = BACKBONES[VARIANTS[cfg.variant].backbone].build(cfg)
+    encoder.config = cfg
+    return encoder

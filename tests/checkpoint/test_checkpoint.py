@@ -18,7 +18,7 @@ from segformer.checkpoint import format as snapshot
 from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.checkpointer import CheckpointConfig
 from segformer.checkpoint.format import Checkpoint, TrainState
-from segformer.checkpoint.reader import list_steps, load_checkpoint, load_model_state
+from segformer.checkpoint.reader import list_steps, load_checkpoint, open_run
 from segformer.errors import CheckpointError, ConfigError
 
 ALL_FILES = (*snapshot.FILES, snapshot.EMA, commit.MANIFEST)
@@ -84,17 +84,16 @@ def test_a_step_that_does_not_exist_names_those_that_do(tmp_path):
         load_checkpoint(tmp_path, step=9)
 
 
-def test_a_model_has_the_averaged_parameters_where_there_are_any_and_its_own_buffers(tmp_path):
+def test_an_opened_run_has_the_averaged_parameters_where_there_are_any_and_its_own_buffers(tmp_path):
     write(tmp_path / "run/checkpoints", 1)
     model, _, ema = tensors(1)
-    state, train_state = load_model_state(tmp_path / "run")
-    assert same(state, model | ema)
-    assert train_state.step == 1
-    assert same(load_model_state(tmp_path / "run", averaged=False)[0], model)
+    opened = open_run(tmp_path / "run")
+    assert same(opened.weights, model | ema)
+    assert (opened.state.step, opened.config) == (1, {})
     write(tmp_path / "plain/checkpoints", 1, averaged=False)
-    assert same(load_model_state(tmp_path / "plain")[0], model)
+    assert same(open_run(tmp_path / "plain").weights, model)
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        load_model_state(tmp_path / "none")
+        open_run(tmp_path / "none")
 
 
 def rewrite_state(path, **changes):

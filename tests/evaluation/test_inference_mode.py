@@ -1,6 +1,7 @@
 """Inference modes of published scores, against loops over single images that share no code with them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ from segformer.evaluation.inference_mode import (
     settings,
     windows,
 )
-from segformer.inference.export import write_export
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
+from segformer.models.weights.bundle import Metadata, Weights, find_arch
+from segformer.models.weights.write import write_export
 from segformer.training.config import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,17 +262,11 @@ def exported(tmp_path_factory, tiny_shards):
 
 
 def write_model(state, config, classes, out, shards, **extra):
-    return write_export(
-        state,
-        config,
-        num_classes=len(classes),
-        classes=classes,
-        palette=[[9 * k, 0, 0] for k in range(len(classes))],
-        mean=MEAN,
-        std=STD,
-        out=out,
-        extra={"step": 7, "digest": "d", "scores": None, "shards": str(shards), **extra},
-    )
+    palette = [[9 * k, 0, 0] for k in range(len(classes))]
+    metadata = Metadata(classes=classes, palette=palette, mean=MEAN, std=STD)
+    arch = replace(find_arch(state), norm_profile=config.norm_profile)
+    write_export(Weights(state=state, arch=arch, metadata=metadata), out, step=7, shards=str(shards), **extra)
+    return out
 
 
 def test_evaluate_takes_the_keys_and_prints_the_mode(exported, run_ranks):

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
 
-from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
-from segformer.inference.export import ExportConfig, export, read_export
-from segformer.models.segformer import SegFormer, build_model
+from segformer.inference.export import open_checkpoint
+from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
-from segformer.models.weights.convert import read_weights
-from segformer.training.config import RunConfig, compose, save_config
+from segformer.models.weights.read import read_weights
 
 NAMES = ["wall", "sky", "car"]
 
@@ -76,39 +73,13 @@ def test_a_chain_through_every_format_brings_the_tensors_back_bit_for_bit(
     assert all(torch.equal(first.state[name], tensor) for name, tensor in encoder.items())
 
 
-def test_ours_is_read_by_every_command(nvlabs: Path, tmp_path: Path) -> None:
-    run(nvlabs, tmp_path / "out")
-    trained = read_export(tmp_path / "out")
-    assert trained.classes == NAMES
-    assert trained.model.norm_profile == "original"
-    model = build_model(ModelConfig(pretrained=str(tmp_path / "out")), 3)
-    again = SegFormer.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_run_is_converted_with_its_own_epsilons_and_classes(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    overrides = ["data=sample", f"run_dir={folder}", "model.norm_profile=mmseg"]
-    save_config(compose(RunConfig, "config", overrides), folder / "config.yaml")
-    model = build_model(ModelConfig(), 2)
-    moments = {"exp_avg.x": torch.zeros(1)}
-    write_checkpoint(model.state_dict(), moments, TrainState(step=9), folder / "checkpoints")
-    run(folder, tmp_path / "out")
-    exported = read_export(export(ExportConfig(checkpoint=str(folder))))
-    converted = read_export(tmp_path / "out")
-    assert converted.model.norm_profile == "mmseg"
-    assert (converted.classes, converted.palette) == (exported.classes, exported.palette)
-    assert (converted.step, converted.mean) == (9, exported.mean)
-
-
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
 def test_a_class_map_from_a_file_resizes_the_class_layer(nvlabs: Path, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"map.{suffix}"
     file.write_text(json.dumps({"other": None, "auto": "car"}) if suffix == "json" else "other:\nauto: car\n")
     run(nvlabs, tmp_path / "out", class_map=str(file))
     weights = read_weights(tmp_path / "out")
-    assert weights.card.classes == ["other", "auto"]
+    assert weights.metadata.classes == ["other", "auto"]
     source = read_weights(nvlabs).state["decode_head.linear_pred.weight"]
     assert torch.equal(weights.state["decode_head.linear_pred.weight"][1], source[2])
 
@@ -125,10 +96,12 @@ def test_class_names_come_from_a_list_or_a_data_config(nvlabs: Path, tmp_path: P
     palette = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     (tmp_path / "data.yaml").write_text(f"name: x\nclasses: [a, b, c]\npalette: {palette}\n")
     run(nvlabs, tmp_path / "one", classes=str(tmp_path / "data.yaml"))
-    assert read_weights(tmp_path / "one").card.palette == palette
+    assert read_weights(tmp_path / "one").metadata.palette == palette
     run(nvlabs, tmp_path / "two", classes=["a", "b", "c"])
     assert (
-        read_weights(tmp_path / "one").card.classes == read_weights(tmp_path / "two").card.classes == [*"abc"]
+        read_weights(tmp_path / "one").metadata.classes
+        == read_weights(tmp_path / "two").metadata.classes
+        == [*"abc"]
     )
 
 
@@ -139,7 +112,7 @@ def test_class_names_come_from_a_list_or_a_data_config(nvlabs: Path, tmp_path: P
         ({"classes": "nowhere.yaml"}, "classes=nowhere.yaml can't be read"),
         ({"classes": ["a", "b", "a"]}, "classes has several classes named a; give each its own name"),
         ({"classes": [1, 2, 3]}, "classes must be a list of names"),
-        ({"classes": {"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}}, "its palette can't be used"),
+        ({"classes": {"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}}, "the metadata has 1 colors"),
         ({"class_map": "nowhere.yaml"}, "class_map=nowhere.yaml can't be read"),
         ({"class_map": ["a"]}, "class_map must be a mapping"),
         ({"class_map": {0: 7}}, "7 is no class of the file; use 0 to 2"),
@@ -156,40 +129,26 @@ def test_settings_that_do_not_fit_are_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_broken_yaml_is_one_line(nvlabs: Path, tmp_path: Path) -> None:
-    (tmp_path / "map.yaml").write_text("a: [1\nb: }")
-    with pytest.raises(ConfigError, match=r"map\.yaml is no YAML or JSON") as caught:
-        run(nvlabs, tmp_path / "out", class_map=str(tmp_path / "map.yaml"))
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("key", ["class_map", "classes"])
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text"),
     [
-        ("x.yaml", "[" * 20_000, "is nested too deeply"),
-        ("x.json", "[" * 20_000, "is nested too deeply"),
-        ("x.yaml", "sky: 1\ncar: 2\nsky: 0\n", "has sky twice; give each key once"),
-        ("x.yaml", "0: 1\n0: 0\n", "has 0 twice"),
-        ("x.json", '{"sky": 1, "car": 2, "sky": 0}', "has sky twice"),
-        ("x.yaml", "!!int ''", "is no YAML or JSON"),
+        ("x.yaml", "a: [1\nb: }"),
+        ("x.yaml", "[" * 20_000),
+        ("x.json", "[" * 20_000),
+        ("x.yaml", "!!int ''"),
+        ("x.yaml", "!!python/object/apply:os.getcwd []"),
     ],
-    ids=["deep yaml", "deep json", "twice", "number twice", "twice json", "no number"],
+    ids=["broken", "deep yaml", "deep json", "no number", "code"],
 )
 def test_a_file_that_cannot_be_meant_is_one_line(
-    nvlabs: Path, tmp_path: Path, key: str, name: str, text: str, message: str
+    nvlabs: Path, tmp_path: Path, key: str, name: str, text: str
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=r"can't be read: .*; give a YAML or JSON file") as caught:
         run(nvlabs, tmp_path / "out", **{key: str(tmp_path / name)})
     assert str(caught.value).startswith(f"{key}={tmp_path}/{name} ")
     assert "\n" not in str(caught.value)
-
-
-def test_yaml_with_a_merge_is_still_read(nvlabs: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text("base: &b {name: x}\n<<: *b\nname: y\nclasses: [a, b, c]\n")
-    run(nvlabs, tmp_path / "out", classes=str(tmp_path / "x.yaml"))
-    assert read_weights(tmp_path / "out").card.classes == ["a", "b", "c"]
 
 
 def test_class_names_are_printed_without_control_characters(
@@ -246,7 +205,7 @@ def test_a_checkpoint_without_the_counter_and_with_a_loss_is_converted_and_both_
     assert "left out   1 tensors: criterion.weight" in lines
     assert "note       the prefix 'net.' was taken off the names" in lines
     assert any(line.startswith("note       decode_head.linear_fuse.bn.num_batches_tracked") for line in lines)
-    assert read_export(tmp_path / "out").state.keys() == read_weights(nvlabs).state.keys()
+    assert open_checkpoint(tmp_path / "out").state.keys() == read_weights(nvlabs).state.keys()
 
 
 def command(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -263,13 +222,17 @@ def test_the_command_line_takes_an_inline_class_map(root: Path, nvlabs: Path, tm
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "class map  3 -> 3 classes: background, big car, air" in done.stdout
-    assert read_weights(tmp_path / "out").card.classes == ["background", "big car", "air"]
+    assert read_weights(tmp_path / "out").metadata.classes == ["background", "big car", "air"]
 
 
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (b"<!DOCTYPE html><html></html>", [], "CheckpointError: {file} is a web page saved under this name"),
+        (
+            b"<!DOCTYPE html><html></html>",
+            [],
+            "CheckpointError: {file} is neither a PyTorch nor a safetensors file",
+        ),
         (b"", ["to=onnx"], "ConfigError: to=onnx is unknown; use one of ours, hf, nvlabs, smp, mmseg"),
         (b"", ["class_mapp={0:1}"], "ConfigError: class_mapp is not a setting"),
         (b"", ["seed=99999999999999999999999"], "ConfigError: seed=99999999999999999999999 must be from 0"),

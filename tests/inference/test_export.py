@@ -1,4 +1,4 @@
-"""Exports: what transformers and this project read back from them, and what is refused."""
+"""Exports and the opening of trained models: what comes back, what transformers reads, what is refused."""
 
 import hashlib
 import json
@@ -8,120 +8,143 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 import torch
 from checkpoints import write_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
 
 from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
-from segformer.inference.export import (
-    ExportConfig,
-    Trained,
-    export,
-    open_checkpoint,
-    read_export,
-    write_export,
-)
-from segformer.inference.predict import PredictConfig, Predictor
+from segformer.inference.convert import ConvertConfig, convert
+from segformer.inference.export import ExportConfig, build, export, open_checkpoint
+from segformer.inference.predict import PredictConfig, Predictor, predict
 from segformer.inference.score import EvaluateConfig, _open
-from segformer.models.segformer import SegFormer, build_model
+from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
+from segformer.models.weights.bundle import Metadata
+from segformer.models.weights.load import weights_of
+from segformer.models.weights.write import write_export
 from segformer.training.config import RunConfig, compose, save_config
 
-CLASSES = ["background", "leaf", "stem"]
-PALETTE = [[0, 0, 0], [10, 200, 30], [200, 60, 0]]
-MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+MEAN, STD = [120.0, 110.0, 100.0], [60.0, 61.0, 62.0]
+METADATA = {
+    "segmentation": Metadata(
+        classes=["background", "leaf", "stem"],
+        palette=[[0, 0, 0], [10, 200, 30], [200, 60, 0]],
+        mean=MEAN,
+        std=STD,
+    ),
+    "classification": Metadata(
+        classes=["cat", "dog", "cow"],
+        palette=[[k, 0, 0] for k in range(3)],
+        mean=MEAN,
+        std=STD,
+        view=[96, 112],
+    ),
+}
+KINDS = list(METADATA)
 
 
-def random_model(**settings: str) -> tuple[SegFormer, ModelConfig]:
+def random_model(kind: str = "segmentation", **settings: str) -> SegFormer | MiTClassifier:
     """MiT-B0 whose every parameter and buffer is random, so that no two paths agree by chance."""
     torch.manual_seed(0)
-    config = ModelConfig(variant="b0", **settings)
-    model = build_model(config, len(CLASSES)).eval()
+    build_kind = build_model if kind == "segmentation" else build_classifier
+    model = build_kind(ModelConfig(variant="b0", **settings), 3).eval()
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.add_(0.02 * torch.randn(tensor.shape))
         if name.endswith("running_var"):
             tensor.abs_().add_(0.5)
-    return model, config
+    return model
 
 
-def write(model: SegFormer, config: ModelConfig, out: Path, **extra: object) -> Path:
-    return write_export(
-        model.state_dict(),
-        config,
-        num_classes=len(CLASSES),
-        classes=CLASSES,
-        palette=PALETTE,
-        mean=MEAN,
-        std=STD,
-        out=out,
-        extra={"step": 7, "digest": "d", "scores": None, **extra},
-    )
+def write(model: SegFormer | MiTClassifier, out: Path) -> Path:
+    kind = "segmentation" if isinstance(model, SegFormer) else "classification"
+    write_export(weights_of(model, model.backbone, METADATA[kind]), out, step=7, digest="d")
+    return out
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(*random_model(), tmp_path_factory.mktemp("export") / "export")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    return {kind: write(random_model(kind), folder / kind) for kind in KINDS}
+
+
+def make_run(folder: Path, model: torch.nn.Module, steps: tuple[int, ...], *overrides: str) -> Path:
+    folder.mkdir()
+    save_config(compose(RunConfig, "config", [*overrides, f"run_dir={folder}"]), folder / "config.yaml")
+    moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
+    for step in steps:
+        state = TrainState(step=step, data_digest="d")
+        write_checkpoint(model.state_dict(), moments, state, folder / "checkpoints")
+    return folder
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run directory with two checkpoints and the metrics of one evaluation."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    save_config(compose(RunConfig, "config", ["data=sample", f"run_dir={folder}"]), folder / "config.yaml")
-    for step in (10, 20):
-        model = build_model(ModelConfig(), 2)
-        moments = {"exp_avg.x": torch.zeros(1), "exp_avg_sq.x": torch.zeros(1)}
-        state = TrainState(step=step, data_digest="d")
-        write_checkpoint(model.state_dict(), moments, state, folder / "checkpoints")
+    folder = make_run(tmp_path / "run", build_model(ModelConfig(), 2), (10, 20), "data=sample")
     row = {"kind": "eval", "step": 20, "miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + '\n{"kind": "ev')
     return folder
 
 
-def transformers_logits(out: Path, images: torch.Tensor) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def classifier_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a classifier that leaves its classes to the shards, with one checkpoint."""
+    shards = shapes.write_set(tmp_path_factory.mktemp("shapes"), {"train": 3, "val": 6})
+    overrides = ["data=folder", "data.task=classification", f"data.shards={shards}"]
+    sizes = ["classification.size=48", "classification.eval_resize=56", "classification.mean=[1,2,3]"]
+    place = tmp_path_factory.mktemp("classifier") / "run"
+    folder = make_run(place, random_model("classification"), (20,), *overrides, *sizes)
+    row = {"kind": "final", "step": 20, "top1": 0.5, "top5": 1.0, "macc": 0.4, "acc": [0.5, 0.3, None]}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(("profile", "kind"), [("hf", KINDS[0]), ("hf", KINDS[1]), ("original", KINDS[0])])
+def test_transformers_loads_an_export_and_is_exact_with_profile_hf(
+    tmp_path: Path, profile: str, kind: str
+) -> None:
     transformers = pytest.importorskip("transformers")
-    model, info = transformers.SegformerForSemanticSegmentation.from_pretrained(out, output_loading_info=True)
+    name = {"segmentation": "ForSemanticSegmentation", "classification": "ForImageClassification"}[kind]
+    model = random_model(kind, norm_profile=profile)
+    out = write(model, tmp_path / "export")
+    theirs, info = getattr(transformers, f"Segformer{name}").from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, unexpected or of another shape
-    with torch.no_grad():
-        return model.eval()(images).logits
-
-
-def test_transformers_gives_the_same_logits_with_profile_hf(tmp_path: Path) -> None:
-    model, config = random_model(norm_profile="hf")
+    assert theirs.config.id2label[2] == METADATA[kind].classes[2]
     images = torch.randn(1, 3, 96, 128)
-    theirs = transformers_logits(write(model, config, tmp_path / "export"), images)
     with torch.no_grad():
-        assert (model(images) - theirs).abs().max() < 1e-4
+        difference = (model(images) - theirs.eval()(images).logits).abs().max()
+    assert difference < 1e-4 if profile == "hf" else 0 < difference < 0.1
+    section = json.loads((out / "config.json").read_text())["segformer"]
+    assert section["exact_in_transformers"] is (profile == "hf")
+    assert section["weights_sha256"] == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_transformers_loads_profile_original_with_slightly_other_logits(exported: Path) -> None:
-    images = torch.randn(1, 3, 96, 128)
-    theirs = transformers_logits(exported, images)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_comes_back_as_it_was_written(exports: dict[str, Path], kind: str) -> None:
+    model = random_model(kind)
+    opened = open_checkpoint(exports[kind])
+    assert opened.arch.kind == kind
+    assert opened.metadata == METADATA[kind]
+    assert opened.provenance == {"step": 7, "digest": "d"}
+    built = build(opened)
+    assert not built.training
+    assert built.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(built.state_dict()[name], t) for name, t in model.state_dict().items())
+    images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        difference = (read_export(exported).build()(images) - theirs).abs().max()
-    assert 0 < difference < 0.1
-
-
-@pytest.mark.parametrize(("profile", "exact"), [("original", False), ("hf", True), ("mmseg", False)])
-def test_config_json_says_whether_transformers_is_exact(tmp_path: Path, profile: str, exact: bool) -> None:
-    config = json.loads(
-        (write(*random_model(norm_profile=profile), tmp_path / "e") / "config.json").read_text()
-    )
-    section = config["segformer"]
-    assert section["norm_profile"] == profile
-    assert section["exact_in_transformers"] is exact
-    assert section["note"].startswith(
-        "transformers computes the same" if exact else "exact in segformer only"
-    )
+        assert torch.equal(built(images), model(images))
+    names = load_file(exports[kind] / "model.safetensors").keys()
+    assert "segformer.encoder.block.0.0.attention.self.key.weight" in names
 
 
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
 def test_the_predictor_of_an_export_is_the_model_bit_for_bit(tmp_path: Path, profile: str) -> None:
-    model, config = random_model(norm_profile=profile)
-    predictor = Predictor.from_export(write(model, config, tmp_path / "export"), "cpu")
+    model = random_model(norm_profile=profile)
+    predictor = Predictor.from_export(write(model, tmp_path / "export"), "cpu")
     image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
     normal = (torch.from_numpy(image).float() - torch.tensor(MEAN)) / torch.tensor(STD)
     images = normal.permute(2, 0, 1)[None]
@@ -131,45 +154,25 @@ def test_the_predictor_of_an_export_is_the_model_bit_for_bit(tmp_path: Path, pro
     assert (torch.from_numpy(predictor(image)) == wanted).float().mean() > 0.999  # ties may round apart
 
 
-def test_an_export_comes_back_as_it_was_written(exported: Path) -> None:
-    model, config = random_model()
-    trained = read_export(exported)
-    assert trained.state.keys() == model.state_dict().keys()
-    assert all(torch.equal(trained.state[name], tensor) for name, tensor in model.state_dict().items())
-    assert (trained.classes, trained.palette, trained.mean, trained.std) == (CLASSES, PALETTE, MEAN, STD)
-    assert (trained.step, trained.digest) == (7, "d")
-    assert trained.model.norm_profile == config.norm_profile
-
-
-def test_the_weights_are_stored_under_the_names_of_hugging_face(exported: Path) -> None:
-    names = load_file(exported / "model.safetensors").keys()
-    assert "segformer.encoder.block.0.0.attention.self.key.weight" in names
-    assert "decode_head.batch_norm.running_var" in names
-    assert all(name.startswith(("segformer.encoder.", "decode_head.")) for name in names)
-
-
-def test_a_run_exports_its_newest_checkpoint_with_its_scores(run: Path) -> None:
-    trained = read_export(export(ExportConfig(checkpoint=str(run))))
-    assert trained.step == 20
-    assert trained.classes == ["background", "nucleus"]
-    assert trained.scores == {"miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
-    assert open_checkpoint(run, step="10").scores is None
-
-
-def test_a_run_exports_the_step_that_is_asked_for(run: Path, tmp_path: Path) -> None:
-    out = export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "out"), step="10"))
-    assert read_export(out).step == 10
-
-
-def test_exporting_again_replaces_the_old_export(run: Path) -> None:
+def test_a_run_exports_a_checkpoint_with_its_scores_over_an_older_export(run: Path) -> None:
     out = export(ExportConfig(checkpoint=str(run), step="10"))
-    assert read_export(export(ExportConfig(checkpoint=str(run), output=str(out)))).step == 20
+    assert open_checkpoint(out).provenance["step"] == 10
+    opened = open_checkpoint(export(ExportConfig(checkpoint=str(run), output=str(out))))
+    assert opened.provenance["step"] == 20
+    assert opened.metadata.classes == ["background", "nucleus"]
+    assert opened.provenance["scores"] == {"miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
+    assert open_checkpoint(run, step="10").provenance["scores"] is None
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_missing_step_is_refused_with_the_steps_there_are(run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"15.*10, 20"):
-        export(ExportConfig(checkpoint=str(run), step="15"))
+def test_a_classifier_exports_its_classes_view_and_scores(classifier_run: Path, tmp_path: Path) -> None:
+    convert(ConvertConfig(checkpoint=str(classifier_run), output=str(tmp_path / "converted")))
+    exported = export(ExportConfig(checkpoint=str(classifier_run), output=str(tmp_path / "exported")))
+    for place in (classifier_run, exported, tmp_path / "converted"):
+        opened = open_checkpoint(place)
+        assert opened.metadata.classes == shapes.CLASSES
+        assert (opened.metadata.view, opened.metadata.mean) == ([48, 56], [1, 2, 3])
+        assert opened.provenance["scores"] == {"top1": 0.5, "top5": 1.0, "macc": 0.4}
 
 
 @pytest.fixture
@@ -186,11 +189,10 @@ def test_a_step_names_the_checkpoint_of_every_command(
     best_run: Path, tiny_shards: Path, tmp_path: Path, step: str, expected: int
 ) -> None:
     wanted = open_checkpoint(best_run, step)
-    assert wanted.step == expected
-    exported = export(ExportConfig(checkpoint=str(best_run), output=str(tmp_path / "out"), step=step))
-    assert read_export(exported).step == expected
+    out = export(ExportConfig(checkpoint=str(best_run), output=str(tmp_path / "out"), step=step))
     scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
-    assert _open(scored)[0].step == expected
+    for opened in (wanted, open_checkpoint(out), _open(scored)[0]):
+        assert opened.provenance["step"] == expected
     state = Predictor.from_export(best_run, "cpu", step).model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
 
@@ -205,108 +207,109 @@ def test_a_number_on_the_command_line_is_a_step() -> None:
 
 def test_the_folder_of_a_checkpoint_is_that_step_of_its_run(best_run: Path) -> None:
     folder = best_run / "checkpoints/step-00000020"
-    assert open_checkpoint(folder).step == open_checkpoint(f"{folder}/", step="20").step == 20
-    assert read_export(export(ExportConfig(checkpoint=str(folder)))).step == 20
-    assert (best_run / "export/config.json").is_file()
-    with pytest.raises(ConfigError, match=r"step=best is another checkpoint than .*step-00000020"):
-        open_checkpoint(folder, step="best")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 99; it has \[10, 20, 30\]"):
-        open_checkpoint(best_run / "checkpoints/step-00000099")
+    for opened in (open_checkpoint(folder), open_checkpoint(f"{folder}/", step="20")):
+        assert opened.provenance["step"] == 20
+    export(ExportConfig(checkpoint=str(folder)))
+    assert open_checkpoint(best_run / "export").provenance["step"] == 20
 
 
-def test_the_best_checkpoint_of_a_run_without_an_evaluation_is_refused(run: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no best checkpoint, .*use step=newest"):
-        open_checkpoint(run, step="best")
+def test_what_save_pretrained_wrote_has_the_usual_names_colors_and_view(tmp_path: Path) -> None:
+    random_model("classification").save_pretrained(tmp_path / "a")
+    build_model(ModelConfig(), 4).save_pretrained(tmp_path / "b")
+    assert open_checkpoint(tmp_path / "a").metadata.view == [224, 256]
+    opened = open_checkpoint(tmp_path / "b").metadata
+    assert opened.classes == ["class 0", "class 1", "class 2", "class 3"]
+    assert opened.palette[:3] == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert opened.mean == [123.675, 116.28, 103.53]
 
 
-@pytest.mark.parametrize("step", ["last", "-1", "1.5", ""])
-def test_a_step_that_is_none_is_refused(run: Path, step: str) -> None:
-    with pytest.raises(ConfigError, match=r"use newest, best or the number of a step"):
-        open_checkpoint(run, step=step)
+def test_training_starts_from_an_exported_classifier(exports: dict[str, Path]) -> None:
+    path, state = str(exports["classification"]), random_model("classification").state_dict()
+    encoder = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    torch.manual_seed(4)
+    fresh = build_model(ModelConfig(), 2).state_dict()
+    torch.manual_seed(4)
+    model = build_model(ModelConfig(pretrained=path), 2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (encoder if name in encoder else fresh)[name]), name
+    assert model.pretrained.endswith("encoder; the head is new, for 2 classes")
+    same = build_classifier(ModelConfig(pretrained=path), 3)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in same.state_dict().items())
+    assert same.pretrained.endswith("encoder and head")
+    other = build_classifier(ModelConfig(pretrained=path), 5)
+    assert torch.equal(other.state_dict()["backbone.norm1.weight"], state["backbone.norm1.weight"])
+    assert other.pretrained.endswith("the head, which has 3 classes there, is new, for 5 classes")
 
 
-@pytest.mark.parametrize("step", ["best", "7"])
-def test_a_step_of_an_export_is_refused(exported: Path, step: str) -> None:
-    with pytest.raises(ConfigError, match=rf"step={step} .* is an export, .*leave step out"):
-        open_checkpoint(exported, step=step)
+@pytest.mark.parametrize(
+    ("place", "step", "message"),
+    [
+        ("run", "15", r"no checkpoint of step 15; it has \[10, 20\]"),
+        ("run/checkpoints/step-00000099", "newest", r"no checkpoint of step 99; it has \[10, 20\]"),
+        ("run/checkpoints/step-00000020", "best", r"step=best is another checkpoint than .*step-00000020"),
+        ("run", "best", "has no best checkpoint, .*use step=newest"),
+        ("run", "last", "use newest, best or the number of a step"),
+        ("run", "-1", "use newest, best or the number of a step"),
+        ("run", "1.5", "use newest, best or the number of a step"),
+        ("run", "", "use newest, best or the number of a step"),
+        ("export", "best", "step=best asks for a checkpoint.*leave step out"),
+        ("export", "7", "step=7 asks for a checkpoint.*leave step out"),
+        ("hf", "newest", "has no section .*model.pretrained"),
+        ("encoder", "newest", "holds an encoder without a head"),
+        ("empty", "newest", "is neither a run .* nor an export"),
+        ("nowhere", "newest", "does not exist"),
+    ],
+)
+def test_what_can_not_be_opened_is_one_line(
+    run: Path, exports: dict[str, Path], tmp_path: Path, place: str, step: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "export").symlink_to(exports["segmentation"])
+    if place in ("hf", "encoder"):
+        options = {"to": "hf"} if place == "hf" else {"encoder_only": True}
+        convert(ConvertConfig(checkpoint=str(tmp_path / "export"), output=str(tmp_path / place), **options))
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        open_checkpoint(tmp_path / place, step)
+    assert "\n" not in str(caught.value)
 
 
-def test_an_output_folder_with_other_files_is_refused(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("photos", r"other files \(cat.jpg\)"), ("file", "is a file"), ("file/below", "can't be written")],
+)
+def test_an_output_that_can_not_be_used_is_refused(run: Path, tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").touch()
-    with pytest.raises(ConfigError, match=r"other files \(cat.jpg\)"):
-        export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "photos")))
-
-
-@pytest.mark.parametrize(("out", "message"), [("file", "is a file"), ("file/below", "can't be written")])
-def test_an_output_that_cannot_be_a_folder_is_refused(
-    run: Path, tmp_path: Path, out: str, message: str
-) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=message):
         export(ExportConfig(checkpoint=str(run), output=str(tmp_path / out)))
 
 
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    model, _ = random_model()
+def test_a_run_whose_config_is_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = build_model(ModelConfig(), 2)
+    folder = make_run(tmp_path / "run", model, (10,), "data=sample", "model.variant=b1")
     with pytest.raises(CheckpointError, match="does not fit"):
-        write(model, ModelConfig(variant="b1"), tmp_path / "export")
-    assert not (tmp_path / "export").exists()
+        export(ExportConfig(checkpoint=str(folder)))
+    assert not (folder / "export").exists()
 
 
-def test_a_changed_byte_of_the_weights_is_found(exported: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    data = bytearray((exported / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
-    (copy / "config.json").write_bytes((exported / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match="damaged or of another export"):
-        read_export(copy)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("variant", "b9"),
-        ("variant", None),
-        ("classes", "all"),
-        ("palette", [[0, 0, 300]] * 3),
-        ("palette", [[0, 0, 0]]),
-        ("mean", [1.0]),
-        ("std", ["a", "b", "c"]),
-    ],
-)
-def test_a_damaged_section_is_refused(exported: Path, tmp_path: Path, key: str, value: object) -> None:
-    config = json.loads((exported / "config.json").read_text())
-    config["segformer"][key] = value
+@pytest.mark.parametrize("view", ["all", [96], [96, 50], [0, 10], [None, 1]])
+def test_a_damaged_view_is_refused(exports: dict[str, Path], tmp_path: Path, view: object) -> None:
+    source = exports["classification"]
+    config = json.loads((source / "config.json").read_text())
+    config["segformer"]["view"] = view
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="is damaged"):
-        read_export(tmp_path)
-
-
-def test_a_hugging_face_model_without_our_section_is_refused(exported: Path, tmp_path: Path) -> None:
-    config = json.loads((exported / "config.json").read_text())
-    del config["segformer"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"no section .*model.pretrained"):
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"is damaged.*view"):
         open_checkpoint(tmp_path)
 
 
-def test_what_is_neither_run_nor_export_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="neither a run"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        open_checkpoint(tmp_path / "nowhere")
-
-
-def test_an_export_records_the_digest_of_its_weights(exported: Path) -> None:
-    section = json.loads((exported / "config.json").read_text())["segformer"]
-    assert (
-        section["weights_sha256"] == hashlib.sha256((exported / "model.safetensors").read_bytes()).hexdigest()
-    )
+def test_predict_refuses_a_classifier_in_one_sentence(exports: dict[str, Path], tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    checkpoint, output = str(exports["classification"]), str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"is a classifier of 3 classes.*launch/evaluate.py"):
+        predict(PredictConfig(checkpoint=checkpoint, input=str(tmp_path / "a.png"), output=output))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_ends_with_one_line_and_code_2(root: Path, tmp_path: Path) -> None:
@@ -315,11 +318,3 @@ def test_the_command_line_ends_with_one_line_and_code_2(root: Path, tmp_path: Pa
     assert ended.returncode == 2
     assert ended.stderr.startswith("CheckpointError: ")
     assert ended.stderr.count("\n") == 1
-
-
-def test_trained_builds_in_evaluation_mode() -> None:
-    model, config = random_model()
-    trained = Trained(
-        state=model.state_dict(), model=config, classes=CLASSES, palette=PALETTE, mean=MEAN, std=STD
-    )
-    assert not trained.build().training

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps
 
 from segformer.data.sources.decode import decode_image
 from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.inference.export import write_export
 from segformer.inference.predict import PredictConfig, Predictor, predict, read_image
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
+from segformer.models.weights.bundle import Metadata
 
 PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
 
@@ -23,17 +23,10 @@ PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
 def checkpoint(tmp_path_factory):
     torch.manual_seed(1)
     model = build_model(ModelConfig(), 3).eval()
-    return write_export(
-        model.state_dict(),
-        ModelConfig(),
-        num_classes=3,
-        classes=["background", "nucleus", "debris"],
-        palette=PALETTE,
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        out=tmp_path_factory.mktemp("model") / "export",
-        extra={},
-    )
+    classes = ["background", "nucleus", "debris"]
+    out = tmp_path_factory.mktemp("model") / "export"
+    model.save_pretrained(out, Metadata(classes=classes, palette=PALETTE))
+    return out
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from segformer.errors import CheckpointError, ConfigError, DataError
-from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialize, load_strict
+from segformer.errors import ConfigError, DataError
+from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialize
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.models.weights.convert import read_weights
-from segformer.models.weights.names import from_ours
+from segformer.models.weights.load import load_strict
+from segformer.models.weights.read import read_weights
 
 OFFICIAL = ["b0", "b1", "b2", "b3", "b4", "b5"]
 # Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: of b0 to b5 those of the official
@@ -205,56 +205,3 @@ def test_wrong_settings_are_refused_by_name(wrong, message):
 def test_class_count_that_differs_from_the_data_is_refused():
     with pytest.raises(ConfigError, match=r"model.num_classes=19, but the data set has 3"):
         build_model(ModelConfig(num_classes=19), 3)
-
-
-@pytest.fixture
-def export(tmp_path):
-    """A directory as export writes it: weights of b0 for 4 classes under Hugging Face names."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(1)
-    model = build_model(ModelConfig(), 4)
-    save_file(from_ours(model.state_dict(), "hf"), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "segformer"}), encoding="utf-8")
-    return tmp_path, model.state_dict()
-
-
-@pytest.mark.parametrize("suffix", ["", "model.safetensors"])
-def test_pretrained_gives_encoder_and_head_where_the_class_count_agrees(export, suffix):
-    path, state = export
-    model = build_model(ModelConfig(pretrained=str(path / suffix)), 4)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-
-
-def test_pretrained_leaves_the_head_fresh_where_the_class_count_differs(export):
-    path, state = export
-    torch.manual_seed(5)
-    fresh = build_model(ModelConfig(), 7).state_dict()
-    torch.manual_seed(5)
-    model = build_model(ModelConfig(pretrained=str(path)), 7)
-    for name, tensor in model.state_dict().items():
-        source = state if name.startswith("backbone.") else fresh
-        assert torch.equal(tensor, source[name]), name
-
-
-@pytest.mark.parametrize(
-    ("cfg", "message"),
-    [
-        ({"variant": "b1"}, r"is b0, this model is b1; use model=b0 or other weights"),
-        ({"decoder_dim": 64}, "of another shape: decode_head.*check model.variant and model.decoder_dim"),
-    ],
-)
-def test_pretrained_weights_of_another_architecture_are_refused(export, cfg, message):
-    with pytest.raises(CheckpointError, match=message):
-        build_model(ModelConfig(pretrained=str(export[0]), **cfg), 4)
-
-
-def test_pretrained_weights_with_a_hole_are_refused_by_name(export):
-    from safetensors.torch import load_file, save_file
-
-    file = export[0] / "model.safetensors"
-    state = load_file(file)
-    del state["segformer.encoder.layer_norm.2.bias"]
-    save_file(state, file)
-    with pytest.raises(CheckpointError, match=r"1 missing: backbone\.norm3\.bias"):
-        build_model(ModelConfig(pretrained=str(export[0])), 4)

@@ -5,7 +5,7 @@
                  {background: None, person: 12, car: "car"}     by name; the order gives the target's index
 
 One class of the file may serve several targets; classes that no target names are left out. Fresh rows are
-drawn as torch initialises the layer, uniform in +- 1 / sqrt(decoder_dim). Everything else of the model stays.
+drawn as torch initializes the layer, uniform in +- 1 / sqrt(decoder_dim). Everything else of the model stays.
 
 Refuses, with ConfigError: a target left out or named twice, target classes of one name, a source that the
 file does not have, names where the file has none.
@@ -13,47 +13,74 @@ file does not have, names where the file has none.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from segformer.errors import ConfigError
-from segformer.models.weights.names import listed, printable
+from segformer.files import listed
+from segformer.models.weights.bundle import Metadata, Weights
 
 PREDICTOR = "decode_head.linear_pred"
 
 
-def resolve_class_map(
+def map_classes(
+    weights: Weights,
     class_map: Mapping[Any, Any],
     *,
-    num_classes: int,
-    source_classes: Sequence[str] | None,
-    target_classes: Sequence[str] | None,
-) -> tuple[list[int | None], list[str] | None]:
-    """A class map as (source index or None per target class, names of the target classes or None).
+    target_classes: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+) -> Weights:
+    """The model with its class layer resized by `class_map`; fresh rows are drawn from `generator`.
+
+    `target_classes` are the names of the target classes, for a map by index, or to look its names up in.
+    """
+    if weights.arch.kind != "segmentation":
+        raise ConfigError(f"class_map: {weights.source} has no segmentation head ({weights.arch.kind})")
+    sources, names = resolve_class_map(
+        class_map, weights.arch.num_classes, weights.metadata.classes, target_classes
+    )
+    state = dict(weights.state)
+    bound = 1 / math.sqrt(state[f"{PREDICTOR}.weight"].shape[1])
+    for name in (f"{PREDICTOR}.weight", f"{PREDICTOR}.bias"):
+        rows = state[name]
+        mapped = rows.new_empty(len(sources), *rows.shape[1:]).uniform_(-bound, bound, generator=generator)
+        for target, source in enumerate(sources):
+            if source is not None:
+                mapped[target] = rows[source]
+        state[name] = mapped
+    return replace(
+        weights,
+        state=state,
+        arch=replace(weights.arch, num_classes=len(sources)),
+        metadata=Metadata(classes=names, mean=weights.metadata.mean, std=weights.metadata.std),
+        provenance={},
+    )
+
+
+def resolve_class_map(
+    class_map: Mapping[Any, Any], num_classes: int, source_classes: Sequence[str], targets: Sequence[str] = ()
+) -> tuple[list[int | None], list[str]]:
+    """A class map as (source index or None per target class, names of the target classes; [] without).
 
     Args:
         num_classes: classes of the file.
-        source_classes: their names, None where the file has none.
-        target_classes: names of the target classes, for a map by index, or to look its names up in.
+        source_classes: their names; empty where the file has none.
+        targets: names of the target classes, or none.
     """
     if not isinstance(class_map, Mapping) or not class_map:
         raise ConfigError("class_map must be a mapping: target class -> class of the file, or null")
-    if target_classes:
-        check_distinct(target_classes, "the target")
-    names: list[str] | None
-    by_name = not all(isinstance(key, int) and not isinstance(key, bool) for key in class_map)
-    if by_name:
-        if other := [repr(key) for key in class_map if not isinstance(key, str)]:
-            raise ConfigError(f"class_map: {listed(other)} is no class name; use names only or numbers only")
-        targets = [str(name) for name in target_classes or class_map]
-        names = targets
-        by_index = {_index_of(key, targets, "the target"): value for key, value in class_map.items()}
-    else:
-        names = list(target_classes) if target_classes else None
+    check_distinct(targets, "the target")
+    if all(isinstance(key, int) and not isinstance(key, bool) for key in class_map):
+        names = list(targets)
         by_index = dict(class_map)
-    wanted = range(len(names) if names else len(by_index))
+    elif other := [repr(key) for key in class_map if not isinstance(key, str)]:
+        raise ConfigError(f"class_map: {listed(other)} is no class name; use names only or numbers only")
+    else:
+        names = [str(name) for name in targets or class_map]
+        by_index = {_index_of(key, names, "the target"): value for key, value in class_map.items()}
+    wanted = range(len(names) or len(by_index))
     if missing := [str(k) for k in wanted if k not in by_index]:
         raise ConfigError(
             f"class_map leaves out target class {listed(missing)}; give each one a source or null"
@@ -61,7 +88,7 @@ def resolve_class_map(
     if len(by_index) != len(wanted):
         raise ConfigError(f"class_map has {len(by_index)} targets, but {len(wanted)} classes are named")
     sources = [_source_of(by_index[k], num_classes, source_classes) for k in wanted]
-    if names is None and source_classes:
+    if not names and source_classes:
         names = [f"class {k}" if s is None else source_classes[s] for k, s in enumerate(sources)]
     return sources, names
 
@@ -72,35 +99,19 @@ def check_distinct(names: Sequence[str], where: str) -> None:
         raise ConfigError(f"{where} has several classes named {listed(twice)}; give each its own name")
 
 
-def map_classes(
-    state: Mapping[str, Tensor], sources: Sequence[int | None], generator: torch.Generator | None = None
-) -> dict[str, Tensor]:
-    """The state with row k of the class layer taken from row sources[k], or drawn from `generator`."""
-    out = dict(state)
-    weight, bias = state[f"{PREDICTOR}.weight"], state[f"{PREDICTOR}.bias"]
-    bound = 1 / math.sqrt(weight.shape[1])
-    for name, rows in (("weight", weight), ("bias", bias)):
-        mapped = rows.new_empty(len(sources), *rows.shape[1:]).uniform_(-bound, bound, generator=generator)
-        for target, source in enumerate(sources):
-            if source is not None:
-                mapped[target] = rows[source]
-        out[f"{PREDICTOR}.{name}"] = mapped
-    return out
-
-
 def _index_of(name: str, names: Sequence[str], whose: str) -> int:
     if names.count(name) > 1:
         raise ConfigError(f"class_map: {whose} has several classes named {name!r}; use numbers")
     if name not in names:
-        raise ConfigError(f"class_map: {whose} has no class {name!r}; it has {_shown(names)}")
+        raise ConfigError(f"class_map: {whose} has no class {name!r}; it has {listed(names)}")
     return names.index(name)
 
 
-def _source_of(value: Any, num_classes: int, classes: Sequence[str] | None) -> int | None:
+def _source_of(value: Any, num_classes: int, classes: Sequence[str]) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if classes is None:
+        if not classes:
             raise ConfigError(f"class_map: the file names no classes, so {value!r} is unknown; use numbers")
         return _index_of(value, classes, "the file")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_classes:
@@ -108,8 +119,3 @@ def _source_of(value: Any, num_classes: int, classes: Sequence[str] | None) -> i
             f"class_map: {value!r} is no class of the file; use 0 to {num_classes - 1}, or null"
         )
     return value
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(map(printable, names[:8])) + more

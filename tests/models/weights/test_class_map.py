@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from segformer.errors import ConfigError
+from segformer.models.weights.bundle import Arch, Weights
 from segformer.models.weights.class_map import PREDICTOR, map_classes, resolve_class_map
 
 NAMES = ["wall", "sky", "car", "person", "car"]
 
 
 def resolve(class_map: Any, source: list[str] | None = NAMES, target: list[str] | None = None) -> Any:
-    return resolve_class_map(class_map, num_classes=5, source_classes=source, target_classes=target)
+    return resolve_class_map(class_map, 5, source or [], target or ())
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_targets_get_the_sources_that_the_map_says(
 
 
 def test_without_names_in_the_file_a_map_by_number_gives_none() -> None:
-    assert resolve({0: 1, 1: None}, source=None) == ([1, None], None)
+    assert resolve({0: 1, 1: None}, source=None) == ([1, None], [])
 
 
 @pytest.mark.parametrize(
@@ -63,30 +65,45 @@ def test_maps_that_make_no_sense_are_refused(class_map: Any, options: dict[str, 
     assert "\n" not in str(caught.value)
 
 
-def test_rows_are_copied_exactly_and_fresh_ones_drawn_as_torch_initialises_the_layer() -> None:
+def drawn(state: dict[str, Tensor], sources: list[int | None], seed: int = 0) -> dict[str, Tensor]:
+    classes = state[f"{PREDICTOR}.bias"].shape[0]
+    weights = Weights(state=state, arch=Arch(variant="b0", kind="segmentation", num_classes=classes))
+    generator = torch.Generator().manual_seed(seed)
+    mapped = map_classes(weights, dict(enumerate(sources)), generator=generator)
+    assert mapped.arch.num_classes == len(sources)
+    return mapped.state
+
+
+def test_rows_are_copied_exactly_and_fresh_ones_drawn_as_torch_initializes_the_layer() -> None:
     state = {
         f"{PREDICTOR}.weight": torch.randn(5, 400, 1, 1),
         f"{PREDICTOR}.bias": torch.randn(5),
         "backbone.norm1.weight": torch.randn(3),
     }
-    out = map_classes(state, [3, None, 0, 3], torch.Generator().manual_seed(0))
+    out = drawn(state, [3, None, 0, 3])
     weight, bias = out[f"{PREDICTOR}.weight"], out[f"{PREDICTOR}.bias"]
-    assert weight.shape == (4, 400, 1, 1)
     for target, source in ((0, 3), (2, 0), (3, 3)):
         assert torch.equal(weight[target], state[f"{PREDICTOR}.weight"][source])
         assert torch.equal(bias[target], state[f"{PREDICTOR}.bias"][source])
     bound = 1 / math.sqrt(400)
-    assert weight[1].abs().max() <= bound
+    assert max(weight[1].abs().max(), abs(bias[1])) <= bound
     assert weight[1].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-    assert abs(bias[1]) <= bound
     assert out["backbone.norm1.weight"] is state["backbone.norm1.weight"]
 
 
 def test_fresh_rows_follow_the_generator() -> None:
     state = {f"{PREDICTOR}.weight": torch.ones(2, 8, 1, 1), f"{PREDICTOR}.bias": torch.ones(2)}
-    draws = [
-        map_classes(state, [None, 1], torch.Generator().manual_seed(s))[f"{PREDICTOR}.bias"]
-        for s in (0, 0, 1)
-    ]
+    draws = [drawn(state, [None, 1], seed)[f"{PREDICTOR}.bias"] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_target_classes_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the target has several classes named a; give each its own name"):
+        resolve({0: 0, 1: 1, 2: 2}, target=["a", "b", "a"])
+
+
+def test_names_of_a_file_are_printed_without_control_characters() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve({0: "z"}, source=["a\x1b[2J\n", "b"])
+    assert str(caught.value).isprintable()

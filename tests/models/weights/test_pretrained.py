@@ -1,59 +1,32 @@
 """SegFormer.from_pretrained, save_pretrained and model.pretrained, over the formats that users own."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    SegformerConfig,
-    SegformerForImageClassification,
-    SegformerForSemanticSegmentation,
-)
+from model_files import NAMES, randomize, same
+from torch import nn
+from transformers import SegformerForImageClassification, SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.inference.export import read_export
-from segformer.inference.predict import Predictor
+from segformer.models.backbone import DropPath
 from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import ModelConfig
-from segformer.models.weights.card import IMAGENET_MEAN, Card
-from segformer.models.weights.convert import read_weights
-from segformer.models.weights.save import write_pth
-
-NAMES = ["wall", "sky", "car"]
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-        if name.endswith("running_var"):
-            tensor.abs_().add_(0.5)
-    return model.eval()
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    labels = dict(enumerate(NAMES))
-    config = SegformerConfig(hidden_sizes=[32, 64, 160, 256], decoder_hidden_size=256, id2label=labels)
-    path = tmp_path_factory.mktemp("hf")
-    randomise(SegformerForSemanticSegmentation(config)).save_pretrained(path)
-    return path
+from segformer.models.weights.bundle import Metadata
+from segformer.models.weights.read import read_weights
+from segformer.models.weights.write import write_export, write_hf, write_pth
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageNet classifier as NVlabs writes it."""
     torch.manual_seed(1)
-    state = randomise(MiTClassifier(build_encoder(ModelConfig()), 10)).state_dict()
+    state = randomize(MiTClassifier(build_encoder(ModelConfig()), 10).state_dict())
     path = tmp_path_factory.mktemp("mit") / "mit_b0.pth"
-    torch.save({name.removeprefix("backbone."): tensor for name, tensor in state.items()}, path)
+    names = {"CLASSES": [f"thing {k}" for k in range(10)]}
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    torch.save({"state_dict": state, "meta": names}, path)
     return path
 
 
@@ -65,7 +38,7 @@ def test_a_model_of_transformers_gives_the_logits_of_transformers(hf: Path, ops:
     with torch.no_grad():
         torch.testing.assert_close(model(images), theirs(images).logits, atol=1e-5, rtol=1e-5)
     assert not model.training
-    assert model.card.classes == NAMES
+    assert model.metadata.classes == NAMES
 
 
 def test_the_epsilons_can_be_chosen(hf: Path) -> None:
@@ -73,70 +46,40 @@ def test_the_epsilons_can_be_chosen(hf: Path) -> None:
     with torch.no_grad():
         first, second = (SegFormer.from_pretrained(hf, norm_profile=p)(images) for p in ("hf", "original"))
     assert not torch.equal(first, second)
-    with pytest.raises(ConfigError, match=r"norm_profile=batch is unknown"):
-        SegFormer.from_pretrained(hf, norm_profile="batch")
 
 
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
 def test_what_is_saved_comes_back_bit_for_bit_with_the_same_logits(tmp_path: Path, profile: str) -> None:
     torch.manual_seed(2)
-    config = ModelConfig(norm_profile=profile, decoder_dim=64)
-    model = randomise(build_model(config, 4))
+    model = build_model(ModelConfig(norm_profile=profile, decoder_dim=64), 4).eval()
+    randomize(model.state_dict())
     model.save_pretrained(tmp_path / "model")
     back = SegFormer.from_pretrained(tmp_path / "model")
     assert same(model.state_dict(), back.state_dict())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(images), back(images))
-    theirs, info = SegformerForSemanticSegmentation.from_pretrained(
-        tmp_path / "model", output_loading_info=True
-    )
-    assert not any(info.values()), info
-    with torch.no_grad():
-        difference = (theirs.eval()(images).logits - model(images)).abs().max()
-    assert difference < (1e-5 if profile == "hf" else 0.1)
 
 
-def test_what_is_saved_predicts_photographs(tmp_path: Path) -> None:
-    model = build_model(ModelConfig(), 4)
-    model.save_pretrained(tmp_path / "plain")
-    trained = read_export(tmp_path / "plain")
-    assert trained.classes == ["class 0", "class 1", "class 2", "class 3"]
-    assert trained.palette[:3] == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
-    assert trained.mean == IMAGENET_MEAN
-    card = Card(classes=list("abcd"), palette=[[1, 2, 3]] * 4, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
-    model.save_pretrained(tmp_path / "named", card)
-    assert Predictor.from_export(tmp_path / "named", "cpu").classes == list("abcd")
+def test_metadata_comes_back_and_is_saved_again(tmp_path: Path) -> None:
+    colors = [[1, 2, 3]] * 4
+    metadata = Metadata(classes=list("abcd"), palette=colors, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    build_model(ModelConfig(), 4).save_pretrained(tmp_path / "named", metadata)
     SegFormer.from_pretrained(tmp_path / "named").save_pretrained(tmp_path / "again")
-    assert read_weights(tmp_path / "again").card == card
-
-
-@pytest.mark.parametrize("card", [Card(classes=["a"]), Card(palette=[[0, 0, 0]] * 3)])
-def test_a_card_of_another_number_of_classes_is_refused(tmp_path: Path, card: Card) -> None:
-    with pytest.raises(ConfigError, match=r"2 classes, but the card has \d (names|colours)"):
-        build_model(ModelConfig(), 2).save_pretrained(tmp_path / "out", card)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(ConfigError, match=r"other files \(notes\.txt\)"):
-        build_model(ModelConfig(), 2).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert read_weights(tmp_path / "again").metadata == metadata
 
 
 def test_a_class_map_moves_rows_and_keeps_everything_else(hf: Path) -> None:
     whole = SegFormer.from_pretrained(hf).state_dict()
     model = SegFormer.from_pretrained(hf, class_map={"auto": "car", "new": None, "roof": 0}, num_classes=3)
-    predictor = "decode_head.linear_pred."
     for name, tensor in model.state_dict().items():
-        if name.startswith(predictor):
+        if name.startswith("decode_head.linear_pred."):
             assert torch.equal(tensor[0], whole[name][2])
             assert torch.equal(tensor[2], whole[name][0])
             assert not torch.equal(tensor[1], whole[name][1])
         else:
             assert torch.equal(tensor, whole[name]), name
-    assert model.card.classes == ["auto", "new", "roof"]
+    assert model.metadata.classes == ["auto", "new", "roof"]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +91,10 @@ def test_a_class_map_moves_rows_and_keeps_everything_else(hf: Path) -> None:
         ({"encoder_only": True}, "has no segmentation head; give num_classes"),
         ({"encoder_only": True, "class_map": {0: 0}}, "has no segmentation head"),
         ({"ops": "fast"}, "model.ops=fast is unknown"),
+        ({"norm_profile": "batch"}, "norm_profile=batch is unknown"),
     ],
 )
-def test_classes_that_do_not_fit_are_refused(hf: Path, options: dict, message: str) -> None:
+def test_options_that_do_not_fit_are_refused(hf: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SegFormer.from_pretrained(hf, **options)
 
@@ -159,11 +103,10 @@ def test_an_encoder_gets_a_fresh_head_of_the_classes_asked_for(encoder: Path) ->
     with pytest.raises(ConfigError, match="give num_classes for a fresh one"):
         SegFormer.from_pretrained(encoder)
     model = SegFormer.from_pretrained(encoder, num_classes=6)
-    theirs = torch.load(encoder, weights_only=True)
-    own = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
-    assert all(torch.equal(own[name], theirs[name]) for name in theirs if not name.startswith("head."))
-    assert model.num_classes == 6
-    assert model.card == Card()
+    wanted = read_weights(encoder).state
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, wanted[f"backbone.{name}"])
+    assert (model.num_classes, model.metadata) == (6, Metadata())
 
 
 def test_a_classifier_comes_back_bit_for_bit_and_loads_in_transformers(encoder: Path, tmp_path: Path) -> None:
@@ -171,12 +114,9 @@ def test_a_classifier_comes_back_bit_for_bit_and_loads_in_transformers(encoder: 
     model.save_pretrained(tmp_path / "model")
     back = MiTClassifier.from_pretrained(tmp_path / "model")
     assert same(model.state_dict(), back.state_dict())
-    assert not back.training
+    assert (back.training, back.metadata.classes[3]) == (False, "thing 3")
     _, info = SegformerForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values()), info
-    assert read_export(tmp_path / "model").task == "classification"
-    with pytest.raises(ConfigError, match="is a classifier of 10 classes"):
-        Predictor.from_export(tmp_path / "model", "cpu")
 
 
 def test_a_segmentation_model_is_no_classifier(hf: Path) -> None:
@@ -188,22 +128,20 @@ def test_pretrained_takes_every_format_and_says_what_it_loaded(
     hf: Path, encoder: Path, tmp_path: Path
 ) -> None:
     weights = read_weights(hf)
+    write_export(weights, tmp_path / "ours")
     write_pth(weights, tmp_path / "nvlabs.pth", "nvlabs")
     write_pth(weights, tmp_path / "smp.pth", "smp")
     write_pth(weights.encoder(), tmp_path / "mmseg.pth", "mmseg")
     said = {}
-    for path in (hf, tmp_path / "nvlabs.pth", tmp_path / "smp.pth"):
-        model = build_model(ModelConfig(pretrained=str(path)), 3)
-        assert same(model.state_dict(), weights.state)
-        said[path] = model.pretrained
-    for path in (tmp_path / "mmseg.pth", encoder):
+    whole = [hf, hf / "model.safetensors", *(tmp_path / name for name in ("ours", "nvlabs.pth", "smp.pth"))]
+    for path in (*whole, tmp_path / "mmseg.pth", encoder):
         torch.manual_seed(5)
-        fresh = build_model(ModelConfig(), 3).state_dict()
+        expected = build_model(ModelConfig(), 3).state_dict()
+        found = read_weights(path).state
+        expected |= {name: t for name, t in found.items() if path in whole or name.startswith("backbone.")}
         torch.manual_seed(5)
         model = build_model(ModelConfig(pretrained=str(path)), 3)
-        wanted = read_weights(path).state
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, (wanted if name.startswith("backbone.") else fresh)[name]), name
+        assert same(model.state_dict(), expected)
         said[path] = model.pretrained
     epsilons = "; LayerNorm epsilons are those of original, the weights had those of hf"
     assert said[hf] == f"b0 of {hf} (Hugging Face): encoder and head{epsilons}"
@@ -214,18 +152,43 @@ def test_pretrained_takes_every_format_and_says_what_it_loaded(
     assert build_model(ModelConfig(), 3).pretrained == ""
 
 
-def test_missing_tensors_are_named_by_from_pretrained(hf: Path, tmp_path: Path) -> None:
-    state = read_weights(hf).state
-    holes = ("backbone.block2.1.norm1.bias", "decode_head.linear_fuse.bn.running_mean")
-    torch.save({name: t for name, t in state.items() if name not in holes}, tmp_path / "x.pth")
-    with pytest.raises(
-        CheckpointError, match=rf"which is b0, does not fit.*2 missing: {holes[0]}, {holes[1]}"
-    ):
-        SegFormer.from_pretrained(tmp_path / "x.pth")
+@pytest.mark.parametrize(
+    ("cfg", "changes", "message"),
+    [
+        ({"variant": "b1"}, {}, "is b0, this model is b1; use model=b0 or other weights"),
+        ({"decoder_dim": 64}, {}, "of another shape: decode_head.*check model.variant and model.decoder_dim"),
+        ({}, {"backbone.norm3.bias": None}, r"which is b0, does not fit.*1 missing: backbone\.norm3\.bias"),
+        ({}, {"backbone.norm3.bias": torch.zeros(3)}, r"1 of another shape: backbone\.norm3\.bias \(3,\)"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_by_name(
+    hf: Path, tmp_path: Path, cfg: dict, changes: dict, message: str
+) -> None:
+    state = read_weights(hf).state | changes
+    torch.save({name: t for name, t in state.items() if t is not None}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        build_model(ModelConfig(pretrained=str(tmp_path / "x.pth"), **cfg), 3)
 
 
-def test_tensors_of_another_shape_are_named_by_from_pretrained(hf: Path, tmp_path: Path) -> None:
-    state = read_weights(hf).state | {"backbone.block2.1.norm1.bias": torch.zeros(3)}
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"1 of another shape: backbone\.block2\.1\.norm1\.bias \(3,\)"):
-        SegFormer.from_pretrained(tmp_path / "x.pth")
+def rate_of(backbone: nn.Module) -> float:
+    return max(module.rate for module in backbone.modules() if isinstance(module, DropPath))
+
+
+def test_a_model_keeps_its_rates_of_dropping(tmp_path: Path) -> None:
+    build_model(ModelConfig(dropout=0.3, drop_path_rate=0.23), 3).save_pretrained(tmp_path / "a")
+    SegFormer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for name in "ab":
+        model = SegFormer.from_pretrained(tmp_path / name)
+        assert model.decode_head.dropout == 0.3
+        assert rate_of(model.backbone) == pytest.approx(0.23)
+    write_hf(read_weights(tmp_path / "b"), tmp_path / "c")
+    config = json.loads((tmp_path / "c/config.json").read_text())
+    assert (config["classifier_dropout_prob"], config["drop_path_rate"]) == (0.3, 0.23)
+
+
+@pytest.mark.parametrize("rate", [None, True, "0.2", 1.0, -1, float("nan")])
+def test_a_rate_that_is_none_is_left_to_the_default(hf: Path, tmp_path: Path, rate: object) -> None:
+    write_export(read_weights(hf), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "drop_path_rate": rate}))
+    assert read_weights(tmp_path).config().drop_path_rate == 0.1

@@ -1,4 +1,4 @@
-"""Names of SegFormer parameters in other people's files <-> ours; tables and pure renaming, no files.
+"""Key maps: names of SegFormer's parameters in other people's files <-> ours; tables and pure renaming.
 
 Ours are the names of the original repository: `backbone.` with `decode_head.` (segmentation) or with `head.`
 (ImageNet classifier). With s = stage 1..4, i = s - 1, r = 4 - s, j = block:
@@ -25,16 +25,16 @@ a key/value pair.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from segformer.errors import CheckpointError
+from segformer.files import listed, printable
 
-_SHOWN = 6  # names listed in an error before "and N more"
 _MAX_DEPTH = 100  # blocks of one stage that the tables hold; the deepest variant has 40
 _MAX_PREFIXES = 16  # prefixes that are tried; a file with more holds many networks and is refused
 
@@ -66,15 +66,12 @@ _BLOCK_ROWS = (  # below block{s}.{j}, block.{i}.{j}, {i}.blocks.{j}, {i}.1.{j}
 _BLOCKS = ("block{s}.{j}.", "block.{i}.{j}.", "{i}.blocks.{j}.", "{i}.1.{j}.")
 _COLUMN = {"nvlabs": 0, "smp": 0, "hf": 1, "hf5": 2, "mmseg": 3}
 _HEADS: dict[str, tuple[tuple[str, str], ...]] = {
-    "nvlabs": tuple(
-        (name, name)
-        for name in (
-            "decode_head.linear_c{s}.proj",
-            "decode_head.linear_fuse.conv",
-            "decode_head.linear_fuse.bn",
-            "decode_head.linear_pred",
-            "head",
-        )
+    "nvlabs": (
+        ("decode_head.linear_c{s}.proj", "decode_head.linear_c{s}.proj"),
+        ("decode_head.linear_fuse.conv", "decode_head.linear_fuse.conv"),
+        ("decode_head.linear_fuse.bn", "decode_head.linear_fuse.bn"),
+        ("decode_head.linear_pred", "decode_head.linear_pred"),
+        ("head", "head"),
     ),
     "hf": (
         ("decode_head.linear_c{s}.proj", "decode_head.linear_c.{i}.proj"),
@@ -102,9 +99,14 @@ _PREFIX = {  # of the encoder, in a whole model and bare
     "mmseg": ("backbone.layers.", "layers."),
 }
 # Parameters that compute nothing here. NVlabs: left over from a base class, never called. SMP: the
-# classifier that `aux_params` adds beside the segmentation.
-_DEAD = {"nvlabs": "decode_head.conv_seg.", "smp": "classification_head."}
-_MMSEG_HEADS = ("decode_head.", "auxiliary_head.")
+# classifier that `aux_params` adds beside the segmentation. mmsegmentation: its decode head.
+_DEAD = {
+    "nvlabs": ("decode_head.conv_seg.",),
+    "smp": ("classification_head.",),
+    "mmseg": ("decode_head.", "auxiliary_head."),
+}
+# Weights of mmsegmentation that are 1x1 convolutions there and Linears here.
+_1X1 = (".ffn.layers.0.weight", ".ffn.layers.4.weight")
 
 TITLES = {
     "nvlabs": "NVlabs",
@@ -116,8 +118,7 @@ TITLES = {
 WRITTEN = ("hf", "nvlabs", "smp", "mmseg")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Naming:
+class KeyFormat(NamedTuple):
     """How the names of one file are made."""
 
     format: str
@@ -125,19 +126,7 @@ class Naming:
     bare: bool = False
     "The encoder's prefix is left out."
     wrapper: str = ""
-    "What stands before the names of the network and means nothing, such as `module.`."
-
-
-def printable(name: str) -> str:
-    """The name as it is, or escaped where printing it would do more than show it."""
-    return name if name.isprintable() else repr(name)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names for a message, and how many more there are."""
-    ordered = [printable(name) for name in sorted(names)]
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more
+    "Prefix of all names of the network that means nothing, such as `module.`."
 
 
 @cache
@@ -163,14 +152,14 @@ def _modules(format_: str, bare: bool) -> dict[str, str]:
 
 @cache
 def _landmarks(start: str) -> tuple[str, ...]:
-    """What modules of all formats are called that only a SegFormer has and that start with `start` here."""
+    """Names, in all formats, of the modules that only a SegFormer has and that start with `start` here."""
     rows = [row for format_ in _PREFIX for bare in (False, True) for row in _modules(format_, bare).items()]
     is_landmark = re.compile(r"decode_head\.|backbone\.patch_embed\d\.proj").match
     return tuple({theirs for theirs, ours in rows if ours.startswith(start) and is_landmark(ours)})
 
 
 def _prefixes(names: list[str]) -> list[str]:
-    """What may stand before the names: nothing, or what stands before a patch embedding; shortest first."""
+    """Possible prefixes of the names: none, or what stands before a patch embedding; shortest first."""
     modules = [name.rpartition(".")[0] for name in names]
     found = Counter(
         module.removesuffix(place)
@@ -181,8 +170,8 @@ def _prefixes(names: list[str]) -> list[str]:
     return sorted(["", *(prefix for prefix, _ in found.most_common(_MAX_PREFIXES))], key=len)
 
 
-def detect(names: Iterable[str]) -> Naming:
-    """The naming that knows most of `names`.
+def detect(names: Iterable[str]) -> KeyFormat:
+    """The format that knows most of `names`.
 
     Raises CheckpointError where none knows any encoder name: the file is of another network; and where names
     of a SegFormer are elsewhere too.
@@ -190,151 +179,128 @@ def detect(names: Iterable[str]) -> Naming:
     names = list(names)
     known = {}
     for prefix in _prefixes(names):
-        below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        modules = [name.removeprefix(prefix).rpartition(".")[0] for name in names if name.startswith(prefix)]
         for format_ in _PREFIX:
             for bare in (False, True):
-                modules = _modules(format_, bare)
-                ours = [modules.get(_module_of(name, format_)[0], "") for name in below]
-                known[prefix, format_, bare] = sum(name.startswith("backbone.") for name in ours)
-    wrapper, format_, bare = max(known, key=known.__getitem__)  # of several: the shortest prefix
-    if known[wrapper, format_, bare] == 0:
+                ours = _modules(format_, bare)
+                found = sum(ours.get(module, "").startswith("backbone.") for module in modules)
+                known[KeyFormat(format_, bare, prefix)] = found
+    best = max(known, key=known.__getitem__)  # of several: the shortest prefix
+    if known[best] == 0:
         raise CheckpointError(
-            f"none of its {len(names)} tensors has a name of a SegFormer ({listed(names)}); "
+            f"none of its {len(names)} tensors has a name of a SegFormer ({listed(sorted(names))}); "
             f"known are files of {', '.join(TITLES[key] for key in WRITTEN)} and our own"
         )
     marks = tuple(f".{place}" for place in _landmarks(""))
-    beside = [name for name in names if not name.startswith(wrapper)]
+    beside = [name for name in names if not name.startswith(best.wrapper)]
     if other := [name for name in beside if f".{name}".rpartition(".")[0].endswith(marks)]:
         raise CheckpointError(
-            f"it holds a SegFormer below {printable(wrapper)} and names of one elsewhere "
-            f"({listed(other)}); save the one that is meant alone"
+            f"it holds a SegFormer below {printable(best.wrapper)} and names of one elsewhere "
+            f"({listed(sorted(other))}); save the one that is meant alone"
         )
-    return Naming(format=format_, bare=bare, wrapper=wrapper)
+    return best
 
 
-def to_ours(state: dict[str, Tensor], naming: Naming) -> tuple[dict[str, Tensor], list[str]]:
+def to_ours(state: Mapping[str, Tensor], keys: KeyFormat) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under the names of a file -> (tensors under ours, names that were dropped).
 
     Dropped are what is not below the wrapper, parameters that compute nothing, and the decode head of
     mmsegmentation, which is another network: names from `foreign_head`. Raises CheckpointError naming every
     tensor without a place, and every half of a pair or pair that does not fit together.
     """
-    modules = _modules(naming.format, naming.bare)
+    dead = _DEAD.get(keys.format, ())
+    below = {name: name.removeprefix(keys.wrapper) for name in state if name.startswith(keys.wrapper)}
+    kept = {name: short for name, short in below.items() if not short.startswith(dead)}
+    theirs = {short: state[name] for name, short in kept.items()}
+    if keys.format == "mmseg":
+        theirs = _from_mmseg(theirs)
+    modules = _modules(keys.format, keys.bare)
     out: dict[str, Tensor] = {}
-    dropped, unknown = [], []
-    ignored = {*foreign_head(state, naming), *_dead(state, naming)}
-    for full_name, tensor in state.items():
-        name = full_name.removeprefix(naming.wrapper)
-        if full_name in ignored or not full_name.startswith(naming.wrapper):
-            dropped.append(full_name)
-            continue
-        for module, parameter, piece in _cut(name, tensor, naming.format):
-            if ours := modules.get(module):
-                out[f"{ours}.{parameter}"] = piece
-            elif full_name not in unknown:
-                unknown.append(full_name)
+    unknown: set[str] = set()
+    for name, tensor in theirs.items():
+        module, _, parameter = name.rpartition(".")
+        if ours := modules.get(module):
+            out[f"{ours}.{parameter}"] = tensor
+        else:
+            unknown.add(keys.wrapper + re.sub("/[01]", "", name))
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} of {len(state)} tensors have no place in a SegFormer of {TITLES[naming.format]} "
-            f"names: {listed(unknown)}; check that the file is a SegFormer and nothing else"
+            f"{len(unknown)} of {len(state)} tensors have no place in a SegFormer of {TITLES[keys.format]} "
+            f"names: {listed(sorted(unknown))}; check that the file is a SegFormer and nothing else"
         )
-    return _join(out, equal=True), dropped
+    return _join(out, equal=True), [name for name in state if name not in kept]
 
 
-def from_ours(state: dict[str, Tensor], format_: str, *, bare: bool = False) -> dict[str, Tensor]:
+def from_ours(state: Mapping[str, Tensor], format_: str, *, bare: bool = False) -> dict[str, Tensor]:
     """Tensors under our names -> under those of a format; the inverse of `to_ours`, bit for bit.
 
     `bare` leaves the prefix of the encoder out. Raises CheckpointError naming every tensor that such a file
     has no place for.
     """
     places = {ours: theirs for theirs, ours in _modules(format_, bare).items()}
-    pieces: dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
+    unknown = []
     for name, tensor in state.items():
         module, _, parameter = name.rpartition(".")
         if f"{module}/0" in places:
             for index, piece in enumerate(tensor.chunk(2)):
-                pieces[f"{module}/{index}.{parameter}"] = piece.clone()
-        else:
-            pieces[name] = tensor
-    out: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in pieces.items():
-        module, _, parameter = name.rpartition(".")
-        if theirs := places.get(module):
-            out[f"{theirs}.{parameter}"] = tensor
+                out[f"{places[f'{module}/{index}']}.{parameter}"] = piece.clone()
+        elif module in places:
+            out[f"{places[module]}.{parameter}"] = tensor
         else:
             unknown.append(name)
     if unknown:
         raise CheckpointError(f"tensors that no {TITLES[format_]} SegFormer has: {listed(unknown)}")
-    if format_ == "mmseg":
-        return {
-            name.replace(".in_proj.", ".in_proj_"): tensor[..., None, None] if _is_1x1(name) else tensor
-            for name, tensor in _join(out, equal=False).items()
-        }
+    return _to_mmseg(out) if format_ == "mmseg" else out
+
+
+def foreign_head(names: Iterable[str], keys: KeyFormat) -> list[str]:
+    """Names of an mmsegmentation decode head: another network, which can't be converted."""
+    heads = tuple(keys.wrapper + head for head in _DEAD["mmseg"])
+    return [name for name in names if keys.format == "mmseg" and name.startswith(heads)]
+
+
+def _from_mmseg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """in_proj in two pieces, q and kv, as if it were a module; 1x1 convolutions as Linears."""
+    out = {}
+    for name, tensor in state.items():
+        head, found, parameter = name.rpartition(".in_proj_")
+        if found:
+            if tensor.ndim == 0 or tensor.shape[0] % 3:
+                raise CheckpointError(
+                    f"{name} of shape {tuple(tensor.shape)} is not three equal parts q, k, v"
+                )
+            rows = tensor.shape[0] // 3
+            out[f"{head}.in_proj/0.{parameter}"] = tensor[:rows].clone()
+            out[f"{head}.in_proj/1.{parameter}"] = tensor[rows:].clone()
+        else:
+            is_1x1 = name.endswith(_1X1) and tensor.shape[2:] == (1, 1)
+            out[name] = tensor.flatten(1) if is_1x1 else tensor
     return out
 
 
-def foreign_head(names: Iterable[str], naming: Naming) -> list[str]:
-    """Names of an mmsegmentation decode head: another network, which can't be converted."""
-    if naming.format != "mmseg":
-        return []
-    return [name for name in names if name.removeprefix(naming.wrapper).startswith(_MMSEG_HEADS)]
+def _to_mmseg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.replace(".in_proj.", ".in_proj_"): tensor[..., None, None] if name.endswith(_1X1) else tensor
+        for name, tensor in _join(state, equal=False).items()
+    }
 
 
-def _dead(names: Iterable[str], naming: Naming) -> list[str]:
-    dead = _DEAD.get(naming.format)
-    return [name for name in names if dead and name.removeprefix(naming.wrapper).startswith(dead)]
-
-
-def _module_of(name: str, format_: str) -> tuple[str, str]:
-    """(module, parameter) of a name; mmseg's in_proj_weight counts as the first piece of a module in_proj."""
-    module, _, parameter = name.rpartition(".")
-    if format_ == "mmseg" and parameter in ("in_proj_weight", "in_proj_bias"):
-        return f"{module}.in_proj/0", parameter.removeprefix("in_proj_")
-    return module, parameter
-
-
-def _is_1x1(name: str) -> bool:
-    """A weight of mmsegmentation that is a 1x1 convolution there and a Linear here."""
-    return name.endswith((".ffn.layers.0.weight", ".ffn.layers.4.weight"))
-
-
-def _cut(name: str, tensor: Tensor, format_: str) -> list[tuple[str, str, Tensor]]:
-    """(module, parameter, tensor) of one entry of a file: mmseg's in_proj in two pieces, all others whole."""
-    module, parameter = _module_of(name, format_)
-    if format_ != "mmseg":
-        return [(module, parameter, tensor)]
-    if module.endswith(".in_proj/0"):
-        if tensor.ndim == 0 or tensor.shape[0] % 3:
-            raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is not three equal parts q, k, v")
-        rows = tensor.shape[0] // 3
-        whole = module.removesuffix("/0")
-        query, key_value = tensor[:rows].clone(), tensor[rows:].clone()
-        return [(f"{whole}/0", parameter, query), (f"{whole}/1", parameter, key_value)]
-    if _is_1x1(name) and tensor.shape[2:] == (1, 1):
-        tensor = tensor.flatten(1)
-    return [(module, parameter, tensor)]
-
-
-def _join(state: dict[str, Tensor], *, equal: bool) -> dict[str, Tensor]:
+def _join(state: Mapping[str, Tensor], *, equal: bool) -> dict[str, Tensor]:
     """Put the pieces `module/0.parameter` and `module/1.parameter` together, by rows.
 
     `equal`: keys and values, two pieces of one shape; otherwise q and kv, which share all but the rows.
     """
-    pairs: dict[str, dict[str, Tensor]] = {}
-    out = {}
-    for name, tensor in state.items():
+    out: dict[str, Tensor] = {}
+    for name in dict.fromkeys(re.sub("/[01]", "", name) for name in state):
+        if name in state:
+            out[name] = state[name]
+            continue
         module, _, parameter = name.rpartition(".")
-        whole, slash, index = module.rpartition("/")
-        if slash:
-            pairs.setdefault(f"{whole}.{parameter}", {})[index] = tensor
-        else:
-            out[name] = tensor
-    for name, pair in pairs.items():
-        if len(pair) != 2:
-            half = "key" if "0" in pair else "value"
+        first, second = (state.get(f"{module}/{index}.{parameter}") for index in (0, 1))
+        if first is None or second is None:
+            half = "key" if second is None else "value"
             raise CheckpointError(f"{name}: the file has only the {half} half; it is incomplete")
-        first, second = pair["0"], pair["1"]
         skip = 0 if equal else 1
         if first.ndim == 0 or first.shape[skip:] != second.shape[skip:]:
             shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"

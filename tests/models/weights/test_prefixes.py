@@ -8,18 +8,11 @@ import torch
 from torch import Tensor
 
 from segformer.errors import CheckpointError
-from segformer.models.segformer import SegFormer, build_model
-from segformer.models.variants import ModelConfig
-from segformer.models.weights.convert import read_weights
-from segformer.models.weights.names import detect, from_ours, to_ours
+from segformer.models.segformer import SegFormer
+from segformer.models.weights.key_maps import detect, from_ours, to_ours
+from segformer.models.weights.read import read_weights
 
 PREFIXES = ["net.", "model.", "_orig_mod.module.", "trainer.model.net.", "backbone.net.", "module.layers."]
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return build_model(ModelConfig(), 3).state_dict()
 
 
 def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Names of other people's files <-> ours, against tables written out here."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,95 +8,50 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from segformer.errors import CheckpointError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.models.weights.names import Naming, detect, from_ours, to_ours
+from segformer.models.weights.key_maps import KeyFormat, detect, from_ours, to_ours
 
 BOTH = ("weight", "bias")
-NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+OUT = "attn.attn.out_proj"
+# Written out here: what each repository calls a module, with s = stage 1..4, i = s - 1, j = block.
+NAMES = {
+    "embed": ("patch_embed{s}.proj", "patch_embeddings.{i}.proj", "{i}.0.projection"),
+    "embed norm": ("patch_embed{s}.norm", "patch_embeddings.{i}.layer_norm", "{i}.0.norm"),
+    "stage norm": ("norm{s}", "layer_norm.{i}", "{i}.2"),
+    "norm1": ("block{s}.{j}.norm1", "block.{i}.{j}.layer_norm_1", "{i}.1.{j}.norm1"),
+    "norm2": ("block{s}.{j}.norm2", "block.{i}.{j}.layer_norm_2", "{i}.1.{j}.norm2"),
+    "q": ("block{s}.{j}.attn.q", "block.{i}.{j}.attention.self.query", "{i}.1.{j}.attn.attn.in_proj"),
+    "k": ("block{s}.{j}.attn.kv", "block.{i}.{j}.attention.self.key", "{i}.1.{j}.attn.attn.in_proj"),
+    "v": ("block{s}.{j}.attn.kv", "block.{i}.{j}.attention.self.value", "{i}.1.{j}.attn.attn.in_proj"),
+    "proj": (
+        "block{s}.{j}.attn.proj",
+        "block.{i}.{j}.attention.output.dense",
+        "{i}.1.{j}.attn.attn.out_proj",
+    ),
+    "sr": ("block{s}.{j}.attn.sr", "block.{i}.{j}.attention.self.sr", "{i}.1.{j}.attn.sr"),
+    "sr norm": ("block{s}.{j}.attn.norm", "block.{i}.{j}.attention.self.layer_norm", "{i}.1.{j}.attn.norm"),
+    "fc1": ("block{s}.{j}.mlp.fc1", "block.{i}.{j}.mlp.dense1", "{i}.1.{j}.ffn.layers.0"),
+    "dw": ("block{s}.{j}.mlp.dwconv.dwconv", "block.{i}.{j}.mlp.dwconv.dwconv", "{i}.1.{j}.ffn.layers.1"),
+    "fc2": ("block{s}.{j}.mlp.fc2", "block.{i}.{j}.mlp.dense2", "{i}.1.{j}.ffn.layers.4"),
+}
 
 
-def parts(variant: str) -> Iterator[tuple[str, int, int]]:
-    """(what, stage, block) of every module of the encoder."""
-    for stage, depth in enumerate(VARIANTS[variant].depths, start=1):
-        yield from ((what, stage, 0) for what in ("embed", "embed norm", "stage norm"))
-        for block in range(depth):
-            names = ["norm1", "norm2", "q", "k", "v", "proj", "fc1", "dw", "fc2"]
-            yield from ((what, stage, block) for what in names + ["sr", "sr norm"] * (stage < 4))
-
-
-def nvlabs(variant: str) -> set[str]:
+def encoder(variant: str, column: int, prefix: str = "") -> set[str]:
+    """Names of all tensors of the encoder: nvlabs (column 0), hf (1) or mmseg (2)."""
     names = set()
-    for what, s, j in parts(variant):
-        module = {
-            "embed": f"patch_embed{s}.proj",
-            "embed norm": f"patch_embed{s}.norm",
-            "stage norm": f"norm{s}",
-            "norm1": f"block{s}.{j}.norm1",
-            "norm2": f"block{s}.{j}.norm2",
-            "q": f"block{s}.{j}.attn.q",
-            "k": f"block{s}.{j}.attn.kv",
-            "v": f"block{s}.{j}.attn.kv",
-            "proj": f"block{s}.{j}.attn.proj",
-            "sr": f"block{s}.{j}.attn.sr",
-            "sr norm": f"block{s}.{j}.attn.norm",
-            "fc1": f"block{s}.{j}.mlp.fc1",
-            "dw": f"block{s}.{j}.mlp.dwconv.dwconv",
-            "fc2": f"block{s}.{j}.mlp.fc2",
-        }[what]
-        names |= {f"{module}.{p}" for p in BOTH}
-    return names
-
-
-def hugging_face(variant: str) -> set[str]:
-    names = set()
-    for what, s, j in parts(variant):
-        i = s - 1
-        module = {
-            "embed": f"patch_embeddings.{i}.proj",
-            "embed norm": f"patch_embeddings.{i}.layer_norm",
-            "stage norm": f"layer_norm.{i}",
-            "norm1": f"block.{i}.{j}.layer_norm_1",
-            "norm2": f"block.{i}.{j}.layer_norm_2",
-            "q": f"block.{i}.{j}.attention.self.query",
-            "k": f"block.{i}.{j}.attention.self.key",
-            "v": f"block.{i}.{j}.attention.self.value",
-            "proj": f"block.{i}.{j}.attention.output.dense",
-            "sr": f"block.{i}.{j}.attention.self.sr",
-            "sr norm": f"block.{i}.{j}.attention.self.layer_norm",
-            "fc1": f"block.{i}.{j}.mlp.dense1",
-            "dw": f"block.{i}.{j}.mlp.dwconv.dwconv",
-            "fc2": f"block.{i}.{j}.mlp.dense2",
-        }[what]
-        names |= {f"encoder.{module}.{p}" for p in BOTH}
-    return names
-
-
-def mmseg(variant: str) -> set[str]:
-    names = set()
-    for what, s, j in parts(variant):
-        i = s - 1
-        if what in ("q", "k", "v"):
-            names |= {f"layers.{i}.1.{j}.attn.attn.in_proj_{p}" for p in BOTH}
-            continue
-        module = {
-            "embed": f"{i}.0.projection",
-            "embed norm": f"{i}.0.norm",
-            "stage norm": f"{i}.2",
-            "norm1": f"{i}.1.{j}.norm1",
-            "norm2": f"{i}.1.{j}.norm2",
-            "proj": f"{i}.1.{j}.attn.attn.out_proj",
-            "sr": f"{i}.1.{j}.attn.sr",
-            "sr norm": f"{i}.1.{j}.attn.norm",
-            "fc1": f"{i}.1.{j}.ffn.layers.0",
-            "dw": f"{i}.1.{j}.ffn.layers.1",
-            "fc2": f"{i}.1.{j}.ffn.layers.4",
-        }[what]
-        names |= {f"layers.{module}.{p}" for p in BOTH}
+    for what, columns in NAMES.items():
+        for s, depth in enumerate(VARIANTS[variant].depths, start=1):
+            if what.startswith("sr") and s == 4:
+                continue
+            for j in range(depth if "{j}" in columns[0] else 1):
+                module = columns[column].format(s=s, i=s - 1, j=j)
+                names |= {f"{prefix}{module}.{p}".replace("in_proj.", "in_proj_") for p in BOTH}
     return names
 
 
 def head(linear: list[str], conv: str, norm: str, predictor: str) -> set[str]:
     names = {f"{module}.{p}" for module in (*linear, norm, predictor) for p in BOTH}
-    return names | {f"{conv}.weight"} | {f"{norm}.{b}" for b in NORM_BUFFERS}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return names | {f"{conv}.weight"} | {f"{norm}.{b}" for b in buffers}
 
 
 NVLABS_HEAD = head(
@@ -121,10 +74,6 @@ SMP_HEAD = head(
 )
 
 
-def under(prefix: str, names: set[str]) -> set[str]:
-    return {prefix + name for name in names}
-
-
 def meta_state(variant: str, kind: str = "segmentation") -> dict[str, Tensor]:
     """Our names and shapes without memory."""
     with torch.device("meta"):
@@ -134,19 +83,20 @@ def meta_state(variant: str, kind: str = "segmentation") -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if kind == "segmentation" or k.startswith("backbone.")}
 
 
+CLASSIFIER = {"classifier.weight", "classifier.bias"}
 CASES = {
-    "nvlabs": (lambda v: under("backbone.", nvlabs(v)) | NVLABS_HEAD, "segmentation", False),
-    "nvlabs classifier": (lambda v: nvlabs(v) | {"head.weight", "head.bias"}, "classification", True),
-    "hf": (lambda v: under("segformer.", hugging_face(v)) | HF_HEAD, "segmentation", False),
+    "nvlabs": (lambda v: encoder(v, 0, "backbone.") | NVLABS_HEAD, "segmentation", False),
+    "nvlabs classifier": (lambda v: encoder(v, 0) | {"head.weight", "head.bias"}, "classification", True),
+    "hf": (lambda v: encoder(v, 1, "segformer.encoder.") | HF_HEAD, "segmentation", False),
     "hf classifier": (
-        lambda v: under("segformer.", hugging_face(v)) | {"classifier.weight", "classifier.bias"},
+        lambda v: encoder(v, 1, "segformer.encoder.") | CLASSIFIER,
         "classification",
         False,
     ),
-    "hf encoder": (hugging_face, "encoder", True),
-    "smp": (lambda v: under("encoder.", nvlabs(v)) | SMP_HEAD, "segmentation", False),
-    "mmseg": (lambda v: under("backbone.", mmseg(v)), "encoder", False),
-    "mmseg bare": (mmseg, "encoder", True),
+    "hf encoder": (lambda v: encoder(v, 1, "encoder."), "encoder", True),
+    "smp": (lambda v: encoder(v, 0, "encoder.") | SMP_HEAD, "segmentation", False),
+    "mmseg": (lambda v: encoder(v, 2, "backbone.layers."), "encoder", False),
+    "mmseg bare": (lambda v: encoder(v, 2, "layers."), "encoder", True),
 }
 
 
@@ -154,7 +104,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_name_is_that_of_the_format_and_comes_back(case: str, variant: str) -> None:
     names, kind, bare = CASES[case]
-    naming = Naming(format=case.split()[0], bare=bare)
+    naming = KeyFormat(format=case.split()[0], bare=bare)
     state = meta_state(variant, kind)
     theirs = from_ours(state, naming.format, bare=bare)
     assert theirs.keys() == names(variant)
@@ -173,7 +123,7 @@ def test_names_of_a_live_transformers_model_are_read_and_give_ours() -> None:
         live = SegformerForSemanticSegmentation(config).state_dict()
     naming = detect(live)
     back, _ = to_ours(live, naming)
-    assert naming == Naming(format="hf5")
+    assert naming == KeyFormat(format="hf5")
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in meta_state("b2").items()}
 
 
@@ -198,15 +148,6 @@ def test_hugging_face_has_the_first_rows_of_kv_as_keys_and_the_last_as_values() 
 def test_the_first_linear_of_smp_is_that_of_the_last_stage() -> None:
     theirs = from_ours(meta_state("b2"), "smp")
     assert [theirs[f"decoder.mlp_stage.{i}.linear.weight"].shape[1] for i in range(4)] == [512, 320, 128, 64]
-
-
-@pytest.mark.parametrize("wrapper", ["module.", "module._orig_mod.", "model."])
-def test_a_wrapper_before_every_name_is_taken_off(wrapper: str) -> None:
-    theirs = from_ours(meta_state("b0"), "nvlabs")
-    wrapped = {wrapper + name: tensor for name, tensor in theirs.items()}
-    naming = detect(wrapped)
-    assert naming.wrapper == wrapper
-    assert to_ours(wrapped, naming)[0].keys() == theirs.keys()
 
 
 @pytest.mark.parametrize(

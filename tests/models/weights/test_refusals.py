@@ -9,31 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from model_files import bundle
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError
-from segformer.models.segformer import build_model
-from segformer.models.variants import ModelConfig
-from segformer.models.weights.convert import Weights, read_weights
-from segformer.models.weights.names import from_ours
-from segformer.models.weights.save import write_hf
-from segformer.models.weights.sizes import find_sizes
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return build_model(ModelConfig(), 3).state_dict()
+from segformer.models.segformer import SegFormer
+from segformer.models.weights.key_maps import from_ours
+from segformer.models.weights.read import read_weights
+from segformer.models.weights.write import write_export
 
 
 @pytest.fixture
 def export(state: dict[str, Tensor], tmp_path: Path) -> Path:
-    sizes = find_sizes(state)
-    weights = Weights(source="", state=state, sizes=sizes, format="ours", norm_profile="original")
-    write_hf(weights, tmp_path / "export", section={})
+    write_export(bundle(state), tmp_path / "export")
     return tmp_path / "export"
 
 
@@ -81,21 +70,20 @@ def written(path: Path, content: bytes) -> Path:
     return path
 
 
-HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15000000\n"
+NEITHER = "is neither a PyTorch nor a safetensors file; download it again .a web page or a Git LFS pointer"
 
 
 @pytest.mark.parametrize("name", ["segformer.b0.pth", "model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (HTML, "is a web page saved under this name; download"),
-        (POINTER, "is a Git LFS pointer.*git lfs pull"),
-        (b"", "is empty"),
-        (b"\x00" * 4096, "is neither a PyTorch nor a safetensors file"),
+        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>", NEITHER),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15000000\n", NEITHER),
+        (b"", NEITHER),
+        (b"\x00" * 4096, NEITHER),
         (b"PK\x03\x04" + b"\x00" * 100, "can't be read as a PyTorch file"),
         (b"\x80\x02garbage", "can't be read as a PyTorch file"),
-        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken json   ", "cannot be read as safetensors"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken json   ", "can't be read as safetensors"),
     ],
     ids=["html", "lfs", "empty", "zeros", "zip", "pickle", "safetensors"],
 )
@@ -158,7 +146,7 @@ RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch
         ({"backbone.norm1.weight": torch.zeros(32).to_sparse()}, "not in plain floating point"),
         (
             {"backbone.norm1.weight": torch.zeros(32, dtype=torch.int8)},
-            r"norm1\.weight \(int8\).*unquantised",
+            r"norm1\.weight \(32,\).*unquantized",
         ),
     ],
     ids=["resnet", "wrapped resnet", "empty", "list", "tensor", "numbers", "sparse", "int8"],
@@ -181,54 +169,40 @@ def test_tensors_that_are_not_finite_are_refused_by_name(
         read_weights(tmp_path / "x.pth")
 
 
-def enlarged(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Networks with our names and other sizes."""
-    channels = state | {"backbone.patch_embed1.proj.weight": torch.zeros(32, 4, 7, 7)}
-    deeper = dict(state)
-    for name, tensor in state.items():
-        if name.startswith("backbone.block2.1."):
-            deeper[name.replace("block2.1.", "block2.2.")] = tensor
-    pvt = dict(state)
-    for stage in (1, 2):
-        for block in (0, 1):
-            name = f"backbone.block{stage}.{block}.mlp.fc1.weight"
-            pvt[name] = torch.cat([state[name]] * 2)
-    wide = state | {"backbone.patch_embed4.proj.weight": torch.zeros(300, 160, 3, 3)}
-    swapped = state | {"backbone.block1.0.attn.sr.weight": torch.zeros(32, 32, 1, 1)}
-    hole = {name: tensor for name, tensor in state.items() if name != "backbone.patch_embed3.proj.weight"}
-    flat = state | {"backbone.patch_embed1.proj.weight": torch.zeros(32)}
-    headless = {name: t for name, t in state.items() if name != "decode_head.linear_pred.weight"}
-    return {
-        "channels": channels,
-        "deeper": deeper,
-        "pvt": pvt,
-        "wide": wide,
-        "swapped": swapped,
-        "hole": hole,
-        "flat": flat,
-        "headless": headless,
-    }
+def swell(name: str, *shape: int) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape)}
+
+
+EMBED = "backbone.patch_embed1.proj.weight"
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("changes", "message"),
     [
-        ("channels", "nearest is b0, but it has input channels 4 instead of 3"),
-        ("deeper", "depths 2,3,2,2 instead of 2,2,2,2"),
-        ("pvt", "mlp_ratios 8,8,4,4 instead of 4,4,4,4"),
-        ("wide", "embed_dims 32,64,160,300 instead of 32,64,160,256"),
-        ("swapped", "sr_ratios 1,4,2,1 instead of 8,4,2,1"),
-        ("hole", r"backbone\.patch_embed3\.proj\.weight is missing; the file is incomplete"),
-        ("flat", r"patch_embed1\.proj\.weight has the shape \(32,\)"),
-        ("headless", r"decode_head\.linear_pred\.weight is missing"),
+        (
+            swell(EMBED, 32, 4, 7, 7),
+            r"1 of another shape: \S+ \(32, 4, 7, 7\) for \(32, 3, 7, 7\)",
+        ),
+        (
+            swell("backbone.block1.0.mlp.fc1.weight", 256, 32),
+            r"fc1\.weight \(256, 32\) for \(128, 32\)",
+        ),  # PVTv2
+        (swell("backbone.block1.0.attn.sr.weight", 32, 32, 1, 1), r"attn\.sr\.weight \(32, 32, 1, 1\) for"),
+        (swell("backbone.block2.2.norm1.bias", 64), r"depths \(2, 3, 2, 2\) are those of no known SegFormer"),
+        (swell("backbone.patch_embed4.proj.weight", 300, 160, 3, 3), r"embed_dims \(32, 64, 160, 300\) and"),
+        (swell(EMBED), r"patch_embed1\.proj\.weight has the shape \(\)"),
+        ({EMBED: None}, r"backbone\.patch_embed1\.proj\.weight is missing; the file is incomplete"),
+        ({"decode_head.linear_pred.weight": None}, r"decode_head\.linear_pred\.weight is missing"),
     ],
+    ids=["channels", "PVTv2", "reduction", "deeper", "wide", "flat", "hole", "headless"],
 )
 def test_sizes_of_no_variant_are_refused_and_named(
-    state: dict[str, Tensor], tmp_path: Path, kind: str, message: str
+    state: dict[str, Tensor], tmp_path: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
-    torch.save(enlarged(state)[kind], tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=rf"x\.pth: .*{message}"):
-        read_weights(tmp_path / "x.pth")
+    changed = {name: tensor for name, tensor in (state | changes).items() if tensor is not None}
+    torch.save(changed, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth.*{message}"):
+        SegFormer.from_pretrained(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +303,6 @@ def test_damaged_shards_are_refused(
         ("classes", ["one"]),
         ("palette", [[0, 0, 300]] * 3),
         ("mean", [1.0]),
-        ("std", None),
     ],
 )
 def test_a_damaged_section_of_an_export_is_refused(export: Path, key: str, value: object) -> None:
@@ -349,14 +322,34 @@ def test_an_export_with_the_weights_of_another_is_refused(export: Path) -> None:
         read_weights(export)
 
 
-def test_a_damaged_checkpoint_of_a_run_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
-    moments = {"exp_avg.x": torch.zeros(1)}
-    path = write_checkpoint(state, moments, TrainState(step=5), tmp_path / "checkpoints")
-    content = bytearray((path / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged: model\.safetensors is not the one"):
+@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.pth", f"{'x' * 300}/x"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="can't be read: File name too long") as caught:
+        read_weights(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["exists", "is_dir", "is_file", "iterdir"])
+def test_a_place_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, method, closed)
+    with pytest.raises(CheckpointError, match="can't be read: Permission denied"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**7, 10**7), torch.zeros(32, device="meta"), torch.zeros(1).expand(32)],
+    ids=["10**14 values", "meta", "expanded"],
+)
+def test_tensors_without_their_data_are_refused_before_they_are_looked_at(
+    state: dict[str, Tensor], tmp_path: Path, tensor: Tensor
+) -> None:
+    torch.save({**state, "backbone.norm1.bias": tensor}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"1 tensors have no data, or less.*backbone\.norm1\.bias"):
+        read_weights(tmp_path / "x.pth")
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Weights into a network and out of one; refuses, with CheckpointError, those of another architecture."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from segformer.errors import CheckpointError, ConfigError
+from segformer.files import listed
+from segformer.models.backbone import Backbone
+from segformer.models.variants import ModelConfig
+from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head
+from segformer.models.weights.read import read_weights, to_fp32
+
+
+def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: int) -> str:
+    """Load the encoder of `cfg.pretrained`, and its head where it is of the same kind and as many classes.
+
+    `kind` is segmentation or classification; each takes the encoder of the other. Returns in words what was
+    loaded. Raises CheckpointError where the weights are not of `cfg.variant`, or naming what is missing or of
+    another shape.
+    """
+    weights = read_weights(cfg.pretrained)
+    arch = weights.arch
+    if arch.variant != cfg.variant:
+        raise CheckpointError(
+            f"{cfg.pretrained} is {arch.variant}, this model is {cfg.variant}; use model={arch.variant} or "
+            "other weights"
+        )
+    keep_head = (arch.kind, arch.num_classes) == (kind, num_classes)
+    load_weights(model, weights if keep_head else weights.encoder())
+    what = f"{arch.variant} of {cfg.pretrained} ({weights.title}): encoder"
+    if keep_head:
+        what += " and head"
+    else:
+        there = f", which has {arch.num_classes} classes there," if arch.kind == kind else ""
+        what += f"; the head{there} is new, for {num_classes} classes"
+    if arch.norm_profile not in (cfg.norm_profile, None):
+        what += (
+            f"; LayerNorm epsilons are those of {cfg.norm_profile}, the weights had those of "
+            f"{arch.norm_profile}"
+        )
+    return what
+
+
+def classes_of(weights: Weights, num_classes: int | None) -> int:
+    """Classes of a segmentation network with these weights; `num_classes` are asked for, or None."""
+    found = weights.arch.num_classes or num_classes
+    if found is None:
+        raise ConfigError(f"{weights.source} has no segmentation head; give num_classes for a fresh one")
+    if num_classes not in (None, found):
+        raise ConfigError(
+            f"{weights.source} has {found} classes, num_classes={num_classes}; give class_map, such as "
+            f"{{k: None for k in range({num_classes})}} for {num_classes} fresh ones"
+        )
+    return found
+
+
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Load all of the weights; of an encoder into the backbone alone."""
+    prefixes = ("backbone.",) if weights.arch.kind == "encoder" else ("",)
+    source = f"{weights.source}, which is {weights.arch.variant},"
+    load_strict(model, weights.state, source=source, prefixes=prefixes)
+
+
+def load_strict(
+    model: nn.Module, state: dict[str, Tensor], *, source: str, prefixes: tuple[str, ...] = ("",)
+) -> None:
+    """Load `state` into the parameters and buffers of `model` whose names start with one of `prefixes`, all
+    of them.
+
+    Raises CheckpointError naming every tensor that is missing, unexpected or of another shape.
+    """
+    check_strict(model, state, source=source, prefixes=prefixes)
+    model.load_state_dict(state, strict=False)
+
+
+def check_strict(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    prefixes: tuple[str, ...] = ("",),
+    do: str = "check model.variant and model.decoder_dim",
+) -> None:
+    """Refuse what `load_strict` refuses, without loading; `model` may be on the meta device. `do`: remedy."""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    problems = []
+    if missing := [name for name in own if name not in state]:
+        problems.append(f"{len(missing)} missing: {listed(sorted(missing))}")
+    if unexpected := [name for name in state if name not in own]:
+        problems.append(f"{len(unexpected)} unexpected: {listed(sorted(unexpected))}")
+    other = [
+        f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if other:
+        problems.append(f"{len(other)} of another shape: {listed(sorted(other))}")
+    if problems:
+        problems.append(do)
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+
+
+def weights_of(model: nn.Module, backbone: Backbone, metadata: Metadata) -> Weights:
+    """The weights of a SegFormer or MiTClassifier, half precision as float32."""
+    cfg = backbone.config
+    assert cfg is not None, "build the encoder with build_encoder"
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    arch = replace(
+        add_head(Arch(variant=cfg.variant, kind="encoder"), state),
+        norm_profile=cfg.norm_profile,
+        dropout=cfg.dropout,
+        drop_path_rate=cfg.drop_path_rate,
+    )
+    state = {name: tensor if tensor.itemsize == 8 else to_fp32(tensor) for name, tensor in state.items()}
+    return Weights(state=state, arch=arch, metadata=metadata)

@@ -1,0 +1,257 @@
+"""Weights of any format, read: what a file, a directory or a run holds is found, not asked for.
+
+    run     a run directory, or the folder of one of its checkpoints (checkpoint/reader.py)
+    other   files (tensor_files.py) -> names (key_maps.py) -> architecture (bundle.py) -> metadata beside it
+
+The names tell the format, and with it the LayerNorm epsilons that it is run with:
+
+    hf        transformers: 1e-5 everywhere, whatever the config says                              hf
+    nvlabs    NVlabs/SegFormer .pth, segmentation or ImageNet encoder                              original
+    smp       segmentation_models_pytorch, Segformer with a mit_b* encoder                         original
+    mmseg     mmsegmentation, MixVisionTransformer; its decode head is another network             mmseg
+    ours      an export: hf names, and a section "segformer" in config.json             as the section says
+    run       our names                                                     as config.yaml of the run says
+
+Refuses, with CheckpointError, everything that those modules refuse, a config.json of another network, an
+export whose weights have another sha256 sum than its config.json says, and the decode head of mmsegmentation
+unless the encoder alone is asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segformer.checkpoint.reader import is_run, open_run
+from segformer.errors import CheckpointError, ConfigError, is_main_rank
+from segformer.files import listed, sha256_of
+from segformer.models.variants import NORM_PROFILES, VARIANTS
+from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
+from segformer.models.weights.key_maps import detect, foreign_head, to_ours
+from segformer.models.weights.tensor_files import ModelFiles, read_files, reason_of
+
+PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
+_COUNTER = "decode_head.linear_fuse.bn.num_batches_tracked"
+
+
+def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool = False) -> Weights:
+    """Read any file or directory of weights: format, sizes and epsilons are found, not asked for.
+
+    `step` chooses the checkpoint of a run: newest, best or a number. The tensors are complete and of the
+    right shapes as far as the sizes can be read from them; loading them into a network checks the rest.
+
+    Raises:
+        CheckpointError: for every reason in the module docstring.
+        ConfigError: `step` is unknown, or given for a file that holds one model.
+    """
+    source = Path(path)
+    try:
+        if is_run(source):
+            weights = _read_run(source, step)
+        elif step != "newest":
+            raise ConfigError(
+                f"step={step} asks for a checkpoint of a run, but {source} holds one model; leave step out, "
+                "or give the directory of the run"
+            )
+        else:
+            weights = _read_model(source, encoder_only)
+    except (OSError, ValueError, RecursionError) as error:  # names that are too long, places closed to us
+        raise CheckpointError(
+            f"{source} can't be read: {reason_of(error)}; give a file or directory of weights that you may "
+            "read"
+        ) from None
+    weights.source = str(path)
+    return weights.encoder() if encoder_only else weights
+
+
+def _read_run(path: Path, step: str) -> Weights:
+    run = open_run(path, step, warn=print if is_main_rank() else lambda line: None)
+    provenance = {"digest": run.state.data_digest, "step": run.state.step}
+    if not run.config:
+        return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
+    model, data = run.config["model"], run.config["data"]
+    arch = add_head(Arch(variant=model["variant"], kind="encoder"), run.weights)
+    classifies = arch.kind == "classification"
+    settings = run.config["classification" if classifies else "augment"]
+    return Weights(
+        state=run.weights,
+        arch=replace(
+            arch, **{key: model[key] for key in ("norm_profile", "dropout", "drop_path_rate", "ops")}
+        ),
+        metadata=Metadata(
+            classes=data["classes"] or data["class_dirs"],
+            palette=data["palette"],
+            mean=settings["mean"],
+            std=settings["std"],
+            view=[settings["size"], settings["eval_resize"]] if classifies else [],
+        ),
+        format="run",
+        provenance={"shards": data["shards"], **provenance},
+    )
+
+
+def _read_model(source: Path, encoder_only: bool) -> Weights:
+    files = read_files(source)
+    try:
+        check_tensors(files.state, "its tensors can't be used")
+        if foreign := _foreign_export(files.config):
+            arch = add_head(Arch(variant=foreign, kind="encoder"), files.state)
+            weights = Weights(state=files.state, arch=arch)
+            _describe(weights, files)
+            return weights
+        keys = detect(files.state)
+        if (head := foreign_head(files.state, keys)) and not encoder_only:
+            raise CheckpointError(
+                f"its decode head ({len(head)} tensors: {listed(head)}) is that of mmsegmentation, another "
+                "network (Conv, BatchNorm and ReLU per level), and can't be converted; take its encoder "
+                "alone, with launch/convert.py encoder_only=true"
+            )
+        state, dropped = to_ours(files.state, keys)
+        notes = [f"the prefix {keys.wrapper!r} was taken off the names"] if keys.wrapper else []
+        if _COUNTER not in state and _COUNTER.replace("num_batches_tracked", "running_mean") in state:
+            state[_COUNTER] = torch.zeros((), dtype=torch.int64)  # as torch does
+            notes.append(f"{_COUNTER} is not in the file; it only counts, and was set to 0")
+        kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
+        if kinds != {"float32"}:
+            notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
+        weights = Weights(
+            state={name: to_fp32(tensor) for name, tensor in state.items()},
+            arch=replace(find_arch(state), norm_profile=PROFILES[keys.format]),
+            format=keys.format,
+            dropped=dropped,
+            notes=notes,
+        )
+        _describe(weights, files)
+    except CheckpointError as error:
+        raise CheckpointError(f"{files.file}: {error}") from None
+    return weights
+
+
+def _foreign_export(config: Mapping[str, Any] | None) -> str:
+    """The variant of an export whose backbone is no MiT, which has our names; "" of all other files."""
+    section = (config or {}).get("segformer")
+    name = section.get("variant") if isinstance(section, dict) else None
+    known = isinstance(name, str) and name in VARIANTS and VARIANTS[name].backbone != "mit"
+    return str(name) if known else ""
+
+
+def to_fp32(tensor: Tensor) -> Tensor:
+    """The tensor as float32 where it counts nothing."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _describe(weights: Weights, files: ModelFiles) -> None:
+    """Fill in what stands beside the tensors."""
+    arch, config = weights.arch, files.config
+    if files.meta.get("norm_profile") in NORM_PROFILES:  # in the header of our safetensors
+        arch.norm_profile = files.meta["norm_profile"]
+    if config is None:
+        section = files.meta.get("segformer")
+        weights.metadata = _metadata_of_meta(files.meta, arch.num_classes)
+    else:
+        section = config.get("segformer")
+        if weights.format in ("hf", "hf5"):
+            _check_hf_config(config, arch.variant)
+            weights.metadata = _metadata_of_hf(config, files.preprocessor, arch.num_classes)
+        arch.dropout = _rate(config.get("classifier_dropout_prob"), arch.dropout)
+        arch.drop_path_rate = _rate(config.get("drop_path_rate"), arch.drop_path_rate)
+        if section is not None and "transformers_version" in config:
+            weights.notes.append("transformers has saved it since; what its export said is left out")
+            arch.norm_profile, section = "hf", None
+        elif section is not None:
+            weights.format = "ours"
+            if not isinstance(section, dict) or section.get("weights_sha256") != sha256_of(files.file):
+                raise CheckpointError("is damaged or of another export (sha256); export it again")
+    if section is not None:
+        _describe_as(weights, section)
+
+
+def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
+    """Take over the section "segformer" that we wrote beside the tensors."""
+    arch = weights.arch
+    try:
+        entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
+        weights.metadata = Metadata(**entries, view=section.get("view") or [])
+        weights.metadata.check(arch.num_classes)
+        if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
+            raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
+        arch.norm_profile = section["norm_profile"]
+        weights.provenance = {
+            key: section[key] for key in ("shards", "digest", "step", "scores") if key in section
+        }
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f'the section "segformer" beside it is damaged ({error})') from None
+
+
+def _rate(value: Any, usual: float) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 <= value < 1 else usual
+
+
+def hf_sizes(variant_name: str) -> dict[str, Any]:
+    """The sizes of a variant as keys of transformers' SegformerConfig."""
+    variant = VARIANTS[variant_name]
+    return {
+        "num_channels": 3,
+        "num_encoder_blocks": len(variant.depths),
+        "hidden_sizes": list(variant.embed_dims),
+        "depths": list(variant.depths),
+        "num_attention_heads": list(variant.num_heads),
+        "sr_ratios": list(variant.sr_ratios),
+        "mlp_ratios": list(variant.mlp_ratios),
+        "patch_sizes": [7, 3, 3, 3],
+        "strides": [4, 2, 2, 2],
+        "hidden_act": "gelu",
+        "reshape_last_stage": True,
+    }
+
+
+def _check_hf_config(config: Mapping[str, Any], variant: str) -> None:
+    """Raise CheckpointError where a config.json describes another network than `variant`.
+
+    Heads and strides leave no trace in the shapes of the tensors, so nothing else would notice.
+    """
+    for key, ours in {"model_type": "segformer", **hf_sizes(variant)}.items():
+        if (theirs := config.get(key, ours)) != ours:
+            raise CheckpointError(
+                f"config.json says {key}={theirs}, but {variant}, which the weights are, has {ours}; "
+                "it is another network, or the config of other weights"
+            )
+
+
+def default_labels(num_classes: int) -> list[str]:
+    """The names that transformers gives to classes without one."""
+    return [f"LABEL_{k}" for k in range(num_classes)]
+
+
+def _metadata_of_hf(config: Mapping[str, Any], preprocessor: Mapping[str, Any], num_classes: int) -> Metadata:
+    """Metadata in the files of transformers; names that transformers made up (LABEL_0) are left out."""
+    scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0
+    try:
+        mean, std = ([v / scale for v in preprocessor[key]] for key in ("image_mean", "image_std"))
+        found = Metadata(mean=[round(v, 6) for v in mean], std=[round(v, 6) for v in std])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, ConfigError):
+        found = Metadata()
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and {str(k) for k in range(num_classes)} == set(labels):
+        names = [str(labels[str(k)]) for k in range(num_classes)]
+        found.classes = [] if names == default_labels(num_classes) else names
+    return found
+
+
+def _metadata_of_meta(meta: Mapping[str, Any], num_classes: int) -> Metadata:
+    """Class names and colors in the "meta" of a .pth file, where it has as many as classes."""
+    described = meta.get("dataset_meta")
+    described = described if isinstance(described, dict) else {}
+    found = {}
+    for key in ("classes", "palette"):
+        values = meta.get(key.upper()) or described.get(key)
+        if isinstance(values, list | tuple) and len(values) == num_classes:
+            found[key] = values
+    try:
+        return Metadata(**found)  # type: ignore[arg-type]
+    except ConfigError:  # colors that are none
+        return Metadata(classes=found.get("classes", []))  # type: ignore[arg-type]

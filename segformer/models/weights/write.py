@@ -1,0 +1,255 @@
+"""Weights, written: exports, and what transformers, NVlabs, mmsegmentation and SMP read.
+
+    write_export(weights, out)        <out>/model.safetensors and config.json, which transformers loads; its
+                                      section "segformer" says all that the same network here takes:
+                                      {variant, norm_profile, decoder_dim, num_classes, classes, palette,
+                                       mean, std, view, shards, digest, step, scores, weights_sha256,
+                                       exact_in_transformers, note}
+    write_hf(weights, out)            the same with preprocessor_config.json in place of the section
+    write_pth(weights, out, format)   one .pth: nvlabs and mmseg {"state_dict", "meta"}, smp the bare state
+
+An export of another backbone than MiT has our names and that section alone.
+
+Every file appears whole or not at all. Refuses, with ConfigError, a folder with other files or a model that
+we did not write, a .pth that exists, a place that can't be written, metadata that does not fit, and a model
+that the target can't hold; with CheckpointError, tensors that are not finite, have no data or are float64.
+Nothing is written then, and what was there stays.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from segformer.errors import ConfigError
+from segformer.files import listed, sha256_of, staged, sync
+from segformer.models.variants import VARIANTS
+from segformer.models.weights.bundle import Metadata, Weights, check_tensors
+from segformer.models.weights.key_maps import TITLES, from_ours
+from segformer.models.weights.read import default_labels, hf_sizes
+from segformer.models.weights.tensor_files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    PREPROCESSOR_FILE,
+    read_json,
+    reason_of,
+)
+
+# The normalization of every published SegFormer: NVlabs, transformers' default, mmsegmentation, SMP.
+IMAGENET_MEAN = [123.675, 116.28, 103.53]
+IMAGENET_STD = [58.395, 57.12, 57.375]
+
+_ARCHITECTURES = {
+    "segmentation": "SegformerForSemanticSegmentation",
+    "classification": "SegformerForImageClassification",
+    "encoder": "SegformerModel",
+}
+_MARK = "norm_profile"  # in the header of every model.safetensors that we write
+_NO_PLACE = {  # (format, kind of model) -> why the format can't hold it
+    ("smp", "classification"): "its models segment",
+    ("mmseg", "segmentation"): "its decode head is another network",
+    ("mmseg", "classification"): "its models segment",
+}
+_SMP_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5")
+_NOTES = {
+    True: "transformers computes the same logits: it uses LayerNorm eps 1e-5 everywhere, as this model does",
+    False: "exact in segformer only: transformers uses LayerNorm eps 1e-5 everywhere, whatever its config "
+    "says, and its logits differ slightly",
+}
+
+
+def write_export(weights: Weights, out: Path, **extra: Any) -> list[Path]:
+    """Write an export, with `extra` entries in its section; returns its files."""
+    profile = weights.config().norm_profile
+    section = {**_section(weights), **weights.provenance, **extra}
+
+    def config_of(model_file: Path) -> dict[str, Any]:
+        exact = profile == "hf"
+        end = {"weights_sha256": sha256_of(model_file), "exact_in_transformers": exact, "note": _NOTES[exact]}
+        sizes = _hf_config(weights) if _is_mit(weights) else {}
+        return {**sizes, "segformer": {**section, **end}}
+
+    return _write_directory(weights, out, profile, config_of)
+
+
+def write_hf(weights: Weights, out: Path) -> list[Path]:
+    """Write a directory of transformers, which runs every LayerNorm with eps 1e-5; returns its files."""
+    section = _section(weights)
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [round(value / 255, 9) for value in section["mean"]],
+        "image_std": [round(value / 255, 9) for value in section["std"]],
+    }
+    return _write_directory(weights, out, "hf", lambda _: _hf_config(weights), preprocessor)
+
+
+def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
+    """Write a .pth as NVlabs, segmentation_models_pytorch or mmsegmentation read it.
+
+    What is no segmentation has bare names, as the published ImageNet encoders have. mmseg holds encoders
+    only, smp no classifier, and b0 to b5.
+    """
+    arch = weights.arch
+    if out.suffix not in (".pth", ".pt"):
+        raise ConfigError(f"output={out} must be the name of a .pth file for to={format_}")
+    if format_ == "smp" and arch.variant not in _SMP_VARIANTS:
+        raise ConfigError(f"segmentation_models_pytorch has no encoder of {arch.variant}; use another target")
+    if reason := _NO_PLACE.get((format_, arch.kind)):
+        raise ConfigError(
+            f"{TITLES[format_]} can't hold the head of this model ({arch.kind}): {reason}; write the "
+            "encoder alone, with encoder_only=true"
+        )
+    with _writing(weights, out):
+        if out.exists():
+            raise ConfigError(f"output={out} exists; give a new name, or delete it")
+        named = from_ours(weights.state, format_, bare=arch.kind != "segmentation")
+        named = {name: _alone(tensor) for name, tensor in named.items()}
+        content: dict[str, Any] = named
+        if format_ != "smp":
+            meta: dict[str, Any] = {"segformer": _section(weights)}
+            if weights.metadata.classes:
+                meta |= {"CLASSES": weights.metadata.classes, "PALETTE": weights.metadata.palette or None}
+            content = {"state_dict": named, "meta": meta}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with staged(out) as place:
+            torch.save(content, place)
+    return [out]
+
+
+def _write_directory(
+    weights: Weights,
+    out: Path,
+    profile: str,
+    config_of: Callable[[Path], dict[str, Any]],
+    preprocessor: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write all files beside their places, sync, and only then put them there, config.json last.
+
+    A full disk leaves the older files as they were; a crash leaves no description of other weights.
+    """
+    names = [CONFIG_FILE, *([PREPROCESSOR_FILE] if preprocessor else []), MODEL_FILE]
+    with _writing(weights, out):
+        _claim_folder(out)
+        named = weights.state
+        if _is_mit(weights) or PREPROCESSOR_FILE in names:
+            named = from_ours(named, "hf", bare=weights.arch.kind == "encoder")  # as transformers does
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            places = {name: stack.enter_context(staged(out / name)) for name in names}
+            _save_file(named, places[MODEL_FILE], {"format": "pt", _MARK: profile})
+            for name, content in ((PREPROCESSOR_FILE, preprocessor), (CONFIG_FILE, None)):
+                if name in places:
+                    text = json.dumps(content or config_of(places[MODEL_FILE]), indent=2)
+                    places[name].write_text(text, encoding="utf-8")
+            for place in places.values():
+                sync(place)
+            for name in (CONFIG_FILE, PREPROCESSOR_FILE):
+                (out / name).unlink(missing_ok=True)
+    return [out / name for name in reversed(names)]
+
+
+@contextlib.contextmanager
+def _writing(weights: Weights, out: Path) -> Iterator[None]:
+    """Check what is written before the block, and say on one line why the disk did not take it."""
+    check_tensors(weights.state, f"{weights.source} can't be saved", wide=False)
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        # RuntimeError: torch.save on a full disk; ValueError: a name with a NUL
+        raise ConfigError(
+            f"output={out} can't be written: {reason_of(error)}; choose another place, or free space"
+        ) from None
+
+
+def _save_file(named: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+    file.touch()
+    mode = file.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
+    save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, file, header)
+    file.chmod(mode)
+
+
+def _section(weights: Weights) -> dict[str, Any]:
+    """Architecture and metadata, as whoever reads the file will find them."""
+    config = weights.config()
+    metadata = replace(weights.metadata)  # checked anew
+    metadata.check(weights.arch.num_classes)
+    normalization = Metadata(mean=metadata.mean or IMAGENET_MEAN, std=metadata.std or IMAGENET_STD)
+    return {
+        "variant": config.variant,
+        "norm_profile": config.norm_profile,
+        "decoder_dim": config.decoder_dim,
+        "num_classes": weights.arch.num_classes or None,
+        **{key: value or None for key, value in asdict(metadata).items()},
+        "mean": normalization.mean,
+        "std": normalization.std,
+    }
+
+
+def _is_mit(weights: Weights) -> bool:
+    return VARIANTS[weights.arch.variant].backbone == "mit"
+
+
+def _hf_config(weights: Weights) -> dict[str, Any]:
+    """The keys of transformers' SegformerConfig."""
+    arch = weights.arch
+    config: dict[str, Any] = {
+        "model_type": "segformer",
+        "architectures": [_ARCHITECTURES[arch.kind]],
+        **hf_sizes(arch.variant),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "classifier_dropout_prob": arch.dropout,
+        "drop_path_rate": arch.drop_path_rate,
+        "decoder_hidden_size": arch.decoder_dim or VARIANTS[arch.variant].decoder_dim,
+        "layer_norm_eps": 1e-5,
+        "semantic_loss_ignore_index": 255,
+    }
+    if arch.num_classes:
+        names = weights.metadata.classes or default_labels(arch.num_classes)
+        config["id2label"] = {str(k): name for k, name in enumerate(names)}
+        config["label2id"] = {name: k for k, name in enumerate(names)}
+    return config
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: torch.save writes whole storages."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _claim_folder(out: Path) -> None:
+    """ConfigError where `out` is more than a folder for, or of, a model of ours."""
+    ours = {MODEL_FILE, CONFIG_FILE, PREPROCESSOR_FILE}
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"output={out} is a file; give a folder")
+    present = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if others := [name for name in present if name not in ours and not name.startswith(".")]:
+        raise ConfigError(
+            f"output={out} holds other files ({listed(others, 3)}); give a new folder or an old export"
+        )
+    if (models := [name for name in present if name in ours]) and not _is_ours(out):
+        raise ConfigError(
+            f"output={out} holds a model that this project has not written ({', '.join(models)}); give a new "
+            "folder or an old export, or delete it"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """The weights in `folder` bear our mark, or its config.json is that of an export as we wrote it."""
+    try:
+        with safe_open(folder / MODEL_FILE, framework="pt") as opened:
+            if _MARK in (opened.metadata() or {}):
+                return True
+    except (SafetensorError, OSError):
+        pass  # missing or damaged: the description decides
+    config = read_json(folder / CONFIG_FILE) or {}
+    return isinstance(config.get("segformer"), dict) and "transformers_version" not in config
