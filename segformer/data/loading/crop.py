@@ -42,7 +42,7 @@ class AugmentConfig:
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Range of the random scale."""
     cat_max_ratio: float = 0.75
-    """A crop is drawn again (10 tries) while one class has this share of its labelled pixels; 1 = never."""
+    """A crop is drawn again (10 tries) while one class has this share of its labeled pixels; 1 = never."""
     class_balanced_crop: float = 0.0
     """Probability that a crop must hold a pixel of one class of the image, drawn with weight 1 / (the pixels
     of the class in the split): rare classes are seen more often."""

@@ -59,7 +59,7 @@ class LoaderConfig:
     timeout: int = 300
     """Seconds to wait for one batch before the run ends with an error."""
     max_corrupt: float = 1e-4
-    """Share of a training split that may be corrupt and is replaced by its neighbours, named and counted; a
+    """Share of a training split that may be corrupt and is replaced by its neighbors, named and counted; a
     run that meets more ends. The share is rounded down to whole samples: of 9,999 none."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 

@@ -62,7 +62,7 @@ class _Span:
 
 
 class ShardReader:
-    """Reads samples of a split by id. Opens files and connections when first needed, and pickles without."""
+    """Reads samples of a split by id. Opens files and connections when first needed."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -71,9 +71,6 @@ class ShardReader:
         config = self.storage.config
         self._disk = _DiskCache(config.cache / "parts", split.digest[:32], config.cache_gb)
         self._pool: ThreadPoolExecutor | None = None
-
-    def __reduce__(self) -> tuple[type["ShardReader"], tuple[Split]]:
-        return ShardReader, (self.split,)
 
     def fetch(self, sample_ids: Iterable[int]) -> None:
         """Get the remote chunks of these samples side by side; nothing to do for local shards."""
@@ -106,14 +103,6 @@ class ShardReader:
             f"shard {self.split.describe(sample_id)}: {damaged} is damaged (crc32 differs); "
             "copy the shard again",
         )
-
-    def close(self) -> None:
-        """Close the files and let go of the chunks; a later read gets them again."""
-        self.storage.close()
-        self._chunks.clear()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
     def _bytes(self, sample_id: int, start: int, length: int, fresh: bool) -> bytes:
         if self.storage.is_local:

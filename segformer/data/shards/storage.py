@@ -87,12 +87,8 @@ class Storage:
         return Storage, (self.root, self.config)
 
     def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the descriptors; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
     def where(self, name: str) -> str:
         """Path or URL of a file, for messages."""
@@ -102,7 +98,7 @@ class Storage:
         """Bytes of a file; DataError when it is missing or cannot be reached."""
         if self.is_local:
             return self._retry(name, lambda: Path(self.root, name).stat().st_size)
-        client, path = self._client(), self._path(name)
+        client, path = self._client(), self.where(name)
         size = self._retry(name, lambda: client.info(path)["size"])
         if size is None:
             raise DataError(f"{self.where(name)!r}: the server does not tell sizes; use another one")
@@ -126,7 +122,7 @@ class Storage:
                     f"{self.where(name)!r} ends {missing} bytes early (at byte {end}); copy it again"
                 )
             return data
-        client, path = self._client(), self._path(name)
+        client, path = self._client(), self.where(name)
 
         def request() -> bytes:
             data: bytes = client.cat_file(path, start=start, end=start + length)
@@ -179,10 +175,6 @@ class Storage:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(name)
         return self._files[name]
-
-    def _path(self, name: str) -> str:
-        url = self.where(name)
-        return url if self._scheme in ("http", "https") else url.split("://", 1)[1]
 
     def _client(self) -> Any:
         """The fsspec file system of this process, made when first needed."""

@@ -12,9 +12,7 @@ from segformer.data.loading.crop import (
     RandomCrop,
     cut,
     cut_mask,
-    draw_index,
     nearest_indices,
-    rarity,
     scaled_size,
 )
 from segformer.data.loading.photometric import draw_distortion
@@ -207,20 +205,6 @@ def test_the_coarse_grid_of_a_crop_is_its_every_nth_pixel(angle: float, picture:
     assert (grid == whole[::3, ::7]).mean() > 0.995  # a pixel between two sources may fall to either
 
 
-def test_rotation_moves_image_and_mask_together() -> None:
-    row, column = np.mgrid[:300, :400]
-    mask = ((row // 60 + column // 80) % 4).astype(np.uint8)
-    image = np.repeat(mask[..., None] * 60, 3, 2)
-    cfg = AugmentConfig(crop=[200, 200], resize=[], rotate=180.0, rotate_prob=1.0, vflip=0.5, rot90=0.5)
-    for number in range(20):
-        ours, labels, _ = RandomCrop(cfg)(image, mask, sample_rng(0, 0, number))
-        kernel = np.ones((7, 7), np.uint8)
-        flat = cv2.erode(ours, kernel)[..., 0] == cv2.dilate(ours, kernel)[..., 0]  # clear of label borders
-        seen = flat & (labels != 255)
-        assert seen.mean() > 0.1
-        np.testing.assert_array_equal(ours[seen][:, 0], labels[seen] * 60)
-
-
 def test_angles_follow_the_configuration(picture: Picture) -> None:
     geometry = RandomCrop(AugmentConfig(rotate=30.0, rotate_prob=0.4, cat_max_ratio=1.0))
     angles = [geometry.place(picture[1], sample_rng(0, 0, n), (64, 64)).angle for n in range(2000)]
@@ -281,22 +265,6 @@ def test_classes_of_balanced_crops_follow_the_inverse_frequency() -> None:
         counts[found[0]] += 1
     expected = draws * np.array([4, 2, 1]) / 7
     assert ((counts - expected) ** 2 / expected).sum() < 13.8
-
-
-def test_rare_classes_weigh_more_and_absent_ones_nothing() -> None:
-    np.testing.assert_array_equal(rarity(np.array([10, 0, 5])), [0.1, 0, 0.2])
-    rng = np.random.default_rng(0)
-    drawn = np.bincount(
-        [draw_index(np.array([0.0, 1.0, 0.0, 3.0, 0.0]), rng) for _ in range(2000)], minlength=5
-    )
-    assert drawn[[0, 2, 4]].sum() == 0
-    assert abs(drawn[3] / 2000 - 0.75) < 0.04
-
-
-def test_a_balanced_crop_of_an_image_without_labels_is_an_ordinary_one() -> None:
-    cfg = AugmentConfig(crop=[20, 20], resize=[], class_balanced_crop=1.0)
-    mask = np.full((50, 60), 255, np.uint8)
-    assert RandomCrop(cfg)(np.zeros((50, 60, 3), np.uint8), mask, sample_rng(0, 0, 0))[1].shape == (20, 20)
 
 
 def test_a_crop_that_must_be_filled_has_no_padding(picture: Picture) -> None:

@@ -122,13 +122,6 @@ def test_the_first_ten_thousand_positions_never_change(sizes: list[int], batch: 
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16] == golden
 
 
-def test_epochs_and_seeds_differ() -> None:
-    def epoch(seed: int, number: int) -> list[int]:
-        return SampleOrder(make_order_spec([300], seed=seed, global_batch=4)).ids(300 * number, 300).tolist()
-
-    assert len({tuple(epoch(seed, number)) for seed in (0, 1) for number in (0, 1)}) == 4
-
-
 def test_batches_of_sorted_shards_are_mixed_like_a_full_shuffle() -> None:
     count, batch = 20_000, 16
     order = SampleOrder(make_order_spec([1000] * 20, seed=1, global_batch=batch))

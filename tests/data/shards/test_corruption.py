@@ -85,7 +85,6 @@ def epoch(folder: Path) -> dict[str, list[RawSample]]:
     for name, split in ShardSet.open(folder).splits.items():
         reader = ShardReader(split)
         found[name] = [reader.read(sample_id) for sample_id in range(split.num_samples)]
-        reader.close()
     return found
 
 

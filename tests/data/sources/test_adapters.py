@@ -271,7 +271,6 @@ def read(out: Path) -> Iterator[tuple[str, str, bytes, bytes]]:
         for sample_id in range(split.num_samples):
             raw = reader.read(sample_id)
             yield name, raw.key, raw.image, raw.target
-        reader.close()
 
 
 def test_every_file_of_conf_data_has_a_miniature_tree_here() -> None:
