@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from segformer.data.loading.photometric import Normalize
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, image_header
-from segformer.data.sources.decode import image_orientation, read_file, upright, whole_image
+from segformer.data.sources.dataset import IMAGE_SUFFIXES
+from segformer.data.sources.decode import image_header, image_orientation, read_file, upright, whole_image
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import build, open_checkpoint

@@ -25,8 +25,8 @@ from segformer.data.shards.index import INDEX, LABELS, pack_index
 from segformer.data.shards.pool import advance
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import write_synced
-from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, image_header
-from segformer.data.sources.decode import decode_image
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
+from segformer.data.sources.decode import decode_image, image_header
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError
 

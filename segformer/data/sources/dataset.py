@@ -8,11 +8,9 @@ Segmentation                                            Classification
 part of the key. A raw id becomes a train id 0..K-1, or IGNORE_INDEX, through `label_map`; an empty map means
 raw id = train id, and 255 is ignored unless the map says otherwise. `listing.py` lists and reads the files.
 
-Refused: settings that contradict each other, named by their key; images above MAX_PIXELS and other formats
-than JPEG and PNG, by their header."""
+Refused: settings that contradict each other, named by their key."""
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +30,6 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TASKS = ("segmentation", "classification")
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -180,35 +177,3 @@ def label_table(cfg: DatasetConfig) -> np.ndarray:
     for raw, train in mapping.items():
         table[raw] = train
     return table
-
-
-class TooManyPixelsError(ValueError):
-    """An image above MAX_PIXELS."""
-
-
-def image_header(data: bytes) -> tuple[str, int, int]:
-    """("jpeg" or "png", height, width) from the first bytes of a file, without decoding.
-
-    ValueError for other formats and broken headers, TooManyPixelsError above MAX_PIXELS. PNG: IHDR; JPEG: the
-    frame header SOF0 to SOF2 (ITU-T T.81, B.2.2) after every segment before it. Training reads two headers a
-    sample: Pillow takes 15 to 30 us for one, this 1.
-    """
-    kind, size = "png", (0, 0)
-    if data[:8] == PNG_MAGIC and data[12:16] == b"IHDR" and len(data) >= 33:
-        size = struct.unpack(">II", data[16:24])[::-1]
-    elif data[:2] == b"\xff\xd8":
-        kind, at = "jpeg", 2
-        while at + 9 <= len(data) and data[at] == 0xFF:
-            if data[at + 1] in (0xC0, 0xC1, 0xC2):
-                size = struct.unpack(">HH", data[at + 5 : at + 9])
-                break
-            fill = data[at + 1] == 0xFF
-            at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        else:
-            raise ValueError("JPEG without a baseline or progressive frame header")
-    else:
-        raise ValueError("not a JPEG or PNG file" if data else "empty file (0 bytes)")
-    height, width = size
-    if not 0 < height * width <= MAX_PIXELS:
-        raise TooManyPixelsError(f"{width} x {height} pixels; the limit is {MAX_PIXELS}")
-    return kind, height, width

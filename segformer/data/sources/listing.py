@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, PNG_MAGIC, DatasetConfig, label_table
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, label_table
 from segformer.data.sources.decode import (
+    PNG_MAGIC,
     decode_pixels,
     image_orientation,
     orientation_text,

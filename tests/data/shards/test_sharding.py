@@ -25,8 +25,8 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.sharding import write_shards
 from segformer.data.shards.verify import find_defects
 from segformer.data.shards.workfolder import WorkFolder
-from segformer.data.sources.dataset import DatasetConfig, image_header
-from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.decode import decode_image, decode_mask, image_header
 from segformer.data.sources.listing import list_samples, load_sample
 from segformer.errors import ConfigError, DataError
 from segformer.training.config import RunConfig, compose

@@ -1,50 +1,9 @@
-import io
-import struct
-import zlib
 from dataclasses import replace
 
-import cv2
-import numpy as np
 import pytest
-from PIL import Image
 
-from segformer.data.sources.dataset import DatasetConfig, class_palette, image_header, label_table
+from segformer.data.sources.dataset import DatasetConfig, class_palette, label_table
 from segformer.errors import ConfigError
-
-
-def png_header(width: int, height: int) -> bytes:
-    """The start of a grey PNG of 8 bits."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"progressive": True}, {"exif": True}, {"quality": 100, "subsampling": 0}]
-)
-def test_the_header_of_a_jpeg_gives_its_size(options: dict[str, object]) -> None:
-    picture = Image.fromarray(np.zeros((37, 61, 3), np.uint8))
-    if options.pop("exif", False):
-        exif = Image.Exif()
-        exif[0x0112] = 6  # turned by 90 degrees: the stored size counts
-        options["exif"] = exif.tobytes() + b"\0" * 5000
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", **options)
-    assert image_header(buffer.getvalue()) == ("jpeg", 37, 61)
-
-
-def test_an_image_above_the_pixel_limit_is_refused_by_its_header() -> None:
-    assert image_header(png_header(5000, 5000)) == ("png", 5000, 5000)
-    with pytest.raises(ValueError, match="20000 x 20000 pixels"):
-        image_header(png_header(20000, 20000))
-
-
-def test_every_cut_of_a_header_is_refused_or_gives_the_true_size() -> None:
-    for data in (cv2.imencode(".jpg", np.zeros((9, 7, 3)))[1].tobytes(), png_header(7, 9)):
-        for length in range(60):
-            try:
-                assert image_header(data[:length])[1:] == (9, 7)
-            except ValueError:
-                continue
 
 
 def test_generated_colours_are_those_of_pascal_voc() -> None:
