@@ -11,10 +11,10 @@
     checkpointer.settle(final=True)            # before a run ends without a last save
 
 Save: every rank takes part in gathering the tensors; rank zero checks that they are finite and hands them to
-a thread, which writes. The thread never calls a collective: its outcome is learnt at the next save or settle,
-by all ranks together. A save that fails (a full disk) costs nothing but itself: older checkpoints
-stay and the run goes on, until max_failures saves in a row have failed. The thread outlives an error of the
-main thread, so that a save that was handed over is finished before the process ends.
+a thread, which writes. The thread never calls a collective: all ranks learn its outcome together, at the next
+save or settle. A save that fails (a full disk) costs nothing but itself: older checkpoints stay and the run
+goes on, until max_failures saves in a row have failed. The thread outlives an error of the main thread, so
+that a save that was handed over is finished before the process ends.
 """
 
 from __future__ import annotations
@@ -91,9 +91,6 @@ class Checkpointer:
     that failed; rank zero, main thread.
     """
 
-    last_saved: int | None = None
-    "The newest step that this object has committed, as far as the ranks have learnt."
-
     def __init__(
         self,
         cfg: CheckpointConfig,
@@ -105,7 +102,10 @@ class Checkpointer:
         fence: Callable[[], None] = lambda: None,
         progress: Callable[[], None] = lambda: None,
         round_s: float = 5.0,
+        last_saved: int | None = None,
     ) -> None:
+        self.last_saved = last_saved
+        "The newest committed step, as far as the ranks have learned."
         self._progress, self._round_s, self._fence = progress, round_s, fence
         self._cfg, self._folder, self._world = cfg, folder, world
         self._warn, self._failed = warn, failed

@@ -18,9 +18,10 @@ import math
 import time
 from pathlib import Path
 
+from segformer.data.loading.samples import Batch
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
-from segformer.errors import CheckpointError, RunTaken
+from segformer.errors import CheckpointError, RunTaken, SegformerError
 from segformer.evaluation.metrics import Scores
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
@@ -60,11 +61,12 @@ def train(cfg: RunConfig, world: World) -> Scores:
 
 def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores:
     telemetry, meter, stopping, losses = run.telemetry, run.meter, run.stopping, LossSum(world.device)
+    accumulation = cfg.batch_shape(world.size).accumulation
     telemetry.start(model.state.step)
     meter.reset()
     while model.state.step < cfg.steps:
         start = time.monotonic()
-        batches, waited = run.batches.fetch(stopping.fail)
+        batches, waited = _fetch(run, accumulation)
         if stopping.agreed():
             break
         with run.profiler.step(model.state.step + 1):
@@ -101,6 +103,19 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
         raise stopping.reason(model.state.step, Path(cfg.run_dir) / "checkpoints")
     telemetry.line(scores.table(task.shards.classes))
     return scores
+
+
+def _fetch(run: Services, count: int) -> tuple[list[Batch], float]:
+    """The micro batches of the next step, fewer where the data is damaged, and the seconds they took."""
+    start = time.monotonic()
+    batches: list[Batch] = []
+    try:
+        while len(batches) < count:
+            batches.append(next(run.batches))
+    except SegformerError as error:
+        run.stopping.fail(error)
+    run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
+    return batches, time.monotonic() - start
 
 
 def _log(world: World, model: ModelState, run: Services, losses: LossSum, norm: float | None) -> None:

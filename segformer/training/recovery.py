@@ -75,7 +75,7 @@ def roll_back(cfg: RunConfig, world: World, model: ModelState, run: Services) ->
     run.skipped.clear()
     run.checkpoints.last_saved = model.state.step
     run.batches.close()
-    run.batches.restart(model.state.step)
+    run.batches = iter(run.stream(start_step=model.state.step))
     run.telemetry.event("rollback", model.state.step, from_step=step)
     run.telemetry.line(f"{count} steps in a row were skipped: back to step {model.state.step}, once")
     run.telemetry.stop_bar()
@@ -88,10 +88,10 @@ def report_replaced(cfg: RunConfig, world: World, state: TrainState, run: Servic
 
     A sample counts once, whichever ranks and epochs meet it.
     """
-    if not world.any(bool(run.batches.replaced)):
+    if not world.any(bool(run.replaced)):
         return
-    met = {sample: reason for part in world.gather(run.batches.replaced) for sample, reason in part.items()}
-    run.batches.replaced = {}
+    met = {sample: reason for part in world.gather(run.replaced) for sample, reason in part.items()}
+    run.replaced = {}
     for sample_id in sorted(met.keys() - set(state.corrupt)):
         state.corrupt = sorted([*state.corrupt, sample_id])
         run.telemetry.replaced(state.step, sample_id, met[sample_id])

@@ -12,8 +12,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
-from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
+from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
 from segformer.models.ops.batch_norm import synchronize_batch_norm
@@ -54,41 +53,13 @@ from segformer.training.stopping import Stopping
 from segformer.training.task import Task, check_task, make_task, training_crop
 
 
-class MicroBatches:
-    """This rank's micro batches, from an optimizer step on."""
-
-    def __init__(self, stream: Callable[..., WorkerStream[Batch]], accumulation: int, step: int) -> None:
-        self._stream, self._accumulation = stream, accumulation
-        self.replaced: dict[int, str] = {}
-        "Corrupt samples that this rank has met and why, not yet reported to the others."
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Go on from another optimizer step."""
-        self._batches = iter(self._stream(start_step=step))
-
-    def fetch(self, on_error: Callable[[SegformerError], None]) -> tuple[list[Batch], float]:
-        """The micro batches of the next step and the seconds they took; `on_error` gets what is damaged."""
-        start = time.monotonic()
-        batches: list[Batch] = []
-        try:
-            while len(batches) < self._accumulation:
-                batches.append(next(self._batches))
-        except SegformerError as error:
-            on_error(error)
-        self.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
-        return batches, time.monotonic() - start
-
-    def close(self) -> None:
-        """End the workers."""
-        self._batches.close()
-
-
 @dataclass(kw_only=True, slots=True)
 class Services:
     """The parts of a run beside the step: data, checkpoints, logs."""
 
-    batches: MicroBatches
+    stream: Callable[..., WorkerStream[Batch]]
+    "start_step -> this rank's micro batches from that optimizer step on."
+    batches: Generator[Batch, None, None]
     checkpoints: Checkpointer
     lease: Lease | None
     "The right to write into the run's directory; rank zero."
@@ -100,6 +71,8 @@ class Services:
     stopping: Stopping
     split: Split
     "The split that is trained on."
+    replaced: dict[int, str] = field(default_factory=dict)
+    "Corrupt samples that this rank has met and why, not yet reported to the others."
     skipped: list[dict[str, Any]] = field(default_factory=list)
     "The skipped steps in a row: step, samples."
 
@@ -169,24 +142,33 @@ def set_up(
         rank=world.rank,
         local_world_size=world.local_size,
     )
+    checkpoints = Checkpointer(
+        cfg.checkpoint,
+        run_dir / "checkpoints",
+        world,
+        warn=telemetry.line,
+        failed=lambda step, reason: telemetry.event("checkpoint_failed", step, reason=reason),
+        fence=(lambda: None) if lease is None else lease.check,
+        progress=stopping.watchdog.progress,
+        round_s=min(5.0, cfg.engine.timeout_s / 4),
+        last_saved=state.step or None,
+    )
     flops = training_flops(cfg.model, training_crop(cfg), task.num_classes, task=task.name)
     log_header(cfg, world, telemetry, shards, model.engine.module, state)
-    return (
-        task,
-        model,
-        Services(
-            batches=MicroBatches(stream, batch.accumulation, state.step),
-            checkpoints=_checkpointer(cfg, world, telemetry, stopping, lease, state.step),
-            lease=lease,
-            telemetry=telemetry,
-            ledger=Ledger(run_dir / "ledger", world.rank, state.step) if cfg.telemetry.ledger else None,
-            meter=Meter(world, flops_per_image=float(flops)),
-            spike=LossSpike(),
-            profiler=Profiler(cfg.profile, run_dir, world, telemetry.line),
-            stopping=stopping,
-            split=split,
-        ),
+    services = Services(
+        stream=stream,
+        batches=iter(stream(start_step=state.step)),
+        checkpoints=checkpoints,
+        lease=lease,
+        telemetry=telemetry,
+        ledger=Ledger(run_dir / "ledger", world.rank, state.step) if cfg.telemetry.ledger else None,
+        meter=Meter(world, flops_per_image=float(flops)),
+        spike=LossSpike(),
+        profiler=Profiler(cfg.profile, run_dir, world, telemetry.line),
+        stopping=stopping,
+        split=split,
     )
+    return task, model, services
 
 
 def _make_model(
@@ -204,28 +186,6 @@ def _make_model(
     if saved is not None:
         trained.restore(saved)
     return trained
-
-
-def _checkpointer(
-    cfg: RunConfig,
-    world: World,
-    telemetry: Telemetry,
-    stopping: Stopping,
-    lease: Lease | None,
-    step: int,
-) -> Checkpointer:
-    checkpoints = Checkpointer(
-        cfg.checkpoint,
-        Path(cfg.run_dir) / "checkpoints",
-        world,
-        warn=telemetry.line,
-        failed=lambda step, reason: telemetry.event("checkpoint_failed", step, reason=reason),
-        fence=(lambda: None) if lease is None else lease.check,
-        progress=stopping.watchdog.progress,
-        round_s=min(5.0, cfg.engine.timeout_s / 4),
-    )
-    checkpoints.last_saved = step or None
-    return checkpoints
 
 
 def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.data.loading.samples import Batch
@@ -40,31 +40,14 @@ class Outcome(NamedTuple):
     "All losses of this rank were finite; where the step was taken they were."
 
 
-class BufferBackup:
-    """A copy of a model's buffers (BatchNorm's statistics), to undo what a bad batch does to them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._own = list(model.buffers())
-        self._kept = [buffer.clone() for buffer in self._own]
-
-    def update(self) -> None:
-        """Copy the buffers as they are now; no wait for the device."""
-        for kept, own in zip(self._kept, self._own, strict=True):
-            kept.copy_(own)
-
-    def restore(self) -> None:
-        """Give the model its buffers of the last `update`."""
-        for kept, own in zip(self._kept, self._own, strict=True):
-            own.copy_(kept)
-
-
 class ModelState:
     """All that a step changes and a checkpoint keeps: weights, optimizer, EMA and the TrainState."""
 
     def __init__(self, engine: Engine, cfg: RunConfig, state: TrainState) -> None:
         self.engine, self.state = engine, state
         self.ema = EMA(engine, cfg.optim.ema) if cfg.optim.ema else None
-        self.buffers = BufferBackup(engine.module)
+        self.buffers = list(engine.module.buffers())
+        "BatchNorm's statistics."
         self._optimizer = OPTIMIZERS[cfg.optim.name]
 
     def gather(self, world: World) -> Checkpoint:
@@ -117,7 +100,7 @@ def train_step(
     engine, step = model.engine, model.state.step
     set_learning_rate(engine.optimizer.param_groups, cfg.optim, step, cfg.steps)
     engine.train()
-    model.buffers.update()
+    buffers = [buffer.clone() for buffer in model.buffers]
     seen: list[Tensor] = []
     with enough_memory(world.rank, lambda: _too_large(cfg, step, len(batches[0].images))):
         for index, batch in enumerate(batches):
@@ -131,7 +114,8 @@ def train_step(
             seen.append(loss.detach())
     model.state.step += 1
     if not taken:
-        model.buffers.restore()
+        for buffer, before in zip(model.buffers, buffers, strict=True):
+            buffer.copy_(before)
         return Outcome(norm, False, bool(torch.stack(seen).isfinite().all()))
     if model.ema is not None:
         model.ema.update(step - model.state.skipped)

@@ -2,8 +2,7 @@
 
 steps: for k = 1, 2, ... a forked process is killed by itself just before its k-th step on the file system,
 whichever thread takes it. syscalls: strace kills it at the k-th call of each system call that changes files,
-also of those inside of safetensors. moments <count>: a process that saves and saves is killed at random
-moments. Ends with the number of kills, or with an assertion.
+also of those inside of safetensors. Ends with the number of kills, or with an assertion.
 """
 
 import os

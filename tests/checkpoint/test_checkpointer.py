@@ -1,7 +1,6 @@
 """Saving while training goes on: slow disks, full disks, kills, errors, several ranks."""
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -89,38 +88,6 @@ def test_ranks_agree_on_full_disks_last_saves_bad_values_and_talk_during_slow_wr
         assert output.splitlines() == [
             f"{name}: SystemExit: 2" for name in ("full_disk", "last", "not_finite")
         ]
-
-
-@pytest.mark.faults
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounts a small disk: root only")
-def test_a_disk_that_fills_up_keeps_the_old_checkpoint_until_there_is_room(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("this container may not mount")
-    try:
-        failures, warnings = [], []
-        checkpointer = Checkpointer(
-            CheckpointConfig(), disk / "checkpoints", ONE,
-            warn=warnings.append, failed=lambda *what: failures.append(what),
-        )  # fmt: skip
-        checkpointer.save(content(1, TrainState(step=1)))
-        checkpointer.settle()
-        (disk / "filler").write_bytes(bytes(230_000))
-        checkpointer.save(content(2, TrainState(step=2)))
-        checkpointer.settle()
-        assert list_steps(disk / "checkpoints") == [1]
-        assert load_checkpoint(disk / "checkpoints", warn=nobody).state.step == 1
-        assert failures[0][0] == 2
-        assert "No space left on device" in failures[0][1]
-        assert "training goes on (1 of 3" in warnings[0]
-        (disk / "filler").unlink()
-        checkpointer.save(content(3, TrainState(step=3)), last=True)
-        assert list_steps(disk / "checkpoints") == [1, 3]
-        assert not list((disk / "checkpoints").glob(".*"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # -- while training goes on
