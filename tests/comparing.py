@@ -1,5 +1,6 @@
-"""What tests of runs compare: the tensors of a checkpoint, bit by bit."""
+"""Comparisons that several tests make: checkpoints bit by bit, an operation with its reference."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,3 +22,25 @@ def assert_identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, f"{len(different)} of {len(left)} tensors differ, first {different[0]}"
+
+
+def values(*shape: int) -> Tensor:
+    """Random float64 numbers that want a gradient."""
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(got: Tensor, expected: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Values and gradients with respect to `inputs` agree as their type allows."""
+    torch.testing.assert_close(got, expected)
+    cotangent = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad(value, inputs, cotangent, retain_graph=True) for value in (got, expected)
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def distance(left: Tensor, right: Tensor) -> float:
+    """||left - right|| / ||right||."""
+    left, right = left.detach().double(), right.detach().to(left.device).double()
+    return float((left - right).norm() / right.norm().clamp(min=1e-30))

@@ -1,6 +1,7 @@
 """torch.compile: no graph breaks, no surprise recompilations, and the gradients of the eager network."""
 
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch._dynamo.testing
 from segformer.evaluation.evaluate import bounded_compilation
 from segformer.models.head import AllMLPHead
 from segformer.models.mit import MixTransformer
+from segformer.models.ops import dispatch
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer
 from segformer.models.variants import OPS
@@ -18,14 +20,14 @@ from segformer.training.losses import LossConfig, SegmentationLoss
 class Step(torch.nn.Module):
     """Encoder, head and loss as one module."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, ops: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        dims, ops = (8, 16, 40, 64), BACKENDS[form]
+        dims, backend = (8, 16, 40, 64), BACKENDS[ops]
         encoder = MixTransformer(
-            dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=ops, drop_path_rate=0.1
+            dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=backend, drop_path_rate=0.1
         )
-        self.model = SegFormer(encoder, AllMLPHead(dims, 16, 8, ops=ops, dropout=0.0), 8)
+        self.model = SegFormer(encoder, AllMLPHead(dims, 16, 8, ops=backend, dropout=0.0), 8)
         for block in self.model.backbone.children():
             for module in block.modules():
                 if hasattr(module, "rate"):
@@ -63,11 +65,8 @@ def compare_gradients(compiled: Step, eager: Step, bf16: bool) -> None:
             assert distance < (0.15 if bf16 else 1e-4), (name, distance)
 
 
-@pytest.mark.parametrize("form", OPS)
-@pytest.mark.parametrize("bf16", [False, True])
-def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(form, bf16):
-    eager, compiled = Step(form), Step(form)
-    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)  # fullgraph: a break is an error
+def compare_steps(graph: torch.nn.Module, compiled: Step, eager: Step, bf16: bool = False) -> None:
+    """Loss and gradients of `graph`, a compilation of `compiled`, are those of `eager`."""
     losses = []
     for step in (eager, graph):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -76,6 +75,14 @@ def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(form, bf16
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
     compare_gradients(compiled, eager, bf16)
+
+
+@pytest.mark.parametrize("ops", OPS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(ops, bf16):
+    eager, compiled = Step(ops), Step(ops)
+    graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)  # fullgraph: a break is an error
+    compare_steps(graph, compiled, eager, bf16)
 
 
 @pytest.mark.slow
@@ -84,15 +91,35 @@ def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(form, bf16
 def test_inductor_gives_the_loss_and_gradients_of_the_eager_step(bf16):
     """With the loss inside the graph: Inductor once returned zero gradients there, with a right loss."""
     eager, compiled = Step("fused"), Step("fused")
-    graph = torch.compile(compiled, fullgraph=True)
-    losses = []
-    for step in (eager, graph):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = step(*batch())
-        loss.backward()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2 if bf16 else 1e-5)
-    compare_gradients(compiled, eager, bf16)
+    compare_steps(torch.compile(compiled, fullgraph=True), compiled, eager, bf16)
+
+
+class OnGpu(NamedTuple):
+    """What `use_triton` asks of a tensor, for one that is on an NVIDIA GPU."""
+
+    dtype: torch.dtype
+    is_cuda: bool = True
+
+
+def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch):
+    """On a CPU `use_triton` says no at its first question, so that no other test traces the rest of it."""
+    use_triton = dispatch.use_triton
+
+    def ask(tensor: torch.Tensor) -> bool:
+        # The operations themselves run after tracing, on this CPU.
+        return torch.compiler.is_compiling() and use_triton(OnGpu(tensor.dtype))
+
+    monkeypatch.setattr(dispatch, "use_triton", ask)
+    monkeypatch.setattr(dispatch, "_TRITON", True)  # whether or not it is installed
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    eager, compiled = Step("fused"), Step("fused")
+    compare_steps(torch.compile(compiled, backend=backend, fullgraph=True), compiled, eager)
+    assert {"segformer.upsample_sum.default", "segformer.upsampled_cross_entropy.default"} <= set(called)
 
 
 def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thrice():

@@ -1,7 +1,8 @@
-"""The two forms of the network, `model.ops=fused` and `reference`, are one function."""
+"""The two backends of the network, `model.ops=fused` and `reference`, are one function."""
 
 import pytest
 import torch
+from comparing import distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,20 +16,16 @@ from segformer.training.losses import LossConfig, SegmentationLoss
 SMALL = (8, 16, 40, 64)  # a quarter of MiT-B0's channels, one block a stage
 
 
-def small(form: str, *, checkpointing: tuple[int, ...] = (), drop: float = 0.0) -> SegFormer:
-    """A small network with the same weights in every form."""
+def small(backend: str, *, checkpointing: tuple[int, ...] = (), drop: float = 0.0) -> SegFormer:
+    """A small network with the same weights on every backend."""
     torch.manual_seed(0)
-    ops, one = BACKENDS[form], (1, 1, 1, 1)
+    ops, one = BACKENDS[backend], (1, 1, 1, 1)
     options = {"ops": ops, "checkpointing": checkpointing, "drop_path_rate": drop}
     encoder = MixTransformer(SMALL, one, (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), **options)
     head = AllMLPHead(SMALL, 32, 5, ops=ops, dropout=drop)
     head.linear_fuse.bn.running_mean.normal_()
     head.linear_fuse.bn.running_var.uniform_(0.5, 2)
     return SegFormer(encoder, head, 5)
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
 
 
 def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16: bool = False):
@@ -43,7 +40,7 @@ def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16
     return logits.detach().double(), found
 
 
-def test_the_suites_are_the_choices_of_the_configuration():
+def test_the_backends_are_the_choices_of_the_configuration():
     assert tuple(BACKENDS) == OPS
 
 
@@ -55,34 +52,34 @@ def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training, th
     torch.manual_seed(0)
     images, target = torch.randn(2, 3, 95, 130), torch.randint(0, 150, (2, 95, 130))
     found = []
-    for form in OPS:
+    for backend in OPS:
         torch.manual_seed(1)
-        cfg = ModelConfig(variant=variant, ops=form, drop_path_rate=0.0, dropout=0.0)
+        cfg = ModelConfig(variant=variant, ops=backend, drop_path_rate=0.0, dropout=0.0)
         model = build_model(cfg, 150).train(training)
         # every ReLU on its right side: at its kink, a difference in the last digit is one in the gradient
         torch.nn.init.constant_(model.decode_head.linear_fuse.bn.bias, 8.0)
         found.append(gradients(model, images, target))
     (logits, grads), (expected, exact) = found
-    assert relative(logits, expected) < 1e-5
-    assert relative(grads, exact) < 1e-5
+    assert distance(logits, expected) < 1e-5
+    assert distance(grads, exact) < 1e-5
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_and_gradients_agree_within_1e_9_in_float64(training):
     images, target = torch.randn(2, 3, 95, 130).double(), torch.randint(0, 5, (2, 95, 130))
-    found = [gradients(small(form).double().train(training), images, target) for form in OPS]
+    found = [gradients(small(backend).double().train(training), images, target) for backend in OPS]
     for got, expected in zip(*found, strict=True):
-        assert relative(got, expected) < 1e-9
+        assert distance(got, expected) < 1e-9
 
 
-def test_in_bfloat16_the_fused_form_is_no_further_from_float64_than_the_reference():
+def test_in_bfloat16_the_fused_backend_is_no_further_from_float64_than_the_reference():
     torch.manual_seed(0)
     images, target = torch.randn(2, 3, 96, 128), torch.randint(0, 5, (2, 96, 128))
     exact, exact_grads = gradients(small("reference").double(), images.double(), target)
     errors = {}
-    for form in OPS:
-        logits, grads = gradients(small(form), images, target, bf16=True)
-        errors[form] = relative(logits, exact), relative(grads, exact_grads)
+    for backend in OPS:
+        logits, grads = gradients(small(backend), images, target, bf16=True)
+        errors[backend] = distance(logits, exact), distance(grads, exact_grads)
     for fused, reference in zip(errors["fused"], errors["reference"], strict=True):
         assert 0 < fused < 1.1 * reference < 0.1  # a tenth: two roundings of one size
 
@@ -97,11 +94,11 @@ def penalty(model: SegFormer, images: torch.Tensor, target: torch.Tensor | None,
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_a_second_derivative_is_refused_by_the_fused_form_and_right_in_the_reference(labelled):
+def test_a_second_derivative_is_refused_by_the_fused_backend_and_right_in_the_reference(labelled):
     """The sum of the logits has a constant gradient, where once_differentiable would say nothing."""
     images = torch.randn(1, 3, 32, 64).double()
     target = torch.randint(0, 5, (1, 32, 64)) if labelled else None
-    models = {form: small(form).double().eval() for form in OPS}
+    models = {backend: small(backend).double().eval() for backend in OPS}
     with pytest.raises(RuntimeError, match=r"no second derivative.*model.ops=reference"):
         penalty(models["fused"], images, target, create_graph=True)
     model = models["reference"]
@@ -133,9 +130,9 @@ def test_extreme_image_sizes_give_shape_and_values_of_the_reference(size):
 def check_size(size: tuple[int, int], gradient: bool) -> None:
     images = torch.randn(1, 3, *size)
     with torch.set_grad_enabled(gradient):
-        got, expected = (small(form).eval()(images).detach() for form in OPS)
+        got, expected = (small(backend).eval()(images).detach() for backend in OPS)
     assert got.shape == expected.shape == (1, 5, -(-size[0] // 4), -(-size[1] // 4))
-    assert relative(got, expected.double()) < 1e-5
+    assert distance(got, expected.double()) < 1e-5
 
 
 def bytes_kept(function, images: torch.Tensor) -> int:
@@ -151,16 +148,16 @@ def bytes_kept(function, images: torch.Tensor) -> int:
         return sum(storage.nbytes() for storage in kept.values()) if result is not None else 0
 
 
-@pytest.mark.parametrize("form", OPS)
-def test_checkpointing_gives_the_same_gradients_with_the_same_random_drops(form):
+@pytest.mark.parametrize("backend", OPS)
+def test_checkpointing_gives_the_same_gradients_with_the_same_random_drops(backend):
     images, target = torch.randn(2, 3, 64, 96), torch.randint(0, 5, (2, 64, 96))
     found = []
     for stages in ((), (1, 2, 3, 4)):
-        model = small(form, checkpointing=stages, drop=0.3).train()
+        model = small(backend, checkpointing=stages, drop=0.3).train()
         torch.manual_seed(3)
         found.append(gradients(model, images, target))
     torch.testing.assert_close(found[1][0], found[0][0])
-    assert relative(found[1][1], found[0][1]) < 1e-6
+    assert distance(found[1][1], found[0][1]) < 1e-6
 
 
 def test_checkpointing_keeps_less_than_half_of_the_reference_encoder():
@@ -174,5 +171,5 @@ def test_checkpointing_keeps_less_than_half_of_the_reference_encoder():
 
 def test_the_fused_step_keeps_less_than_six_tenths_of_the_reference():
     images = torch.randn(2, 3, 64, 96)
-    fused, reference = (bytes_kept(small(form).train(), images) for form in OPS)
+    fused, reference = (bytes_kept(small(backend).train(), images) for backend in OPS)
     assert fused < 0.6 * reference

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_same, values
 
 from segformer.models.ops import batch_norm, decode, resize
 from segformer.models.ops.batch_norm import BatchNorm, norm_relu_linear, norm_relu_linear_reference
@@ -23,21 +24,6 @@ RESIZES = [
     ((1, 2), (7, 9)),
     ((12, 9), (5, 4)),
 ]
-
-
-def values(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def assert_same(got, expected, inputs):
-    """Values and gradients with respect to `inputs` agree in float64."""
-    torch.testing.assert_close(got, expected)
-    cotangent = torch.randn_like(expected)
-    gradients = [
-        torch.autograd.grad(value, inputs, cotangent, retain_graph=True) for value in (got, expected)
-    ]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.fixture

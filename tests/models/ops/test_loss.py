@@ -3,21 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_same
 
 from segformer.models.ops import resize
 from segformer.models.ops.argmax import upsample_argmax, upsample_confusion, upsample_confusion_reference
 from segformer.models.ops.cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_reference
 
 RESIZES = [((9, 13), (35, 50)), ((16, 16), (64, 64)), ((8, 8), (8, 8)), ((1, 2), (7, 9)), ((12, 9), (5, 4))]
-
-
-def assert_same(got, expected, inputs):
-    """Values and gradients with respect to `inputs` agree."""
-    torch.testing.assert_close(got, expected)
-    cotangent = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(value, inputs, cotangent) for value in (got, expected)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.fixture

@@ -3,24 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import assert_same, values
 
 from segformer.models.ops import attention, depthwise, ffn
 from segformer.models.ops.linear import _through_convolution, linear, linear_backward
-
-
-def values(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def assert_same(got, expected, inputs):
-    """Values and gradients with respect to `inputs` agree in float64."""
-    torch.testing.assert_close(got, expected)
-    cotangent = torch.randn_like(expected)
-    gradients = [
-        torch.autograd.grad(value, inputs, cotangent, retain_graph=True) for value in (got, expected)
-    ]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
 
 
 def to_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

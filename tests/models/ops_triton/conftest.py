@@ -6,6 +6,7 @@ test runs Triton on a machine without a GPU.
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -57,3 +58,19 @@ def round_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def surrounded(device: torch.device) -> Callable[..., Iterator[list[torch.Tensor]]]:
+    """Tensors as views into larger ones, first of zeros and then of NaN."""
+
+    def place(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        for around in (0.0, float("nan")):
+            inside = []
+            for tensor in tensors:
+                room = torch.full((tensor.numel() + 400,), around, device=device)
+                room[200:-200] = tensor.flatten()
+                inside.append(room[200:-200].view(tensor.shape))
+            yield inside
+
+    return place

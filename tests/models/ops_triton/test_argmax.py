@@ -16,6 +16,8 @@ SHAPES = [
     (1, 256, 1, 2, 2, 3),
     (1, 300, 2, 2, 3, 5),
 ]
+LARGE = [(2, 150, 128, 128, 512, 512), (1, 19, 256, 512, 1024, 2048), (2, 171, 33, 47, 131, 187)]
+SHAPES += LARGE if torch.cuda.is_available() else []
 
 
 def enlarge(logits, size):
@@ -33,7 +35,8 @@ def test_the_class_is_the_highest_one(device, shape, dtype):
     enlarged = enlarge(logits, shape[4:])
     assert found.dtype == (torch.uint8 if shape[1] <= 256 else torch.int64)
     reached = enlarged.gather(1, found.long()[:, None])[:, 0]
-    assert (reached >= enlarged.amax(1) - 1e-6).all()  # equals up to the rounding of float32 are equals
+    # Equals up to the rounding of float32 are equals; far from the origin, that of places counts too.
+    assert (reached >= enlarged.amax(1) - (1e-4 if shape in LARGE else 1e-6)).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import distance
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,6 +27,13 @@ SHAPES = [
     (1, 150, 2, 2, 4, 5),  # 5 parts
     (1, 161, 1, 2, 2, 3),  # 2 warps
     (1, 1024, 1, 2, 1, 3),
+]
+LARGE = [
+    (2, 150, 128, 128, 512, 512),
+    (1, 19, 256, 512, 1024, 2048),
+    (2, 2, 64, 64, 256, 256),
+    (2, 171, 33, 47, 131, 187),
+    (1, 1000, 16, 16, 61, 67),
 ]
 
 
@@ -150,16 +158,33 @@ def test_any_sizes(device, seed):
     check(device, draw(shape, **OPTIONS[seed % len(OPTIONS)], seed=seed))
 
 
-def test_nothing_around_the_logits_is_read(device):
-    from segformer.models.ops import cross_entropy_triton as cross_entropy
+def test_nothing_around_the_logits_is_read(device, surrounded):
+    from segformer.models.ops import cross_entropy_triton
 
-    arguments = draw((1, 6, 2, 3, 5, 6), **PLAIN)
-    logits = arguments[0].permute(0, 2, 3, 1)
-    results = []
-    for around in (0.0, float("nan")):
-        room = torch.full((logits.numel() + 400,), around)
-        room[200:-200] = logits.flatten()
-        inside = room.to(device)[200:-200].view(logits.shape).permute(0, 3, 1, 2)
-        results.append(cross_entropy.forward(inside, arguments[1].to(device), None, None, 0.0, 255, True))
+    logits, target, *rest = draw((1, 6, 2, 3, 5, 6), **PLAIN)
+    results = [
+        cross_entropy_triton.forward(inside.permute(0, 3, 1, 2), target.to(device), *rest, True)
+        for (inside,) in surrounded(logits.permute(0, 2, 3, 1))
+    ]
     for left, right in zip(*results, strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none")
+@pytest.mark.parametrize("options", [PLAIN, OPTIONS[3]], ids=["plain", "weights and smoothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_sizes_of_a_network(device, shape, dtype, options):
+    from segformer.models.ops import cross_entropy_triton
+
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in draw(shape, **options)]
+    arguments[0] = arguments[0].to(dtype)
+    if shape[1] <= 255:
+        arguments[1] = arguments[1].to(torch.uint8)
+    found = cross_entropy_triton.forward(*arguments, True)
+    exact = reference(*arguments)
+    assert distance(found[0], exact[0]) < TOLERANCE
+    assert distance(found[2], exact[2]) < 5 * TOLERANCE  # the largest term of a softmax is 1 - p
+    for first, second in zip(found, cross_entropy_triton.forward(*arguments, True), strict=True):
+        assert torch.equal(first, second)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import distance
 from torch import Tensor
 
 from segformer.models.head import AllMLPHead
@@ -38,7 +39,7 @@ def through_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Send every operation from now on to its kernel; the list of those that were called."""
     called: list[str] = []
 
-    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             called.append(name)
             return function(*given)
@@ -49,7 +50,7 @@ def through_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
         for kernel, names in FUNCTIONS.items():
             module = import_module(f"segformer.models.ops.{kernel}_triton")
             for name in names:
-                monkeypatch.setattr(module, name, noted(f"{kernel}.{name}", getattr(module, name)))
+                monkeypatch.setattr(module, name, recorded(f"{kernel}.{name}", getattr(module, name)))
         if device.type == "cpu":
             monkeypatch.setattr(dispatch, "use_triton", lambda tensor: tensor.dtype in dispatch.FLOATS)
             for module in (dispatch, decode):
@@ -58,11 +59,6 @@ def through_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ca
         return called
 
     return begin
-
-
-def distance(left: Tensor, right: Tensor) -> float:
-    """||left - right|| / ||right||."""
-    return ((left.cpu().double() - right).norm() / right.norm()).item()
 
 
 def spread(tensor: Tensor) -> Tensor:
@@ -85,7 +81,7 @@ def check(
     grad = torch.randn(expected.shape, generator=generator).to(out.dtype)
     found = torch.autograd.grad(out, leaves, spread(grad.to(device)))
     right = torch.autograd.grad(expected, exact, grad.double())
-    assert distance(out.detach(), expected.detach()) < tolerance
+    assert distance(out, expected) < tolerance
     for leaf, mine, best in zip(leaves, found, right, strict=True):
         assert (mine.dtype, mine.shape) == (leaf.dtype, leaf.shape)
         assert distance(mine, best) < tolerance
@@ -154,7 +150,7 @@ def test_cross_entropy_and_its_gradient_are_those_of_the_reference(device, throu
     expected, plain = cross_entropy.upsampled_cross_entropy_reference(exact, target, IGNORE, **right)
     (grad,) = torch.autograd.grad(total, leaf, torch.full_like(total, 0.5))
     (best,) = torch.autograd.grad(expected, exact, torch.full_like(expected, 0.5))
-    assert distance(total.detach(), expected.detach()) < TOLERANCE[FP32]
+    assert distance(total, expected) < TOLERANCE[FP32]
     assert distance(losses, plain) < TOLERANCE[FP32]
     assert grad.dtype == dtype
     assert distance(grad, best) < TOLERANCE[dtype]
