@@ -29,9 +29,8 @@ from bench.contenders import COMPILED, EAGER, NAMES, Cell, write_weights
 from bench.contest import Entry, Rules, first_line, hold
 from bench.picture import draw
 from bench.record import conditions, spread, table, write_csv
-from bench.roofline import Peaks, peaks
+from bench.roofline import Peaks, peaks, work
 from segformer.errors import ConfigError, SegformerError
-from segformer.models.macs import work
 
 # The cells of the acceptance criteria, the most important first, and the larger set.
 ACCEPT = {

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from segformer.models.macs import Work
+from segformer.models.encoders import BACKBONES
+from segformer.models.macs import head_products
+from segformer.models.variants import VARIANTS
 from segformer.telemetry.meter import PEAK_FLOPS
 
 REPEATS = 8
@@ -36,6 +38,33 @@ BANDWIDTH = {
     "NVIDIA A100 80GB PCIe": 1.935e12,
 }
 BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step has to do: multiply-accumulates, and elements between memory and the chip."""
+
+    macs: int
+    elements: int
+
+
+def work(
+    name: str, size: tuple[int, int], num_classes: int, *, batch: int = 1, folded: bool, training: bool
+) -> Work:
+    """The work of one step of VARIANTS[name] on `batch` images.
+
+    A training step is three times the forward, because each product has a gradient to either factor, of the
+    same size and over the same three tensors; less the gradient of the images, which nobody needs. The folded
+    head multiplies its weights once a training step; in inference they are constant.
+    """
+    macs = elements = 0
+    variant = VARIANTS[name]
+    products = BACKBONES[variant.backbone].products(variant, size)
+    for product in products + head_products(variant, size, num_classes, folded=folded):
+        times = (2 if product.leads else 3) if training else 1
+        macs += times * (batch * product.macs + (product.shared if training else 0))
+        elements += times * (batch * product.moved + product.weights)
+    return Work(macs, elements)
 
 
 @dataclass(frozen=True, slots=True)

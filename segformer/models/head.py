@@ -1,6 +1,6 @@
 """The All-MLP decode head of SegFormer: its parameters under the names of the original repository.
 
-What is computed with them, and in which forms, stands in ops/decode.py.
+What is computed with them stands in ops/decode.py.
 
 Shapes: B batch, C_i channels of stage i, D decoder_dim, H W map of the first stage, K classes.
 """

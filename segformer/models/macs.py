@@ -5,17 +5,13 @@ residual sums, softmax and bilinear resizes are left out, as in the published nu
 G for B5 at 512 x 512 with 150 classes), which are those of the reference head. A product moves what it must:
 its inputs once, its output once, its weights once; what is not counted is taken to happen on the way.
 
-A training step is three times the forward, because each product has a gradient to either factor, of the
-same size and over the same three tensors; less the gradient of the images, which nobody needs. The folded
-head also multiplies its weights in training, once a step (ops/decode.py).
-
-`training_flops` is the figure behind the model FLOPs utilisation of a run (meter.py): 3 x 2 x the
+`training_flops` is the figure behind the model FLOPs utilization of a run (meter.py): 3 x 2 x the
 multiply-accumulates of the backend that trains. The folded head does the same with a third of the work, so
 that counting the reference head would call work done that nobody did; nor is the second forward of activation
 checkpointing counted. Those of an encoder stand beside it (Backbone.products).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from segformer.models.backbone import Product
 from segformer.models.encoders import BACKBONES
@@ -23,11 +19,9 @@ from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig, Variant
 
 
-def _encoder(variant: Variant, size: tuple[int, int]) -> list[Product]:
-    return BACKBONES[variant.backbone].products(variant, size)
-
-
-def _head(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool) -> list[Product]:
+def head_products(
+    variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool
+) -> list[Product]:
     """The products of the decode head for one image of `size` (height, width)."""
     width, found = variant.decoder_dim, []
     for stage, dim in enumerate(variant.embed_dims):
@@ -43,30 +37,6 @@ def _head(variant: Variant, size: tuple[int, int], num_classes: int, *, folded: 
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one step has to do: multiply-accumulates, and elements between memory and the chip."""
-
-    macs: int
-    elements: int
-
-
-def work(
-    name: str, size: tuple[int, int], num_classes: int, *, batch: int = 1, folded: bool, training: bool
-) -> Work:
-    """The work of one step of VARIANTS[name] on `batch` images.
-
-    Weights are constant in inference, so that folding them costs nothing a step there.
-    """
-    macs = elements = 0
-    variant = VARIANTS[name]
-    for product in _encoder(variant, size) + _head(variant, size, num_classes, folded=folded):
-        times = (2 if product.leads else 3) if training else 1
-        macs += times * (batch * product.macs + (product.shared if training else 0))
-        elements += times * (batch * product.moved + product.weights)
-    return Work(macs, elements)
-
-
 def macs_per_image(
     model: ModelConfig, size: tuple[int, int], num_classes: int, *, task: str = "segmentation"
 ) -> int:
@@ -76,13 +46,13 @@ def macs_per_image(
     (ops="fused") or not. task="classification" is the encoder with one Linear on the mean of its last map.
     """
     variant = VARIANTS[model.variant]
-    macs = sum(product.macs for product in _encoder(variant, size))
+    macs = sum(product.macs for product in BACKBONES[variant.backbone].products(variant, size))
     if task == "classification":
         return macs + variant.embed_dims[-1] * num_classes
     if task != "segmentation":
         raise ValueError(f"task={task!r}; segmentation or classification")
     variant = replace(variant, decoder_dim=model.decoder_dim or variant.decoder_dim)
-    head = _head(variant, size, num_classes, folded=BACKENDS[model.ops].fused)
+    head = head_products(variant, size, num_classes, folded=BACKENDS[model.ops].fused)
     return macs + sum(product.macs for product in head)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.roofline import Work, work
 from segformer.errors import ConfigError
-from segformer.models.macs import Work, work
 from segformer.models.variants import VARIANTS
 
 # Published multiply-accumulates at 512 x 512 with 150 classes (arXiv 2105.15203).

@@ -85,7 +85,7 @@ def test_dropout_drops_whole_channels_of_an_image_and_rescales_the_rest():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_without_gradients_equal_those_with(training):
-    """Without gradients the eval form runs band by band."""
+    """Without gradients the eval mode runs band by band."""
     head = heads()[0].train(training)
     head.linear_fuse.bn.momentum = 0.0
     inputs = maps(SIZES[1])

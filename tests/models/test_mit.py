@@ -55,11 +55,11 @@ def test_initial_weights_are_those_of_the_original(b1):
             assert (parameter == 1).all(), name
 
 
-@pytest.mark.parametrize("form", ["fused", "reference"])
-def test_padding_does_not_rule_the_first_gradient(form):
+@pytest.mark.parametrize("ops", ["fused", "reference"])
+def test_padding_does_not_rule_the_first_gradient(ops):
     """With a bias of 0 in the first embedding it does: 1616 against 0.9 here, as padding has no variance."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(variant="b0", ops=form), 4).train()
+    model = build_model(ModelConfig(variant="b0", ops=ops), 4).train()
     norms = []
     for valid in (64, 40):
         images, target = torch.randn(2, 3, 64, 64), torch.randint(4, (2, 64, 64))
@@ -82,7 +82,7 @@ def test_the_maps_have_strides_4_8_16_32_rounded_up_and_channels_last_memory(b1)
 @pytest.mark.parametrize("threads", [2])  # on one, MKL copies the bias into its result first
 @pytest.mark.parametrize("sr_ratio", [1, 4])
 def test_a_block_copies_no_activation_but_the_patches_of_the_reduction(sr_ratio, threads, use_threads):
-    """The backward pass forms the patches again and turns their gradient back; where nothing is reduced, it
+    """The backward pass recomputes the patches and turns their gradient back; where nothing is reduced, it
     puts the gradients of keys and values together."""
     eps = {"norm_eps": 1e-6, "reduction_norm_eps": 1e-5}
     block = Block(64, 2, sr_ratio, 4, drop_path=0.1, ops=BACKENDS["fused"], **eps)
@@ -130,8 +130,8 @@ def test_what_is_no_batch_of_images_is_refused(b1, images):
 
 
 def test_a_batch_of_no_images_gives_no_logits():
-    for form in ("fused", "reference"):
-        model = build_model(ModelConfig(variant="b0", ops=form), 4).eval()
+    for ops in ("fused", "reference"):
+        model = build_model(ModelConfig(variant="b0", ops=ops), 4).eval()
         assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 4, 16, 16)
 
 

@@ -1,1 +1,1 @@
-"""The operations of SegFormer that are more than a library call; suite.py chooses between their two forms."""
+"""The operations of the network that are more than a library call; backend.py lists them."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from segformer.models.ops.bilinear_triton import (
     cell_start,
-    centre,
+    center,
     check_sides,
     class_parts,
     load_pixel,
@@ -66,7 +66,7 @@ def _cell(
     """Store the classes of the pixels of one cell, or count them."""
     height, width = size
     for y in range(cell_start(row, sides[0], height), cell_start(row + 1, sides[0], height)):
-        down = centre(y, scales[0], sides[0]) - row
+        down = center(y, scales[0], sides[0]) - row
         left = mix(corners[0], corners[1], down, PARTS)
         end = mix(corners[2], corners[3], down, PARTS)
         slope = ()
@@ -76,7 +76,7 @@ def _cell(
             at = x + tl.arange(0, PIXELS)[:, None]
             inside = at < end_x
             place = (image * height + y) * width + at
-            share = tl.minimum(centre(at, scales[1], sides[1]) - column, 1.0)
+            share = tl.minimum(center(at, scales[1], sides[1]) - column, 1.0)
             # Padding wins only over logits of -inf or NaN.
             best = tl.minimum(_best(left, slope, share, PARTS, WIDTH), classes - 1)
             if COUNT:

@@ -2,11 +2,11 @@
 
 A line of `source` pixels is resized to `target`. Target pixel t lies at
 
-    centre(t) = clamp((t + 0.5) * source / target - 0.5, 0, source - 1)
+    center(t) = clamp((t + 0.5) * source / target - 0.5, 0, source - 1)
 
-of the source, between pixels i = floor(centre) and min(i + 1, source - 1), with weights 1 - f and f. The cell
+of the source, between pixels i = floor(center) and min(i + 1, source - 1), with weights 1 - f and f. The cell
 of source pixel i is made of the target pixels that lie between i and the next. It begins at `cell_start(i)`,
-in whole numbers, so that cells cover every target pixel exactly once whatever the rounding of a centre; where
+in whole numbers, so that cells cover every target pixel exactly once whatever the rounding of a center; where
 the rounding disagrees, f is 1 + 1e-7 of one cell in place of 1e-7 of the next, which is the same value.
 
 The logits of a pixel are PARTS tensors of shape (1, WIDTH), together the K classes and some padding: 150
@@ -23,7 +23,7 @@ _LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def centre(target_pixel, scale, source):
+def center(target_pixel, scale, source):
     """scale = source / target."""
     place = (tl.cast(target_pixel, tl.float32) + 0.5) * scale - 0.5
     return tl.minimum(tl.maximum(place, 0.0), source - 1.0)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.ops.bilinear_triton import centre, check_sides, class_parts, pixels_at_once
+from segformer.models.ops.bilinear_triton import center, check_sides, class_parts, pixels_at_once
 from segformer.models.ops.sweep_triton import LOG2_E, SIZES, label_and_weights, sweep
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -49,10 +49,10 @@ def _losses(
     counted, label, pixel, own = label_and_weights(
         place, inside, inputs, classes, ignore_index, smoothing, FLAGS
     )  # fmt: skip
-    centre_y = centre(pixel_of_image // width, scales[0], rows)
-    centre_x = centre(pixel_of_image % width, scales[1], columns)
-    top, left = centre_y.to(tl.int32), centre_x.to(tl.int32)
-    down, share = centre_y - top, centre_x - left
+    center_y = center(pixel_of_image // width, scales[0], rows)
+    center_x = center(pixel_of_image % width, scales[1], columns)
+    top, left = center_y.to(tl.int32), center_x.to(tl.int32)
+    down, share = center_y - top, center_x - left
     upper = logits + image * strides[0] + tl.maximum(label, 0).to(tl.int64) * strides[1]
     upper += top.to(tl.int64) * strides[2]
     lower = upper + tl.where(top < rows - 1, strides[2], 0)

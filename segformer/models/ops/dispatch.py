@@ -1,15 +1,15 @@
-"""The choice between the forms of an operation, made here for all of them.
+"""The choice between the implementations of an operation, made here for all of them.
 
-The forms stand side by side: three in the module of the operation, the kernel in the file beside it.
+They stand side by side: three in the module of the operation, the kernel in the file beside it.
 
     reference   plain library calls: what the others are tested against, and what model.ops=reference runs
     eager       recomputes in its backward pass and works in blocks, on any device
-    traced      the plain composition of registered operations, in place of the eager form while torch.compile
-                traces: it decides itself what to keep
+    traced      the plain composition of registered operations, in place of eager while torch.compile traces:
+                it decides itself what to keep
     kernel      Triton, in <module>_triton.py, of a registered operation on an NVIDIA GPU
 
-backend.py takes the reference or the fused operation. A fused one takes its eager or its traced form
-(`fused`), a registered one its kernel or torch's operations (`register`).
+A Backend (backend.py) holds the reference or the fused operations. A fused one is eager or traced (`fused`),
+a registered one runs its kernel or the operations of torch (`register`).
 """
 
 import functools
@@ -28,16 +28,16 @@ GPU_BLOCK_BYTES = 256 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = find_spec("triton") is not None  # asked here: torch.compile can't trace it
 
-Form = TypeVar("Form", bound=Callable[..., Any])
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether `tensor` is on an NVIDIA GPU, of a type that the kernels know, and Triton is installed."""
+    """True for a tensor on an NVIDIA GPU of a type that the kernels know, where Triton is installed."""
     return tensor.is_cuda and tensor.dtype in FLOATS and _TRITON
 
 
 def exact_on_cpu(tensor: Tensor) -> bool:
-    """Whether `tensor` is on a CPU and computed with in float32 or float64."""
+    """True for a tensor on a CPU that is computed with in float32 or float64."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype in (torch.float32, torch.float64)
@@ -45,14 +45,14 @@ def exact_on_cpu(tensor: Tensor) -> bool:
     )
 
 
-def fused(*, eager: Form, traced: Form) -> Form:
-    """The operation whose form is `traced` while torch.compile traces it, and else `eager`."""
+def fused(*, eager: Operation, traced: Operation) -> Operation:
+    """The operation that is `traced` while torch.compile traces it, and else `eager`."""
 
     @functools.wraps(eager)
     def choose(*arguments: Any, **options: Any) -> Any:
         return (traced if torch.compiler.is_compiling() else eager)(*arguments, **options)
 
-    return cast(Form, choose)
+    return cast(Operation, choose)
 
 
 def register(

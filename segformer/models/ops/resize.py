@@ -44,8 +44,8 @@ def upsample_sum_reference(base: Tensor, others: list[Tensor]) -> Tensor:
 
 def bilinear_matrix(source: int, target: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix (target, source) that resizes a line of pixels bilinearly, align_corners=False."""
-    centre = (torch.arange(target, dtype=dtype, device=device) + 0.5) * (source / target) - 0.5
-    distance = centre.clamp(0, source - 1)[:, None] - torch.arange(source, dtype=dtype, device=device)
+    center = (torch.arange(target, dtype=dtype, device=device) + 0.5) * (source / target) - 0.5
+    distance = center.clamp(0, source - 1)[:, None] - torch.arange(source, dtype=dtype, device=device)
     return (1 - distance.abs()).clamp_(min=0)
 
 
@@ -61,7 +61,7 @@ class Band:
 def row_bands(matrix: Tensor, step: int) -> list[Band]:
     """The enlargement `matrix` (target, source) in bands of `step` rows."""
     target, source = matrix.shape
-    scale, slack = source / target, 1e-3  # slack: the matrix may have rounded a centre across a pixel
+    scale, slack = source / target, 1e-3  # slack: the matrix may have rounded a center across a pixel
     bands = []
     for top in range(0, target, step):
         bottom = min(top + step, target)

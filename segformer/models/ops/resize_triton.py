@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from segformer.models.ops.bilinear_triton import cell_start, centre, check_sides
+from segformer.models.ops.bilinear_triton import cell_start, center, check_sides
 
 _BLOCK = 64  # channels that a program has at once, of which the forward does two one after the other
 _ROWS, _COLUMNS = 4, 8  # pixels of the result that a program of the forward makes
@@ -74,10 +74,10 @@ def _sum_kernel(
         totals += (value.to(tl.float32),)
     for index in tl.static_range(len(maps)):
         rows, columns, _, scale_y, scale_x = _shape(shapes[index])
-        centre_y = centre(y, scale_y, rows)
-        centre_x = centre(x, scale_x, columns)
-        top, left = centre_y.to(tl.int32), centre_x.to(tl.int32)
-        down, right = centre_y - top, centre_x - left
+        center_y = center(y, scale_y, rows)
+        center_x = center(x, scale_x, columns)
+        top, left = center_y.to(tl.int32), center_x.to(tl.int32)
+        down, right = center_y - top, center_x - left
         corner = maps[index] + ((image * rows + top) * columns + left) * channels
         step_x = tl.where(left < columns - 1, channels, 0)
         step_y = tl.where(top < rows - 1, columns * channels, 0)
@@ -102,7 +102,7 @@ def _shrink_row(line, x, c, scale, small_width, width, channels, first, taps, WH
     for start in range(0, taps, _TAPS):
         for tap in tl.static_range(_TAPS):
             at = first + (start + tap)
-            share = tl.maximum(1 - tl.abs(centre(at, scale, small_width) - x), 0.0)
+            share = tl.maximum(1 - tl.abs(center(at, scale, small_width) - x), 0.0)
             share = tl.where(at < width, share, 0.0)
             place = line + tl.minimum(at, width - 1)[:, None] * channels + c[None, :]
             pixel = tl.load(place, mask=_existing(c, channels, WHOLE))
@@ -137,7 +137,7 @@ def _shrink_kernel(
     bottom = tl.minimum(top + rows, small_h)
     grad += image * height * width * channels
     out += image * small_h * small_w * channels
-    # The pixels t of a row with |centre(t) - x| < 1 are `taps` or fewer from `first` on.
+    # The pixels t of a row with |center(t) - x| < 1 are `taps` or fewer from `first` on.
     twice = (2 * x - 1) * width - small_w
     first = tl.where(twice < 0, 0, twice // (2 * small_w) + 1)
     taps = tl.cdiv(2 * width, small_w)
@@ -145,7 +145,7 @@ def _shrink_kernel(
     for row in range(tl.maximum(top - 1, 0), bottom):
         after = tl.zeros([COLUMNS, BLOCK], tl.float32)
         for y in range(cell_start(row, small_h, height), cell_start(row + 1, small_h, height)):
-            down = centre(y, scale_y, small_h) - row
+            down = center(y, scale_y, small_h) - row
             line = grad + tl.cast(y, tl.int64) * width * channels
             shrunk = _shrink_row(line, x, c, scale_x, small_w, width, channels, first, taps, WHOLE)
             total += (1 - down) * shrunk

@@ -22,7 +22,7 @@ Shapes: B batch, K classes, h w logits, H W target; parts as in bilinear_triton.
 import triton
 import triton.language as tl
 
-from segformer.models.ops.bilinear_triton import cell_start, centre, load_pixel, mix
+from segformer.models.ops.bilinear_triton import cell_start, center, load_pixel, mix
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Arguments that are of any value: no compilation for each kind of size.
@@ -32,7 +32,7 @@ _FADED = tl.constexpr(2.0**-24)  # below it the sum of exp2(z - bound) has lost 
 
 @triton.jit
 def label_and_weights(place, inside, inputs, classes, ignore_index, smoothing, FLAGS: tl.constexpr):
-    """Whether a pixel counts, its label (-1: no class), its weight, and the weight of -log p of its class."""
+    """If a pixel counts, its label (-1: no class), its weight, and the weight of -log p of its class."""
     target, pixel_weights, class_weights = inputs
     label = tl.load(target + place, mask=inside, other=0)
     if target.dtype.element_ty != tl.int64:
@@ -132,7 +132,7 @@ def _pixels_of_cell(
     """
     at = x + tl.arange(0, PIXELS)[:, None]
     inside = at < end_x
-    share = tl.minimum(centre(at, scale_x, columns) - column, 1.0)
+    share = tl.minimum(center(at, scale_x, columns) - column, 1.0)
     exponentials, total, excess = _exponentials(left, slope, share, PARTS)
     place = line * width + at
     sums, bounds, means = results
@@ -176,7 +176,7 @@ def _cell(
     height, width = size
     grads = (_blank(PARTS, WIDTH), _blank(PARTS, WIDTH), _blank(PARTS, WIDTH), _blank(PARTS, WIDTH))
     for y in range(cell_start(row, sides[0], height), cell_start(row + 1, sides[0], height)):
-        down = centre(y, scales[0], sides[0]) - row
+        down = center(y, scales[0], sides[0]) - row
         low = highs[0] + down * (highs[1] - highs[0])
         rise = highs[2] + down * (highs[3] - highs[2]) - low
         start = mix(corners[0], corners[1], down, PARTS)

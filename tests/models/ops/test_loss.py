@@ -39,10 +39,10 @@ def test_upsample_confusion_counts_target_against_argmax_without_the_ignored(cla
     for truth, guess in zip(target.flatten().tolist(), predicted.flatten().tolist(), strict=True):
         if truth != 999:
             expected[truth, guess] += 1
-    for form in (upsample_confusion, upsample_confusion_reference):
-        assert torch.equal(form(logits, target, 999), expected)
+    for run in (upsample_confusion, upsample_confusion_reference):
+        assert torch.equal(run(logits, target, 999), expected)
         target[0, 0] = classes + 3  # ignored until now; no class, and left out as well
-        assert torch.equal(form(logits, target, 999), expected)
+        assert torch.equal(run(logits, target, 999), expected)
 
 
 @pytest.mark.parametrize("op", ["argmax", "confusion", "cross_entropy"])

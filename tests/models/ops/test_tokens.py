@@ -51,8 +51,8 @@ def test_depthwise_gelu_is_gelu_of_the_convolution_of_the_map(size):
     x, weight, bias = values(2, size[0] * size[1], 8), values(8, 1, 3, 3), values(8)
     maps = F.gelu(F.conv2d(to_map(x, size), weight, bias, padding=1, groups=8))
     expected = maps.flatten(2).transpose(1, 2)
-    for form in (depthwise.depthwise_gelu, depthwise.depthwise_gelu_reference):
-        assert_same(form(x, size, weight, bias), expected, (x, weight, bias))
+    for run in (depthwise.depthwise_gelu, depthwise.depthwise_gelu_reference):
+        assert_same(run(x, size, weight, bias), expected, (x, weight, bias))
 
 
 def test_depthwise_gelu_is_registered_as_torch_library_asks():
@@ -113,8 +113,8 @@ def test_mix_ffn_under_autocast_runs_in_bfloat16_with_gradients_in_the_parameter
 def test_reduce_tokens_is_the_strided_convolution_and_floors_odd_sizes(size, ratio):
     x, weight, bias = values(2, size[0] * size[1], 6), values(10, 6, ratio, ratio), values(10)
     expected = F.conv2d(to_map(x, size), weight, bias, stride=ratio).flatten(2).transpose(1, 2)
-    for form in (attention.reduce_tokens, attention.reduce_tokens_reference):
-        assert_same(form(x, size, weight, bias), expected, (x, weight, bias))
+    for run in (attention.reduce_tokens, attention.reduce_tokens_reference):
+        assert_same(run(x, size, weight, bias), expected, (x, weight, bias))
 
 
 def test_attend_is_softmax_attention_per_head():
@@ -125,5 +125,5 @@ def test_attend_is_softmax_attention_per_head():
         columns = slice(4 * part, 4 * part + 4)
         scores = query[..., columns] @ key[..., columns].transpose(1, 2) / 4**0.5
         heads.append(scores.softmax(-1) @ value[..., columns])
-    for form in (attention.sdpa, attention.sdpa_reference):
-        assert_same(form(query, pairs, 3), torch.cat(heads, -1), (query, pairs))
+    for run in (attention.sdpa, attention.sdpa_reference):
+        assert_same(run(query, pairs, 3), torch.cat(heads, -1), (query, pairs))
