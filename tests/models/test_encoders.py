@@ -6,9 +6,11 @@ from convnext import ROW, SIZE
 from torch.utils.flop_counter import FlopCounterMode
 
 from segformer.doctor.memory import forecast
+from segformer.inference.export import open_checkpoint
+from segformer.inference.predict import Predictor
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import macs_per_image
-from segformer.models.segformer import build_model, initialize
+from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model, initialize
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.training.optim import OptimConfig, freeze_stages, parameter_groups
 
@@ -17,6 +19,28 @@ from segformer.training.optim import OptimConfig, freeze_stages, parameter_group
 def another_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKBONES, *ROW)
     monkeypatch.setitem(VARIANTS, *SIZE)
+
+
+def test_it_trains_by_the_command_and_its_run_and_export_are_used(tiny, run_ranks, tmp_path, root) -> None:
+    steps = ("model.variant=pico", "steps=3", "optim.layer_decay=0.8", "optim.frozen_stages=1", "overlays=0")
+    (output,) = run_ranks(1, str(root / "tests/convnext.py"), *tiny("pico", *steps))
+    assert "ConvNeXt-PICO" in output
+    run = tmp_path / "pico"
+    models = [SegFormer.from_pretrained(path).state_dict() for path in (run, run / "export")]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    mask = Predictor.from_export(run / "export")(torch.randint(256, (50, 70, 3), dtype=torch.uint8).numpy())
+    assert mask.shape == (50, 70)
+    assert open_checkpoint(run).provenance["step"] == 3
+
+
+def test_its_classifier_is_saved_and_its_encoder_starts_a_segmentation(tmp_path) -> None:
+    classifier = build_classifier(ModelConfig(variant="pico"), 5)
+    classifier.save_pretrained(tmp_path / "saved")
+    loaded = MiTClassifier.from_pretrained(tmp_path / "saved")
+    model = build_model(ModelConfig(variant="pico", pretrained=str(tmp_path / "saved")), 3)
+    for name, tensor in classifier.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+        assert name.startswith("head.") or torch.equal(tensor, model.state_dict()[name])
 
 
 def test_layers_and_frozen_stages_are_those_that_it_names() -> None:
