@@ -1,4 +1,4 @@
-"""Who may write into a run directory: one job at a time, and never one that has been replaced.
+"""Lease of a run directory: one job at a time writes into it, and never one that has been replaced.
 
     runs/x/lease.json      generation, token, and who holds it: Slurm job and attempt, or host and process
     runs/x/.lock           held (flock) by the holder's rank zero; the kernel lets go when it dies
@@ -33,7 +33,7 @@ RELEASE_S = 150  # how long a file server may keep the lock of a node that it ha
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who holds a run directory."""
+    """Holder of a run directory."""
 
     job: str
     "Slurm's job id; empty outside of Slurm."

@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """How the model is trained on the devices at hand. What changes the result beyond rounding says so."""
+    """Training on the devices at hand. A key that changes the result beyond rounding says so."""
 
     zero_stage: int | None = None
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters partitioned over the
@@ -80,9 +80,9 @@ class EngineConfig:
     compile: bool | None = None
     "torch.compile the model; null means on GPUs, below ZeRO-3."
     sync_batchnorm: bool = True
-    "Batch norm over the micro batches of all ranks; false changes what is learnt with the number of ranks."
+    "Batch norm over the micro batches of all ranks; false changes what is learned with the number of ranks."
     grad_clip: float = 0.0
-    "Largest gradient norm; 0 for no clipping (as in the official recipe). Changes what is learnt."
+    "Largest gradient norm; 0 for no clipping (as in the official recipe). Changes what is learned."
     timeout_s: float = 1800.0
     "Seconds after which a collective that not every rank has joined ends the run."
     extra: dict[str, Any] = field(default_factory=dict)

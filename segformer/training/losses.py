@@ -53,7 +53,7 @@ class LossConfig:
     ohem_threshold: float = 0.7
     """ohem_cross_entropy keeps pixels whose class has a lower probability than this."""
     ohem_min_kept: float = 0.0625
-    """Share of the labelled pixels that ohem_cross_entropy keeps at least (the hardest ones)."""
+    """Share of the labeled pixels that ohem_cross_entropy keeps at least (the hardest ones)."""
     focal_gamma: float = 2.0
     """Exponent of focal: how strongly easy pixels lose weight."""
     boundary_radius: int = 3
@@ -166,7 +166,7 @@ def ohem_cross_entropy(
 
 
 def _per_image(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Stack function(probabilities (K, n), target (n,)) of the labelled pixels of each image.
+    """Stack function(probabilities (K, n), target (n,)) of the labeled pixels of each image.
 
     The probabilities of an image are recomputed in the backward pass, so one image is held at a time.
     """
@@ -206,9 +206,9 @@ def dice(logits: Tensor, target: Tensor) -> Tensor:
         onehot = F.one_hot(label, len(probability)).t().to(probability.dtype)
         return torch.stack([(probability * onehot).sum(1), probability.sum(1), onehot.sum(1)])
 
-    overlap, predicted, labelled = _per_image(sums, logits, target).sum(0)
-    present = (labelled > 0).to(overlap.dtype)
-    per_class = 1 - 2 * overlap / (predicted + labelled).clamp(min=1)
+    overlap, predicted, labeled = _per_image(sums, logits, target).sum(0)
+    present = (labeled > 0).to(overlap.dtype)
+    per_class = 1 - 2 * overlap / (predicted + labeled).clamp(min=1)
     return (per_class * present).sum() / present.sum().clamp(min=1)
 
 
@@ -258,7 +258,7 @@ class SegmentationLoss(nn.Module):
     class_weights: Tensor | None
 
     def __init__(self, cfg: LossConfig, num_classes: int, ops: Backend = FUSED) -> None:
-        """`ops`: the form of the cross entropies; the other losses have one."""
+        """`ops`: the backend of the cross entropies; the other losses have one."""
         super().__init__()
         if not cfg.terms:
             raise ConfigError(f"loss.terms is empty; give one of {', '.join(LOSSES)} and its weight")

@@ -196,7 +196,7 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
 
 
 def _check(cfg: RunConfig, world_size: int) -> BatchShape:
-    """Find what is wrong with batch and data; rank zero, so that it is said once."""
+    """Find what is wrong with batch and data; rank zero, so that it is reported once."""
     batch = cfg.batch_shape(world_size)
     check_task(cfg, open_shards(cfg))
     return batch

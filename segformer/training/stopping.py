@@ -16,7 +16,7 @@ from segformer.errors import Preempted, SegformerError
 
 
 class Stopping:
-    """What this rank knows of reasons to end, and the question to all ranks."""
+    """Reasons of this rank to end the run, and the question to all ranks."""
 
     def __init__(self, world: World, flag: StopFlag, watchdog: Watchdog) -> None:
         self.watchdog = watchdog

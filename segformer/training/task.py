@@ -1,4 +1,4 @@
-"""What a run learns: all that differs between segmentation and classification.
+"""Tasks: all that differs between segmentation and classification.
 
     Segmentation      image -> the class of every pixel    SegFormer, SegmentationLoss, scored by mIoU
     Classification    image -> its class                   MiTClassifier, cross entropy with mixed targets
@@ -34,7 +34,7 @@ from segformer.training.losses import LossConfig, SegmentationLoss, soft_cross_e
 
 
 class Task:
-    """What a run learns. Base of the two kinds below; the same object serves all steps of a run."""
+    """Network, loss and score of a run. Base of the two below; one object serves all steps."""
 
     name: str
     "As data.task says it."

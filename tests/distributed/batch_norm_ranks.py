@@ -1,4 +1,4 @@
-"""Each rank's share of a batch through a synchronised BatchNorm: `batch_norm_ranks.py <folder>`."""
+"""Each rank's share of a batch through a synchronized BatchNorm: `batch_norm_ranks.py <folder>`."""
 
 import sys
 from pathlib import Path

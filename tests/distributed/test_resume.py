@@ -125,4 +125,4 @@ def test_every_launcher_gives_the_same_weights(tiny, tmp_path, run_ranks, root):
     worst = max(
         float((alone[name] - reference[name]).abs().max()) for name in alone if not name.startswith("exp_avg")
     )
-    assert worst < 2e-2, "one rank normalises the same batch, and rounds differently"
+    assert worst < 2e-2, "one rank normalizes the same batch, and rounds differently"

@@ -1,4 +1,4 @@
-"""Worlds, seeds and synchronised batch norm; the ranks are real gloo processes."""
+"""Worlds, seeds and synchronized batch norm; the ranks are real gloo processes."""
 
 import os
 import signal

@@ -145,11 +145,6 @@ def test_layer_decay_multiplies_the_lr_once_for_each_layer_below_the_head(varian
     assert met == set(layers)
 
 
-def test_layer_decay_of_one_is_the_official_recipe():
-    model = on_meta("b0")
-    assert found(model, OptimConfig(layer_decay=1.0)) == found(model, OptimConfig())
-
-
 def test_groups_have_the_official_lr_and_decay():
     model = build_model(ModelConfig(variant="b0"), 19)
     by_id = {id(p): group for group in parameter_groups(model, OptimConfig()) for p in group["params"]}

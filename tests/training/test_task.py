@@ -185,14 +185,14 @@ def test_pictures_are_drawn_for_rank_zero_only(tiny_shards: Path) -> None:
     assert scores.pictures == {}
 
 
-def test_a_label_that_the_model_does_not_have_is_told_and_not_raised(class_shards: ShardSet) -> None:
+def test_a_label_that_the_model_does_not_have_is_reported_and_not_raised(class_shards: ShardSet) -> None:
     task = classification(class_shards)
     task.num_classes, model = 2, Linear()
     model.weight = model.weight[:2]
-    told: list[DataError] = []
-    scores = task.evaluate(model, WORLD, should_stop=lambda: bool(told), on_error=told.append)
+    errors: list[DataError] = []
+    scores = task.evaluate(model, WORLD, should_stop=lambda: bool(errors), on_error=errors.append)
     assert scores is None
-    assert "but the model has 2 classes" in str(told[0])
+    assert "but the model has 2 classes" in str(errors[0])
 
 
 @pytest.mark.parametrize(
