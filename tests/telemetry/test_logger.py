@@ -72,10 +72,8 @@ def test_metrics_are_one_json_object_a_line_and_a_restart_appends(tmp_path):
             log.train(step, VALUES | {"loss": loss})
             log.scores("eval", step, {"miou": 0.5, "iou": [0.25, None]})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"]) for line in lines] == [
-        *(("train", 10), ("eval", 10)),
-        *(("train", 20), ("eval", 20)),
-    ]
+    expected = [("train", 10), ("eval", 10), ("train", 20), ("eval", 20)]
+    assert [(line["kind"], line["step"]) for line in lines] == expected
     assert lines[0]["loss"] == 0.123457
     assert lines[2]["loss"] == "nan"
     assert lines[1]["iou"] == [0.25, None]
@@ -137,14 +135,8 @@ def test_an_event_is_an_object_of_its_own(tmp_path):
     with telemetry(tmp_path, progress=False) as log:
         log.event("rollback", 12, to=10, samples=(3, 4), norm=float("inf"), why={"loss": float("nan")})
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert line == {
-        "kind": "rollback",
-        "step": 12,
-        "to": 10,
-        "samples": [3, 4],
-        "norm": "inf",
-        "why": {"loss": "nan"},
-    }
+    expected = {"to": 10, "samples": [3, 4], "norm": "inf", "why": {"loss": "nan"}}
+    assert line == {"kind": "rollback", "step": 12} | expected
 
 
 @pytest.mark.faults

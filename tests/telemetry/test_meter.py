@@ -1,5 +1,6 @@
 """Rates of an interval, alone and over real ranks; what is unknown is None."""
 
+import json
 import math
 import random
 import statistics
@@ -53,7 +54,7 @@ def test_rates_are_means_since_the_last_reset(clock):
     assert (rates["images_per_s"], rates["step_s"], rates["data_wait"]) == (16.0, 1.0, 0.0)
 
 
-def test_step_times_are_told_by_percentiles_and_a_pause_between_steps_counts_for_the_mean(clock):
+def test_step_times_have_percentiles_and_a_pause_between_steps_counts_for_the_mean(clock):
     meter = Meter()
     for seconds in [1.0] * 98 + [5.0, 9.0]:
         clock.now += seconds
@@ -88,12 +89,12 @@ def test_mfu_is_the_operations_of_the_images_over_those_of_the_devices(clock):
 
 
 def test_what_a_cpu_can_t_say_is_none():
-    meter = Meter(flops_per_image=1e9)
+    meter = Meter(World(rank=0, local_rank=0, size=1, local_size=1, device=CPU), flops_per_image=1e9)
     meter.add(images=1, waited=0.0)
     rates = meter.rates()
-    assert {name for name, value in rates.items() if value is None} == {
-        *("mfu", "power_w", "energy_j_per_image")
-    }
+    unknown = {name for name, value in rates.items() if value is None}
+    assert unknown == {"mfu", "power_w", "energy_j_per_image"}
+    assert rates["straggler"] == 1.0, "one rank is no straggler"
     assert peak_flops(CPU) is None
     assert energy(CPU) is None
 
@@ -136,8 +137,6 @@ world.close()
 
 
 def test_ranks_find_the_slow_one_and_the_one_that_waits(run_ranks, tmp_path):
-    import json
-
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
     for output in run_ranks(3, str(script)):
@@ -152,12 +151,6 @@ def test_ranks_find_the_slow_one_and_the_one_that_waits(run_ranks, tmp_path):
         assert found["slow"]["mfu"] is None
 
 
-def test_one_rank_is_no_straggler():
-    meter = Meter(World(rank=0, local_rank=0, size=1, local_size=1, device=CPU))
-    meter.add(images=1, waited=0.0)
-    assert meter.rates()["straggler"] == 1.0
-
-
 def test_a_spike_stands_out_from_the_median_of_the_intervals_before_it():
     spike = LossSpike(window=6, least=3)
     assert [spike.ratio(loss) for loss in (4.0, 1.0, 2.0)] == [None, None, None]
@@ -168,18 +161,11 @@ def test_a_spike_stands_out_from_the_median_of_the_intervals_before_it():
         spike.ratio(10.0)
     assert spike.ratio(10.0) == 1.0
     assert math.isnan(spike.ratio(math.nan))
-
-
-def test_a_loss_of_zero_has_no_spikes():
-    spike = LossSpike(least=1)
-    spike.ratio(0.0)
-    assert spike.ratio(1.0) is None
+    zero = LossSpike(least=1)
+    assert [zero.ratio(loss) for loss in (0.0, 1.0)] == [None, None], "no spike of a loss of zero"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_a_cpu_is_the_resident_set():
-    (line,) = [
-        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmRSS")
-    ]
-    expected = int(line.split()[1]) / 2**20
+    expected = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 2**20
     assert memory(CPU) == pytest.approx({"memory_gib": expected, "host_memory_gib": expected}, rel=0.02)

@@ -1,7 +1,7 @@
 """wandb and TensorBoard beside a run: what they are given arrives, and nothing they do holds it up.
 
 wandb is the real client in processes of their own, against real sockets: a server that takes what it is
-sent, one that stops to answer, one that answers and refuses to work, one that never answers, none.
+sent, one that stops to answer, one that never answers, none.
 """
 
 import http.server
@@ -65,22 +65,18 @@ for _ in range(2 if mode == "offline" else 1):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """As much of wandb's server as its client needs; hangs where the server says so."""
+    """As much of wandb's server as its client needs; hangs where `server.hangs` is set."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self._hang("HEAD")
+    def do_GET(self):
         self._answer(404, b"")
-
-    do_GET = do_HEAD  # noqa: N815  (the name that http.server calls)
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._hang("POST")
         self.server.bodies.append(body)
         answer = {"data": None}
         if self.path == "/graphql" and (asked := json.loads(body))["operationName"] == "CreateRunFiles":
@@ -91,15 +87,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_PUT(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._hang("PUT")
         self.server.uploads[self.path.removeprefix("/upload/")] = body
         self._answer(200, b"")
 
-    def _hang(self, method):
-        if method in self.server.hangs:
-            self.server.over.wait()
-
     def _answer(self, code, body):
+        if self.server.hangs:
+            self.server.over.wait()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -110,10 +103,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, *hangs):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.hangs = set(hangs)
-        self.bodies, self.uploads, self.over = [], {}, threading.Event()
+        self.bodies, self.uploads, self.hangs, self.over = [], {}, False, threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -152,9 +144,6 @@ class Started:
         self.seconds = time.monotonic() - self.began
         return self
 
-    def recorded(self):
-        return sorted(path.parent.name for path in self.run_dir.glob("wandb/*run-*/run-*.wandb"))
-
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -163,13 +152,13 @@ def ran(tmp_path_factory):
     hole = socket.create_server(("127.0.0.1", 0))  # connects, and never says a word
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    servers = {"online": Server(), "stops": Server(), "refuses": Server("POST")}
+    servers = {"online": Server(), "stops": Server()}
     cases = {"stops": Started(folder / "stops", "online", servers["stops"].url, pause=True)}
     assert cases["stops"].process.stdout.readline() == "half\n"
     time.sleep(1)  # some of it is on its way
-    servers["stops"].hangs |= {"HEAD", "POST", "PUT"}
-    urls = {name: servers[name].url for name in ("refuses", "online")}
-    urls |= {"hole": f"http://127.0.0.1:{hole.getsockname()[1]}", "closed": closed}
+    servers["stops"].hangs = True
+    silent = f"http://127.0.0.1:{hole.getsockname()[1]}"
+    urls = {"online": servers["online"].url, "silent": silent, "closed": closed}
     for name, url in urls.items():  # two at a time
         cases[name] = Started(folder / name, "online", url)
         cases[list(cases)[-2]].wait()
@@ -206,23 +195,18 @@ def test_offline_keeps_one_run_id_over_restarts(ran):
     assert [path.name for path in recorded] == [f"run-{identifier}.wandb"] * 2
 
 
-@pytest.mark.parametrize("name", ["closed", "hole", "refuses"])
+@pytest.mark.parametrize("name", ["closed", "silent"])
 def test_a_server_that_can_t_be_used_means_offline_and_one_line(name, ran):
     case = ran[name]
     assert len(case.lines) == 1, case.err
     assert case.lines[0].startswith(f"wandb: no run at {case.url} (")
     assert "wandb sync" in case.lines[0]
-    assert any(folder.startswith("offline-run-") for folder in case.recorded())
     recorded = next(case.run_dir.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
     assert b"eval/miou" in recorded
 
 
-@pytest.mark.parametrize("name", ["closed", "hole", "refuses", "online"])
-def test_the_start_waits_no_longer_than_it_says(name, ran):
-    assert ran[name].times["open"] < TIMEOUT_S + 5
-
-
-def test_no_step_waits_for_wandb(ran):
+def test_neither_the_start_nor_a_step_waits_longer_than_documented(ran):
+    assert all(case.times["open"] < TIMEOUT_S + 5 for case in ran.values())
     assert {name: case.times["slowest"] for name, case in ran.items() if case.times["slowest"] > 2} == {}
 
 
@@ -248,8 +232,8 @@ def test_the_key_is_in_no_file_and_in_nothing_that_is_sent(ran):
 
 def test_no_machine_is_described(ran):
     sent = b"".join([*ran["online"].server.bodies, *ran["online"].server.uploads.values()])
-    for said in (sys.executable, os.getcwd(), socket.gethostname()):
-        assert said.encode() not in sent
+    for private in (sys.executable, os.getcwd(), socket.gethostname()):
+        assert private.encode() not in sent
     assert not list(ran["online"].run_dir.rglob("requirements.txt"))
 
 
@@ -306,7 +290,7 @@ def test_a_confusion_matrix_is_dark_where_the_predictions_are():
     cells = picture[30::60, 30::60].astype(int).sum(-1)
     assert cells[0, 0] < cells[0, 1] < cells[0, 2] == 3 * 255
     assert cells[2, 2] < cells[0, 0]
-    assert (picture[60:120] == picture[60, 0]).all(), "a class without pixels is of one grey"
+    assert (picture[60:120] == picture[60, 0]).all(), "a class without pixels is of one gray"
     assert confusion_picture(np.eye(1000)).shape == (1000, 1000, 3)
 
 
