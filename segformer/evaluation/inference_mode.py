@@ -94,10 +94,9 @@ def _check_windows(window: list[int], stride: list[int]) -> None:
 
 
 def settings(cfg: InferenceModeConfig) -> list[str]:
-    """What is not at its default, as key=value; empty: the network sees whole images at their own size."""
-    default = InferenceModeConfig()
-    keys = [key.name for key in fields(InferenceModeConfig)]
-    return [f"{key}={getattr(cfg, key)}" for key in keys if getattr(cfg, key) != getattr(default, key)]
+    """Settings that are not at their default, as key=value; empty: whole images at their own size."""
+    given = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
+    return [f"{name}={value}" for name, value in given.items() if value]
 
 
 def describe(cfg: InferenceModeConfig) -> str:

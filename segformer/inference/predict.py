@@ -35,7 +35,7 @@ from segformer.inference.export import build, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.weights.bundle import Weights
 
-HEADER_BYTES = 2**18  # EXIF, colour profile and previews that come before the size of most JPEGs
+HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the size of most JPEGs
 MIN_SIDE = 32  # smaller images are padded with their edge pixels: the encoder reduces by 32
 
 

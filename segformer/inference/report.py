@@ -81,7 +81,7 @@ class ReportConfig:
     checkpoint: str = "???"
     "Directory of the run."
     overlays: int | None = None
-    "Validation images to draw; null takes the run's own number."
+    "Validation pictures to draw; null takes the run's own number."
     device: str = "auto"
     "Where to compute the predictions: cpu, cuda, cuda:1, or auto."
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run: rates, logger, wandb and TensorBoard, profiler."""
+"""The log of a run: rates, files, progress bar, wandb and TensorBoard, profiler."""

@@ -2,7 +2,7 @@
 
 Rank zero alone writes; on other ranks every method returns at once.
 
-    metrics.jsonl   one JSON object a line, "kind" first (docs/telemetry.md says what each figure means):
+    metrics.jsonl   one JSON object a line, "kind" first (docs/telemetry.md explains each figure):
                     {"kind": "train", "step", "loss", <loss parts>, "lr", "lr/<group>", "grad_norm",
                      <rates of meter.py>, "memory_gib", "host_memory_gib", "loss_spike", ...}
                     {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion"}

@@ -192,10 +192,10 @@ def _straggler(busy: Sequence[float | None]) -> tuple[float | None, int | None]:
 
 
 class LossSpike:
-    """How far the loss of an interval stands out: its ratio to the median of the intervals before it.
+    """Ratio of the loss of an interval to the median of the intervals before it.
 
-    Knows the last `window` finite losses of this process: after a restart it begins anew, and says None until
-    it has seen `least` intervals.
+    Knows the last `window` finite losses of this process: after a restart it begins anew, and the ratio is
+    None until there are `least` of them.
     """
 
     def __init__(self, window: int = 50, least: int = 5) -> None:

@@ -64,7 +64,7 @@ class Profiler:
         self._steps: list[int] = []
 
     def covers(self, step: int) -> bool:
-        """Whether a rank profiles optimizer step `step`, so that its time says nothing; all ranks."""
+        """True where a rank profiles optimizer step `step`, whose time means nothing then; all ranks."""
         return bool(self._cfg.steps) and self._cfg.steps[0] <= step <= self._cfg.steps[1]
 
     @contextmanager

@@ -3,7 +3,7 @@
     step 40/500  loss 0.4123  lr 1.2e-04  grad 1.32  18.4 img/s  data wait 1%  eta 3m10s
 
 A line has room for what one looks at again and again. MFU, a rank that is slow, a loss that stands out and
-steps that were skipped appear only where there is something to say.
+steps that were skipped appear only where there are any.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def train_figures(values: Mapping[str, Any]) -> list[str]:
 
 
 def on_terminal() -> bool:
-    """Whether standard error is a terminal with a size; without one (some containers) no bar is drawn."""
+    """True where standard error is a terminal with a size; without one (some containers) no bar is drawn."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
 
 

@@ -48,7 +48,7 @@ def one_line(error: Exception) -> str:
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` without entries whose key or value is that of a secret.
 
-    Such is a key that says key, token, secret, password or credential, and a value that an environment
+    Such is a key that contains key, token, secret, password or credential, and a value that an environment
     variable of such a name holds.
     """
     values = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}

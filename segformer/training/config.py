@@ -83,7 +83,7 @@ class RunConfig:
     max_skipped: int = 3
     "Steps in a row whose loss or gradient is not finite before the run goes back to a checkpoint, or ends."
     overlays: int = 8
-    "Validation images drawn with target and prediction at the end of the run."
+    "Validation pictures of the report (image, target, prediction), drawn at the end of the run."
     data: DatasetConfig = field(default_factory=DatasetConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
