@@ -138,23 +138,18 @@ class Telemetry:
         cfg = self._cfg
         self._metrics, self._log = LineFile(run_dir / "metrics.jsonl"), LineFile(run_dir / "log.txt")
         self._show_bar = on_terminal() if cfg.progress is None else cfg.progress
-        openers: dict[str, Callable[[], Tracker]] = {}
         if cfg.tensorboard:
-            openers["TensorBoard"] = lambda: Tensorboard(run_dir, config)
+            with self._counted("TensorBoard"):
+                self._trackers["TensorBoard"] = Tensorboard(run_dir, config)
         if cfg.wandb != "disabled":
-            openers["wandb"] = lambda: Wandb(
-                run_dir,
-                self.line,
-                mode=cfg.wandb,
-                timeout_s=cfg.wandb_timeout_s,
-                project=cfg.wandb_project,
-                entity=cfg.wandb_entity,
-                name=name,
-                config=config,
-            )
-        for title, opener in openers.items():
-            with self._counted(title):
-                self._trackers[title] = opener()
+            options = {
+                "project": cfg.wandb_project,
+                "entity": cfg.wandb_entity,
+                "name": name,
+                "config": config,
+            }
+            with self._counted("wandb"):
+                self._trackers["wandb"] = Wandb(run_dir, self.line, cfg.wandb, cfg.wandb_timeout_s, **options)
 
     @contextlib.contextmanager
     def _counted(self, tracker: str) -> Iterator[None]:

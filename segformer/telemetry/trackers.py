@@ -78,7 +78,7 @@ class Wandb:
     """A wandb run, online or offline."""
 
     def __init__(
-        self, run_dir: Path, log: Callable[[str], None], *, mode: str, timeout_s: float, **options: Any
+        self, run_dir: Path, log: Callable[[str], None], mode: str, timeout_s: float, **options: Any
     ) -> None:
         """Open a run; `options` are those of wandb.init. Where none opens online, log that and go offline."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
