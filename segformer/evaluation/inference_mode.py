@@ -62,35 +62,32 @@ class InferenceModeConfig:
             raise ConfigError(
                 f"short_side={self.short_side} is too small; use 0 (own size), or {_LEAST} or more"
             )
-        if self.long_side and self.long_side < self.short_side:
+        if self.long_side and not 0 < self.short_side <= self.long_side:
             raise ConfigError(
-                f"long_side={self.long_side} is below short_side={self.short_side}; "
-                f"use {self.short_side} or more, or 0"
+                f"long_side={self.long_side} limits short_side={self.short_side}; set both, the long side to "
+                "no less than the short one, or leave it at 0"
             )
-        if self.long_side and not self.short_side:
-            raise ConfigError(f"long_side={self.long_side} limits short_side, which is 0; set both")
         wrong = [factor for factor in self.scales if not (factor > 0 and math.isfinite(factor))]
         if wrong:
             raise ConfigError(f"scales={self.scales}: {wrong[0]} is no factor; use numbers above 0")
-        _check_windows(self.window, self.stride)
+        if self.window and (len(self.window) != 2 or min(self.window) < _LEAST):
+            raise ConfigError(
+                f"window={self.window} must be [height, width], each {_LEAST} or more, or empty"
+            )
+        fits = len(self.stride) == len(self.window) == 2 and all(
+            1 <= step <= side for step, side in zip(self.stride, self.window, strict=True)
+        )
+        if self.stride and not fits:
+            raise ConfigError(
+                f"stride={self.stride} must be [down, right], each from 1 to the side of "
+                f"window={self.window}: a larger one leaves pixels out"
+            )
 
     @property
     def steps(self) -> Size:
         """The stride in effect, of a window."""
         down, right = self.stride or [side * 3 // 4 for side in self.window]
         return down, right
-
-
-def _check_windows(window: list[int], stride: list[int]) -> None:
-    if stride and not window:
-        raise ConfigError(f"stride={stride} has no window; set window=[height,width], too")
-    if window and (len(window) != 2 or min(window) < _LEAST):
-        raise ConfigError(f"window={window} must be [height, width], each {_LEAST} or more, or empty")
-    if stride and (len(stride) != 2 or min(stride) < 1 or stride[0] > window[0] or stride[1] > window[1]):
-        raise ConfigError(
-            f"stride={stride} must be [down, right], each from 1 to the side of window={window}: "
-            "a larger one leaves pixels out"
-        )
 
 
 def settings(cfg: InferenceModeConfig) -> list[str]:

@@ -199,9 +199,7 @@ Figures = tuple[tuple[str, ...], Sequence[tuple[Any, tuple[str, ...]]], tuple[st
 
 
 def _pixel_figures(row: dict[str, Any]) -> Figures:
-    ious, accuracies = list(row.get("iou") or []), list(row.get("acc") or [])
-    accuracies += [None] * (len(ious) - len(accuracies))
-    figures = [(iou, (_percent(iou), _percent(acc))) for iou, acc in zip(ious, accuracies, strict=False)]
+    figures = [(iou, (_percent(iou), _percent(acc))) for iou, acc in zip(row["iou"], row["acc"], strict=True)]
     return ("IoU, %", "accuracy, %"), figures, ("mean", _percent(row.get("miou")), _percent(row.get("macc")))
 
 
