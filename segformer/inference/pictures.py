@@ -36,10 +36,10 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 def series(rows: list[dict[str, Any]], kinds: tuple[str, ...], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the finite values of `key` in the rows of these kinds."""
     # Non-finite values are text, unknown ones null.
-    points = [(int(row["step"]), float(row.get(key) or "nan")) for row in rows if row["kind"] in kinds]
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
-    steps, values = zip(*finite, strict=True) if finite else ((), ())
-    return np.array(steps, np.int64), np.array(values, np.float64)
+    known = [(row["step"], row[key]) for row in rows if row["kind"] in kinds and row.get(key) is not None]
+    points = np.array(known, np.float64).reshape(-1, 2)
+    points = points[np.isfinite(points[:, 1])]
+    return points[:, 0].astype(np.int64), points[:, 1]
 
 
 def score_series(rows: list[dict[str, Any]]) -> tuple[str, np.ndarray, np.ndarray]:

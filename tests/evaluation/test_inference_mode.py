@@ -161,8 +161,8 @@ def test_probabilities_are_averaged_at_the_original_size(flip, scales, window):
     ids=str,
 )
 def test_sizes_are_those_of_mmcv(keys, size, expected):
-    factor = keys.pop("factor", 1.0)
-    assert resized(InferenceModeConfig(**keys), size, factor)[1] == expected
+    settings = {key: value for key, value in keys.items() if key != "factor"}
+    assert resized(InferenceModeConfig(**settings), size, keys.get("factor", 1.0))[1] == expected
 
 
 @pytest.mark.parametrize("divisor", [0, 32])

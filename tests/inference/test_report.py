@@ -17,6 +17,7 @@ from segformer.inference.pictures import (
     comparison,
     history,
     mean_iou,
+    series,
     smoothed,
     write_curve,
     write_overlays,
@@ -173,6 +174,8 @@ def test_a_curve_needs_no_evaluation_one_step_and_no_finite_losses(run, steps, e
         file.write('{"kind": "train", "step": 62, "loss": "inf", "lr": 0.0}\n')
     with Image.open(write_curve(run)) as picture:
         assert picture.size == (1350, 840)
+    steps_of_rates, rates = series(history(run), ("train",), "lr")
+    assert (steps_of_rates[-1], rates[-1]) == (62, 0.0), "zero is a value, null and text are none"
 
 
 def test_a_torn_line_is_left_out_and_a_repeated_step_counts_once(run):
