@@ -2,7 +2,7 @@
 
     python data_prep/download.py data=ade20k output=<dir> accept_license=true
 
-Licence and source are printed first, and nothing is fetched before
+License and source are printed first, and nothing is fetched before
 accept_license=true. A run that was stopped goes on where it was; a second one
 does nothing. Sets behind a registration end in one line that says where to get
 them and where to put them. Files and checksums: conf/download/<name>.yaml.
@@ -24,11 +24,11 @@ class SourceConfig:
     page: str = ""
     """Page of the set."""
     files: list[Download] = field(default_factory=list)
-    """What is downloaded, in this order."""
+    """Files to download, in this order."""
     folder: str = ""
     """Folder below output that becomes the root of the set."""
     missing: str = ""
-    """What has to be fetched by hand from the page; empty = nothing."""
+    """Files to fetch by hand from the page; empty = none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,15 +42,15 @@ class DownloadConfig:
     output: str = ""
     """Folder for the files; empty = data.root."""
     accept_license: bool = False
-    """Whether you have read the licence and agree to it."""
+    """true: you have read the license and agree to it."""
     keep_archives: bool = False
     """Leave the archives in <output>/downloads after unpacking."""
 
 
 def download(cfg: DownloadConfig) -> None:
-    """Print licence and source, fetch and unpack every file, print how to go on."""
+    """Print license and source, fetch and unpack every file, print how to go on."""
     name, source = cfg.data.name, cfg.download
-    print(f"{name}\nlicence: {cfg.data.license}\nsource: {source.page}\ncite: {cfg.data.citation}")
+    print(f"{name}\nlicense: {cfg.data.license}\nsource: {source.page}\ncite: {cfg.data.citation}")
     for item in source.files:
         size = f"{item.size / 1e9:.2f} GB" if item.size else "size not published"
         print(f"file: {item.url} ({size}, {item.checksum or 'no checksum published'})")
@@ -64,7 +64,7 @@ def download(cfg: DownloadConfig) -> None:
             f"{name} cannot be fetched by a program; needed: {source.missing} ({source.page}); then {command}"
         )
     if not cfg.accept_license:
-        raise ConfigError("read the licence at the source; accept_license=true says that you agree to it")
+        raise ConfigError("read the license at the source; accept_license=true says that you agree to it")
     for item in source.files:
         sha256 = obtain(item, Path(out), keep=cfg.keep_archives)
         if sha256 is None:

@@ -17,6 +17,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.errors import ConfigError
+from segformer.files import listed
 from segformer.training.config import cli
 
 
@@ -143,8 +144,7 @@ def class_images(shards: ShardSet, split: str) -> list[str]:
     lines = [f"  {min(images)} to {max(images)} images in each of {len(images)} classes"]
     missing = [name for name, count in zip(shards.classes, images, strict=True) if not count]
     if missing:
-        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
-        lines.append(f"  never seen: {', '.join(missing[:20])}{more}")
+        lines.append(f"  never seen: {listed(missing, 20)}")
     return lines
 
 

@@ -90,7 +90,7 @@ class DoctorConfig(RunConfig):
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """What a look has found."""
+    """Findings, and the facts behind them."""
 
     findings: list[Finding] = dataclasses.field(default_factory=list)
     classes: list[str] = dataclasses.field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a data set holds, as facts: scans of a source folder and of shards. Nothing is judged.
+"""Facts of a data set: scans of a source folder and of shards. Nothing is judged.
 
 A scan never stops at a defect: it counts it by kind (listing.Defect) with the first few places, and goes on.
 Of a folder every file is decoded, as sharding would, by threads: reading and decoding leave Python's lock. Of

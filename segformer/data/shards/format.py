@@ -1,6 +1,6 @@
 """The shard format, version 2, and opening it.
 
-    out/dataset.json        task, classes, palette, label map, licence; per split totals, class statistics,
+    out/dataset.json        task, classes, palette, label map, license; per split totals, class statistics,
                             shards (bytes, sha256) and index (bytes, sha256); digest
     out/train-000000.tar    members <key>.jpg (or <key>.image.png: the image) and <key>.png (8-bit grey mask
                             of train ids, 255 = ignore) or <key>.cls (decimal class id); stock webdataset
@@ -29,6 +29,7 @@ from segformer.data.shards.index import is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
 from segformer.data.sources.dataset import TASKS
 from segformer.errors import DataError
+from segformer.files import sha256_of
 
 FORMAT = "segformer-shards"
 VERSION = 2
@@ -122,17 +123,12 @@ class Split:
         name = index["file"]
         path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
         try:
-            if verify and _sha256(path) != index["sha256"]:
+            if verify and sha256_of(path) != index["sha256"]:
                 raise self._damaged("is damaged (sha256 differs from dataset.json)")
             raw = np.asarray(np.memmap(path, np.uint8, "r"))
-        except OSError as error:
-            raise self._damaged(f"cannot be read: {error.strerror}") from error
-        except ValueError as error:  # an empty file cannot be mapped
-            raise self._damaged("is empty") from error
-        try:
             records, labels, keys = parse_index(raw)
-        except ValueError as error:
-            raise self._damaged(str(error)) from error
+        except (OSError, ValueError) as error:  # ValueError also for an empty file, which cannot be mapped
+            raise self._damaged(f"cannot be read: {error}") from error
         if len(raw) != index["bytes"] or len(records) != self.num_samples:
             raise self._damaged("is not the one of dataset.json")
         return records, labels, keys
@@ -240,29 +236,18 @@ def _description(storage: Storage) -> dict[str, Any]:
     data = storage.read("dataset.json", limit=DESCRIPTION_LIMIT)
     try:
         content: dict[str, Any] = json.loads(data)
-        form = (content["format"], content["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(storage, "is not readable") from error
-    if form != (FORMAT, VERSION) or content.get("task") not in TASKS:
-        raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
-    if content.get("digest") != content_digest(content):
-        raise _unreadable(storage, "is damaged (its digest differs)")
-    try:
+        if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
+            raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
+        if content["digest"] != content_digest(content):
+            raise _unreadable(storage, "is damaged (its digest differs)")
         for split in content["splits"].values():
-            plain = _INDEX_NAME.fullmatch(split["index"]["file"])
-            for name in (shard["file"] for shard in split["shards"]):
-                plain = plain and _TAR_NAME.fullmatch(name)
-            if not plain:
+            names = [shard["file"] for shard in split["shards"]]
+            if not (_INDEX_NAME.fullmatch(split["index"]["file"]) and all(map(_TAR_NAME.fullmatch, names))):
                 raise _unreadable(storage, "names a shard or index that is no plain file name")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(storage, "is not complete") from error
     return content
 
 
 def _unreadable(storage: Storage, what: str) -> DataError:
     return DataError(f"{storage.where('dataset.json')!r} {what}; copy it again or shard the data again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

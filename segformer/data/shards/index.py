@@ -100,7 +100,7 @@ def is_sane(
     class_pixels: np.ndarray,
     task: str,
 ) -> bool:
-    """Whether what a reader relies on holds for every sample, and the totals are those of dataset.json.
+    """Check what a reader relies on for every sample, and the totals against dataset.json.
 
     parts: (records, labels, keys). shard_sizes, shard_bytes: samples and length of each tar. class_pixels:
     int64 (K,).

@@ -9,8 +9,6 @@ says. Source files are compared by name, size and time, and by content where a t
 
 import hashlib
 import json
-import os
-import secrets
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,11 +22,11 @@ import numpy as np
 from segformer.data.shards.index import INDEX, LABELS, pack_index
 from segformer.data.shards.pool import advance
 from segformer.data.shards.verify import members
-from segformer.data.shards.workfolder import write_synced
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError
+from segformer.files import sha256_of, staged, write_atomic
 
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
 
@@ -82,10 +80,9 @@ class ShardTask:
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
     """(note of the shard, whether it was complete already). The note: file, samples, bytes, sha256 and
     source_sha256 for dataset.json; part_sha256, stat, raw_ids and turned (`Turned`)."""
-    stat = stat_hash(task.samples)
-    note = _complete(task, stat)
+    note = _complete(task)
     if note is None:
-        return _write(task, stat), False
+        return _write(task), False
     advance(len(task.samples))
     return note, True
 
@@ -106,15 +103,25 @@ def member_key(key: str) -> str:
 
 def stat_hash(samples: Iterable[Sample]) -> str:
     """sha256 over names, classes, sizes and times of the source files: cheap, and enough while they rest."""
-    return _hash(samples, _size_and_time, end=b"\n")
+
+    def facts(path: Path) -> bytes:
+        found = path.stat()
+        return f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
+
+    return _hash(samples, facts, end=b"\n")
 
 
 def source_hash(samples: Iterable[Sample]) -> str:
     """sha256 over names, classes and contents of the source files."""
-    return _hash(samples, _size_and_bytes, end=b"")
+
+    def facts(path: Path) -> bytes:
+        data = path.read_bytes()
+        return len(data).to_bytes(8, "little") + data
+
+    return _hash(samples, facts, end=b"")
 
 
-def _hash(samples: Iterable[Sample], facts: Callable[[Path], Iterable[bytes]], end: bytes) -> str:
+def _hash(samples: Iterable[Sample], facts: Callable[[Path], bytes], end: bytes) -> str:
     """sha256 over name and class of each sample, the facts of its files, and the end."""
     digest = hashlib.sha256()
     for sample in samples:
@@ -122,8 +129,7 @@ def _hash(samples: Iterable[Sample], facts: Callable[[Path], Iterable[bytes]], e
         for path in (sample.image, sample.mask):
             if path is not None:
                 try:
-                    for fact in facts(path):
-                        digest.update(fact)
+                    digest.update(facts(path))
                 except OSError as error:
                     reason = f"cannot be read: {error.strerror}; check its permissions"
                     raise DataError(f"{str(path)!r} {reason}") from error
@@ -131,58 +137,44 @@ def _hash(samples: Iterable[Sample], facts: Callable[[Path], Iterable[bytes]], e
     return digest.hexdigest()
 
 
-def _size_and_time(path: Path) -> Iterable[bytes]:
-    found = os.stat(path)
-    return [f"\0{found.st_size}\0{found.st_mtime_ns}".encode()]
-
-
-def _size_and_bytes(path: Path) -> Iterable[bytes]:
-    data = path.read_bytes()
-    return [len(data).to_bytes(8, "little"), data]
-
-
-def _complete(task: ShardTask, stat: str) -> dict[str, Any] | None:
+def _complete(task: ShardTask) -> dict[str, Any] | None:
     """The note of a shard that an earlier run has finished, None where it must be written (again)."""
+    stat = stat_hash(task.samples)
     try:
         note: dict[str, Any] = json.loads((task.parts / f"{task.name}.json").read_bytes())
-        tar = task.tars / f"{task.name}.tar"
-        if tar.stat().st_size != note["bytes"] or _file_hash(tar) != note["sha256"]:
-            return None
-        if _file_hash(task.parts / f"{task.name}.part") != note["part_sha256"]:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = (
+            sha256_of(task.tars / f"{task.name}.tar") == note["sha256"]
+            and sha256_of(task.parts / f"{task.name}.part") == note["part_sha256"]
+            and (note["stat"] == stat or note["source_sha256"] == source_hash(task.samples))
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
         return None
-    if note["stat"] != stat and note["source_sha256"] != source_hash(task.samples):
-        return None
-    return note | {"stat": stat}
+    return note | {"stat": stat} if whole else None
 
 
-def _write(task: ShardTask, stat: str) -> dict[str, Any]:
+def _write(task: ShardTask) -> dict[str, Any]:
     """Write the tar, its part of the index and, last, the note."""
-    source = source_hash(task.samples)  # before a sample is read: a later change must show
-    temporary = task.parts / f"{task.name}.{secrets.token_hex(4)}.tmp"  # a lost node may still write one
-    records, labels, raw_ids, turned = _write_tar(task, temporary)
-    keys = _index_members(temporary, records)
-    part = pack_index(records, labels, keys)
-    note = {
-        "file": f"{task.name}.tar",
-        "samples": len(records),
-        "bytes": temporary.stat().st_size,
-        "sha256": _file_hash(temporary),
-        "source_sha256": source,
-        "part_sha256": hashlib.sha256(part).hexdigest(),
-        "stat": stat,
-        "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
-        "turned": turned,
-    }
-    temporary.rename(task.tars / f"{task.name}.tar")
-    write_synced(task.parts / f"{task.name}.part", part)
-    write_synced(task.parts / f"{task.name}.json", json.dumps(note).encode())
+    # Before a sample is read: a later change must show.
+    before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
+    with staged(task.tars / f"{task.name}.tar") as tar:
+        records, labels, raw_ids, turned = _write_tar(task, tar)
+        part = pack_index(records, labels, _index_members(tar, records))
+        note = before | {
+            "file": f"{task.name}.tar",
+            "samples": len(records),
+            "bytes": tar.stat().st_size,
+            "sha256": sha256_of(tar),
+            "part_sha256": hashlib.sha256(part).hexdigest(),
+            "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
+            "turned": turned,
+        }
+    write_atomic(task.parts / f"{task.name}.part", part)
+    write_atomic(task.parts / f"{task.name}.json", json.dumps(note))
     return note
 
 
 def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Counter[int], Turned | None]:
-    """Write and sync the tar; returns records without places and keys, LABELS, the raw ids' pixels, and what
+    """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and what
     EXIF would turn."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
@@ -191,7 +183,7 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
     turned: list[Turned] = []
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
-        path.open("wb") as stream,
+        path.open("xb") as stream,
         TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer,
     ):
         for sample, record in zip(task.samples, records, strict=True):
@@ -210,8 +202,6 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
             advance()
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
     records["labels_end"] = np.cumsum([len(found) for found in labels])
     return records, np.concatenate(labels), raw_ids, merge_turned(turned)
 
@@ -261,8 +251,3 @@ def _index_members(tar: Path, records: np.ndarray) -> bytes:
             keys.append(target.name[: -len(".png")].encode())
     records["key_end"] = np.cumsum([len(key) + 1 for key in keys]) - 1
     return b"\n".join(keys)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,8 +5,6 @@ parent, and end when it dies, even by SIGKILL. A task says `advance()` after eac
 the bar counts, so that images/s and the remaining time move while a large task runs. Without a terminal there
 is no bar: an error is then the only line on standard error."""
 
-import errno
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -15,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
-from pathlib import Path
 from typing import Any, TypeVar
 
 import cv2
@@ -24,29 +21,15 @@ from tqdm import tqdm
 from segformer.errors import ConfigError, DataError
 
 POLL_SECONDS = 0.2  # how often the bar moves
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _advance: Callable[[int], Any] = int  # what `advance` calls; set where tasks run
-_guard = -1  # descriptor of the file that a worker keeps locked while it lives
 
 
 def advance(images: int = 1) -> None:
     """Count images of the running task."""
     _advance(images)
-
-
-def flock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was taken. File systems without locks: True, the user keeps other processes away."""
-    try:
-        fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
 
 
 def run(
@@ -56,14 +39,13 @@ def run(
     workers: int,
     total: int,
     desc: str,
-    guard: Path | None = None,
     preload: Sequence[str] = (),
 ) -> list[_R]:
     """[function(task) for task in tasks], in `workers` processes (-1: one per core; 0 and 1: in this one).
 
-    total: images that all tasks count together. guard: a file that every worker process locks (shared) while
-    it lives. preload: modules that are imported once, for all workers. Function, tasks and results must
-    pickle. The first error that is seen ends the run. ConfigError for fewer workers than -1.
+    total: images that all tasks count together. preload: modules that are imported once, for all workers.
+    Function, tasks and results must pickle. The first error that is seen ends the run. ConfigError for fewer
+    workers than -1.
     """
     global _advance
     if workers < -1:
@@ -71,7 +53,7 @@ def run(
     count = min(len(tasks), workers if workers >= 0 else len(os.sched_getaffinity(0)))
     with tqdm(total=total, unit="image", desc=desc, leave=False, disable=None) as bar:
         if count > 1:
-            return _in_processes(function, tasks, count, bar, desc, guard, preload)
+            return _in_processes(function, tasks, count, bar, desc, preload)
         _advance = bar.update
         try:
             return [function(task) for task in tasks]
@@ -85,13 +67,12 @@ def _in_processes(
     workers: int,
     bar: "tqdm[Any]",
     desc: str,
-    guard: Path | None,
     preload: Sequence[str],
 ) -> list[_R]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", function.__module__, *preload])
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start, (counter, guard)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (counter,)) as pool:
         futures = [pool.submit(function, task) for task in tasks]
         try:
             pending = set(futures)
@@ -110,17 +91,14 @@ def _in_processes(
         return [future.result() for future in futures]
 
 
-def _start(counter: Any, guard: Path | None) -> None:
+def _start(counter: Any) -> None:
     """Begin a worker process."""
-    global _advance, _guard
+    global _advance
     parent = multiprocessing.parent_process()
     if parent is None or wait_for([parent.sentinel], 0):
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
-    if guard is not None:
-        _guard = os.open(guard, os.O_RDWR | os.O_CLOEXEC)
-        flock(_guard, fcntl.LOCK_SH)
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
     def count(images: int) -> None:

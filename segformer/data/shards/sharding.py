@@ -1,4 +1,4 @@
-"""Write a data set as shards (the format is drawn in shards.py): folder -> out/dataset.json, indices, tars.
+"""Write a data set as shards (the format is drawn in format.py): folder -> out/dataset.json, indices, tars.
 
     list    the samples of every split; training splits are shuffled once (seeded), splits named val... or
             test... keep the order of their keys
@@ -23,8 +23,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,11 @@ from segformer.data.shards.packing import (
 )
 from segformer.data.shards.pool import advance, run
 from segformer.data.shards.trimming import Listing, is_training, keep, scan
-from segformer.data.shards.workfolder import WorkFolder, write_synced
+from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, list_samples
 from segformer.errors import ConfigError, DataError
+from segformer.files import write_atomic
 
 NOTE = ".sources.json"
 
@@ -59,7 +59,7 @@ _NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errn
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What decides the bytes of a set."""
+    """All that decides the bytes of a set."""
 
     cfg: DatasetConfig
     encoding: Encoding
@@ -85,7 +85,7 @@ class _Job:
             "classes": list(cfg.classes),
             "palette": class_palette(cfg).tolist(),
             "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
-            "mask_colours": [list(colour) for colour in cfg.mask_colours],
+            "mask_colours": [list(color) for color in cfg.mask_colours],
             "license": cfg.license,
             "citation": cfg.citation,
             "seed": self.seed,
@@ -141,21 +141,19 @@ def write_shards(
     listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
     for samples in listing.values():
         _check_keys(samples)
-    work = WorkFolder(target)
+    work = WorkFolder(target, job.identity(listing))
     try:
         if _occupied(target):
             _check_finished(job, listing, work, workers)
             print(f"{out} already holds exactly these shards; nothing to do")
             return
-        if part is not None:
-            with work.share(job.identity(listing)):
-                _make(_plan(job, listing, work)[part[0] :: part[1]], work, workers)
-            return
-        with work.hold():
+        with work.hold(shared=part is not None):
             if _occupied(target):
                 raise DataError(f"{str(out)!r} has just been written by another process; run this again")
-            work.begin(job.identity(listing))
-            _write(job, listing, work, workers)
+            if part is None:
+                _write(job, listing, work, workers)
+            else:
+                _make(_plan(job, listing, work)[part[0] :: part[1]], workers)
     except OSError as error:
         remedy = "make room or see to the permissions; the same command goes on with what is finished"
         if error.errno in _NO_PLACE:
@@ -167,26 +165,24 @@ def write_shards(
 
 def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     scanned = scan(job.cfg, listing, _read_json(work.parts / "scan"), workers)
-    write_synced(work.parts / "scan", json.dumps(scanned).encode())
+    write_atomic(work.parts / "scan", json.dumps(scanned))
     tasks = _plan(job, keep(listing, scanned), work)
-    notes = _make(tasks, work, workers)
+    notes = _make(tasks, workers)
     content = job.description() | {"splits": {}}
     for split in job.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
         dropped = sum(len(chunk["dropped"]) for chunk in scanned.get(split, []))
         content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped}
     content["digest"] = content_digest(content)
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_synced(work.set / "dataset.json", text.encode())
+    write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
     turned = merge_turned(note.get("turned") for note in notes)
-    note = {"scan": scanned, "shards": stats, "turned": turned}
-    write_synced(work.set / NOTE, json.dumps(note).encode())
+    write_atomic(work.set / NOTE, json.dumps({"scan": scanned, "shards": stats, "turned": turned}))
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
 
 
-def _make(tasks: list[ShardTask], work: WorkFolder, workers: int) -> list[dict[str, Any]]:
+def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     """Make the shards that are not there yet; the note of each."""
     results = run(
         make_shard,
@@ -194,7 +190,6 @@ def _make(tasks: list[ShardTask], work: WorkFolder, workers: int) -> list[dict[s
         workers=workers,
         total=sum(len(task.samples) for task in tasks),
         desc="sharding",
-        guard=work.guard,
         preload=["webdataset"],
     )
     earlier = sum(complete for _, complete in results)
@@ -255,7 +250,7 @@ def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Wor
     records["labels_end"] += np.repeat(label_starts, sizes)
     records["key_end"] += np.repeat(key_starts, sizes)
     index = pack_index(records, labels, keys)
-    write_synced(work.set / f"{split}.idx", index)
+    write_atomic(work.set / f"{split}.idx", index)
     pixels, total = labels["pixels"].astype(np.int64), len(cfg.classes)
     class_pixels = np.zeros(total, np.int64)
     np.add.at(class_pixels, labels["label"], pixels)
@@ -289,8 +284,7 @@ def _occupied(out: Path) -> bool:
 
 def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
     """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
-    out = work.out
-    refusal = "give another output=<folder> or remove it"
+    out, refusal = work.out, "give another output=<folder> or remove it"
     if not (out / "dataset.json").is_file():
         raise DataError(f"{str(out)!r} exists and holds something else; {refusal}")
     try:
@@ -298,45 +292,29 @@ def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int)
     except DataError as error:
         raise DataError(f"{str(out)!r} exists and cannot be used ({error}); {refusal}") from error
     other = [key for key, value in job.description().items() if content.get(key) != value]
+    if not other:
+        note = _read_json(out / NOTE)
+        tasks = _plan(job, keep(listing, scan(job.cfg, listing, note.get("scan", {}), workers)), work)
+        sources = {
+            s["file"]: s["source_sha256"] for split in content["splits"].values() for s in split["shards"]
+        }
+        stats = note.get("shards", {})
+        checks = [(task.samples, stats.get(task.name), sources.get(f"{task.name}.tar")) for task in tasks]
+        total = sum(len(task.samples) for task in tasks)
+        same = run(_is_same, checks, workers=workers, total=total, desc="comparing")
+        other = [] if len(tasks) == len(sources) and all(same) else ["the source"]
     if other:
         raise DataError(
-            f"{str(out)!r} exists and holds something else ({', '.join(other)} differ); {refusal}"
+            f"{str(out)!r} exists and holds something else (differing: {', '.join(other)}); {refusal}"
         )
-    note = _read_json(out / NOTE)
-    scanned = scan(job.cfg, listing, note.get("scan", {}), workers)
-    tasks = _plan(job, keep(listing, scanned), work)
-    shards = {shard["file"]: shard for split in content["splits"].values() for shard in split["shards"]}
-    same = list(shards) == [f"{task.name}.tar" for task in tasks]
-    stats: dict[str, str] = {}
-    if same:
-        known = note.get("shards", {})
-        checks = [
-            (task.samples, known.get(task.name), shards[f"{task.name}.tar"]["source_sha256"])
-            for task in tasks
-        ]
-        total = sum(len(task.samples) for task in tasks)
-        found = run(_source_stat, checks, workers=workers, total=total, desc="comparing")
-        same = None not in found
-        stats = {task.name: stat for task, stat in zip(tasks, found, strict=True) if stat is not None}
-    if not same:
-        raise DataError(f"{str(out)!r} exists and holds something else (the source differs); {refusal}")
-    if stats != note.get("shards") or scanned != note.get("scan"):
-        with suppress(OSError):  # a set that may only be read: the source is read again next time
-            note |= {"scan": scanned, "shards": stats}
-            write_synced(out / NOTE, json.dumps(note).encode())
-    if work.path.exists():  # left by a run that was killed between its last rename and its end
-        with suppress(DataError, OSError), work.hold():
-            work.remove()
+    work.clear()
 
 
-def _source_stat(check: tuple[Iterable[Sample], str | None, str]) -> str | None:
-    """The stat hash of the samples where they are what was sharded, None where they are not."""
-    samples, known, source = check
-    samples = list(samples)
-    stat = stat_hash(samples)
-    same = stat == known or source_hash(samples) == source
+def _is_same(check: tuple[Sequence[Sample], str | None, str | None]) -> bool:
+    samples, stat, source = check
+    same = stat_hash(samples) == stat or source_hash(samples) == source
     advance(len(samples))
-    return stat if same else None
+    return same
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Listing = dict[str, list[Sample]]  # by split
 
 
 def is_training(split: str) -> bool:
-    """Whether a split is shuffled and trimmed."""
+    """True for a split that is shuffled and trimmed."""
     return not split.startswith(("val", "test"))
 
 

@@ -40,13 +40,6 @@ class _Task:
     number: int
 
 
-def verify(path: str | Path | Storage, *, workers: int = 1) -> None:
-    """DataError unless every byte of the shards at `path` is what was written."""
-    defects = find_defects(path, workers=workers)
-    if defects:
-        raise DataError(f"{len(defects)} defects in the shards, the first: {defects[0]}")
-
-
 def find_defects(path: str | Path | Storage, *, workers: int = 1) -> list[str]:
     """Every defect of the shards at `path`, one line each, in the order of splits, shards and samples.
 
@@ -93,6 +86,7 @@ def members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
 def _check_tar(task: _Task) -> list[str]:
     """The defects of one tar and its samples."""
     name, defects = task.shard["file"], []
+    where = task.storage.where(name)
     try:
         check_size(task.storage, name, task.shard["bytes"])
     except DataError as error:
@@ -100,19 +94,13 @@ def _check_tar(task: _Task) -> list[str]:
     try:
         with _open(task.storage, name) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != task.shard["sha256"]:
-                where = task.storage.where(name)
-                defects.append(
-                    f"shard {where!r} is damaged (sha256 differs from dataset.json); copy it again"
-                )
+                text = "is damaged (sha256 differs from dataset.json); copy it again"
+                defects.append(f"shard {where!r} {text}")
             if task.split is not None:
                 return defects + _content_defects(task.split, task.number, stream)
-    except DataError as error:  # missing: check_size has said so; unreachable: this says so
-        defects = defects or [str(error)]
-    except OSError as error:
-        where = task.storage.where(name)
-        defects = defects or [
-            f"shard {where!r} cannot be read: {error.strerror or error}; check the disk or copy it again"
-        ]
+    except (DataError, OSError) as error:  # missing, which check_size has said, or unreachable
+        text = f"shard {where!r} cannot be read: {error}; check the disk or copy it again"
+        defects = defects or [text]
     advance(task.shard["samples"])
     return defects
 

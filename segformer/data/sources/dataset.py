@@ -1,4 +1,4 @@
-"""What a data set is: where its files lie, what its labels mean, and the limits that every image keeps.
+"""The description of a data set: where its files lie, what its labels mean, and the limits of an image.
 
 Segmentation                                            Classification
     root/<image_dir>/<key><image_suffix>  photograph        root/<image_dir>/<class>/<name><image_suffix>

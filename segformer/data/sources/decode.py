@@ -160,7 +160,7 @@ def image_orientation(data: bytes) -> int:
 
 
 def orientation_text(orientation: int) -> str:
-    """What follows in a message about an image that is stored turned; nothing for orientation 1."""
+    """End of a message about an image that is stored turned; empty for orientation 1."""
     if orientation == 1:
         return ""
     return (

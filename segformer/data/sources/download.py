@@ -156,7 +156,7 @@ def unpack(archive: Path, target: Path) -> list[str]:
 
 
 def _is_done(item: Download, done: Path, target: Path) -> bool:
-    """Whether this very file was unpacked to `target` before, and what it put there is still there."""
+    """True if this very file was unpacked to `target` before, and what it put there is still there."""
     if not done.exists():
         return False
     was = json.loads(done.read_bytes())

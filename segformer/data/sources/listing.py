@@ -7,10 +7,8 @@ mask by their key, the path below the split's folder without the suffix. `inspec
     mask    PNG: grey of 1 to 16 bits or indices (not colors) -> raw ids; or, with `data.mask_colours`,
             colors of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
 
-Both give defects beside what can be used: the doctor lists them all; `list_samples` and `load_sample`, which
-sharding calls, raise the first. Defects: pairs that do not match, listed keys without file, damaged or too
-large images, masks of another size than their image, unknown ids or colors, images outside the class folders,
-folders that cannot be read."""
+Both give defects (the kinds stand at `Defect`) beside what can be used: the doctor lists them all;
+`list_samples` and `load_sample`, which sharding calls, raise the first."""
 
 import os
 from collections import Counter
@@ -37,7 +35,7 @@ SHOWN = 3  # names in the message of a defect
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """What sharding refuses: its kind, one line, and the number of files that the line is about.
+    """A reason why sharding refuses a set: its kind, one line, and the number of files that it is about.
 
     listing      folders, pairs and names that do not fit
     unreadable   files that are damaged, of another format, too large or locked
@@ -75,7 +73,7 @@ class Sample:
 
 @dataclass(slots=True)
 class LoadedSample:
-    """What one sample holds, as far as its files can be used."""
+    """Contents of one sample, as far as its files can be used."""
 
     image: bytes = b""
     height: int = 0
@@ -113,43 +111,45 @@ def find_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sampl
         keys = _listed_keys(cfg, root, split) if split in cfg.split_lists else None
     except DataError as error:
         return [], [Defect("listing", str(error))]
-    image_end, mask_end = cfg.image_suffix, cfg.mask_suffix
-    defects: list[Defect] = []
-    if keys is not None:
-        sides = [(images, f"{image_dir}/<key>{image_end}"), (masks, f"{mask_dir}/<key>{mask_end}")]
-        for there, place in sides[: len(kinds)]:
-            what = f"keys in {cfg.split_lists[split]!r} have no file {place}"
-            defects += _about(keys - there, what, "a line of the list is one key, without folder and suffix")
+    if keys is None:
+        keys = images & masks
+        defects = [*_unpaired(cfg, (image_dir, images, others), (mask_dir, masks))]
     else:
-        if image_dir == mask_dir:
-            others = [name for name in others if not name.endswith(mask_end)]
-        what = f"pictures in {image_dir!r} do not end in {image_end!r}"
-        defects += _about(others, what, "set data.image_suffix, or convert or remove them")
-        if not images | masks:
-            text = (
-                f"no file in {image_dir!r} ends in {image_end!r}: the split is empty; set data.image_suffix"
-            )
-            defects.append(Defect("listing", f"{text} or leave the split out of data.splits"))
-        for here, place, there, kind, end in (
-            (images, image_dir, masks, "mask", mask_end),
-            (masks, mask_dir, images, "image", image_end),
-        ):
-            what = f"{'images' if kind == 'mask' else 'masks'} in {place!r} have no {kind} <key>{end}"
-            defects += _about(here - there, what, "add what is missing or remove them")
-    keys = (images if keys is None else keys) & images & masks
+        what = f"keys in {cfg.split_lists[split]!r} have no file"
+        remedy = "a line of the list is one key, without folder and suffix"
+        defects = [*_about(keys - images, f"{what} {image_dir}/<key>{cfg.image_suffix}", remedy)]
+        if paired:
+            defects += _about(keys - masks, f"{what} {mask_dir}/<key>{cfg.mask_suffix}", remedy)
+        keys &= images & masks
     if not paired:
         defects += _class_defects(cfg, image_dir, keys, labels)
         keys = {key for key in keys if "/" in key and key.partition("/")[0] in labels}
-    samples = [
-        Sample(
-            key,
-            f"{image_dir}/{key}{image_end}",
-            f"{mask_dir}/{key}{mask_end}" if paired else None,
-            None if paired else labels[key.partition("/")[0]],
-        )
-        for key in sorted(keys)
-    ]
+    samples = []
+    for key in sorted(keys):
+        mask = f"{mask_dir}/{key}{cfg.mask_suffix}" if paired else None
+        label = None if paired else labels[key.partition("/")[0]]
+        samples.append(Sample(key, f"{image_dir}/{key}{cfg.image_suffix}", mask, label))
     return samples, defects
+
+
+def _unpaired(
+    cfg: DatasetConfig, image_side: tuple[str, set[str], list[str]], mask_side: tuple[str, set[str]]
+) -> Iterator[Defect]:
+    """Defects of (folder, keys, other pictures) of the images, and (folder, keys) of the masks."""
+    (folder, images, others), (mask_folder, masks) = image_side, mask_side
+    if folder == mask_folder:
+        others = [name for name in others if not name.endswith(cfg.mask_suffix)]
+    what = f"pictures in {folder!r} do not end in {cfg.image_suffix!r}"
+    yield from _about(others, what, "set data.image_suffix, or convert or remove them")
+    if not images | masks:
+        text = f"no file in {folder!r} ends in {cfg.image_suffix!r}: the split is empty"
+        remedy = "set data.image_suffix or leave the split out of data.splits"
+        yield Defect("listing", f"{text}; {remedy}")
+    remedy = "add what is missing or remove them"
+    yield from _about(images - masks, f"images in {folder!r} have no mask <key>{cfg.mask_suffix}", remedy)
+    yield from _about(
+        masks - images, f"masks in {mask_folder!r} have no image <key>{cfg.image_suffix}", remedy
+    )
 
 
 def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
@@ -277,7 +277,7 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
 
 
 def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect]]:
-    """What can be used of a sample, before the label map, and what is wrong with its files."""
+    """The usable contents of a sample, before the label map, and the defects of its files."""
     loaded, defects = LoadedSample(), []
     try:
         loaded.image = read_file(sample.image)

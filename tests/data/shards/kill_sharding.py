@@ -47,8 +47,8 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def inodes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_ino for path in folder.glob("*.tar")}
+def inodes(folder: Path, pattern: str = "*.tar") -> dict[str, int]:
+    return {path.name: path.stat().st_ino for path in folder.glob(pattern)}
 
 
 def main(root: Path, scratch: Path) -> None:
@@ -64,8 +64,8 @@ def main(root: Path, scratch: Path) -> None:
             break
         assert os.WTERMSIG(ended) == signal.SIGKILL
         assert not out.exists() or hashes(out) == expected, step
-        complete = {f"{path.stem}.tar" for path in work.glob("parts/*.json")}
-        before = {name: inode for name, inode in inodes(work / "set").items() if name in complete}
+        complete = {f"{path.stem}.tar" for path in work.glob("*/parts/*.json")}
+        before = {name: inode for name, inode in inodes(work, "*/set/*.tar").items() if name in complete}
         assert set(before) == complete or out.exists(), step
         assert shard(root, out) == 0, step
         assert hashes(out) == expected, step

@@ -73,37 +73,6 @@ def test_a_place_that_cannot_be_is_not_promised_to_go_on(out: str, reason: str, 
     assert done.stderr.endswith("; give another output=<folder>\n")
 
 
-@pytest.mark.parametrize("fault", ["image without mask", "mask outside classes", "empty split"])
-def test_a_fault_in_the_data_is_one_line_and_leaves_no_shards(
-    fault: str, make_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    root, out = make_folder(tmp_path / "set", {"train": 3, "val": 1}), tmp_path / "out"
-    image, mask = sorted((root / "images/val").iterdir())[0], sorted((root / "masks/val").iterdir())[0]
-    if fault == "image without mask":
-        mask.unlink()
-    elif fault == "mask outside classes":
-        height, width = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED).shape[:2]
-        cv2.imwrite(str(mask), np.full((height, width), 77, np.uint8))
-    else:
-        image.unlink()
-        mask.unlink()
-    done = run("data=folder", f"root={root}", f"output={out}", "data.classes=[sky,road,tree]", "workers=1")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("DataError: ")
-    assert ("val" if fault == "empty split" else image.stem) in done.stderr
-    assert not out.exists()
-
-
-def test_the_users_own_folder_needs_nothing_but_the_command_line(
-    make_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    root, out = make_folder(tmp_path / "set", {"train": 3, "val": 1}), tmp_path / "out"
-    done = run("data=folder", f"root={root}", f"output={out}", "data.classes=[sky,road,tree]", "workers=1")
-    assert done.returncode == 0, done.stderr
-    assert ShardSet.open(out).classes == ["sky", "road", "tree"]
-
-
 def test_the_label_map_says_what_was_seen_and_what_never(
     make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

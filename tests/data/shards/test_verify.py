@@ -15,8 +15,7 @@ from servers import serving
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.index import pack_index, parse_index
-from segformer.data.shards.verify import find_defects, verify
-from segformer.errors import DataError
+from segformer.data.shards.verify import find_defects
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,7 +37,6 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 def test_what_was_written_has_no_defect(shard_dir: Path, class_shards: ShardSet) -> None:
     assert find_defects(shard_dir, workers=2) == []
     assert find_defects(class_shards.root) == []
-    verify(shard_dir)
 
 
 def test_a_flipped_bit_anywhere_in_a_tar_is_found(copy: Path) -> None:
@@ -46,8 +44,7 @@ def test_a_flipped_bit_anywhere_in_a_tar_is_found(copy: Path) -> None:
     size = tar.stat().st_size
     for offset in range(0, size, size // 50):
         flip(tar, offset, offset % 8)
-        with pytest.raises(DataError, match=r"train-000000.tar' is damaged"):
-            verify(copy)
+        assert any("train-000000.tar' is damaged" in defect for defect in find_defects(copy))
         flip(tar, offset, offset % 8)
 
 
@@ -72,8 +69,6 @@ def test_every_defect_is_named_with_file_and_key(copy: Path) -> None:
         assert part in found[number]
     assert len(found) == 6
     assert find_defects(copy, workers=2) == found
-    with pytest.raises(DataError, match=r"^6 defects in the shards, the first: index .*val.idx' is damaged"):
-        verify(copy)
 
 
 def test_a_shard_that_cannot_be_read_is_named(shard_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +82,10 @@ def test_a_shard_that_cannot_be_read_is_named(shard_dir: Path, monkeypatch: pyte
     monkeypatch.setattr(hashlib, "file_digest", fail)
     found = find_defects(shard_dir)
     assert len(found) == 5
-    assert f"shard {str(shard_dir / 'train-000000.tar')!r} cannot be read: Input/output error; " in found[0]
+    assert (
+        f"shard {str(shard_dir / 'train-000000.tar')!r} cannot be read: [Errno 5] Input/output error; "
+        in found[0]
+    )
 
 
 def test_a_damaged_description_is_the_one_defect(copy: Path) -> None:

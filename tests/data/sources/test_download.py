@@ -258,7 +258,7 @@ def test_the_command_shows_the_license_first_and_ends_with_the_next_command(
     refused = run("data=ade20k", f"output={tmp_path}", given)
     assert (refused.returncode, site.asked, list(tmp_path.iterdir())) == (2, [], [])
     assert "accept_license=true" in refused.stderr
-    assert refused.stdout.splitlines()[1].startswith("licence: non-commercial research and education")
+    assert refused.stdout.splitlines()[1].startswith("license: non-commercial research and education")
     done = run("data=ade20k", f"output={tmp_path}", given, "accept_license=true")
     assert done.returncode == 0, done.stderr
     sha256 = hashlib.sha256(site.files["set.zip"]).hexdigest()

@@ -51,20 +51,6 @@ def test_without_a_known_orientation_an_image_counts_as_upright(kind: str, orien
     assert image_orientation(encoded(kind, orientation)) == 1
 
 
-@pytest.mark.parametrize(("order", "number"), [("II", "little"), ("MM", "big")])
-def test_both_byte_orders_are_read(order: str, number: str) -> None:
-    def word(value: int, size: int) -> bytes:
-        return value.to_bytes(size, number)  # type: ignore[arg-type]
-
-    entry = word(0x0112, 2) + word(3, 2) + word(1, 4) + word(8, 2) + b"\0\0"
-    tiff = order.encode() + word(42, 2) + word(8, 4) + word(1, 2) + entry + word(0, 4)
-    segment = b"Exif\0\0" + tiff
-    app1 = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
-    xmp = b"\xff\xe1\0\x1fhttp://ns.adobe.com/xap/1.0/\0"
-    plain = encoded("JPEG", None)
-    assert image_orientation(plain[:2] + xmp + b"\xff" + app1 + plain[2:]) == 8
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_cut_or_damaged_header_has_some_orientation_and_no_error(kind: str) -> None:
     data = encoded(kind, 6)
