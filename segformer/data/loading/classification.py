@@ -34,7 +34,7 @@ _GREY = np.array([[0.299, 0.587, 0.114]])  # luma of ITU-R BT.601
 
 @dataclass(kw_only=True, slots=True)
 class ClassificationAugment:
-    """What happens to an image of a classification set between decoding and the model."""
+    """Augmentation of classification, between decoding and the model."""
 
     size: int = 224
     """Side of the square crop, pixels."""

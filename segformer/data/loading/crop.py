@@ -1,4 +1,4 @@
-"""The training crop of segmentation: its options, where it comes from, and cutting it out in one resampling.
+"""The training crop of segmentation: every option, the draw of its place, and the cut in one resampling.
 
     place   quarter turns -> scaled size -> rotation -> corner -> flips: all that is drawn, of the mask alone
     cut     turned, scaled, rotated, cut and flipped by one resampling of image and mask, then padded right

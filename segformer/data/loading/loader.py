@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 
 @dataclass(kw_only=True, slots=True)
 class LoaderConfig:
-    """How batches are produced; nothing here changes what they hold."""
+    """Production of batches; nothing here changes what they hold."""
 
     workers: int = -1
     """Worker processes per rank; -1 = cores / ranks on this machine, at most 8; 0 = none, in the trainer."""

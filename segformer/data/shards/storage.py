@@ -1,4 +1,4 @@
-"""Where shards lie and how their bytes are fetched: a local folder, or http(s), s3 and gs through fsspec.
+"""Files of shards, read by range from a local folder, or from http(s), s3 and gs through fsspec.
 
     local    os.pread on open descriptors
     remote   one ranged request a call, given up after `timeout` seconds without a byte
@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 @dataclass(kw_only=True, slots=True)
 class StorageConfig:
-    """How shards on http(s), s3 and gs are read. Nothing here changes what is read."""
+    """Reading of shards on http(s), s3 and gs. Nothing here changes what is read."""
 
     timeout: float = 30
     """Seconds without a byte after which a request is given up and repeated."""

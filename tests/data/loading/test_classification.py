@@ -273,7 +273,7 @@ def test_mixing_is_a_function_of_seed_and_position() -> None:
     assert torch.equal(images, before)
 
 
-def test_batches_are_mixed_as_often_as_configured_and_each_way_half_of_the_time() -> None:
+def test_batches_are_mixed_as_often_as_configured() -> None:
     cfg = ClassificationAugment(mixup=1.0, cutmix=1.0, mix_prob=0.6)
     images, labels = batch()
     kinds = {"none": 0, "cut": 0, "blend": 0}

@@ -94,7 +94,7 @@ def reference(shards: ShardSet) -> tuple[torch.Tensor, ...]:
     ("world", "micro", "workers"),
     [(1, 6, 1), (1, 6, 2), (1, 2, 0), (2, 3, 0), (2, 1, 2), (2, 3, 1), (3, 2, 0), (3, 1, 1), (3, 2, 2)],
 )
-def test_global_batches_are_the_same_bits_for_any_ranks_workers_and_accumulation(
+def test_any_ranks_workers_and_accumulation_give_the_same_bits(
     world: int, micro: int, workers: int, shards: ShardSet, reference: tuple[torch.Tensor, ...]
 ) -> None:
     ranks = [
@@ -215,7 +215,7 @@ def test_a_damaged_sample_ends_the_stream_with_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_corrupt_sample_is_replaced_by_its_neighbor_alike_for_any_ranks_and_workers(
+def test_a_corrupt_sample_is_replaced_by_its_neighbor(
     shards: ShardSet, damaged: Callable[..., ShardSet], reference: tuple[torch.Tensor, ...]
 ) -> None:
     """Samples 6 and 7 end the first shard of 8: both are replaced by its sample 0."""
@@ -267,7 +267,7 @@ def test_evaluation_never_replaces(damaged: Callable[..., ShardSet]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_over_a_server_that_fails_every_fifth_request_is_the_local_one(
+def test_a_failing_server_gives_the_local_epoch(
     workers: int,
     shard_dir: Path,
     tmp_path: Path,
@@ -342,7 +342,7 @@ def class_stream(
     return [(batch.images, batch.targets, batch.sample_ids) for batch in taken]
 
 
-def test_classification_batches_are_crops_and_class_ids_alike_for_any_ranks_and_workers(
+def test_classification_batches_are_crops_and_class_ids(
     class_shards: ShardSet,
 ) -> None:
     whole = class_stream(class_shards)
@@ -413,7 +413,7 @@ def sleep(items: list[float], worker: int, workers: int) -> Iterator[float]:
         yield seconds
 
 
-def test_signals_to_the_whole_group_reach_the_trainer_only_and_an_open_stream_lets_it_end(
+def test_signals_reach_the_trainer_only_and_an_open_stream_lets_it_end(
     tmp_path: Path,
 ) -> None:
     script = tmp_path / "script.py"

@@ -73,9 +73,7 @@ def test_the_order_is_the_one_described(spec: OrderSpec, epoch: int) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(specs, st.data())
-def test_every_epoch_holds_every_sample_once_over_any_ranks_batches_and_stops(
-    spec: OrderSpec, data: st.DataObject
-) -> None:
+def test_every_epoch_holds_every_sample_once(spec: OrderSpec, data: st.DataObject) -> None:
     count, epochs = spec.num_samples, 3
     seen = np.zeros((epochs + 1, count), np.int64)
     q = 0
