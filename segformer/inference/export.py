@@ -20,7 +20,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.segformer import MiTClassifier, SegFormer, build_network
+from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_strict, load_weights
 from segformer.models.weights.read import read_weights
@@ -109,9 +109,14 @@ def complete(weights: Weights, storage: StorageConfig | None = None) -> Weights:
     return weights
 
 
+def _network(weights: Weights) -> SegFormer | MiTClassifier:
+    build_kind = build_classifier if weights.arch.kind == "classification" else build_model
+    return build_kind(weights.config(), weights.arch.num_classes or 1)
+
+
 def build(weights: Weights) -> SegFormer | MiTClassifier:
     """The network with its weights, in evaluation mode on the CPU."""
-    model = build_network(weights)
+    model = _network(weights)
     load_weights(model, weights)
     return model.eval()
 
@@ -119,7 +124,7 @@ def build(weights: Weights) -> SegFormer | MiTClassifier:
 def check_network(weights: Weights) -> None:
     """Raise CheckpointError naming every tensor that is missing or of another shape than the network has."""
     with torch.device("meta"):
-        network = build_network(weights)
+        network = _network(weights)
     prefixes = ("backbone.",) if weights.arch.kind == "encoder" else ("",)
     source = f"{weights.source} as {weights.arch.variant}"
     check_strict(network, weights.state, source=source, prefixes=prefixes, do=_UNFIT)

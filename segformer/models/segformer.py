@@ -20,7 +20,7 @@ from segformer.models.head import AllMLPHead, FuseConv
 from segformer.models.mit import init_encoder_weights
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.models.weights.bundle import Metadata, Weights
+from segformer.models.weights.bundle import Metadata
 from segformer.models.weights.class_map import map_classes
 from segformer.models.weights.load import classes_of, load_pretrained, load_weights, weights_of
 from segformer.models.weights.read import read_weights
@@ -164,12 +164,6 @@ def _check_classes(cfg: ModelConfig, num_classes: int) -> None:
         raise ConfigError(
             f"model.num_classes={cfg.num_classes}, but the data set has {num_classes} classes; use null"
         )
-
-
-def build_network(weights: Weights) -> SegFormer | MiTClassifier:
-    """The network that the weights are of, without them."""
-    build = build_classifier if weights.arch.kind == "classification" else build_model
-    return build(weights.config(), weights.arch.num_classes or 1)
 
 
 def initialize(model: nn.Module, device: torch.device | str = "cpu") -> None:
