@@ -31,7 +31,7 @@ from segformer.models.weights.write import write_export, write_hf, write_pth
 
 @dataclass(kw_only=True, slots=True)
 class ConvertConfig:
-    """What to convert into what."""
+    """Source, target and changes of a conversion."""
 
     checkpoint: str = "???"
     "File, directory or run to read; its format is found."
