@@ -25,7 +25,7 @@ from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_strict, load_weights
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.tensor_files import CONFIG_FILE
-from segformer.models.weights.write import write_export
+from segformer.models.weights.write import IMAGENET_MEAN, IMAGENET_STD, write_export
 from segformer.telemetry.jsonl import read_metrics
 
 _SCORES = ("miou", "macc", "aacc", "iou", "top1", "top5")  # what an export keeps of an evaluation
@@ -101,6 +101,7 @@ def complete(weights: Weights, storage: StorageConfig | None = None) -> Weights:
             shards = ShardSet.open(weights.provenance["shards"], storage or StorageConfig())
             metadata.classes, metadata.palette = list(shards.classes), shards.palette.tolist()
     metadata.classes = metadata.classes or [f"class {k}" for k in range(arch.num_classes)]
+    metadata.mean, metadata.std = metadata.mean or IMAGENET_MEAN, metadata.std or IMAGENET_STD
     if not metadata.palette:
         numbers = [str(k) for k in range(arch.num_classes)]
         metadata.palette = class_palette(DatasetConfig(task=arch.kind, classes=numbers)).tolist()

@@ -28,7 +28,7 @@ from torch import Tensor
 from segformer.checkpoint.reader import is_run, open_run
 from segformer.errors import CheckpointError, ConfigError, is_main_rank
 from segformer.files import listed, sha256_of
-from segformer.models.variants import NORM_PROFILES, VARIANTS
+from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
 from segformer.models.weights.key_maps import detect, foreign_head, to_ours
 from segformer.models.weights.tensor_files import ModelFiles, read_files, reason_of
@@ -74,22 +74,23 @@ def _read_run(path: Path, step: str) -> Weights:
         return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
     model, data = run.config["model"], run.config["data"]
     arch = add_head(Arch(variant=model["variant"], kind="encoder"), run.weights)
+    usual = ModelConfig()  # of a key that an older version did not write
+    for key in ("norm_profile", "dropout", "drop_path_rate", "ops"):
+        setattr(arch, key, model.get(key, getattr(usual, key)))
     classifies = arch.kind == "classification"
-    settings = run.config["classification" if classifies else "augment"]
+    settings = run.config.get("classification" if classifies else "augment", {})
     return Weights(
         state=run.weights,
-        arch=replace(
-            arch, **{key: model[key] for key in ("norm_profile", "dropout", "drop_path_rate", "ops")}
-        ),
+        arch=arch,
         metadata=Metadata(
-            classes=data["classes"] or data["class_dirs"],
-            palette=data["palette"],
-            mean=settings["mean"],
-            std=settings["std"],
+            classes=data.get("classes") or data.get("class_dirs"),
+            palette=data.get("palette"),
+            mean=settings.get("mean"),
+            std=settings.get("std"),
             view=[settings["size"], settings["eval_resize"]] if classifies else [],
         ),
         format="run",
-        provenance={"shards": data["shards"], **provenance},
+        provenance={"shards": data.get("shards", ""), **provenance},
     )
 
 
