@@ -55,7 +55,7 @@ def test_the_table_names_the_slow_operations_with_their_shapes(profiled):
     header = next(line for line in lines if "Self CPU %" in line)
     rows = [line for line in lines if re.search(r"aten::\w*convolution .* \[\[2, \d+, \d+, \d+\]", line)]
     assert rows, "\n".join(lines)
-    shares = [float(found[1]) for line in lines if (found := re.match(r"  .*?\s(\d+\.\d+)%", line))]
+    shares = [float(found[1]) for line in lines if (found := re.match(r".*?\s(\d+\.\d+)%", line))]
     assert len(shares) == 40
     assert shares == sorted(shares, reverse=True), header
 
