@@ -71,6 +71,26 @@ class RankLost(SegformerError):
     exit_code = 76
 
 
+def at_least(config: object, prefix: str, **least: float) -> None:
+    """Refuse a field of `config` below its least value; null passes. `prefix` is that of its key: "optim.".
+
+    Raises:
+        ConfigError: it names the first one.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ConfigError(f"{prefix}{name}={value} must be {bound} or more")
+
+
+def within(config: object, prefix: str, **bounds: tuple[float, float]) -> None:
+    """Refuse a field of `config` outside of its (lowest, highest); otherwise as `at_least`."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{prefix}{name}={value} must be from {low} to {high}")
+
+
 def is_main_rank() -> bool:
     """True on rank zero and where there are no ranks."""
     return int(os.environ.get("RANK", "0")) == 0

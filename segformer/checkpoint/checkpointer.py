@@ -32,7 +32,7 @@ from segformer.checkpoint.atomic import commit, delete
 from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
 from segformer.distributed.world import World
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError, ConfigError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,10 +53,7 @@ class CheckpointConfig:
     "Saves in a row that may fail (a full disk) before the run ends; older checkpoints stay."
 
     def __post_init__(self) -> None:
-        least_of = {"save_every": 1, "keep_last": 1, "keep_every": 0, "max_failures": 1, "notice_s": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"checkpoint.{name}={getattr(self, name)} must be {least} or more")
+        at_least(self, "checkpoint.", save_every=1, keep_last=1, keep_every=0, max_failures=1, notice_s=0)
         if self.keep_every % self.save_every:
             raise ConfigError(
                 f"checkpoint.keep_every={self.keep_every} must be a multiple of "

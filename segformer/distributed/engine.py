@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least
 
 PRECISIONS = ("auto", "fp32", "bf16")
 OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
@@ -104,10 +104,7 @@ class EngineConfig:
             raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage=1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise ConfigError("engine.offload_parameters=true needs engine.zero_stage=3")
-        if self.timeout_s < 1:
-            raise ConfigError(f"engine.timeout_s={self.timeout_s} must be 1 or more")
-        if self.grad_clip < 0:
-            raise ConfigError(f"engine.grad_clip={self.grad_clip} must not be negative")
+        at_least(self, "engine.", timeout_s=1, grad_clip=0)
 
 
 def resolve_stage(cfg: EngineConfig, device: torch.device) -> int:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, within
 
 PROFILE_ONLY = ("setup", "sbatch")
 
@@ -23,12 +23,6 @@ _FORMS = {
     "account": (rf"({_WORD})?", "up to 64 letters, digits, '.', '_' and '-'"),
     "qos": (rf"({_WORD})?", "up to 64 letters, digits, '.', '_' and '-'"),
     "constraint": (r"([A-Za-z0-9][A-Za-z0-9._&|*\[\]()-]{0,127})?", "feature names with & | * ( ) [ ]"),
-}
-_RANGES = {
-    "gpus_per_node": (0, 64),
-    "tasks_per_node": (1, 1024),
-    "cpus_per_task": (1, 1024),
-    "signal_delay_s": (60, 3600),  # sbatch may send the signal up to 60 s early, and never later
 }
 _SPAN = re.compile(r"(?:([0-9]{1,3})d)?(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m?)?()")
 # sbatch reads 12:00 as minutes and seconds where people mean hours, so two numbers alone are refused.
@@ -87,10 +81,8 @@ class SlurmConfig:
                 raise ConfigError(f"{name}={value!r} is refused (it becomes part of a script); use {use}")
         if not 1 <= self.node_range[0] <= self.node_range[1] <= 10_000:
             raise ConfigError(f"nodes={self.nodes} is refused; use {_FORMS['nodes'][1]}")
-        for name, (low, high) in _RANGES.items():
-            number = getattr(self, name)
-            if number is not None and not low <= number <= high:
-                raise ConfigError(f"{name}={number} must be from {low} to {high}")
+        within(self, "", gpus_per_node=(0, 64), tasks_per_node=(1, 1024), cpus_per_task=(1, 1024))
+        within(self, "", signal_delay_s=(60, 3600))  # it may come up to 60 s early, and never later
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ConfigError(
                 f"tasks_per_node={self.tasks_per_node} differs from gpus_per_node={self.gpus_per_node}; "

@@ -34,7 +34,7 @@ from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.order import BatchShape
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.engine import EngineConfig
-from segformer.errors import ConfigError, ending, is_main_rank
+from segformer.errors import ConfigError, at_least, ending, is_main_rank
 from segformer.files import printable, write_atomic
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
@@ -99,16 +99,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
-        for key in ("steps", "global_batch", "eval_every", "eval_batch", "max_skipped"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}={getattr(self, key)} must be 1 or more")
+        at_least(self, "", steps=1, global_batch=1, micro_batch=1, eval_every=1, eval_batch=1, max_skipped=1)
         if self.profile.steps and self.profile.steps[0] > self.steps:
             raise ConfigError(
                 f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
             )
         if self.micro_batch is not None:
-            if self.micro_batch < 1:
-                raise ConfigError(f"micro_batch={self.micro_batch} must be 1 or more, or null")
             BatchShape(self.global_batch, self.micro_batch, world_size=1)
 
     def batch_shape(self, world_size: int) -> BatchShape:

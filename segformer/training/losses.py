@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least, within
 from segformer.models.ops.backend import BACKENDS, Backend
 from segformer.models.ops.resize import upsample_to
 
@@ -69,14 +69,8 @@ class LossConfig:
             raise ConfigError(f"loss.average={self.average} is unknown; use all or valid")
         if any(weight < 0 for weight in [*self.class_weights, *self.terms.values()]):
             raise ConfigError("loss.terms and loss.class_weights must not hold negative weights")
-        for name in ("label_smoothing", "ohem_threshold", "ohem_min_kept"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"loss.{name}={getattr(self, name)} must be between 0 and 1")
-        for name in ("focal_gamma", "boundary_weight"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"loss.{name}={getattr(self, name)} must not be negative")
-        if self.boundary_radius < 1:
-            raise ConfigError(f"loss.boundary_radius={self.boundary_radius} must be 1 or more")
+        within(self, "loss.", label_smoothing=(0, 1), ohem_threshold=(0, 1), ohem_min_kept=(0, 1))
+        at_least(self, "loss.", focal_gamma=0, boundary_weight=0, boundary_radius=1)
 
 
 def num_pixels(target: Tensor, average: str) -> Tensor | int:

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least, within
 from segformer.models.backbone import Backbone, DropPath
 
 SCHEDULES = ("poly", "cosine", "constant")
@@ -92,10 +92,9 @@ class OptimConfig:
                 raise ConfigError(f"optim.{key}={value!r} is unknown; use one of {', '.join(choices)}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
-        if not 0 <= self.frozen_stages <= 4:
-            raise ConfigError(f"optim.frozen_stages={self.frozen_stages} must be from 0 to 4")
-        if not 0 <= self.min_lr_factor <= 1:
-            raise ConfigError(f"optim.min_lr_factor={self.min_lr_factor} must be between 0 and 1")
+        within(self, "optim.", frozen_stages=(0, 4), min_lr_factor=(0, 1))
+        at_least(self, "optim.", head_lr_factor=0, weight_decay=0, eps=0, power=0)
+        at_least(self, "optim.", warmup_steps=0, warmup_start=0)
         if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -103,9 +102,6 @@ class OptimConfig:
         for key in ("ema", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must be at least 0 and below 1")
-        for key in ("head_lr_factor", "weight_decay", "eps", "power", "warmup_steps", "warmup_start"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"optim.{key}={getattr(self, key)} must not be negative")
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
