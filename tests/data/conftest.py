@@ -19,9 +19,9 @@ SIZES = ((40, 56), (56, 40), (48, 48), (40, 56))  # height, width; one size come
 
 @pytest.fixture(scope="session")
 def make_folder() -> Callable[..., Path]:
-    """Write a data set of smooth random JPEGs and masks of three classes and ignored pixels."""
+    """Write a data set of smooth random pictures and masks of three classes and ignored pixels."""
 
-    def make(root: Path, counts: dict[str, int]) -> Path:
+    def make(root: Path, counts: dict[str, int], suffix: str = ".jpg") -> Path:
         rng = np.random.default_rng(7)
         for split, count in counts.items():
             for kind in ("images", "masks"):
@@ -34,7 +34,7 @@ def make_folder() -> Callable[..., Path]:
                     (width, height),
                     interpolation=cv2.INTER_NEAREST,
                 )
-                cv2.imwrite(str(root / "images" / split / f"{number:03d}.jpg"), image)
+                cv2.imwrite(str(root / "images" / split / f"{number:03d}{suffix}"), image)
                 cv2.imwrite(str(root / "masks" / split / f"{number:03d}.png"), mask)
         return root
 

@@ -50,7 +50,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_the_bytes_do_not_depend_on_the_number_of_processes(
     workers: int, folder: Path, shard_dir: Path, config: DatasetConfig, tmp_path: Path
 ) -> None:
-    write_shards(config, folder, tmp_path / "out", seed=3, samples_per_shard=8, workers=workers)
+    write(config, folder, tmp_path / "out", samples_per_shard=8, workers=workers)
     assert hashes(tmp_path / "out") == hashes(shard_dir)
 
 
@@ -70,21 +70,19 @@ def test_stock_webdataset_reads_the_shards(shard_dir: Path, folder: Path, config
 @leaves_files_open
 def test_stock_webdataset_reads_classification_shards(class_shards: ShardSet) -> None:
     urls = sorted(str(path) for path in Path(class_shards.root).glob("train-*.tar"))
-    seen = []
-    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode("pil"):
-        folder_name = sample["__key__"].split("/")[0]
-        seen.append(sample["__key__"])
-        assert sample["cls"] == class_shards.classes.index(folder_name)
-        height, width = np.asarray(sample["jpg"]).shape[:2]
-        place = class_shards.split("train").keys.index(sample["__key__"])
-        assert (height, width) == tuple(class_shards.split("train").records[["height", "width"]][place])
-    assert seen == class_shards.split("train").keys
+    split = class_shards.split("train")
+    seen = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
+    assert [sample["__key__"] for sample in seen] == split.keys
+    for place, sample in enumerate(seen):
+        assert sample["cls"] == class_shards.classes.index(sample["__key__"].split("/")[0])
+        size = (split.heights[place], split.widths[place])
+        assert np.asarray(sample["jpg"]).shape[:2] == size
 
 
 def test_training_is_shuffled_by_the_seed_and_validation_is_not(
     folder: Path, shards: ShardSet, config: DatasetConfig, tmp_path: Path
 ) -> None:
-    write_shards(config, folder, tmp_path / "out", seed=4, samples_per_shard=8, workers=1)
+    write(config, folder, tmp_path / "out", seed=4, samples_per_shard=8)
     other = ShardSet.open(tmp_path / "out")
     assert shards.split("val").keys == other.split("val").keys == sorted(other.split("val").keys)
     orders = [split.keys for split in (shards.split("train"), other.split("train"))]
@@ -99,7 +97,7 @@ def test_png_images_and_names_with_dots_survive(config: DatasetConfig, tmp_path:
         (tmp_path / kind / "train/town.a").mkdir(parents=True)
         cv2.imwrite(str(tmp_path / kind / "train/town.a/street.01.png"), data)
     cfg = replace(config, splits=["train"], image_suffix=".png")
-    write_shards(cfg, tmp_path, tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    write(cfg, tmp_path, tmp_path / "out")
     raw = ShardReader(ShardSet.open(tmp_path / "out").split("train")).read(0)
     assert raw.key == "town.a/street_01"
     assert raw.image == (tmp_path / "images/train/town.a/street.01.png").read_bytes()
@@ -117,9 +115,7 @@ def test_names_that_differ_only_by_dots_are_refused(
         for number, name in enumerate(("a.b", "a_b")):
             (root / kind / f"train/00{number}{end}").rename(root / kind / f"train/{name}{end}")
     with pytest.raises(DataError, match=r"'a_b' and 'a.b' differ only by dots"):
-        write_shards(
-            replace(config, splits=["train"]), root, tmp_path / "out", seed=0, samples_per_shard=8, workers=1
-        )
+        write(replace(config, splits=["train"]), root, tmp_path / "out")
 
 
 @leaves_files_open
@@ -154,36 +150,30 @@ def test_the_source_hash_is_over_names_classes_and_bytes(
     assert entry["source_sha256"] == digest.hexdigest()
 
 
-def test_a_finished_set_is_left_alone_and_says_so(
-    folder: Path, config: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
-    assert "already holds exactly these shards" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
-
-
 def test_a_folder_that_holds_something_else_is_refused(
     make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
 ) -> None:
     root, out = make_folder(tmp_path / "set", {"train": 2}), tmp_path / "out"
     cfg = replace(config, splits=["train"])
-    write_shards(cfg, root, out, seed=0, samples_per_shard=8, workers=1)
-    others = [(replace(cfg, classes=["a", "b", "c"]), 0), (cfg, 1)]
-    for other, seed in others:
+    write(cfg, root, out)
+
+    def refused(cfg: DatasetConfig, out: Path, **settings: int) -> None:
         with pytest.raises(DataError, match="holds something else"):
-            write_shards(other, root, out, seed=seed, samples_per_shard=8, workers=1)
-    mask = root / "masks/train/000.png"
-    pixels = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
-    cv2.imwrite(str(mask), np.where(pixels == 1, 0, pixels))
-    with pytest.raises(DataError, match="holds something else"):
-        write_shards(cfg, root, out, seed=0, samples_per_shard=8, workers=1)
+            write(cfg, root, out, **settings)
+
+    refused(replace(cfg, classes=["a", "b", "c"]), out)
+    refused(cfg, out, seed=4)
+    repaint(root / "masks/train/000.png")
+    refused(cfg, out)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").touch()
-    with pytest.raises(DataError, match="holds something else"):
-        write_shards(cfg, root, tmp_path / "notes", seed=0, samples_per_shard=8, workers=1)
+    refused(cfg, tmp_path / "notes")
+
+
+def repaint(mask: Path) -> None:
+    """Class 1 of a mask becomes 0."""
+    pixels = cv2.imread(str(mask), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(mask), np.where(pixels == 1, 0, pixels))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -198,19 +188,22 @@ def test_a_failure_before_the_first_shard_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_wrong_settings_are_refused(folder: Path, config: DatasetConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="samples_per_shard=0"):
-        write_shards(config, folder, tmp_path / "out", seed=0, samples_per_shard=0, workers=1)
-    with pytest.raises(ConfigError, match="seed=-1"):
-        write_shards(config, folder, tmp_path / "out", seed=-1, samples_per_shard=1, workers=1)
-    with pytest.raises(ConfigError, match=r"data.splits is empty"):
-        write_shards(
-            replace(config, splits=[]), folder, tmp_path / "out", seed=0, samples_per_shard=1, workers=1
-        )
-    with pytest.raises(ConfigError, match=r"workers=-2; use -1"):
-        write(config, folder, tmp_path / "out", workers=-2)
-    with pytest.raises(ConfigError, match=r"output='/' has no name"):
-        write(config, folder, Path("/"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples_per_shard": 0}, "samples_per_shard=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"workers": -2}, r"workers=-2; use -1"),
+        ({"splits": []}, r"data.splits is empty"),
+        ({"out": Path("/")}, r"output='/' has no name"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    settings: dict[str, Any], message: str, folder: Path, config: DatasetConfig, tmp_path: Path
+) -> None:
+    given = {"splits": ["train"], "out": tmp_path / "out"} | settings
+    with pytest.raises(ConfigError, match=message):
+        write(replace(config, splits=given.pop("splits")), folder, given.pop("out"), **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -247,10 +240,7 @@ def area_average(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 def test_images_above_the_long_side_are_reduced_with_their_masks(
     make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
 ) -> None:
-    root = make_folder(tmp_path / "set", {"train": 4})  # longer sides 56, 56, 48, 56
-    for path in (root / "images/train").iterdir():
-        cv2.imwrite(str(path.with_suffix(".png")), cv2.imread(str(path)))
-        path.unlink()
+    root = make_folder(tmp_path / "set", {"train": 4}, suffix=".png")  # longer sides 56, 56, 48, 56
     cfg = replace(config, splits=["train"], image_suffix=".png")
     write(cfg, root, tmp_path / "out", long_side=48)
     split = ShardSet.open(tmp_path / "out").split("train")
@@ -318,21 +308,27 @@ def test_images_without_the_wanted_classes_are_left_out_of_training(
 
 
 def test_a_finished_set_is_known_again_without_reading_the_source(
-    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+    make_folder: Callable[..., Path],
+    config: DatasetConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root, out = make_folder(tmp_path / "set", {"train": 4}), tmp_path / "out"
     cfg = replace(config, splits=["train"])
     write(cfg, root, out)
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     image = root / "images/train/001.jpg"
     before, data = image.stat(), image.read_bytes()
     image.write_bytes(data[::-1])
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     write(cfg, root, out)  # same name, size and time: not looked into
+    assert "already holds exactly these shards" in capsys.readouterr().out
     os.utime(image)
     with pytest.raises(DataError, match="differing: the source"):
         write(cfg, root, out)
     image.write_bytes(data)
     write(cfg, root, out)  # another time, but the same bytes
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     (out / ".sources.json").unlink()
     write(cfg, root, out)
 
@@ -400,9 +396,7 @@ def test_a_kept_shard_whose_source_or_file_changed_is_written_again(
 ) -> None:
     (work,) = (path for path in (tmp_path / ".out.tmp").iterdir() if path.is_dir())
     if damage == "source":
-        path = sorted((interrupted / "masks/train").iterdir())[0]
-        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        cv2.imwrite(str(path), np.where(pixels == 1, 0, pixels))
+        repaint(sorted((interrupted / "masks/train").iterdir())[0])
     else:
         names = {"tar": "set/train-000000.tar", "part": "parts/train-000000.part"}
         path = work / names.get(damage, "parts/train-000000.json")

@@ -65,7 +65,6 @@ PLAIN = [
     ("val", "images/val/b.jpg", "masks/val/b.png"),
 ]
 CITY = "aachen/aachen_000000_000019"
-CITY_VAL = "munster/munster_000173_000019"
 LAYOUTS = {
     "ade20k": Layout(
         ADE,
@@ -78,49 +77,21 @@ LAYOUTS = {
         ADE,
         {
             0: None,
-            1: "background",
-            3: "background",
-            150: "background",
-            5: "plant",
-            10: "plant",
-            18: "plant",
-            67: "plant",
-            73: "plant",
-            13: "person_or_animal",
-            127: "person_or_animal",
-            21: "vehicle",
-            77: "vehicle",
-            81: "vehicle",
-            84: "vehicle",
-            91: "vehicle",
-            103: "vehicle",
-            104: "vehicle",
-            117: "vehicle",
-            128: "vehicle",
+            **dict.fromkeys((1, 3, 150), "background"),
+            **dict.fromkeys((5, 10, 18, 67, 73), "plant"),
+            **dict.fromkeys((13, 127), "person_or_animal"),
+            **dict.fromkeys((21, 77, 81, 84, 91, 103, 104, 117, 128), "vehicle"),
         },
         4,
         unknown=151,
     ),
     "cityscapes": Layout(
         [
-            (
-                "train",
-                f"leftImg8bit/train/{CITY}_leftImg8bit.png",
-                f"gtFine/train/{CITY}_gtFine_labelIds.png",
-            ),
-            (
-                "val",
-                f"leftImg8bit/val/{CITY_VAL}_leftImg8bit.png",
-                f"gtFine/val/{CITY_VAL}_gtFine_labelIds.png",
-            ),
+            (split, f"leftImg8bit/{split}/{key}_leftImg8bit.png", f"gtFine/{split}/{key}_gtFine_labelIds.png")
+            for split, key in (("train", CITY), ("val", "munster/munster_000173_000019"))
         ],
         {
-            0: None,
-            3: None,
-            6: None,
-            9: None,
-            29: None,
-            30: None,
+            **dict.fromkeys((0, 3, 6, 9, 29, 30)),
             7: "road",
             8: "sidewalk",
             11: "building",
@@ -147,15 +118,8 @@ LAYOUTS = {
             ("train", "images/train2017/000000000009.jpg", "annotations/train2017/000000000009.png"),
             ("val", "images/val2017/000000000139.jpg", "annotations/val2017/000000000139.png"),
         ],
-        {
-            0: "person",
-            10: "fire hydrant",
-            12: "stop sign",
-            89: "toothbrush",
-            91: "banner",
-            181: "wood",
-            255: None,
-        },
+        {0: "person", 10: "fire hydrant", 12: "stop sign", 89: "toothbrush"}
+        | {91: "banner", 181: "wood", 255: None},
         171,
         unknown=11,
         indexed=True,
@@ -203,22 +167,8 @@ LAYOUTS = {
         {0: "sky", 3: "road", 8: "car", 10: "bicyclist", 255: None},
         11,
     ),
-    "sample": Layout(
-        [
-            ("train", "images/train/a.jpg", "masks/train/a.png"),
-            ("val", "images/val/b.jpg", "masks/val/b.png"),
-        ],
-        {0: "background", 1: "nucleus", 255: None},
-        2,
-    ),
-    "folder": Layout(
-        [
-            ("train", "images/train/a.jpg", "masks/train/a.png"),
-            ("val", "images/val/b.jpg", "masks/val/b.png"),
-        ],
-        {0: "bark", 1: "leaf", 255: None},
-        2,
-    ),
+    "sample": Layout(PLAIN, {0: "background", 1: "nucleus", 255: None}, 2),
+    "folder": Layout(PLAIN, {0: "bark", 1: "leaf", 255: None}, 2),
 }
 OVERRIDES = {"folder": ["data.classes=[bark,leaf]", "data.name=folder"]}
 TRIMMED = "ADE_train_00000002"  # of ade20k_4: all background
@@ -237,12 +187,17 @@ def raw_mask(layout: Layout, number: int, name: str) -> np.ndarray:
     return np.tile(row, (4, 1))
 
 
-def write_mask(path: Path, ids: np.ndarray, indexed: bool) -> None:
+def placed(path: Path) -> Path:
+    """A path whose folder is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_mask(path: Path, ids: np.ndarray, indexed: bool) -> None:
     picture = Image.fromarray(ids)
     if indexed:
         picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
-    picture.save(path)
+    picture.save(placed(path))
 
 
 def write_tree(root: Path, name: str) -> dict[tuple[str, str], np.ndarray]:
@@ -250,16 +205,13 @@ def write_tree(root: Path, name: str) -> dict[tuple[str, str], np.ndarray]:
     layout, raw = LAYOUTS[name], {}
     for number, (split, image, mask) in enumerate(layout.pairs):
         ids = raw_mask(layout, number, name)
-        (root / image).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(root / image), np.full((*ids.shape, 3), 40 * number, np.uint8))
+        cv2.imwrite(str(placed(root / image)), np.full((*ids.shape, 3), 40 * number, np.uint8))
         write_mask(root / mask, ids, layout.indexed)
         raw[split, image] = ids
     for path, text in layout.lists.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text)
+        placed(root / path).write_text(text)
     for path in layout.extra:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
+        placed(root / path).touch()
     return raw
 
 
@@ -297,7 +249,7 @@ def test_the_official_layout_becomes_shards_with_the_official_classes(name: str,
     assert found.keys() == raw.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if LAYOUTS[name].unknown])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_an_id_that_the_set_does_not_have_is_refused(name: str, tmp_path: Path) -> None:
     cfg, layout = adapter(name), LAYOUTS[name]
     write_tree(tmp_path, name)
