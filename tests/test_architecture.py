@@ -26,7 +26,7 @@ ROOMS: dict[str, str] = {
     "files": "",
     "data.sources": "dataset decode listing download",
     "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
-    "data.loading": "order crop photometric classification mixing samples loader",
+    "data.loading": "order photometric crop classification mixing samples loader",
     "distributed": "world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",

@@ -46,7 +46,7 @@ from segformer.doctor.judge import (
 )
 from segformer.doctor.memory import Forecast, forecast
 from segformer.doctor.scan import SplitScan, load_from_folder, load_from_shards, scan_folder, scan_shards
-from segformer.errors import ConfigError, DataError, SegformerError
+from segformer.errors import ConfigError, DataError, SegformerError, at_least
 from segformer.evaluation.drawing import beside, grid, legend, panels
 from segformer.training.config import RunConfig
 from segformer.training.optim import OPTIMIZERS
@@ -81,9 +81,7 @@ class DoctorConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        for key, least in (("ranks", 1), ("threads", -1), ("read", -1), ("pictures", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"{key}={getattr(self, key)} must be {least} or more")
+        at_least(self, "", ranks=1, threads=-1, read=-1, pictures=0)
         if self.gpu_gib is not None and self.gpu_gib <= 0:
             raise ConfigError(f"gpu_gib={self.gpu_gib} must be above 0")
 

@@ -16,7 +16,7 @@ while gradients grow.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ class Forecast:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by purpose."""
-        names = ("parameters", "gradients", "optimizer", "average", "buckets", "activations", "loss")
-        return {name: getattr(self, name) for name in names}
+        return {name: size for name, size in asdict(self).items() if name != "num_parameters"}
 
     @property
     def total(self) -> int:

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segformer.errors import ConfigError
+from segformer.data.loading.photometric import check_lists
+from segformer.errors import ConfigError, at_least, within
 
 CROP_TRIES = 10
 _GREY = np.array([[0.299, 0.587, 0.114]])  # luma of ITU-R BT.601
@@ -64,26 +65,12 @@ class ClassificationAugment:
     """Standard deviation of red, green, blue to divide by, 0-255."""
 
     def __post_init__(self) -> None:
-        for name, length in (("scale", 2), ("ratio", 2), ("mean", 3), ("std", 3)):
-            values = getattr(self, name)
-            if len(values) != length or (name != "mean" and min(values) <= 0):
-                raise ConfigError(f"classification.{name}={list(values)}; use {length} values above 0")
-        for name in ("scale", "ratio"):
-            if getattr(self, name)[0] > getattr(self, name)[1]:
-                raise ConfigError(
-                    f"classification.{name}={list(getattr(self, name))}; use [smallest, largest]"
-                )
+        check_lists(self, "classification.", "scale", "ratio")
         if self.scale[1] > 1:
             raise ConfigError(f"classification.scale={list(self.scale)}; an area share is at most 1")
-        if self.size < 1 or self.eval_resize < self.size:
-            raise ConfigError(
-                f"classification.size={self.size}, classification.eval_resize={self.eval_resize}; use "
-                "1 or more, and eval_resize at least as large as size"
-            )
-        limits = (("hflip", 1), ("mix_prob", 1), ("label_smoothing", 0.999), ("magnitude", 10), ("ops", 14))
-        for name, limit in (*limits, ("mixup", math.inf), ("cutmix", math.inf)):
-            if not 0 <= getattr(self, name) <= limit:
-                raise ConfigError(f"classification.{name}={getattr(self, name)}; use 0 to {limit}")
+        at_least(self, "classification.", size=1, eval_resize=self.size, mixup=0, cutmix=0)
+        within(self, "classification.", hflip=(0, 1), mix_prob=(0, 1), label_smoothing=(0, 0.999))
+        within(self, "classification.", magnitude=(0, 10), ops=(0, 14))
 
 
 class ClassificationGeometry:

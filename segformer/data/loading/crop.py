@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
+from segformer.data.loading.photometric import check_lists
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10
 # cv2.resize takes 0.7 ns a pixel of the whole scaled image, cv2.warpAffine 3.2 ns a pixel of the crop alone.
@@ -76,20 +77,14 @@ class AugmentConfig:
     """Standard deviation of red, green, blue to divide by, 0-255."""
 
     def __post_init__(self) -> None:
-        for name, length in (("crop", 2), ("scale", 2), ("blur_sigma", 2), ("mean", 3), ("std", 3)):
-            values = getattr(self, name)
-            if len(values) != length or (name != "mean" and min(values) <= 0):
-                raise ConfigError(f"augment.{name}={list(values)}; use {length} values above 0")
+        check_lists(self, "augment.", "scale", "blur_sigma")
+        if len(self.crop) != 2 or min(self.crop) <= 0:
+            raise ConfigError(f"augment.crop={list(self.crop)}; use [height, width] above 0")
         if len(self.resize) not in (0, 2) or (self.resize and min(self.resize) < 1):
             raise ConfigError(f"augment.resize={list(self.resize)}; use [long side, short side] or []")
-        for name in ("scale", "blur_sigma"):
-            if getattr(self, name)[0] > getattr(self, name)[1]:
-                raise ConfigError(f"augment.{name}={list(getattr(self, name))}; use [smallest, largest]")
-        largest = dict.fromkeys(("cat_max_ratio", "class_balanced_crop", "hflip", "vflip", "rot90"), 1)
-        largest |= dict.fromkeys(("rotate_prob", "mosaic", "copy_paste", "blur"), 1)
-        for name, limit in (largest | {"rotate": 180, "photometric_strength": 2}).items():
-            if not 0 <= getattr(self, name) <= limit:
-                raise ConfigError(f"augment.{name}={getattr(self, name)}; use 0 to {limit}")
+        shares = ("cat_max_ratio", "class_balanced_crop", "hflip", "vflip", "rot90", "rotate_prob", "mosaic")
+        within(self, "augment.", **dict.fromkeys((*shares, "copy_paste", "blur"), (0, 1)))
+        within(self, "augment.", rotate=(0, 180), photometric_strength=(0, 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from segformer.data.loading.order import BatchShape, SampleOrder
 from segformer.data.loading.samples import Batch, Samples
 from segformer.data.shards.format import Split
 from segformer.data.shards.storage import StorageConfig
-from segformer.errors import ConfigError, DataError, SegformerError
+from segformer.errors import ConfigError, DataError, SegformerError, at_least, within
 
 MAX_WORKERS = 8
 MOST_PER_CORE = 16  # a worker has 0.2 GiB: hundreds on a small machine take it down
@@ -64,11 +64,8 @@ class LoaderConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_corrupt <= 0.1:
-            raise ConfigError(f"loader.max_corrupt={self.max_corrupt}; use 0 to 0.1")
-        for name, least in (("workers", -1), ("prefetch", 1), ("timeout", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"loader.{name}={getattr(self, name)}; use {least} or more")
+        within(self, "loader.", max_corrupt=(0, 0.1))
+        at_least(self, "loader.", workers=-1, prefetch=1, timeout=1)
 
 
 def start_server() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, at_least, within
 
 VERSION = 1
 LANES_PER_SLOT = 8  # lanes per slot of the global batch
@@ -52,11 +52,8 @@ class OrderSpec:
             raise DataError(
                 f"sample order over {self.num_samples} samples in shards of {list(self.shard_sizes[:4])}..."
             )
-        for name in ("lanes", "chunk", "block"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sample order with {name}={getattr(self, name)}; use 1 or more")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed={self.seed}; use 0 to 2^64 - 1")
+        at_least(self, "sample order: ", lanes=1, chunk=1, block=1)
+        within(self, "", seed=(0, 2**64 - 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segformer.errors import ConfigError
+
 _T = TypeVar("_T")
 
 
@@ -30,6 +32,16 @@ class Distortion(NamedTuple, Generic[_T]):
     saturation: _T
     hue: _T
     contrast_after: _T
+
+
+def check_lists(config: object, prefix: str, *ranges: str) -> None:
+    """Refuse `mean` or `std` of other than 3 values, and ranges other than [smallest, largest] above 0."""
+    for name, length in {**dict.fromkeys(ranges, 2), "mean": 3, "std": 3}.items():
+        values = list(getattr(config, name))
+        if len(values) != length or (name != "mean" and min(values) <= 0):
+            raise ConfigError(f"{prefix}{name}={values}; use {length} values above 0")
+        if name in ranges and values[0] > values[1]:
+            raise ConfigError(f"{prefix}{name}={values}; use [smallest, largest]")
 
 
 def draw_distortion(strength: float, rng: np.random.Generator) -> Distortion[float]:

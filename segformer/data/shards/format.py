@@ -175,8 +175,8 @@ class ShardSet:
         every tar; without it only dataset.json, and the length of an index when its split is used.
         """
         storage = Storage.at(path, config)
-        content = _description(storage)
         try:
+            content = _description(storage)
             shards = cls(storage, content, verify=verify)
             if verify:
                 tars = [shard for entry in content["splits"].values() for shard in entry["shards"]]
@@ -185,7 +185,7 @@ class ShardSet:
                         pass
                 for name in content["splits"]:
                     shards.split(name)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unreadable(storage, "is not complete") from error
         return shards
 
@@ -233,19 +233,15 @@ def _description(storage: Storage) -> dict[str, Any]:
             f"no shards in {storage.root!r}; "
             f"write them: python data_prep/shard.py data=<name> output={storage.root}"
         )
-    data = storage.read("dataset.json", limit=DESCRIPTION_LIMIT)
-    try:
-        content: dict[str, Any] = json.loads(data)
-        if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
-            raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
-        if content["digest"] != content_digest(content):
-            raise _unreadable(storage, "is damaged (its digest differs)")
-        for split in content["splits"].values():
-            names = [shard["file"] for shard in split["shards"]]
-            if not (_INDEX_NAME.fullmatch(split["index"]["file"]) and all(map(_TAR_NAME.fullmatch, names))):
-                raise _unreadable(storage, "names a shard or index that is no plain file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(storage, "is not complete") from error
+    content: dict[str, Any] = json.loads(storage.read("dataset.json", limit=DESCRIPTION_LIMIT))
+    if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
+        raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
+    if content["digest"] != content_digest(content):
+        raise _unreadable(storage, "is damaged (its digest differs)")
+    for split in content["splits"].values():
+        names = [shard["file"] for shard in split["shards"]]
+        if not (_INDEX_NAME.fullmatch(split["index"]["file"]) and all(map(_TAR_NAME.fullmatch, names))):
+            raise _unreadable(storage, "names a shard or index that is no plain file name")
     return content
 
 

@@ -25,7 +25,7 @@ from segformer.data.shards.verify import members
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
-from segformer.errors import ConfigError, DataError
+from segformer.errors import DataError, at_least, within
 from segformer.files import sha256_of, staged, write_atomic
 
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
@@ -52,14 +52,8 @@ class Encoding:
     """JPEG quality of every image; 0 = the bytes of the file."""
 
     def __post_init__(self) -> None:
-        if self.long_side < 0:
-            raise ConfigError(
-                f"long_side={self.long_side}; use 0 (no limit) or the pixels of the longer side"
-            )
-        if not 0 <= self.quality <= 100:
-            raise ConfigError(
-                f"quality={self.quality}; use 0 (keep the files' bytes) or a JPEG quality to 100"
-            )
+        at_least(self, "", long_side=0)
+        within(self, "", quality=(0, 100))
 
 
 @dataclass(frozen=True, slots=True)

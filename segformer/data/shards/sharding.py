@@ -48,7 +48,7 @@ from segformer.data.shards.trimming import Listing, is_training, keep, scan
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, list_samples
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, at_least, within
 from segformer.files import write_atomic
 
 NOTE = ".sources.json"
@@ -67,10 +67,8 @@ class _Job:
     samples_per_shard: int
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ConfigError(f"samples_per_shard={self.samples_per_shard}; use 1 or more")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed={self.seed}; use 0 to 2^64 - 1")
+        at_least(self, "", samples_per_shard=1)
+        within(self, "", seed=(0, 2**64 - 1))
         if not self.cfg.splits:
             raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, at_least
 from segformer.files import sha256_of, write_atomic
 
 REMOTE = ("http", "https", "s3", "gs")
@@ -53,9 +53,7 @@ class StorageConfig:
     """MB of remote shards that each worker process keeps in memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (("timeout", 0.1), ("retry_seconds", 0), ("cache_gb", 0), ("memory_mb", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"loader.storage.{name}={getattr(self, name)}; use {least} or more")
+        at_least(self, "loader.storage.", timeout=0.1, retry_seconds=0, cache_gb=0, memory_mb=0)
 
     @property
     def cache(self) -> Path:

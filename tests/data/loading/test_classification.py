@@ -308,7 +308,7 @@ def test_boxes_have_the_area_that_was_drawn_unless_the_border_cuts_them() -> Non
         ({"scale": [0.5, 1.5]}, "classification.scale"),
         ({"scale": [0.0, 1.0]}, "classification.scale"),
         ({"ratio": [2.0, 1.0]}, "classification.ratio"),
-        ({"magnitude": 11.0}, "classification.magnitude=11.0; use 0 to 10"),
+        ({"magnitude": 11.0}, "classification.magnitude=11.0 must be from 0 to 10"),
         ({"ops": -1}, "classification.ops=-1"),
         ({"mixup": -0.1}, "classification.mixup"),
         ({"label_smoothing": 1.0}, "classification.label_smoothing"),

@@ -342,7 +342,7 @@ def test_ignored_pixels_do_not_count_as_a_class() -> None:
         ({"scale": [2.0, 0.5]}, "augment.scale"),
         ({"hflip": 1.5}, "augment.hflip=1.5"),
         ({"std": [1.0, 1.0, 0.0]}, "augment.std"),
-        ({"rotate": 181.0}, "augment.rotate=181.0; use 0 to 180"),
+        ({"rotate": 181.0}, "augment.rotate=181.0 must be from 0 to 180"),
         ({"rotate_prob": -0.1}, "augment.rotate_prob"),
         ({"photometric_strength": 2.5}, "augment.photometric_strength=2.5"),
         ({"blur": 2.0}, "augment.blur=2.0"),
