@@ -79,8 +79,13 @@ def convert(cfg: ConvertConfig) -> list[Path]:
     source, out = Path(cfg.checkpoint), Path(cfg.output)
     class_map, target = _mapping(cfg.class_map), _named(cfg.classes)
     classes = target.classes
-    weights = _read(cfg)
-    _keep_apart(source, out)
+    weights = read_weights(cfg.checkpoint, encoder_only=cfg.encoder_only)
+    if weights.format == "run" and weights.arch.kind != "encoder":
+        complete(weights)
+    weights.arch.norm_profile = cfg.norm_profile or weights.arch.norm_profile
+    place = source.resolve()
+    if out.resolve() in (place, place.parent if source.is_file() else place):
+        raise ConfigError(f"output={out} is where the source lies; choose another place")
     _report(weights)
     if class_map is not None:
         generator = torch.Generator().manual_seed(cfg.seed)
@@ -103,21 +108,6 @@ def convert(cfg: ConvertConfig) -> list[Path]:
         written = write_pth(weights, out, cfg.to)
     _report_written(cfg.to, weights, out, written)
     return written
-
-
-def _read(cfg: ConvertConfig) -> Weights:
-    weights = read_weights(cfg.checkpoint, encoder_only=cfg.encoder_only)
-    if weights.format == "run" and weights.arch.kind != "encoder":
-        complete(weights)
-    if cfg.norm_profile is not None:
-        weights.arch.norm_profile = cfg.norm_profile
-    return weights
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    place = source.resolve()
-    if out.resolve() in (place, place.parent if source.is_file() else place):
-        raise ConfigError(f"output={out} is where the source lies; choose another place")
 
 
 def _mapping(given: Any) -> dict[Any, Any] | None:

@@ -22,7 +22,7 @@ from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
-from segformer.models.weights.load import check_strict, load_weights
+from segformer.models.weights.load import check_weights, load_weights
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.tensor_files import CONFIG_FILE
 from segformer.models.weights.write import IMAGENET_MEAN, IMAGENET_STD, write_export
@@ -126,9 +126,7 @@ def check_network(weights: Weights) -> None:
     """Raise CheckpointError naming every tensor that is missing or of another shape than the network has."""
     with torch.device("meta"):
         network = _network(weights)
-    prefixes = ("backbone.",) if weights.arch.kind == "encoder" else ("",)
-    source = f"{weights.source} as {weights.arch.variant}"
-    check_strict(network, weights.state, source=source, prefixes=prefixes, do=_UNFIT)
+    check_weights(network, weights, _UNFIT)
 
 
 def _scores_at(run: Path, step: int) -> dict[str, Any] | None:

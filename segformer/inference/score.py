@@ -66,34 +66,35 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     try:
         limit_threads(world)
         world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
-        trained, shards = _open(cfg)
+        trained, classes, split = _open(cfg)
+        view = _view(trained)
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
             in_mode(build(trained).to(world.device), cfg),
             Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
-            shards.split(cfg.split),
+            split,
             cfg.loader,
             world,
-            num_classes=len(shards.classes),
+            num_classes=len(classes),
             batch_size=cfg.batch,
             bf16=resolve_precision(EngineConfig(precision=cfg.precision), world.device) == "bf16",
             should_stop=lambda: world.any(bool(failures)),
             on_error=failures.append,
-            view=_view(trained),
+            view=view,
         )
     finally:
         world.close()
     if scores is None:  # logged once, by the rank that met it
         raise failures[0] if failures else SystemExit(SegformerError.exit_code)
     if world.is_main:
-        split = shards.split(cfg.split)
+        square = view and f"short side to {view.eval_resize}, center {view.size} x {view.size}"
         print(
             f"{cfg.checkpoint} at step {trained.provenance.get('step')} on {split.num_samples} images of "
-            f"{cfg.split} ({_mode(trained, cfg)}) in {duration(time.monotonic() - start)}",
+            f"{cfg.split} ({square or describe(cfg)}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
-        print(scores.table(shards.classes))
+        print(scores.table(classes))
     return scores
 
 
@@ -104,14 +105,8 @@ def _view(trained: Weights) -> ClassificationAugment | None:
     return ClassificationAugment(size=size, eval_resize=short)
 
 
-def _mode(trained: Weights, cfg: EvaluateConfig) -> str:
-    if trained.arch.kind != "classification":
-        return describe(cfg)
-    size, short = trained.metadata.view
-    return f"short side to {short}, center {size} x {size}"
-
-
-def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
+def _open(cfg: EvaluateConfig) -> tuple[Weights, list[str], Split]:
+    """The model, the names of its classes and the split."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
     place = cfg.shards or trained.provenance.get("shards", "")
     if not place:
@@ -130,17 +125,12 @@ def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
             f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
         )
-    _check_mode(cfg, trained, shards.split(cfg.split))
-    return trained, shards
-
-
-def _check_mode(cfg: EvaluateConfig, trained: Weights, split: Split) -> None:
-    changed = settings(cfg)
-    if not changed:
-        return
-    if trained.arch.kind != "segmentation":
-        raise ConfigError(
-            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each image; "
-            "leave this out"
-        )
-    check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
+    split = shards.split(cfg.split)
+    if changed := settings(cfg):
+        if trained.arch.kind != "segmentation":
+            raise ConfigError(
+                f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
+                "image; leave this out"
+            )
+        check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
+    return trained, predicted, split

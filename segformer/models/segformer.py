@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError
 from segformer.models.backbone import Backbone
 from segformer.models.encoders import build_encoder
 from segformer.models.head import AllMLPHead, FuseConv
@@ -27,15 +27,37 @@ from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export
 
 
-class SegFormer(nn.Module):
-    """The segmentation network."""
+class Network(nn.Module):
+    """An encoder for which a subclass has the head."""
 
-    def __init__(self, backbone: Backbone, decode_head: AllMLPHead, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.metadata = Metadata()  # of the file that it was loaded from
         self.pretrained = ""  # in words, what was loaded from where
         self.backbone = backbone
+
+    def save_pretrained(
+        self, path: str | Path, metadata: Metadata | None = None, *, card: Metadata | None = None
+    ) -> None:
+        """Write a directory that `from_pretrained`, the commands of launch/ and transformers load.
+
+        `metadata` says what the classes are called and how images were normalized; without, it is that of
+        the file that the model was loaded from, or the normalization of ImageNet. Weights are saved as
+        float32. `card` is its old name.
+
+        Raises:
+            ConfigError: `path` holds other files or can't be written, or the metadata doesn't fit.
+            CheckpointError: weights are not finite, on the meta device or float64.
+        """
+        write_export(weights_of(self, self.backbone, metadata or card or self.metadata), Path(path))
+
+
+class SegFormer(Network):
+    """The segmentation network."""
+
+    def __init__(self, backbone: Backbone, decode_head: AllMLPHead, num_classes: int) -> None:
+        super().__init__(backbone, num_classes)
         self.decode_head = decode_head
 
     def forward(self, images: Tensor) -> Tensor:
@@ -77,31 +99,12 @@ class SegFormer(nn.Module):
         model.metadata = weights.metadata
         return model.eval()
 
-    def save_pretrained(
-        self, path: str | Path, metadata: Metadata | None = None, *, card: Metadata | None = None
-    ) -> None:
-        """Write a directory that `from_pretrained`, the commands of launch/ and transformers load.
 
-        `metadata` says what the classes are called and how images were normalized; without, it is that of
-        the file that the model was loaded from, or the normalization of ImageNet. Weights are saved as
-        float32. `card` is its old name.
-
-        Raises:
-            ConfigError: `path` holds other files or can't be written, or the metadata doesn't fit.
-            CheckpointError: weights are not finite, on the meta device or float64.
-        """
-        write_export(weights_of(self, self.backbone, metadata or card or self.metadata), Path(path))
-
-
-class MiTClassifier(nn.Module):
+class MiTClassifier(Network):
     """The ImageNet classifier: the encoder, the mean over the tokens of the last stage, one Linear."""
 
     def __init__(self, backbone: Backbone, num_classes: int = 1000) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.metadata = Metadata()  # as in SegFormer
-        self.pretrained = ""
-        self.backbone = backbone
+        super().__init__(backbone, num_classes)
         self.head = nn.Linear(backbone.embed_dims[-1], num_classes)
         init_encoder_weights(self.head)
 
@@ -122,12 +125,6 @@ class MiTClassifier(nn.Module):
         model.metadata = weights.metadata
         return model.eval()
 
-    def save_pretrained(
-        self, path: str | Path, metadata: Metadata | None = None, *, card: Metadata | None = None
-    ) -> None:
-        """Write a directory that `from_pretrained` and transformers load; see SegFormer.save_pretrained."""
-        write_export(weights_of(self, self.backbone, metadata or card or self.metadata), Path(path))
-
 
 def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     """SegFormer for `num_classes` classes, with random weights or those of `cfg.pretrained`.
@@ -135,35 +132,19 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     Raises ConfigError where `cfg.num_classes` is set and differs, CheckpointError for unfit pretrained
     weights.
     """
-    _check_classes(cfg, num_classes)
     variant = VARIANTS[cfg.variant]
-    head = AllMLPHead(
-        variant.embed_dims,
-        cfg.decoder_dim or variant.decoder_dim,
-        num_classes,
-        dropout=cfg.dropout,
-        ops=BACKENDS[cfg.ops],
-    )
+    dim = cfg.decoder_dim or variant.decoder_dim
+    head = AllMLPHead(variant.embed_dims, dim, num_classes, dropout=cfg.dropout, ops=BACKENDS[cfg.ops])
     model = SegFormer(build_encoder(cfg), head, num_classes)
-    if cfg.pretrained:
-        model.pretrained = load_pretrained(model, cfg, "segmentation", num_classes)
+    model.pretrained = load_pretrained(model, cfg, "segmentation", num_classes)
     return model
 
 
 def build_classifier(cfg: ModelConfig, num_classes: int) -> MiTClassifier:
     """The classifier of `cfg.variant`, with random weights or those of `cfg.pretrained`; as build_model."""
-    _check_classes(cfg, num_classes)
     model = MiTClassifier(build_encoder(cfg), num_classes)
-    if cfg.pretrained:
-        model.pretrained = load_pretrained(model, cfg, "classification", num_classes)
+    model.pretrained = load_pretrained(model, cfg, "classification", num_classes)
     return model
-
-
-def _check_classes(cfg: ModelConfig, num_classes: int) -> None:
-    if cfg.num_classes is not None and cfg.num_classes != num_classes:
-        raise ConfigError(
-            f"model.num_classes={cfg.num_classes}, but the data set has {num_classes} classes; use null"
-        )
 
 
 def initialize(model: nn.Module, device: torch.device | str = "cpu") -> None:

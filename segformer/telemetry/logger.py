@@ -37,7 +37,6 @@ from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import duration, fitting, on_terminal, open_bar, train_figures
 from segformer.telemetry.trackers import (
     Tensorboard,
-    Tracker,
     Wandb,
     confusion_picture,
     one_line,
@@ -45,6 +44,7 @@ from segformer.telemetry.trackers import (
 )
 
 WANDB_MODES = ("disabled", "offline", "online")
+Tracker = Wandb | Tensorboard
 MAX_CLASSES = 200  # with more, per-class curves go to metrics.jsonl only
 
 
@@ -142,12 +142,8 @@ class Telemetry:
             with self._counted("TensorBoard"):
                 self._trackers["TensorBoard"] = Tensorboard(run_dir, config)
         if cfg.wandb != "disabled":
-            options = {
-                "project": cfg.wandb_project,
-                "entity": cfg.wandb_entity,
-                "name": name,
-                "config": config,
-            }
+            account = {"project": cfg.wandb_project, "entity": cfg.wandb_entity}
+            options = {**account, "name": name, "config": config}
             with self._counted("wandb"):
                 self._trackers["wandb"] = Wandb(run_dir, self.line, cfg.wandb, cfg.wandb_timeout_s, **options)
 

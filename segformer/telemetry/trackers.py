@@ -16,28 +16,12 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _DARK, _EMPTY = np.array((8, 48, 107)), 224  # blue; gray where a class has no pixels
-
-
-class Tracker(Protocol):
-    """A tool that shows the numbers and pictures of a run."""
-
-    def begin(self, step: int) -> None:
-        """Training starts, or continues, after `step`."""
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Log numbers by name."""
-
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Log pictures by name, uint8 (H, W, 3)."""
-
-    def close(self) -> None:
-        """Write what is left."""
 
 
 def one_line(error: Exception) -> str:
@@ -120,11 +104,11 @@ class Wandb:
         """Nothing: the step is logged beside every value."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """See Tracker."""
+        """Log numbers by name."""
         self._run.log({"step": step, **values})
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """See Tracker."""
+        """Log pictures by name, uint8 (H, W, 3)."""
         images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
         self._run.log({"step": step, **images})
 
@@ -161,15 +145,15 @@ class Tensorboard:
             self._open(purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """See Tracker."""
+        """Log numbers by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """See Tracker."""
+        """Log pictures by name, uint8 (H, W, 3)."""
         for name, picture in pictures.items():
             self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """See Tracker."""
+        """Write what is left."""
         self._writer.close()

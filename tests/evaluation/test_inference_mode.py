@@ -1,7 +1,6 @@
 """Inference modes of published scores, against loops over single images that share no code with them."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import shapes
 import torch
 import torch.nn.functional as F
+from model_files import bundle
 from torch import nn
 
 from segformer.data.loading.loader import LoaderConfig
@@ -30,7 +30,7 @@ from segformer.evaluation.inference_mode import (
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
-from segformer.models.weights.bundle import Metadata, Weights, find_arch
+from segformer.models.weights.bundle import Metadata
 from segformer.models.weights.write import write_export
 from segformer.training.config import compose
 
@@ -255,17 +255,15 @@ def test_images_that_would_become_too_small_are_refused_before_the_first():
 def exported(tmp_path_factory, tiny_shards):
     """A network with random weights for the classes of tiny_shards."""
     classes = list(ShardSet.open(str(tiny_shards)).classes)
-    config = ModelConfig(variant="b0")
     torch.manual_seed(3)
-    state = build_model(config, len(classes)).state_dict()
-    return write_model(state, config, classes, tmp_path_factory.mktemp("mode") / "export", tiny_shards)
+    state = build_model(ModelConfig(), len(classes)).state_dict()
+    return write_model(state, classes, tmp_path_factory.mktemp("mode") / "export", tiny_shards)
 
 
-def write_model(state, config, classes, out, shards, **extra):
+def write_model(state, classes, out, shards, **extra):
     palette = [[9 * k, 0, 0] for k in range(len(classes))]
     metadata = Metadata(classes=classes, palette=palette, mean=MEAN, std=STD)
-    arch = replace(find_arch(state), norm_profile=config.norm_profile)
-    write_export(Weights(state=state, arch=arch, metadata=metadata), out, step=7, shards=str(shards), **extra)
+    write_export(bundle(state, metadata=metadata), out, step=7, shards=str(shards), **extra)
     return out
 
 
@@ -336,9 +334,8 @@ def _raise(error):
 def test_a_classifier_refuses_a_mode_in_one_sentence(tmp_path):
     shards = shapes.write_set(tmp_path, {"train": 3, "val": 3})
     classes = list(ShardSet.open(str(shards)).classes)
-    config = ModelConfig(variant="b0")
-    state = build_classifier(config, len(classes)).state_dict()
-    out = write_model(state, config, classes, tmp_path / "export", shards, view=[48, 56])
+    state = build_classifier(ModelConfig(), len(classes)).state_dict()
+    out = write_model(state, classes, tmp_path / "export", shards, view=[48, 56])
     with pytest.raises(ConfigError, match=r"^short_side=64, flip=True: .* is a classifier"):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(out), short_side=64, flip=True))
 

@@ -104,14 +104,6 @@ def test_two_ranks_compute_the_scores_of_both_their_batches(tmp_path):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == metric.compute().to_dict()
 
 
-def test_reset_starts_from_zero():
-    metric = SegmentationMetric(5)
-    for prediction, target in batches():
-        metric.reset()
-        metric.update(chosen(prediction), target)
-    assert metric.counts.sum() == (target != 255).sum()
-
-
 def test_a_label_outside_the_classes_is_refused_and_named():
     target = torch.tensor([[[0, 1, 7, 255]]], dtype=torch.uint8)
     with pytest.raises(DataError, match=r"labels \[7\], but the model has 3 classes \(0 to 2, 255"):

@@ -65,32 +65,20 @@ _BLOCK_ROWS = (  # below block{s}.{j}, block.{i}.{j}, {i}.blocks.{j}, {i}.1.{j}
 )
 _BLOCKS = ("block{s}.{j}.", "block.{i}.{j}.", "{i}.blocks.{j}.", "{i}.1.{j}.")
 _COLUMN = {"nvlabs": 0, "smp": 0, "hf": 1, "hf5": 2, "mmseg": 3}
-_HEADS: dict[str, tuple[tuple[str, str], ...]] = {
-    "nvlabs": (
-        ("decode_head.linear_c{s}.proj", "decode_head.linear_c{s}.proj"),
-        ("decode_head.linear_fuse.conv", "decode_head.linear_fuse.conv"),
-        ("decode_head.linear_fuse.bn", "decode_head.linear_fuse.bn"),
-        ("decode_head.linear_pred", "decode_head.linear_pred"),
-        ("head", "head"),
-    ),
-    "hf": (
-        ("decode_head.linear_c{s}.proj", "decode_head.linear_c.{i}.proj"),
-        ("decode_head.linear_fuse.conv", "decode_head.linear_fuse"),
-        ("decode_head.linear_fuse.bn", "decode_head.batch_norm"),
-        ("decode_head.linear_pred", "decode_head.classifier"),
-        ("head", "classifier"),
-    ),
-    "smp": (
-        ("decode_head.linear_c{s}.proj", "decoder.mlp_stage.{r}.linear"),
-        ("decode_head.linear_fuse.conv", "decoder.fuse_stage.0"),
-        ("decode_head.linear_fuse.bn", "decoder.fuse_stage.1"),
-        ("decode_head.linear_pred", "segmentation_head.0"),
-    ),
-    "mmseg": (),  # its head is another network
-}
-_HEADS["hf5"] = tuple(
-    (ours, theirs.replace("linear_c.", "linear_projections.")) for ours, theirs in _HEADS["hf"]
+_HEAD_ROWS = (  # ours, hf, smp
+    ("decode_head.linear_c{s}.proj", "decode_head.linear_c.{i}.proj", "decoder.mlp_stage.{r}.linear"),
+    ("decode_head.linear_fuse.conv", "decode_head.linear_fuse", "decoder.fuse_stage.0"),
+    ("decode_head.linear_fuse.bn", "decode_head.batch_norm", "decoder.fuse_stage.1"),
+    ("decode_head.linear_pred", "decode_head.classifier", "segmentation_head.0"),
+    ("head", "classifier", None),
 )
+_HEADS = {
+    "nvlabs": [(ours, ours) for ours, *_ in _HEAD_ROWS],
+    "hf": [(ours, hf) for ours, hf, _ in _HEAD_ROWS],
+    "hf5": [(ours, hf.replace("linear_c.", "linear_projections.")) for ours, hf, _ in _HEAD_ROWS],
+    "smp": [(ours, smp) for ours, _, smp in _HEAD_ROWS if smp],
+    "mmseg": [],  # its head is another network
+}
 _PREFIX = {  # of the encoder, in a whole model and bare
     "nvlabs": ("backbone.", ""),
     "hf": ("segformer.encoder.", "encoder."),
@@ -141,7 +129,7 @@ def _modules(format_: str, bare: bool) -> dict[str, str]:
     ]
     prefix = _PREFIX[format_][bare]
     templates = [(f"backbone.{ours}", prefix + theirs) for ours, theirs in rows]
-    templates += [*_HEADS[format_]]
+    templates += _HEADS[format_]
     return {
         theirs.format(s=i + 1, i=i, r=3 - i, j=j): ours.format(s=i + 1, i=i, r=3 - i, j=j)
         for ours, theirs in templates

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from segformer.errors import CheckpointError, ConfigError
 from segformer.files import listed
@@ -16,9 +16,16 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
     """Load the encoder of `cfg.pretrained`, and its head where it is of the same kind and as many classes.
 
     `kind` is segmentation or classification; each takes the encoder of the other. Returns in words what was
-    loaded. Raises CheckpointError where the weights are not of `cfg.variant`, or naming what is missing or of
-    another shape.
+    loaded; "" where `cfg.pretrained` names nothing. Raises CheckpointError where the weights are not of
+    `cfg.variant`, or naming what is missing or of another shape; ConfigError where `cfg.num_classes` is set
+    and differs.
     """
+    if cfg.num_classes not in (None, num_classes):
+        raise ConfigError(
+            f"model.num_classes={cfg.num_classes}, but the data set has {num_classes} classes; use null"
+        )
+    if not cfg.pretrained:
+        return ""
     weights = read_weights(cfg.pretrained)
     arch = weights.arch
     if arch.variant != cfg.variant:
@@ -56,34 +63,21 @@ def classes_of(weights: Weights, num_classes: int | None) -> int:
 
 
 def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Load all of the weights; of an encoder into the backbone alone."""
-    prefixes = ("backbone.",) if weights.arch.kind == "encoder" else ("",)
-    source = f"{weights.source}, which is {weights.arch.variant},"
-    load_strict(model, weights.state, source=source, prefixes=prefixes)
+    """Load all of the weights, of an encoder into the backbone; refuses what `check_weights` refuses."""
+    check_weights(model, weights)
+    model.load_state_dict(weights.state, strict=False)
 
 
-def load_strict(
-    model: nn.Module, state: dict[str, Tensor], *, source: str, prefixes: tuple[str, ...] = ("",)
+def check_weights(
+    model: nn.Module, weights: Weights, do: str = "check model.variant and model.decoder_dim"
 ) -> None:
-    """Load `state` into the parameters and buffers of `model` whose names start with one of `prefixes`, all
-    of them.
+    """Raise CheckpointError naming every tensor that is missing, unexpected or of another shape.
 
-    Raises CheckpointError naming every tensor that is missing, unexpected or of another shape.
+    `model` may be on the meta device; of an encoder, only its backbone counts. `do`: remedy.
     """
-    check_strict(model, state, source=source, prefixes=prefixes)
-    model.load_state_dict(state, strict=False)
-
-
-def check_strict(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    *,
-    source: str,
-    prefixes: tuple[str, ...] = ("",),
-    do: str = "check model.variant and model.decoder_dim",
-) -> None:
-    """Refuse what `load_strict` refuses, without loading; `model` may be on the meta device. `do`: remedy."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    state = weights.state
+    prefix = "backbone." if weights.arch.kind == "encoder" else ""
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
     problems = []
     if missing := [name for name in own if name not in state]:
         problems.append(f"{len(missing)} missing: {listed(sorted(missing))}")
@@ -98,6 +92,7 @@ def check_strict(
         problems.append(f"{len(other)} of another shape: {listed(sorted(other))}")
     if problems:
         problems.append(do)
+        source = f"{weights.source}, which is {weights.arch.variant},"
         raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
 
 

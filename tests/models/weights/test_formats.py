@@ -22,7 +22,6 @@ from segformer.errors import CheckpointError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, find_arch
-from segformer.models.weights.load import load_strict
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
@@ -46,12 +45,8 @@ def test_hugging_face_there_and_back_is_bit_identical_with_the_same_logits(hf: P
     write_hf(weights, tmp_path / "back")
     assert same(load_file(hf / "model.safetensors"), load_file(tmp_path / "back/model.safetensors"))
     images = torch.randn(1, 3, 64, 96)
-    ours = build_model(weights.config(), 3).eval()
-    load_strict(ours, weights.state, source="test")
     with torch.no_grad():
-        theirs = logits(tmp_path / "back")(images)
-        assert torch.equal(theirs, logits(hf)(images))
-        torch.testing.assert_close(ours(images), theirs, atol=1e-5, rtol=1e-5)
+        assert torch.equal(logits(tmp_path / "back")(images), logits(hf)(images))
 
 
 def test_a_directory_says_classes_and_normalization_to_transformers(hf: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from model_files import hf_config
 from torch import Tensor
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
@@ -115,39 +116,12 @@ def test_every_name_is_that_of_the_format_and_comes_back(case: str, variant: str
 
 
 def test_names_of_a_live_transformers_model_are_read_and_give_ours() -> None:
-    sizes = VARIANTS["b2"]
-    config = SegformerConfig(
-        hidden_sizes=list(sizes.embed_dims), depths=list(sizes.depths), decoder_hidden_size=768, num_labels=5
-    )
     with torch.device("meta"):
-        live = SegformerForSemanticSegmentation(config).state_dict()
+        live = SegformerForSemanticSegmentation(hf_config("b2", 5)).state_dict()
     naming = detect(live)
     back, _ = to_ours(live, naming)
     assert naming == KeyFormat(format="hf5")
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in meta_state("b2").items()}
-
-
-def test_mmseg_has_q_then_k_then_v_in_one_tensor_and_convolutions_for_linears() -> None:
-    state = {k: torch.randn(v.shape) for k, v in meta_state("b0", "encoder").items()}
-    theirs = from_ours(state, "mmseg")
-    joined = theirs["backbone.layers.2.1.1.attn.attn.in_proj_weight"]
-    assert torch.equal(joined[:160], state["backbone.block3.1.attn.q.weight"])
-    assert torch.equal(joined[160:], state["backbone.block3.1.attn.kv.weight"])
-    assert theirs["backbone.layers.2.1.1.ffn.layers.4.weight"].shape == (160, 640, 1, 1)
-    assert theirs["backbone.layers.2.1.1.ffn.layers.1.weight"].shape == (640, 1, 3, 3)
-
-
-def test_hugging_face_has_the_first_rows_of_kv_as_keys_and_the_last_as_values() -> None:
-    kv = torch.randn(320, 160)
-    theirs = from_ours({"backbone.block3.1.attn.kv.weight": kv}, "hf")
-    prefix = "segformer.encoder.block.2.1.attention.self."
-    assert torch.equal(theirs[f"{prefix}key.weight"], kv[:160])
-    assert torch.equal(theirs[f"{prefix}value.weight"], kv[160:])
-
-
-def test_the_first_linear_of_smp_is_that_of_the_last_stage() -> None:
-    theirs = from_ours(meta_state("b2"), "smp")
-    assert [theirs[f"decoder.mlp_stage.{i}.linear.weight"].shape[1] for i in range(4)] == [512, 320, 128, 64]
 
 
 @pytest.mark.parametrize(
@@ -203,8 +177,10 @@ def test_an_in_proj_that_is_not_three_parts_is_refused() -> None:
         ["conv1.weight", "layer1.0.conv1.weight", "fc.bias"],
         ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"],
         ["head.weight", "head.bias"],
+        ["net.blocks.0.norm1.weight", "net.blocks.0.mlp.fc1.weight", "net.patch_embed.proj.weight"],
+        ["model.encoder.layer_norm.weight", "model.head.weight"],
     ],
-    ids=["resnet", "vit", "head only"],
+    ids=["resnet", "vit", "head only", "vit behind a prefix", "bert behind a prefix"],
 )
 def test_names_of_another_network_are_refused(names: list[str]) -> None:
     with pytest.raises(CheckpointError, match=rf"none of its {len(names)} tensors has a name of a SegFormer"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model_files import NAMES, randomize, same
 from torch import nn
-from transformers import SegformerForImageClassification, SegformerForSemanticSegmentation
+from transformers import SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.backbone import DropPath
@@ -107,16 +107,6 @@ def test_an_encoder_gets_a_fresh_head_of_the_classes_asked_for(encoder: Path) ->
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, wanted[f"backbone.{name}"])
     assert (model.num_classes, model.metadata) == (6, Metadata())
-
-
-def test_a_classifier_comes_back_bit_for_bit_and_loads_in_transformers(encoder: Path, tmp_path: Path) -> None:
-    model = MiTClassifier.from_pretrained(encoder)
-    model.save_pretrained(tmp_path / "model")
-    back = MiTClassifier.from_pretrained(tmp_path / "model")
-    assert same(model.state_dict(), back.state_dict())
-    assert (back.training, back.metadata.classes[3]) == (False, "thing 3")
-    _, info = SegformerForImageClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
-    assert not any(info.values()), info
 
 
 def test_a_segmentation_model_is_no_classifier(hf: Path) -> None:

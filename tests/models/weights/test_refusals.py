@@ -2,8 +2,6 @@
 
 import json
 import os
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,23 +49,18 @@ def test_a_pickle_with_code_is_refused_and_runs_nothing(
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_object_of_a_training_tool_is_named_with_what_to_do(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
-    torch.save({"state_dict": state, "message_hub": History()}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"holds \S*History, .*torch\.save\(checkpoint\['state_dict'\]"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"hub": History()}, r"holds \S*History, .*torch\.save\(checkpoint\['state_dict'\]"),
+        (torch.nn.Linear(2, 2), r"holds torch\.nn\.modules\.linear\.Linear"),
+    ],
+    ids=["object", "model"],
+)
+def test_objects_are_named_with_what_to_do(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path / "x.pth")
-
-
-def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"holds torch\.nn\.modules\.linear\.Linear"):
-        read_weights(tmp_path / "model.pt")
-
-
-def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 NEITHER = "is neither a PyTorch nor a safetensors file; download it again .a web page or a Git LFS pointer"
@@ -90,8 +83,9 @@ NEITHER = "is neither a PyTorch nor a safetensors file; download it again .a web
 def test_what_is_no_file_of_weights_is_refused_whatever_its_name(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_weights(written(tmp_path / name, content))
+        read_weights(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
@@ -117,18 +111,9 @@ def test_a_flipped_bit_of_a_pth_is_found(state: dict[str, Tensor], tmp_path: Pat
     torch.save(state, file)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
+    file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is damaged: the crc32 of its record \S+ is wrong"):
-        read_weights(written(file, bytes(content)))
-
-
-def test_other_archives_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.pth", "w") as archive:
-        archive.add(__file__, "test.py")
-    with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
-        archive.writestr("test.py", "x = 1")
-    for name in ("a.pth", "b.pth"):
-        with pytest.raises(CheckpointError, match=rf"{name} (is neither|can't be read)"):
-            read_weights(tmp_path / name)
+        read_weights(file)
 
 
 RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(64)}
@@ -169,10 +154,6 @@ def test_tensors_that_are_not_finite_are_refused_by_name(
         read_weights(tmp_path / "x.pth")
 
 
-def swell(name: str, *shape: int) -> dict[str, Tensor]:
-    return {name: torch.zeros(shape)}
-
-
 EMBED = "backbone.patch_embed1.proj.weight"
 
 
@@ -180,17 +161,17 @@ EMBED = "backbone.patch_embed1.proj.weight"
     ("changes", "message"),
     [
         (
-            swell(EMBED, 32, 4, 7, 7),
+            {EMBED: torch.zeros(32, 4, 7, 7)},
             r"1 of another shape: \S+ \(32, 4, 7, 7\) for \(32, 3, 7, 7\)",
         ),
         (
-            swell("backbone.block1.0.mlp.fc1.weight", 256, 32),
+            {"backbone.block1.0.mlp.fc1.weight": torch.zeros(256, 32)},
             r"fc1\.weight \(256, 32\) for \(128, 32\)",
         ),  # PVTv2
-        (swell("backbone.block1.0.attn.sr.weight", 32, 32, 1, 1), r"attn\.sr\.weight \(32, 32, 1, 1\) for"),
-        (swell("backbone.block2.2.norm1.bias", 64), r"depths \(2, 3, 2, 2\) are those of no known SegFormer"),
-        (swell("backbone.patch_embed4.proj.weight", 300, 160, 3, 3), r"embed_dims \(32, 64, 160, 300\) and"),
-        (swell(EMBED), r"patch_embed1\.proj\.weight has the shape \(\)"),
+        ({"backbone.block1.0.attn.sr.weight": torch.zeros(32, 32, 1, 1)}, r"\(32, 32, 1, 1\) for"),
+        ({"backbone.block2.2.norm1.bias": torch.zeros(64)}, r"depths \(2, 3, 2, 2\) are those of no known"),
+        ({"backbone.patch_embed4.proj.weight": torch.zeros(300, 160, 3, 3)}, r"embed_dims \(32, .*300\) and"),
+        ({EMBED: torch.zeros(())}, r"patch_embed1\.proj\.weight has the shape \(\)"),
         ({EMBED: None}, r"backbone\.patch_embed1\.proj\.weight is missing; the file is incomplete"),
         ({"decode_head.linear_pred.weight": None}, r"decode_head\.linear_pred\.weight is missing"),
     ],
