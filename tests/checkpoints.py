@@ -1,7 +1,9 @@
-"""One checkpoint, written at once, as a run writes it."""
+"""Checkpoints as a run writes them: tensors, a checkpointer, and one checkpoint written at once."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +13,26 @@ from segformer.distributed.world import World
 
 ONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 Tensors = dict[str, Tensor]
+
+
+def nobody(*what: object) -> None:
+    """A callback that is not to be called."""
+    pytest.fail(str(what))
+
+
+def tensors(seed: int = 0) -> tuple[Tensors, Tensors, Tensors]:
+    """Model, optimizer and EMA that differ from those of every other seed."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second, third = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    model = {"a.weight": first, "bn.num_batches_tracked": torch.tensor(3)}
+    return model, {"exp_avg.a.weight": second}, {"a.weight": third}
+
+
+def make_checkpointer(
+    folder: Path, *, warn: Any = nobody, failed: Any = nobody, fence: Any = lambda: None, **settings: Any
+) -> Checkpointer:
+    """The checkpointer of a world of one."""
+    return Checkpointer(CheckpointConfig(**settings), folder, ONE, warn=warn, failed=failed, fence=fence)
 
 
 def write_checkpoint(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +130,20 @@ def start_ranks() -> Callable[..., list[subprocess.Popen]]:
         ]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def wait_for_steps() -> Callable[[Path, int, subprocess.Popen], None]:
+    """Wait until a run has so many lines of metrics; fail where its process ends before."""
+
+    def wait(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+        path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+        while not path.exists() or len(path.read_text().splitlines()) < count:
+            if time.monotonic() > deadline or process.poll() is not None:
+                pytest.fail("the run did not reach the step: " + process.communicate()[0])
+            time.sleep(0.005)
+
+    return wait
 
 
 @pytest.fixture(scope="session")

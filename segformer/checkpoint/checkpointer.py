@@ -109,12 +109,7 @@ class Checkpointer:
         self._write: _Write | None = None  # this and what follows: rank zero only
         self._failures, self._failure, self._warned = 0, "", False
 
-    def save(
-        self,
-        content: Checkpoint,
-        *,
-        last: bool = False,
-    ) -> None:
+    def save(self, content: Checkpoint, *, last: bool = False) -> None:
         """Save `content`, whose tensors are {} off rank zero; all ranks.
 
         The tensors belong to the writer from now on, the state is copied. Waits for the save before this

@@ -31,7 +31,7 @@ MAX_TASKS = 1000  # MaxArraySize is 1001 where a site has not raised it
 def evaluate(cfg: SlurmConfig, arguments: Sequence[str]) -> None:
     """Submit launch/evaluate.py on all ranks of a job."""
     folder, command = _prepare(cfg, EVALUATE, arguments)
-    job = _submit(cfg, folder, folder.script, command, ranks=True)
+    job = _submit(cfg, folder.script, command_script(cfg, folder, _here(), command, ranks=True))
     if job:
         print(f"job {job}\nlogs  {folder.logs}/{job}_0_log.out and .err")
 
@@ -47,15 +47,19 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
     if any(argument.partition("=")[0].lstrip("+") == "part" for argument in arguments):
         raise ConfigError("part is set by the array; leave it out, and say tasks=<number of jobs>")
     folder, command = _prepare(cfg, SHARD, [*arguments, f"workers={cfg.cpus_per_task}"])
-    part = f' part="$SLURM_ARRAY_TASK_ID/{tasks}"'
-    job = _submit(cfg, folder, folder.script, command + part, ranks=False, tasks=tasks)
+    part = f'{command} part="$SLURM_ARRAY_TASK_ID/{tasks}"'
+    job = _submit(cfg, folder.script, command_script(cfg, folder, _here(), part, tasks=tasks))
     after = {"kill-on-invalid-dep": "yes", "dependency": f"afterok:{job}" if job else ""}
-    join = _submit(cfg, folder, folder.path / "join.sh", command, ranks=False, more=after)
+    join = _submit(cfg, folder.path / "join.sh", command_script(cfg, folder, _here(), command, more=after))
     if job:
         print(
             f"job {job}: {tasks} parts; job {join} joins them\n"
             f"logs  {folder.logs}/{job}_*_0_log.out and {join}_0_log.out"
         )
+
+
+def _here() -> Path:
+    return plain_path("the working directory", ".")
 
 
 def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[JobFolder, str]:
@@ -75,19 +79,8 @@ def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[J
     return folder, shlex.join([sys.executable, "-u", str(folder.code / script), *arguments])
 
 
-def _submit(
-    cfg: SlurmConfig,
-    folder: JobFolder,
-    script: Path,
-    command: str,
-    *,
-    ranks: bool,
-    tasks: int = 0,
-    more: dict[str, str] | None = None,
-) -> str:
+def _submit(cfg: SlurmConfig, script: Path, text: str) -> str:
     """Submit one job; its id, or "" where its script is only shown."""
-    directory, name = plain_path("the working directory", "."), folder.path.parent.name
-    text = command_script(cfg, name, folder, directory, command, ranks=ranks, tasks=tasks, more=more)
     if cfg.dry_run:
         show_script(text)
         return ""

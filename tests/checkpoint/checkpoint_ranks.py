@@ -27,6 +27,11 @@ def content(world, seed, step, size=64):
     return Checkpoint(*tensors, TrainState(step=step))
 
 
+def make(world, folder, **callbacks):
+    callbacks = {"warn": print, "failed": lambda *_: None} | callbacks
+    return Checkpointer(CheckpointConfig(max_failures=3), folder, world, **callbacks)
+
+
 def allow(world, bytes_):
     """How long a file of rank zero may become: what a full disk is to it. -1: as long as it likes."""
     if world.is_main:
@@ -36,10 +41,7 @@ def allow(world, bytes_):
 def full_disk(world, folder):
     """Saves fail, the run goes on, a save with room succeeds, and the third failure in a row ends all."""
     warnings, failures = [], []
-    cfg = CheckpointConfig(save_every=1, max_failures=3)
-    checkpointer = Checkpointer(
-        cfg, folder, world, warn=warnings.append, failed=lambda *what: failures.append(what)
-    )
+    checkpointer = make(world, folder, warn=warnings.append, failed=lambda *what: failures.append(what))
     checkpointer.save(content(world, 1, 1))
     checkpointer.settle()
     assert checkpointer.last_saved == 1
@@ -63,7 +65,7 @@ def full_disk(world, folder):
 
 def last(world, folder):
     """The last save of a run has to succeed."""
-    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    checkpointer = make(world, folder)
     checkpointer.save(content(world, 1, 1), last=True)
     assert list_steps(folder) == [1]
     allow(world, 8192)
@@ -72,7 +74,7 @@ def last(world, folder):
 
 def not_finite(world, folder):
     """No rank goes on with weights that are not numbers, and nothing is written."""
-    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    checkpointer = make(world, folder)
     wrong = content(world, 1, 1)
     if world.is_main:
         wrong.ema["w"][3, 4] = float("inf")
@@ -95,15 +97,7 @@ def slow_disk(world, folder):
     gate, real = threading.Event(), os.fsync
     os.fsync = lambda descriptor: (gate.wait(60), real(descriptor))
     rounds = []
-    checkpointer = Checkpointer(
-        CheckpointConfig(),
-        folder,
-        world,
-        warn=print,
-        failed=lambda *_: None,
-        progress=lambda: rounds.append(1),
-        round_s=0.02,
-    )
+    checkpointer = make(world, folder, progress=lambda: rounds.append(1), round_s=0.02)
     checkpointer.save(content(world, 1, 1))
     for _ in range(5):
         assert world.any(world.rank == world.size - 1)
@@ -119,7 +113,7 @@ def slow_disk(world, folder):
 
 def memory(world, folder):
     """Saving and loading take next to no memory beside the tensors: 3 x 64 MiB of them."""
-    checkpointer = Checkpointer(CheckpointConfig(), folder, world, warn=print, failed=lambda *_: None)
+    checkpointer = make(world, folder)
     large = content(world, 1, 1, size=4096)
     for what, function in (
         ("save", lambda: checkpointer.save(large, last=True)),

@@ -8,29 +8,21 @@ import weakref
 
 import pytest
 import torch
-from checkpoints import ONE
+from checkpoints import make_checkpointer, nobody, tensors
 
 from segformer.checkpoint import atomic as commit
-from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.errors import CheckpointError
 
 
-def content(seed, state):
-    generator = torch.Generator().manual_seed(seed)
-    first, second, third = (torch.randn(5, 7, generator=generator) for _ in range(3))
-    model = {"a.weight": first, "count": torch.tensor(3)}
-    return Checkpoint(model, {"exp_avg.a.weight": second}, {"a.weight": third}, state)
-
-
-def nobody(*what):
-    pytest.fail(str(what))
+def content(step):
+    return Checkpoint(*tensors(step), TrainState(step=step))
 
 
 @pytest.fixture
 def checkpointer(tmp_path):
-    return Checkpointer(CheckpointConfig(), tmp_path, ONE, warn=nobody, failed=nobody)
+    return make_checkpointer(tmp_path)
 
 
 # -- crashes and full disks
@@ -112,7 +104,7 @@ def test_steps_go_on_while_a_slow_disk_takes_the_checkpoint_of_the_moment_of_the
 ):
     gate = Gate(monkeypatch)
     state = TrainState(step=1, corrupt=[4])
-    checkpointer.save(content(1, state))
+    checkpointer.save(Checkpoint(*tensors(), state))
     state.step, state.best_score = 2, 0.5  # the steps that follow
     state.corrupt.append(5)
     assert not gate.open.is_set()
@@ -127,9 +119,9 @@ def test_steps_go_on_while_a_slow_disk_takes_the_checkpoint_of_the_moment_of_the
 
 def test_one_save_is_in_flight_and_the_next_one_waits_for_it(tmp_path, monkeypatch, checkpointer):
     gate = Gate(monkeypatch)
-    checkpointer.save(content(1, TrainState(step=1)))
+    checkpointer.save(content(1))
     threading.Timer(0.2, gate.open.set).start()
-    checkpointer.save(content(2, TrainState(step=2)))
+    checkpointer.save(content(2))
     assert gate.open.is_set(), "the second save came back before the first one could end"
     assert checkpointer.last_saved == 1
     checkpointer.settle(final=True)
@@ -139,9 +131,8 @@ def test_one_save_is_in_flight_and_the_next_one_waits_for_it(tmp_path, monkeypat
 
 @pytest.mark.parametrize(("background", "last"), [(False, False), (True, True)])
 def test_a_save_that_is_told_to_is_on_the_disk_when_it_returns(tmp_path, background, last):
-    cfg = CheckpointConfig(background=background)
-    checkpointer = Checkpointer(cfg, tmp_path, ONE, warn=nobody, failed=nobody)
-    checkpointer.save(content(1, TrainState(step=1)), last=last)
+    checkpointer = make_checkpointer(tmp_path, background=background)
+    checkpointer.save(content(1), last=last)
     assert checkpointer.last_saved == 1
     assert list_steps(tmp_path) == [1]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
@@ -150,16 +141,14 @@ def test_a_save_that_is_told_to_is_on_the_disk_when_it_returns(tmp_path, backgro
 def test_a_run_can_not_finish_on_a_failed_save_and_can_on_a_later_good_one(tmp_path):
     folder, warnings, failures = tmp_path / "checkpoints", [], []
     folder.touch()  # where the folder should be
-    checkpointer = Checkpointer(
-        CheckpointConfig(), folder, ONE, warn=warnings.append, failed=lambda *what: failures.append(what)
-    )
-    checkpointer.save(content(1, TrainState(step=1)))
+    checkpointer = make_checkpointer(folder, warn=warnings.append, failed=lambda *what: failures.append(what))
+    checkpointer.save(content(1))
     checkpointer.settle()
     assert len(warnings) == len(failures) == 1
     with pytest.raises(CheckpointError, match=r"1 of 3 failures in a row, the newest .* is the one it"):
         checkpointer.settle(final=True)
     folder.unlink()
-    checkpointer.save(content(2, TrainState(step=2)))
+    checkpointer.save(content(2))
     checkpointer.settle(final=True)
     checkpointer.settle(final=True)
     assert checkpointer.last_saved == 2
@@ -173,10 +162,8 @@ def test_a_record_that_can_not_be_written_either_does_not_end_the_run(tmp_path):
         raise OSError(28, "No space left on device")
 
     warnings = []
-    checkpointer = Checkpointer(
-        CheckpointConfig(), tmp_path / "checkpoints", ONE, warn=warnings.append, failed=failed
-    )
-    checkpointer.save(content(1, TrainState(step=1)))
+    checkpointer = make_checkpointer(tmp_path / "checkpoints", warn=warnings.append, failed=failed)
+    checkpointer.save(content(1))
     checkpointer.settle()
     assert len(warnings) == 1
 
@@ -193,9 +180,7 @@ def test_the_writer_lets_the_tensors_go(tmp_path, room):
     folder = tmp_path / "checkpoints"
     if not room:
         folder.touch()  # where the folder should be
-    checkpointer = Checkpointer(
-        CheckpointConfig(), folder, ONE, warn=lambda _: None, failed=lambda *_: None
-    )  # fmt: skip
+    checkpointer = make_checkpointer(folder, warn=lambda _: None, failed=lambda *_: None)
     weight = torch.ones(3)
     alive = weakref.ref(weight)
     checkpointer.save(Checkpoint({"w": weight}, {}, {}, TrainState(step=1)))
@@ -208,36 +193,35 @@ def test_the_writer_lets_the_tensors_go(tmp_path, room):
     assert checkpointer.last_saved == (1 if room else None)
 
 
-def test_a_save_that_was_handed_over_survives_an_error_of_the_main_thread(tmp_path):
+def test_a_save_that_was_handed_over_survives_an_error_of_the_main_thread(tmp_path, root):
     program = (
         "import sys, torch\n"
         "from pathlib import Path\n"
-        "from segformer.checkpoint.checkpointer import Checkpointer, CheckpointConfig\n"
-        "from segformer.checkpoint.format import Checkpoint, TrainState\n"
-        "from segformer.distributed.world import World\n"
-        "world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device('cpu'))\n"
-        "saver = Checkpointer(CheckpointConfig(), Path(sys.argv[1]), world, warn=print, failed=print)\n"
-        "saver.save(Checkpoint({'w': torch.ones(2000, 2000)}, {}, {}, TrainState(step=1)))\n"
+        "from checkpoints import Checkpoint, TrainState, make_checkpointer\n"
+        "large = Checkpoint({'w': torch.ones(2000, 2000)}, {}, {}, TrainState(step=1))\n"
+        "make_checkpointer(Path(sys.argv[1])).save(large)\n"
         "raise SystemExit(9)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, timeout=120)
+    command, environment = (
+        [sys.executable, "-c", program, str(tmp_path)],
+        {"PYTHONPATH": f"{root}:{root}/tests"},
+    )
+    ended = subprocess.run(command, env=os.environ | environment, check=False, timeout=120)
     assert ended.returncode == 9
     assert load_checkpoint(tmp_path, warn=nobody).state.step == 1
 
 
 def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_no_failure(tmp_path, monkeypatch):
     warnings = []
-    checkpointer = Checkpointer(
-        CheckpointConfig(keep_last=1), tmp_path, ONE, warn=warnings.append, failed=nobody
-    )
-    checkpointer.save(content(1, TrainState(step=1)))
+    checkpointer = make_checkpointer(tmp_path, warn=warnings.append, keep_last=1)
+    checkpointer.save(content(1))
     checkpointer.settle()
 
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(commit, "_delete", refuse)
-    checkpointer.save(content(2, TrainState(step=2)))
+    checkpointer.save(content(2))
     checkpointer.settle(final=True)
     assert list_steps(tmp_path) == [1, 2]
     assert len(warnings) == 1
@@ -251,10 +235,10 @@ def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkey
     def fence():
         assert not released.is_set(), "the directory was given back in the middle of a save"
 
-    checkpointer = Checkpointer(CheckpointConfig(), tmp_path, ONE, warn=nobody, failed=nobody, fence=fence)
+    checkpointer = make_checkpointer(tmp_path, fence=fence)
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (go.wait(30), sync(descriptor)))
-    checkpointer.save(content(0, TrainState(step=3)))
+    checkpointer.save(content(3))
     threading.Timer(0.2, go.set).start()
     checkpointer.wait()
     released.set()
@@ -264,10 +248,9 @@ def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkey
 @pytest.mark.parametrize(("notice_s", "warned"), [(0.0, False), (1e-3, True), (3600.0, False)])
 def test_a_save_that_takes_half_of_the_notice_is_warned_of_once(tmp_path, notice_s, warned):
     lines = []
-    cfg = CheckpointConfig(notice_s=notice_s)
-    checkpointer = Checkpointer(cfg, tmp_path, ONE, warn=lines.append, failed=nobody)
+    checkpointer = make_checkpointer(tmp_path, warn=lines.append, notice_s=notice_s)
     for step in (1, 2):
-        checkpointer.save(content(step, TrainState(step=step)))
+        checkpointer.save(content(step))
         checkpointer.settle()
     assert len(lines) == warned
     assert not warned or "resubmit with signal_delay_s=" in lines[0]

@@ -49,36 +49,30 @@ def test_extra_adds_keys_also_inside_zero_optimization():
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        {"train_batch_size": 3},
-        {"zero_optimization": {"stage": 2}},
-        {"bf16": {}},
-        {"scheduler": {}},
-        {"optimizer": {}},
-    ],
-)
+    [{"train_batch_size": 3}, {"bf16": {}}, {"scheduler": {}}, {"optimizer": {}},
+     {"zero_optimization": {"stage": 2}}, {"zero_optimization": 3}],
+)  # fmt: skip
 def test_extra_may_not_change_a_derived_key(extra):
-    with pytest.raises(ConfigError, match=r"engine\.extra sets"):
+    with pytest.raises(ConfigError, match=r"engine\.extra( sets|\.zero_optimization=3 must be a mapping)"):
         config(EngineConfig(zero_stage=1, extra=extra))
-
-
-def test_extra_zero_optimization_must_be_a_mapping():
-    with pytest.raises(ConfigError, match="must be a mapping"):
-        config(EngineConfig(zero_stage=1, extra={"zero_optimization": 3}))
 
 
 def test_auto_precision_is_fp32_on_a_cpu():
     assert resolve_precision(EngineConfig(), torch.device("cpu")) == "fp32"
 
 
-def test_compiling_at_stage_3_is_refused_and_not_the_default():
-    with pytest.raises(ConfigError, match=r"engine\.compile=true needs engine\.zero_stage=2 or below"):
-        EngineConfig(zero_stage=3, compile=True)
-    assert EngineConfig(zero_stage=3).compile is None
-
-
-@pytest.mark.parametrize("bad", [{"zero_stage": 4}, {"precision": "fp8"}, {"grad_clip": -1.0}])
-def test_nonsense_is_refused_by_name(bad):
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"zero_stage": 4},
+        {"precision": "fp8"},
+        {"grad_clip": -1.0},
+        {"compile": True, "zero_stage": 3},
+        {"offload_optimizer": True, "zero_stage": 0},
+        {"offload_parameters": True, "zero_stage": 2},
+    ],
+)
+def test_settings_without_sense_are_refused_by_name(bad):
     with pytest.raises(ConfigError, match=rf"engine\.{next(iter(bad))}"):
         EngineConfig(**bad)
 
@@ -100,14 +94,5 @@ def test_buckets_have_the_size_of_the_model_and_no_more_than_128_mib():
 def test_offloading_is_asked_of_deepspeed_with_our_own_adamw():
     made = config(EngineConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True))
     assert made["zero_force_ds_cpu_optimizer"] is False
-    assert {made["zero_optimization"][key]["device"] for key in ("offload_optimizer", "offload_param")} == {
-        "cpu"
-    }
-
-
-@pytest.mark.parametrize(
-    "bad", [{"zero_stage": 0, "offload_optimizer": True}, {"zero_stage": 2, "offload_parameters": True}]
-)
-def test_offloading_what_is_not_partitioned_is_refused(bad):
-    with pytest.raises(ConfigError, match=r"needs engine\.zero_stage="):
-        EngineConfig(**bad)
+    for key in ("offload_optimizer", "offload_param"):
+        assert made["zero_optimization"][key]["device"] == "cpu"

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -32,18 +31,6 @@ def test_optimizer_state_survives_any_stage_and_odd_sizes(tmp_path, run_ranks):
     run_ranks(2, "tests/distributed/partition_ranks.py")
 
 
-def stop_at(processes, run_dir, step):
-    """SIGTERM to the first rank alone once `step` steps are logged."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            processes[0].send_signal(signal.SIGTERM)
-            return
-        time.sleep(0.01)
-    pytest.fail("the run did not reach the step: " + processes[0].communicate()[0])
-
-
 @pytest.mark.slow
 def test_without_sync_batchnorm_ranks_normalize_as_accumulated_micro_batches_do(
     tiny, tmp_path, train_many, metrics, calm
@@ -62,11 +49,14 @@ def test_without_sync_batchnorm_ranks_normalize_as_accumulated_micro_batches_do(
     ("ranks", "stage"),
     [(2, 2), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
 )
-def test_a_stopped_run_continues_bit_for_bit(tiny, tmp_path, start_ranks, train_many, metrics, ranks, stage):
+def test_a_stopped_run_continues_bit_for_bit(
+    tiny, tmp_path, start_ranks, wait_for_steps, train_many, metrics, ranks, stage
+):
     options = ["model.drop_path_rate=0.1", "model.dropout=0.1", "loader.workers=1"]
     options += [f"engine.zero_stage={stage}"]
     processes = start_ranks(ranks, "launch/train.py", *tiny("stopped", *options))
-    stop_at(processes, tmp_path / "stopped", 10)
+    wait_for_steps(tmp_path / "stopped", 10, processes[0])
+    processes[0].send_signal(signal.SIGTERM)  # the first rank alone
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [75] * ranks, "\n".join(outputs)
     assert "Preempted: stopped at step" in outputs[0]

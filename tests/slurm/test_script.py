@@ -47,7 +47,7 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp_path: Path) -> None:
+def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp_path):
     run = f"run_dir={tmp_path / 'run'}"
     ended = command_line("nodes=4", "experiment=sample", "model=b2", "steps=7", run, "dry_run=true")
     assert ended.returncode == 0, ended.stderr
@@ -57,15 +57,10 @@ def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_bash_accepts_the_script() -> None:
-    checked = subprocess.run(["bash", "-n"], input=script(nodes="2").encode(), capture_output=True)
-    assert (checked.returncode, checked.stderr) == (0, b"")
-
-
-def test_every_field_reaches_its_option() -> None:
+def test_every_field_reaches_its_option():
     given = {
         "nodes": "2", "mem": "480G", "partition": "gpu,long", "account": "vision", "qos": "high",
-        "constraint": "h100&nvlink",
+        "constraint": "h100&nvlink|a",
     }  # fmt: skip
     more = {"time": "1d12h", "gpus_per_node": 8, "cpus_per_task": 12, "signal_delay_s": 300}
     found = options(script("name=trial", **given, **more, sbatch={"exclusive": True, "reservation": "ours"}))
@@ -78,11 +73,11 @@ def test_every_field_reaches_its_option() -> None:
     assert set(found) - set(wanted) == {"error", "open-mode", "output"}
 
 
-def test_what_is_not_asked_for_is_left_to_the_cluster() -> None:
+def test_what_is_not_asked_for_is_left_to_the_cluster():
     assert not {"mem", "partition", "account", "qos", "constraint", "wckey"} & set(options(script()))
 
 
-def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration() -> None:
+def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration():
     lines = script("name=trial", "run_dir=runs/trial").splitlines()
     words = shlex.split(next(line for line in lines if line.startswith("srun")))
     assert {"--kill-on-bad-exit=1", "--ntasks-per-node=1", "--cpus-per-task=8", "--wait=0"} < set(words)
@@ -94,7 +89,7 @@ def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configura
     assert f"export PYTHONPATH={folder}/code" in "\n".join(lines)
 
 
-def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch() -> None:
+def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch():
     found = options(script(nodes="1-2", gpus_per_node=8, cpus_per_task=4))
     assert (found["nodes"], found["gpus-per-node"], found["mincpus"]) == ("1-2", "8", "32")
     # what Slurm keeps of these would keep the job from starting again on fewer nodes
@@ -103,19 +98,19 @@ def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch() -
         script(nodes="2-4", gpus_per_node=4)
 
 
-def test_a_command_without_ranks_runs_once_and_without_srun() -> None:
+def test_a_command_without_ranks_runs_once_and_without_srun():
     folder = JobFolder(ROOT / "runs/slurm/shard/0001")
-    text = command_script(SlurmConfig(), "shard", folder, ROOT, "true", ranks=False, tasks=4)
+    text = command_script(SlurmConfig(), folder, ROOT, "true", tasks=4)
     assert "srun" not in text
     assert options(text)["array"] == "0-3%4"
 
 
-def test_nodes_without_gpus_get_the_ranks_that_are_asked_for() -> None:
+def test_nodes_without_gpus_get_the_ranks_that_are_asked_for():
     found = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
     assert (found["ntasks-per-node"], found.get("gpus-per-node")) == ("2", None)
 
 
-def test_lines_of_the_profile_stand_before_the_training() -> None:
+def test_lines_of_the_profile_stand_before_the_training():
     lines = script(setup=["module load cuda", "export NCCL_DEBUG=WARN"]).splitlines()
     srun = next(number for number, line in enumerate(lines) if line.startswith("srun"))
     assert lines.index("module load cuda") < lines.index("export NCCL_DEBUG=WARN") < srun
@@ -125,29 +120,25 @@ def test_lines_of_the_profile_stand_before_the_training() -> None:
     ("field", "value"),
     [(field, value) for field in TEXTS for value in HOSTILE if (field, value) != ("constraint", "a|b")],
 )
-def test_a_hostile_text_is_refused_in_every_field(field: str, value: str) -> None:
+def test_a_hostile_text_is_refused_in_every_field(field, value):
     with pytest.raises(ConfigError, match=f"{field}="):
         SlurmConfig(**{field: value})
 
 
-def test_features_of_a_constraint_stay_one_word() -> None:
-    assert options(script(constraint="a|b"))["constraint"] == "a|b"
-
-
 @pytest.mark.parametrize("value", HOSTILE)
-def test_a_hostile_name_is_refused(value: str) -> None:
+def test_a_hostile_name_is_refused(value):
     with pytest.raises(ConfigError, match="name="):
         RunConfig(name=value)
 
 
 @pytest.mark.parametrize("value", [value for value in HOSTILE if value not in UNUSUAL])
-def test_a_hostile_path_is_refused(value: str) -> None:
+def test_a_hostile_path_is_refused(value):
     with pytest.raises(ConfigError, match="run_dir="):
         plain_path("run_dir", f"runs/{value}")
 
 
 @pytest.mark.parametrize("value", UNUSUAL)
-def test_an_unusual_run_directory_stays_one_word(value: str) -> None:
+def test_an_unusual_run_directory_stays_one_word(value):
     folder = JobFolder(ROOT / value / "slurm/0001")
     lines = training_script(SlurmConfig(), "x", folder, ROOT, ROOT / value).rstrip().splitlines()
     assert len(lines) == len(script().rstrip().splitlines())
@@ -168,9 +159,7 @@ NUMBERS = ["gpus_per_node", "cpus_per_task", "tasks_per_node", "signal_delay_s"]
 
 
 @pytest.mark.parametrize("field", ["name", *TEXTS, *NUMBERS])
-def test_the_command_line_refuses_what_is_hostile(
-    field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_refuses_what_is_hostile(field, monkeypatch, capsys):
     hostile = [*HOSTILE[:4], *HOSTILE[5:9], "a\\"]
     for value in ["a;b", "1.5", "-1", "10000000", "'", *hostile] if field in NUMBERS else hostile:
         assert refused(monkeypatch, capsys, f"{field}={value}", "dry_run=true")
@@ -184,13 +173,13 @@ def test_the_command_line_refuses_what_is_hostile(
         "cluster=../../x", "local=../x",
     ],
 )  # fmt: skip
-def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override: str) -> None:
+def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override):
     with pytest.raises(ConfigError, match="belong to a cluster profile"):
         slurm.split_overrides([override])
 
 
 @pytest.mark.parametrize("line", ["a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J"])
-def test_a_setup_line_with_control_characters_is_refused(line: str) -> None:
+def test_a_setup_line_with_control_characters_is_refused(line):
     with pytest.raises(ConfigError, match="setup holds"):
         SlurmConfig(setup=[line])
 
@@ -202,7 +191,7 @@ def test_a_setup_line_with_control_characters_is_refused(line: str) -> None:
         {"comment": "$(ls)"}, {"comment": ["a"]}, {"exclusive": None}, {"exclusive": False},
     ],
 )  # fmt: skip
-def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
+def test_further_sbatch_options_are_checked(extra):
     with pytest.raises(ConfigError, match="sbatch"):
         SlurmConfig(sbatch=extra)
 
@@ -212,14 +201,14 @@ def test_further_sbatch_options_are_checked(extra: dict[str, object]) -> None:
     {"24h": 1440, "90m": 90, "90": 90, "2d": 2880, "1d12h30m": 2190, "12:00:00": 720, "0:10:01": 11,
      "1-12:00:00": 2160}.items(),
 )  # fmt: skip
-def test_durations_are_read_as_sbatch_and_people_mean_them(text: str, wanted: int) -> None:
+def test_durations_are_read_as_sbatch_and_people_mean_them(text, wanted):
     assert minutes(text) == wanted
 
 
 @pytest.mark.parametrize(
     "text", ["", "12:00", "1-12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "24h;ls", "٣h"]
 )
-def test_other_durations_are_refused(text: str) -> None:
+def test_other_durations_are_refused(text):
     with pytest.raises(ConfigError, match="time="):
         minutes(text)
 
@@ -231,18 +220,20 @@ def test_other_durations_are_refused(text: str) -> None:
         {"time": "3m"}, {"gpus_per_node": 4, "tasks_per_node": 2}, {"mem": "480 GB"},
     ],
 )  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(fields: dict[str, object]) -> None:
+def test_settings_that_make_no_sense_are_refused(fields):
     with pytest.raises(ConfigError):
         SlurmConfig(**fields)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
-def test_every_shipped_profile_makes_a_script(name: str) -> None:
+def test_every_shipped_profile_makes_a_script_that_bash_accepts(name):
     cfg = compose(SlurmConfig, "slurm", [f"cluster={name}"])
-    assert training_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
+    text = training_script(cfg, "x", JobFolder(ROOT / "runs/x/slurm/0001"), ROOT, ROOT / "runs/x")
+    checked = subprocess.run(["bash", "-n"], input=text.encode(), capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, b"")
 
 
-def test_text_that_hydra_would_misread_keeps_its_value() -> None:
+def test_text_that_hydra_would_misread_keeps_its_value():
     given = ["partition=a,b", "constraint=a&b|c", "time='2h'", "account=my-1.project"]
     job, training = slurm.split_overrides([*given, "steps=5", "nodes=3"])
     cfg = compose(SlurmConfig, "slurm", job)
@@ -267,9 +258,7 @@ def test_text_that_hydra_would_misread_keeps_its_value() -> None:
         (["nodes=many", "dry_run=true"], "nodes"),
     ],
 )
-def test_a_wrong_command_line_ends_with_one_line_and_code_2(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_command_line_ends_with_one_line_and_code_2(arguments, message, monkeypatch, capsys):
     printed = refused(monkeypatch, capsys, *arguments)
     assert printed.startswith("ConfigError: ")
     assert message in printed

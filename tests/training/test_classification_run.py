@@ -2,8 +2,6 @@
 
 import html
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +14,7 @@ STEPS = 40
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]
-) -> tuple[Path, str]:
+def finished(tmp_path_factory, run_ranks):
     """The directory and the output of a run of 40 steps on three shapes."""
     folder = tmp_path_factory.mktemp("classification")
     shards = shapes.write_set(folder, {"train": 120, "val": 31})
@@ -33,7 +29,7 @@ def finished(
     return folder / "run", run_ranks(1, "launch/train.py", *overrides)[0]
 
 
-def test_the_shapes_are_learned(finished: tuple[Path, str], metrics: Callable[..., list[dict]]) -> None:
+def test_the_shapes_are_learned(finished, metrics):
     run, output = finished
     (final,) = metrics(run, "final")
     assert final["top1"] > 0.9
@@ -42,7 +38,7 @@ def test_the_shapes_are_learned(finished: tuple[Path, str], metrics: Callable[..
     assert re.search(r"^all 3 .*\s31$", output, re.M)
 
 
-def test_the_report_shows_curve_scores_and_classes_without_overlays(finished: tuple[Path, str]) -> None:
+def test_the_report_shows_curve_scores_and_classes_without_overlays(finished):
     run, output = finished
     page = html.unescape((run / "report.html").read_text())
     for shown in ("MiT-B0 on shapes", "crops of 48 x 48", "top-1", "best top-1", "stripes", "data:image/png"):
@@ -52,9 +48,7 @@ def test_the_report_shows_curve_scores_and_classes_without_overlays(finished: tu
     assert not (run / "overlays").exists()
 
 
-def test_the_export_scores_on_two_ranks_as_the_run_did(
-    finished: tuple[Path, str], run_ranks: Callable[..., list[str]]
-) -> None:
+def test_the_export_scores_on_two_ranks_as_the_run_did(finished, run_ranks):
     run, output = finished
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
     place = f"checkpoint={run / 'export'}"
@@ -63,9 +57,7 @@ def test_the_export_scores_on_two_ranks_as_the_run_did(
     assert "short side to 56, center 48 x 48" in printed
 
 
-def test_predicting_is_one_line_and_code_2(
-    finished: tuple[Path, str], run_ranks: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_predicting_is_one_line_and_code_2(finished, run_ranks, tmp_path):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
     place = [f"checkpoint={finished[0]}", f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}"]
     (output,) = run_ranks(1, "launch/predict.py", *place, code=2)
@@ -73,9 +65,7 @@ def test_predicting_is_one_line_and_code_2(
     assert output.startswith("ConfigError: ")
 
 
-def test_shards_with_masks_do_not_score_a_classifier(
-    finished: tuple[Path, str], tiny_shards: Path, run_ranks: Callable[..., list[str]]
-) -> None:
+def test_shards_with_masks_do_not_score_a_classifier(finished, tiny_shards, run_ranks):
     options = [f"checkpoint={finished[0] / 'export'}", f"shards={tiny_shards}"]
     (output,) = run_ranks(1, "launch/evaluate.py", *options, code=2)
     assert output.count("\n") == 1
@@ -83,12 +73,7 @@ def test_shards_with_masks_do_not_score_a_classifier(
     assert "was sharded for segmentation" in output
 
 
-def test_a_segmentation_run_starts_from_its_export(
-    finished: tuple[Path, str],
-    tiny: Callable[..., list[str]],
-    tmp_path: Path,
-    run_ranks: Callable[..., list[str]],
-) -> None:
+def test_a_segmentation_run_starts_from_its_export(finished, tiny, tmp_path, run_ranks):
     source = finished[0] / "export"
     # The first step of a warm-up from nearly 0 leaves the weights where they were.
     overrides = tiny(

@@ -94,12 +94,14 @@ def test_an_image_without_labels_changes_no_gradient_of_another(name, dtype):
     assert torch.equal(grad[1], torch.zeros_like(grad[1]))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "gamma"), [*((name, 0.5) for name in LOSSES), *(("focal", gamma) for gamma in (0, 1, 2))]
+)
 @pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_logits_far_apart_give_finite_gradients(name, scale):
+def test_logits_far_apart_give_finite_gradients(name, gamma, scale):
     logits, target = problem()
     logits = (logits.detach().float() * scale).requires_grad_()
-    cfg = LossConfig(terms={name: 1.0}, focal_gamma=0.5, label_smoothing=0.1)
+    cfg = LossConfig(terms={name: 1.0}, focal_gamma=gamma, label_smoothing=0.1)
     loss, _ = SegmentationLoss(cfg, 4)(logits, target)
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.isfinite()
@@ -130,14 +132,6 @@ def test_focal_is_its_definition_pixel_by_pixel(gamma):
         assert focal(logits, target, focal_gamma=gamma, average=average).item() == pytest.approx(
             expected / count
         )
-
-
-def test_focal_of_a_certain_prediction_has_a_gradient_for_every_gamma():
-    target = problem()[1]
-    for gamma in (0.0, 0.5, 1.0, 2.0):
-        logits = certain(target, 4, confidence=1e4).requires_grad_()
-        (grad,) = torch.autograd.grad(focal(logits, target, focal_gamma=gamma), logits)
-        assert grad.isfinite().all(), gamma
 
 
 def test_dice_is_its_definition_pixel_by_pixel():
@@ -199,14 +193,6 @@ def test_the_boundary_is_every_pixel_with_another_class_in_its_window(radius):
     assert torch.equal(near_boundary(target.long(), radius), expected)
 
 
-def test_ignored_pixels_and_the_border_of_the_image_are_no_boundary():
-    target = torch.ones(1, 9, 9, dtype=torch.uint8)
-    target[0, 4] = 255
-    assert not near_boundary(target, 3).any()
-    target[0, 8, 8] = 0
-    assert near_boundary(target, 1).nonzero().tolist() == [[0, 7, 7], [0, 7, 8], [0, 8, 7], [0, 8, 8]]
-
-
 @pytest.mark.parametrize("class_weights", [None, torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)])
 @pytest.mark.parametrize(("average", "radius", "weight"), [("all", 1, 0.5), ("valid", 3, 2.0)])
 def test_boundary_cross_entropy_weighs_the_pixels_near_a_boundary(class_weights, average, radius, weight):
@@ -218,14 +204,8 @@ def test_boundary_cross_entropy_weighs_the_pixels_near_a_boundary(class_weights,
     )
     count = target.numel() if average == "all" else int((target != 255).sum())
     expected = (losses * (1 + weight * naive_boundary(target, radius))).sum() / count
-    got = boundary_cross_entropy(
-        logits,
-        target,
-        boundary_radius=radius,
-        boundary_weight=weight,
-        average=average,
-        class_weights=class_weights,
-    )
+    options = {"boundary_radius": radius, "boundary_weight": weight, "average": average}
+    got = boundary_cross_entropy(logits, target, class_weights=class_weights, **options)
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (got, expected)]
     torch.testing.assert_close(*gradients)

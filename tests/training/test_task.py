@@ -19,7 +19,7 @@ from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import LINE
 from segformer.evaluation.metrics import ClassificationScores, SegmentationScores
 from segformer.models.segformer import MiTClassifier, SegFormer
-from segformer.training.config import FROZEN, RunConfig, compose
+from segformer.training.config import RunConfig, compose
 from segformer.training.task import Task, make_task, training_crop
 
 WORLD = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
@@ -28,7 +28,7 @@ CLASSIFY = ("data=folder", "data.task=classification", "classification.size=48",
 
 
 @pytest.fixture(scope="module")
-def class_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+def class_shards(tmp_path_factory):
     """12 training and 11 validation pictures of three shapes."""
     return ShardSet.open(shapes.write_set(tmp_path_factory.mktemp("shapes"), {"train": 12, "val": 11}))
 
@@ -67,7 +67,7 @@ class Linear(nn.Module):
         return pixels.flatten(1) @ self.weight.t()
 
 
-def test_the_loss_of_classification_is_the_cross_entropy_of_torch(class_shards: ShardSet) -> None:
+def test_the_loss_of_classification_is_the_cross_entropy_of_torch(class_shards):
     task, model = classification(class_shards, "classification.label_smoothing=0.1"), Linear()
     pixels, labels = images(4, 48), torch.tensor([0, 2, 1, 2])
     loss, parts = task.loss(model, Batch(pixels, labels, labels), 0)
@@ -78,7 +78,7 @@ def test_the_loss_of_classification_is_the_cross_entropy_of_torch(class_shards: 
     assert not parts["cross_entropy"].requires_grad
 
 
-def test_mixup_blends_images_and_targets_alike_and_follows_the_position(class_shards: ShardSet) -> None:
+def test_mixup_blends_images_and_targets_alike_and_follows_the_position(class_shards):
     task, model = classification(class_shards, "classification.mixup=0.8"), Linear()
     pixels, labels = images(2, 48), torch.tensor([0, 2])
     seen: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ def test_mixup_blends_images_and_targets_alike_and_follows_the_position(class_sh
     assert losses[0] == pytest.approx(F.cross_entropy(model(seen[0]), target).item(), rel=1e-4)
 
 
-def test_the_loss_of_segmentation_is_the_cross_entropy_of_torch_over_all_pixels(tiny_shards: Path) -> None:
+def test_the_loss_of_segmentation_is_the_cross_entropy_of_torch_over_all_pixels(tiny_shards):
     task = segmentation(tiny_shards)
     torch.manual_seed(0)
     network = nn.Conv2d(3, 2, 4, stride=4)
@@ -108,9 +108,7 @@ def test_the_loss_of_segmentation_is_the_cross_entropy_of_torch_over_all_pixels(
     assert list(parts) == ["cross_entropy"]
 
 
-def test_each_task_builds_its_network_for_the_classes_of_the_shards(
-    class_shards: ShardSet, tiny_shards: Path
-) -> None:
+def test_each_task_builds_its_network_for_the_classes_of_the_shards(class_shards, tiny_shards):
     task = classification(class_shards)
     model = task.build_model(task.cfg.model)
     assert isinstance(model, MiTClassifier)
@@ -121,7 +119,7 @@ def test_each_task_builds_its_network_for_the_classes_of_the_shards(
     assert network.num_classes == 2
 
 
-def test_top_1_is_that_of_a_loop_over_the_pictures(class_shards: ShardSet, tmp_path: Path) -> None:
+def test_top_1_is_that_of_a_loop_over_the_pictures(class_shards, tmp_path):
     root = shapes.write_folders(tmp_path, {"train": 12, "val": 11})
     task, model = classification(class_shards, "classification.eval_resize=48", "eval_batch=4"), Linear()
     hits = dict.fromkeys(shapes.CLASSES, 0)
@@ -141,9 +139,7 @@ def test_top_1_is_that_of_a_loop_over_the_pictures(class_shards: ShardSet, tmp_p
     assert model.training, "left as it came"
 
 
-def test_one_two_and_three_ranks_count_alike_and_make_equally_many_forwards(
-    class_shards: ShardSet, run_ranks: Any
-) -> None:
+def test_one_two_and_three_ranks_count_alike_and_make_equally_many_forwards(class_shards, run_ranks):
     # 11 images in batches of 2: three ranks have 2, 2 and 2 batches of unequal sizes, two have 3 and 3, and
     # in batches of 1 the ranks of both worlds have unequal numbers.
     printed = []
@@ -155,7 +151,7 @@ def test_one_two_and_three_ranks_count_alike_and_make_equally_many_forwards(
     assert [images for images, *_ in printed[0]["counts"]] == [4, 4, 3]
 
 
-def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shards: Path) -> None:
+def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shards):
     task = segmentation(tiny_shards)
     torch.manual_seed(0)
     scores = evaluate(task, nn.Conv2d(3, 2, 4, stride=4), pictures=2)
@@ -176,7 +172,7 @@ def test_pictures_show_image_target_and_prediction_of_the_first_images(tiny_shar
     assert evaluate(task, nn.Conv2d(3, 2, 4, stride=4)).pictures == {}
 
 
-def test_pictures_are_drawn_for_rank_zero_only(tiny_shards: Path) -> None:
+def test_pictures_are_drawn_for_rank_zero_only(tiny_shards):
     task = segmentation(tiny_shards)
     world = World(rank=1, local_rank=1, size=2, local_size=2, device=torch.device("cpu"))
     network = nn.Conv2d(3, 2, 4, stride=4)
@@ -185,7 +181,7 @@ def test_pictures_are_drawn_for_rank_zero_only(tiny_shards: Path) -> None:
     assert scores.pictures == {}
 
 
-def test_a_label_that_the_model_does_not_have_is_reported_and_not_raised(class_shards: ShardSet) -> None:
+def test_a_label_that_the_model_does_not_have_is_reported_and_not_raised(class_shards):
     task = classification(class_shards)
     task.num_classes, model = 2, Linear()
     model.weight = model.weight[:2]
@@ -204,22 +200,16 @@ def test_a_label_that_the_model_does_not_have_is_reported_and_not_raised(class_s
         ([*CLASSIFY, "loss.class_weights=[1,2,3]"], "loss has other terms"),
     ],
 )
-def test_settings_of_another_task_are_refused(
-    class_shards: ShardSet, overrides: list[str], message: str
-) -> None:
+def test_settings_of_another_task_are_refused(class_shards, overrides, message):
     with pytest.raises(ConfigError, match=message):
         make_task(configure(class_shards, *overrides), class_shards, WORLD)
 
 
-def test_a_classifier_on_masks_is_refused(tiny_shards: Path) -> None:
+def test_a_classifier_on_masks_is_refused(tiny_shards):
     with pytest.raises(ConfigError, match="sharded for segmentation"):
         make_task(configure(tiny_shards, *CLASSIFY), ShardSet.open(tiny_shards), WORLD)
 
 
-def test_the_crop_of_each_task(class_shards: ShardSet, tiny_shards: Path) -> None:
+def test_the_crop_of_each_task(class_shards, tiny_shards):
     assert training_crop(configure(class_shards, *CLASSIFY)) == (48, 48)
     assert training_crop(configure(tiny_shards, "data=sample", "augment.crop=[64,96]")) == (64, 96)
-
-
-def test_the_augmentation_of_classification_is_frozen() -> None:
-    assert "classification" in FROZEN
