@@ -136,16 +136,11 @@ def decode_state(path: Path, text: bytes) -> TrainState:
     Raises:
         CheckpointError: another version wrote it, or the folder was renamed.
     """
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}/{STATE} can't be read: {error}") from error
-    known = {field.name for field in fields(TrainState)}
-    if not isinstance(values, dict) or (unknown := sorted(values.keys() - known)):
-        what = f"has {', '.join(unknown)}" if isinstance(values, dict) else "is no table"
+    values = json.loads(text)  # as it was written: it is in the manifest
+    if unknown := sorted(values.keys() - {field.name for field in fields(TrainState)}):
         raise CheckpointError(
-            f"{path}/{STATE} {what}, which this version does not know; continue with the version that wrote "
-            "it, or choose another name=..."
+            f"{path}/{STATE} has {', '.join(unknown)}, which this version does not know; continue with the "
+            "version that wrote it, or choose another name=..."
         )
     state = TrainState(**values)
     if path.name != step_name(state.step):

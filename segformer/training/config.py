@@ -116,14 +116,12 @@ class RunConfig:
 def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """`key: saved -> now` for every frozen setting in which two configurations differ."""
     old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(now))
-    keys = [
-        key for key in sorted(old.keys() | new.keys()) if f"{key}.".startswith(tuple(f"{f}." for f in FROZEN))
-    ]
+    frozen = tuple(f"{key}." for key in FROZEN)
     free = ("data.root", "data.shards")  # places; the digest of the shards is compared instead
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in keys
-        if old.get(key) != new.get(key) and key not in free
+        for key in sorted(old.keys() | new.keys())
+        if f"{key}.".startswith(frozen) and key not in free and old.get(key) != new.get(key)
     ]
 
 
