@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least
 
 _LEAST = 32  # shortest side that can be asked for
 _TAKEN = 29  # shortest side that a network takes: its first stage reduces a map of a quarter of it by 8
@@ -55,9 +55,7 @@ class InferenceModeConfig:
     "Average over these factors of the size, 1 only where it is among them; empty = [1]."
 
     def __post_init__(self) -> None:
-        for key in ("short_side", "long_side", "size_divisor"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{key}={getattr(self, key)} must be 0 or more")
+        at_least(self, "", short_side=0, long_side=0, size_divisor=0)
         if 0 < self.short_side < _LEAST:
             raise ConfigError(
                 f"short_side={self.short_side} is too small; use 0 (own size), or {_LEAST} or more"

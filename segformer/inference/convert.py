@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, within
 from segformer.files import listed
 from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
@@ -54,8 +54,7 @@ class ConvertConfig:
         for key, what in (("checkpoint", "a file, directory or run"), ("output", "a directory or .pth file")):
             if not getattr(self, key).strip():
                 raise ConfigError(f"{key}= is empty; give {what}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} must be from 0 to {2**63 - 1}")
+        within(self, "", seed=(0, 2**63 - 1))
         if self.to not in ("ours", *WRITTEN):
             raise ConfigError(f"to={self.to} is unknown; use one of ours, {', '.join(WRITTEN)}")
         if self.to in ("ours", "hf") and Path(self.output).suffix.lower() in SUFFIXES:

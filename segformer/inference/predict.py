@@ -29,7 +29,7 @@ from torch import nn
 from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.dataset import IMAGE_SUFFIXES
 from segformer.data.sources.decode import image_header, image_orientation, read_file, upright, whole_image
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, within
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import build, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
@@ -57,8 +57,7 @@ class PredictConfig:
     "Share of the class color in the overlay, 0 to 1."
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha={self.alpha} must be from 0 to 1")
+        within(self, "", alpha=(0, 1))
 
 
 class Predictor:

@@ -20,7 +20,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.errors import CheckpointError, ConfigError, DataError, at_least
 from segformer.files import write_atomic
 from segformer.inference.pictures import history, series, write_curve, write_overlays
 from segformer.inference.predict import Predictor, writing
@@ -86,8 +86,7 @@ class ReportConfig:
     "Where to compute the predictions: cpu, cuda, cuda:1, or auto."
 
     def __post_init__(self) -> None:
-        if self.overlays is not None and self.overlays < 0:
-            raise ConfigError(f"overlays={self.overlays} must be 0 or more")
+        at_least(self, "", overlays=0)
 
 
 def report(cfg: ReportConfig) -> Path:

@@ -18,7 +18,7 @@ from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
-from segformer.errors import ConfigError, SegformerError
+from segformer.errors import ConfigError, SegformerError, at_least
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import (
     InferenceModeConfig,
@@ -55,8 +55,7 @@ class EvaluateConfig(InferenceModeConfig):
 
     def __post_init__(self) -> None:
         InferenceModeConfig.__post_init__(self)
-        if self.batch < 1:
-            raise ConfigError(f"batch={self.batch} must be 1 or more")
+        at_least(self, "", batch=1)
         EngineConfig(precision=self.precision)
 
 

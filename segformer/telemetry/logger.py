@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least
 from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import duration, fitting, on_terminal, open_bar, train_figures
 from segformer.telemetry.trackers import (
@@ -76,14 +76,11 @@ class TelemetryConfig:
             raise ConfigError(
                 f"telemetry.wandb={self.wandb!r} is unknown; use one of {', '.join(WANDB_MODES)}"
             )
-        if self.log_every < 1:
-            raise ConfigError(f"telemetry.log_every={self.log_every} must be 1 or more")
+        at_least(self, "telemetry.", log_every=1, images=0)
         if not 0 < self.wandb_timeout_s <= 300:
             raise ConfigError(
                 f"telemetry.wandb_timeout_s={self.wandb_timeout_s:g} must be above 0 and at most 300"
             )
-        if self.images < 0:
-            raise ConfigError(f"telemetry.images={self.images} must be 0 or more")
 
     @property
     def pictures(self) -> int:
