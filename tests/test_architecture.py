@@ -19,6 +19,7 @@ from segformer.training.config import RunConfig, compose
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
+MAX_ENTRIES = 13
 
 # Rooms, and the modules of each; a module imports only what stands before it, here and in its row.
 ROOMS: dict[str, str] = {
@@ -423,6 +424,32 @@ def test_the_scripts_keep_the_rule(check: Check) -> None:
 def test_no_file_names_a_machine() -> None:
     complaints = [c for name, text in text_files().items() for c in check_clean(name, text)]
     assert not complaints, "\n".join(complaints)
+
+
+def picture(files: dict[str, str]) -> str:
+    """Rooms as rows and columns, a dot where the room of the row imports that of the column."""
+    rooms = list(dict.fromkeys(room.split(".")[0] for room in ROOMS))
+    wide = max(map(len, rooms))
+    uses = {room: set() for room in rooms}
+    for module, text in files.items():
+        found = [internal(i.name) for i in imports_of(module, text)]
+        uses[module.split(".")[0]] |= {name.split(".")[0] for name in found if name}
+    head = [" " * wide + "".join(f" {room[0]}" for room in rooms)]
+    rows = [
+        f"{room:{wide}}"
+        + "".join(" \\" if room == other else " \u25cf" if other in uses[room] else "  " for other in rooms)
+        for room in rooms
+    ]
+    return "\n".join(line.rstrip() for line in head + rows)
+
+
+def test_the_picture_of_the_rooms_is_true() -> None:
+    drawn = (ROOT / "docs/architecture.md").read_text("utf-8").split("```")[1].strip("\n")
+    assert drawn == picture(module_files()), f"docs/architecture.md should have\n{picture(module_files())}"
+
+
+def test_the_top_of_the_library_has_few_entries() -> None:
+    assert len({name.split(".")[0] for name in module_files()}) <= MAX_ENTRIES
 
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
