@@ -1,9 +1,9 @@
 """Files that an older version (commit 28add37) wrote: tests/fixtures/28add37.tar.xz.
 
-    shards/   3 training images and 1 validation image of data_prep/sample
-    run/      a run of MiT-B0 with optim.ema=0.9, checkpoints of steps 10 and 20: floating-point tensor number i
-              holds (i % 97 + step) / 100 in every place, its EMA 0.5 more, its moments 1e-4 and 2e-4 x step
-    export/   the export of step 20
+shards/   3 training images and 1 validation image of data_prep/sample
+run/      a run of MiT-B0 with optim.ema=0.9, checkpoints of steps 10 and 20: floating-point tensor number i
+          holds (i % 97 + step) / 100 in every place, its EMA 0.5 more, its moments 1e-4 and 2e-4 x step
+export/   the export of step 20
 """
 
 import tarfile
