@@ -48,7 +48,7 @@ def test_weights_are_the_average_of_the_newest_step(old, name, monkeypatch):
 
 
 def test_a_run_goes_on(old, monkeypatch, capsys):
-    """All of it is restored: configuration, sample order, moments, average; its last evaluation is made again."""
+    """Configuration, sample order, moments and EMA are restored; the last evaluation is made again."""
     monkeypatch.chdir(old)
     cfg = load_config(Path("run/config.yaml"), RunConfig)
     world = init_world()
