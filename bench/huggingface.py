@@ -4,7 +4,7 @@ in the loop.
     files (Pillow) -> augmentation of naive.py (OpenCV) -> SegformerForSemanticSegmentation -> Trainer
 
 The recipe is that of the other side: random scale, crop, flips, quarter turns, photometric distortion, AdamW
-with the official groups, poly decay with warm-up, the official initialisation, no clipping, fp32. The loss is
+with the official groups, poly decay with warm-up, the official initialization, no clipping, fp32. The loss is
 transformers' own: cross entropy over the labelled pixels at the size of the labels.
 
     python -m bench.huggingface '{"root": ..., ...}'      the fields of Request
@@ -98,7 +98,7 @@ class Folder(Dataset[dict[str, Tensor]]):
 
 
 def build_model(request: Request) -> SegformerForSemanticSegmentation:
-    """The network with random weights, initialised as the original does it."""
+    """The network with random weights, initialized as the original does it."""
     sizes = VARIANTS[request.variant]
     config = SegformerConfig(
         num_labels=request.classes,
@@ -114,11 +114,11 @@ def build_model(request: Request) -> SegformerForSemanticSegmentation:
     )
     model = SegformerForSemanticSegmentation(config)
     for name, module in model.named_modules():
-        initialise(name, module)
+        initialize(name, module)
     return model
 
 
-def initialise(name: str, module: nn.Module) -> None:
+def initialize(name: str, module: nn.Module) -> None:
     """New weights as the original draws them; transformers' own rule is normal with 0.02 for everything."""
     if name.startswith("decode_head") and "fuse" not in name:
         if isinstance(module, nn.Linear | nn.Conv2d):

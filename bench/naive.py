@@ -1,7 +1,7 @@
 """What the loader is compared with: the usual pipeline, everything on the CPU, as mmsegmentation defines it.
 
     decode -> resize the whole image and mask -> crop (cat_max_ratio) -> flip -> photometric distortion
-           -> normalise -> pad -> float32 planes, int64 labels
+           -> normalize -> pad -> float32 planes, int64 labels
 
 Written with OpenCV, on 8 bits as long as the original is. `from_files` reads single files, images by OpenCV
 and masks by Pillow (mmsegmentation's defaults). `from_webdataset` reads the shards of the loader through
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from segformer.data.loading.crop import AugmentConfig
 
 Sample = tuple[Tensor, Tensor]
-"""image float32 (3, h, w), normalised; mask int64 (h, w)"""
+"""image float32 (3, h, w), normalized; mask int64 (h, w)"""
 
 
 def augment(

@@ -8,7 +8,7 @@ at least one; its time is their mean. Ratios are formed within a round, so that 
 slows both sides.
 
 A step of `inference` gives logits at a quarter of the image size in eval mode. A step of `training` clears
-the gradients, computes the loss at the size of the labels, and all gradients; there is no optimiser.
+the gradients, computes the loss at the size of the labels, and all gradients; there is no optimizer.
 """
 
 import os

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; ours are blue.
-COLOURS = {
+# Okabe and Ito's colors, which color-blind readers tell apart; ours are blue.
+COLORS = {
     "fused": "#0072B2",
     "fused+compile": "#56B4E9",
     "reference": "#999999",
@@ -34,7 +34,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         print(f"nothing was measured, so {path} is not written")
         return
     cells = list(dict.fromkeys(_cell(row) for row in measured))
-    names = [name for name in COLOURS if any(row["contender"] == name for row in measured)]
+    names = [name for name in COLORS if any(row["contender"] == name for row in measured)]
     figure = Figure(figsize=(max(6.0, 1.7 * len(cells)), 6.4), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1)
     _panel(above, measured, cells, names, _time)
@@ -77,11 +77,11 @@ def _panel(
             height, low, high = value(row) if row["contender"] == name else (None, None, None)
             if height is None:
                 continue
-            # The bars of a cell stand side by side around its place, in the order of COLOURS.
+            # The bars of a cell stand side by side around its place, in the order of COLORS.
             beside = [n for n in names if any(r["contender"] == n and _cell(r) == _cell(row) for r in rows)]
             width = WIDTH / len(beside)
             place = cells.index(_cell(row)) - WIDTH / 2 + (beside.index(name) + 0.5) * width
-            axes.bar(place, height, 0.9 * width, color=COLOURS[name])
+            axes.bar(place, height, 0.9 * width, color=COLORS[name])
             top = height
             if low is not None and high is not None:
                 axes.vlines(place, low, high, color=INK, linewidth=1)
@@ -90,7 +90,7 @@ def _panel(
                 f"{height:.1f}", (place, top), (0, 2), textcoords="offset points",
                 ha="center", fontsize=7, color=INK,
             )  # fmt: skip
-        axes.bar(0, 0, color=COLOURS[name], label=name)
+        axes.bar(0, 0, color=COLORS[name], label=name)
     axes.set_xticks(range(len(cells)), cells, fontsize=8)
     axes.axhline(1, color=INK, linewidth=0.8)
     axes.grid(axis="y", color=GRID)

@@ -3,9 +3,9 @@
 For every variant the stages take turns, round after round, and in every round another one begins. A turn is a
 start of all ranks, each a process of its own (`python -m bench.stages '<Turn>'`), because memory that one
 stage has taken would be there for the next. A rank builds model, AdamW and engine as a run does (run.py) and
-takes steps on one batch: forward, loss, backward, the optimiser's step. Nothing is read from a disk.
+takes steps on one batch: forward, loss, backward, the optimizer's step. Nothing is read from a disk.
 
-    step     seconds of an optimiser step after `warmup` steps; of a turn, the median of the slowest rank's
+    step     seconds of an optimizer step after `warmup` steps; of a turn, the median of the slowest rank's
     memory   of the rank with most, from before the model is built to the end of the last step:
              GPU: the peak of torch's allocator
              CPU: the peak of anonymous resident memory above that before: the kernel's high-water mark
@@ -63,7 +63,7 @@ class StagesBench:
     """Which stages and networks are measured, and for how long."""
 
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    "0, 1, 2, 3 and 3+offload (optimiser and parameters)."
+    "0, 1, 2, 3 and 3+offload (optimizer and parameters)."
     variants: list[str] = field(default_factory=lambda: ["b0", "b5"])
     "Sizes of the network."
     ranks: int = 0

@@ -57,8 +57,8 @@ def natural_image(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray
         phase = np.exp(2j * np.pi * rng.random(frequency.shape))
         plane = np.fft.irfft2(phase / frequency, size)
         planes.append(plane / plane.std())
-    colours = [110 + 50 * (0.93 * planes[0] + 0.37 * plane) for plane in planes[1:]]
-    return np.stack(colours, axis=-1).clip(0, 255).astype(np.uint8)
+    colors = [110 + 50 * (0.93 * planes[0] + 0.37 * plane) for plane in planes[1:]]
+    return np.stack(colors, axis=-1).clip(0, 255).astype(np.uint8)
 
 
 def fitting_quality(image: np.ndarray, size: int) -> int:

@@ -2,7 +2,7 @@
 (huggingface.py): how long training takes, and what it reaches.
 
 Both train experiment=sample from scratch with the same recipe: data, steps, global batch, crop, strength of
-the augmentation, AdamW and its groups, schedule, initialisation but for one bias (mit.py), drop-out rate,
+the augmentation, AdamW and its groups, schedule, initialization but for one bias (mit.py), drop-out rate,
 fp32. What differs is what a user gets with either: reading and augmentation, the network's operations, the
 loop. Weights and order of the samples are drawn anew by each, so that scores are compared over several seeds.
 Our loss is averaged over the labelled pixels (loss.average=valid), as transformers' is.
@@ -53,7 +53,7 @@ class TrainersBench:
     """How long both train, and how they are started."""
 
     steps: int = 300
-    "Optimiser steps of each run."
+    "Optimizer steps of each run."
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     "One run of each side for each."
     ranks: int = 2

@@ -96,7 +96,7 @@ def forecast(
 
 
 def state_bytes(parameters: int, *, world_size: int, zero_stage: int, moments: int = 2) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimiser states on one rank, by the formulas above."""
+    """Bytes of parameters, gradients and optimizer states on one rank, by the formulas above."""
     whole, share = 4 * parameters, 4 * -(-parameters // world_size)
     return {
         "parameters": share if zero_stage == 3 else whole,

@@ -2,9 +2,9 @@
 
     Segmentation      image -> the class of every pixel    SegFormer, SegmentationLoss, scored by mIoU
     Classification    image -> its class                   MiTClassifier, cross entropy with mixed targets
-                                                           (data/classification.py), scored by top-1
+                                                           (losses.py), scored by top-1
 
-A task builds the network, turns a batch into a loss, and scores a model; the loop (train.py) knows no more of
+A task builds the network, turns a batch into a loss, and scores a model; the loop (loop.py) knows no more of
 it. Refuses shards of another task than data.task, and settings that mean nothing for the task.
 """
 
