@@ -41,7 +41,8 @@ class Run:
 
 def is_run(path: Path) -> bool:
     """`path` is a run directory, or the folder of one of its checkpoints."""
-    return (path / CONFIG).is_file() or (path / "checkpoints").is_dir() or _step_folder(path) is not None
+    configured = (path / CONFIG).is_file() and not (path / "config.json").is_file()  # no export
+    return configured or (path / "checkpoints").is_dir() or _step_folder(path) is not None
 
 
 def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = print) -> Run:

@@ -16,6 +16,7 @@ is left. So every rank that ends early leaves a line of its own (JobFolder.outco
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -44,8 +45,12 @@ class Decision(NamedTuple):
 
 
 def outcomes(folder: JobFolder, attempt: int) -> list[dict[str, Any]]:
-    """Reasons of the ranks of an attempt that ended early, by rank."""
-    return [json.loads(path.read_text()) for path in sorted(folder.outcomes.glob(f"{attempt}-*.json"))]
+    """Reasons of the ranks of an attempt that ended early, by rank; one that can't be read is left out."""
+    found = []
+    for path in sorted(folder.outcomes.glob(f"{attempt}-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
 
 
 def decide(
@@ -101,7 +106,7 @@ def after(path: Path, code: int) -> None:
     )
     print(f"job {owner.job}: {'starting again' if decision.again else 'ended'}: {decision.why}", flush=True)
     if decision.again:
-        patiently(lambda: _requeue(owner))
+        patiently(lambda: _requeue(owner), bool)
         time.sleep(REQUEUE_WAIT_S)
     sys.exit(code)
 
@@ -115,8 +120,10 @@ def _uncounted(run_dir: Path, owner: Owner) -> str:
 
 
 def _requeue(owner: Owner) -> bool:
-    """Ask for another start, unless Slurm has seen to it meanwhile."""
+    """Ask for another start, unless Slurm has seen to it meanwhile; False where scontrol does not answer."""
     state = job_state(owner.job)
+    if state.restarts < owner.attempt:
+        return False
     if state.restarts == owner.attempt and state.name != "PENDING":
         slurm("scontrol", "requeue", owner.job)
     return True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,8 @@ class JobState:
     reason: str = ""
     "Why it waits, or why it ended; empty where Slurm gives no reason."
     nodes: str = ""
-    restarts: int = 0
+    restarts: int = -1
+    "Starts after the first; -1 where only the accounts know the job."
     preempted: bool = False
     elapsed: str = ""
     limit: str = ""
@@ -57,10 +57,10 @@ class JobState:
 def _run(
     *command: str | Path, env: dict[str, str] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run one of Slurm's commands; with it, its stderr on one line. One that doesn't answer has failed.
+    """Run one of Slurm's commands; with it, its stderr on one line.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or doesn't answer.
     """
     name, words = str(command[0]), list(map(str, command))
     options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": env}
@@ -70,9 +70,8 @@ def _run(
         raise ConfigError(
             f"{name} can't be started ({error.strerror}): run this on a login node of a Slurm cluster"
         ) from error
-    except subprocess.TimeoutExpired:
-        why = f"did not answer within {TIMEOUT_S} s; is slurmctld up?"
-        done = subprocess.CompletedProcess(words, 1, "", why)
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{name} did not answer within {TIMEOUT_S} s; is slurmctld up?") from error
     printed = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
     return done, printed
 
@@ -96,10 +95,15 @@ def would_start(script: Path) -> str:
     Raises:
         ConfigError: it would refuse the script.
     """
-    done, printed = _run("sbatch", "--test-only", script, env=own_environment())
-    if done.returncode and not _NO_CONTROLLER.search(printed):
-        raise ConfigError(f"sbatch refused: {printed}")
-    return "not asked: no Slurm controller reachable from here" if done.returncode else printed
+    try:
+        done, printed = _run("sbatch", "--test-only", script, env=own_environment())
+        if done.returncode:
+            raise ConfigError(f"sbatch refused: {printed}")
+    except ConfigError as error:
+        if not _NO_CONTROLLER.search(str(error)):
+            raise
+        return "not asked: no Slurm controller reachable from here"
+    return printed
 
 
 def own_environment() -> dict[str, str]:
@@ -140,4 +144,7 @@ def ran_out_of_memory(job: str) -> bool:
 
 def _accounts(*asked: str) -> list[str]:
     """Rows of sacct; none where the site keeps no accounts."""
-    return slurm("sacct", "-n", "-P", *asked, check=False).splitlines() if shutil.which("sacct") else []
+    try:
+        return slurm("sacct", "-n", "-P", *asked, check=False).splitlines()
+    except ConfigError:
+        return []

@@ -18,15 +18,20 @@ PROFILE_ONLY = ("setup", "sbatch")
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _FORMS = {
     "nodes": (r"[0-9]{1,5}(-[0-9]{1,5})?", "a number from 1 to 10000, or a range such as 2-4"),
-    "mem": (r"([0-9]{1,9}[KMGT]?)?", "480G or 900M, or 0 for all"),
+    "mem": (r"([0-9]{1,9} ?([KMGTkmgt](i?[Bb])?)?)?", "480G or 900M, or 0 for all"),
     "partition": (rf"({_WORD}(,{_WORD}){{0,15}})?", "letters, digits, '.', '_' and '-', several with commas"),
     "account": (rf"({_WORD})?", "up to 64 letters, digits, '.', '_' and '-'"),
     "qos": (rf"({_WORD})?", "up to 64 letters, digits, '.', '_' and '-'"),
     "constraint": (r"([A-Za-z0-9][A-Za-z0-9._&|*\[\]()-]{0,127})?", "feature names with & | * ( ) [ ]"),
 }
-_SPAN = re.compile(r"(?:([0-9]{1,3})d)?(?:([0-9]{1,4})h)?(?:([0-9]{1,6})m?)?()")
-# sbatch reads 12:00 as minutes and seconds where people mean hours, so two numbers alone are refused.
-_CLOCK = re.compile(r"(?:([0-9]{1,3})-)?([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])")
+# Days, hours, minutes, seconds. sbatch reads 12:00 as minutes and seconds where people mean hours, so two
+# numbers alone are refused.
+_TIMES = (
+    r"(?:([0-9]{1,3}) ?d(?:ays?)?)? ?(?:([0-9]{1,4}) ?h(?:ours?)?)? ?(?:([0-9]{1,6}) ?m(?:in(?:ute)?s?)?)?()",
+    r"()()([0-9]{1,6})()",
+    r"(?:([0-9]{1,3})-)?([0-9]{1,4}):([0-5][0-9]):([0-5][0-9])",
+    r"([0-9]{1,3})-([0-9]{1,2})(?::([0-5][0-9]))?()",
+)
 _SBATCH_KEY = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _SBATCH_VALUE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._,:=%+@/*\[\]-]{0,255}")
 # What the script sets from elsewhere, or what would run something else than the training.
@@ -79,6 +84,7 @@ class SlurmConfig:
         for name, (form, use) in _FORMS.items():
             if not re.fullmatch(form, value := getattr(self, name)):
                 raise ConfigError(f"{name}={value!r} is refused (it becomes part of a script); use {use}")
+        self.mem = re.sub(r" |i?[Bb]$", "", self.mem).upper()
         if not 1 <= self.node_range[0] <= self.node_range[1] <= 10_000:
             raise ConfigError(f"nodes={self.nodes} is refused; use {_FORMS['nodes'][1]}")
         within(self, "", gpus_per_node=(0, 64), tasks_per_node=(1, 1024), cpus_per_task=(1, 1024))
@@ -119,7 +125,7 @@ def _check_profile(setup: list[str], sbatch: dict[str, Any]) -> None:
 
 def minutes(text: str) -> int:
     """A time limit in minutes, seconds rounded up."""
-    found = _CLOCK.fullmatch(text) or _SPAN.fullmatch(text)
+    found = next(filter(None, (re.fullmatch(form, text) for form in _TIMES)), None)
     days, hours, mins, seconds = (int(group or 0) for group in found.groups()) if found else (0, 0, 0, 0)
     total = days * 1440 + hours * 60 + mins + (seconds > 0)
     if not 1 <= total <= 366 * 1440:

@@ -166,7 +166,10 @@ def _submissions(run_dir: Path) -> list[JobFolder]:
 
 
 def _record_of(folder: JobFolder) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(folder.record.read_text()) if folder.record.exists() else {}
+    """What was submitted; {} where it was never written whole."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(folder.record.read_text())
     return found
 
 
@@ -253,7 +256,9 @@ def watch(run_dir: Path) -> None:
     live, shown, unknown = sys.stdout.isatty(), "", 0
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            state = job_state(job)
+            state = JobState("UNKNOWN")
+            with contextlib.suppress(ConfigError):  # slurmctld may be busy, or starting again
+                state = job_state(job)
             line = f"job {job} {_state_text(state)} | step {progress(run_dir, folder)}"
             if live:
                 print(f"\r\x1b[K{line}", end="", flush=True)

@@ -32,16 +32,24 @@ def task(path: Path) -> None:
     for number in SIGNALS:  # until the training has handlers of its own
         signal.signal(number, _stop_early)
     folder, rank = JobFolder(path), int(os.environ.get("SLURM_PROCID", "0"))
-    with ending():
-        try:
-            os.environ.update(slurm_environment(os.environ))
-            cfg = load_config(folder.config, RunConfig)
-            if rank == 0 and (why := give_up(Path(cfg.run_dir), Owner.current().job, begun=True)):
-                raise ConfigError(f"{cfg.run_dir}: {why}")
-            run_job(cfg)
-        except BaseException as error:
-            _record(folder, rank, error)
-            raise
+    try:
+        with ending():
+            _run(folder, rank)
+    except SystemExit:
+        _wait_for_rank_zero(folder)
+        raise
+
+
+def _run(folder: JobFolder, rank: int) -> None:
+    try:
+        os.environ.update(slurm_environment(os.environ))
+        cfg = load_config(folder.config, RunConfig)
+        if rank == 0 and (why := give_up(Path(cfg.run_dir), Owner.current().job, begun=True)):
+            raise ConfigError(f"{cfg.run_dir}: {why}")
+        run_job(cfg)
+    except BaseException as error:
+        _record(folder, rank, error)
+        raise
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
@@ -64,8 +72,6 @@ def _record(folder: JobFolder, rank: int, error: BaseException) -> None:
         write_atomic(_outcome(folder, rank), json.dumps({"rank": rank, "code": code, "message": message}))
     except OSError as failed:
         print(f"the outcome can't be written to {folder.outcomes}: {failed}", file=sys.stderr, flush=True)
-    if isinstance(error, SegformerError | SystemExit):
-        _wait_for_rank_zero(folder)
 
 
 def _outcome(folder: JobFolder, rank: int) -> Path:

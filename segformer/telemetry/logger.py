@@ -89,8 +89,9 @@ class TelemetryConfig:
 
     def check_trackers(self) -> None:
         """ConfigError for wandb online without an account, and for TensorBoard without its package."""
-        account = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-        if self.wandb == "online" and not account:
+        if self.wandb == "online" and not (
+            "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
+        ):
             raise ConfigError(
                 "telemetry.wandb=online needs an account; run `wandb login`, set WANDB_API_KEY or use offline"
             )
@@ -166,11 +167,20 @@ class Telemetry:
             return
         text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no Unicode
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
-        with contextlib.suppress(OSError):  # the terminal has gone
+        with self._terminal():
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
             else:
                 print(text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _terminal(self) -> Iterator[None]:
+        """Write to a terminal, which may go away: it takes the bar with it and not the run."""
+        try:
+            yield
+        except OSError:
+            if self._bar is not None:
+                self._bar.disable = True
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
@@ -181,7 +191,8 @@ class Telemetry:
     def advance(self) -> None:
         """One optimizer step is done; rank zero."""
         if self._bar is not None:
-            self._bar.update(1)
+            with self._terminal():
+                self._bar.update(1)
 
     def train(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Record a training interval that ended with `step` steps done; rank zero."""
@@ -190,7 +201,8 @@ class Telemetry:
         self.event("train", step, **values)
         figures = train_figures(values)
         if self._bar is not None:
-            self._bar.set_postfix_str(fitting(figures))
+            with self._terminal():
+                self._bar.set_postfix_str(fitting(figures))
             self._log.write(f"{time.strftime('%H:%M:%S')} step {step} {'  '.join(figures)}")
         else:
             eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
@@ -246,7 +258,8 @@ class Telemetry:
     def stop_bar(self) -> None:
         """Take the bar away, so that what follows is printed plainly."""
         if self._bar is not None:
-            self._bar.close()
+            with self._terminal():
+                self._bar.close()
             self._bar = None
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ class Wandb:
             console="off",
             silent=True,
         )
-        url = wandb.setup(wandb.Settings(silent=True)).settings.base_url
+        url = wandb.setup(wandb.Settings(silent=True, login_timeout=timeout_s)).settings.base_url
         try:
             self._run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
         except Exception as error:

@@ -12,6 +12,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -78,9 +79,10 @@ class Services:
 
     def close(self) -> None:
         """End workers, profiler and the save in flight, before the lease is given back."""
-        self.batches.close()
-        self.profiler.close()
-        self.checkpoints.wait()
+        with contextlib.ExitStack() as stack:  # the last one first; an error of one keeps none of the others
+            stack.callback(self.checkpoints.wait)
+            stack.callback(self.profiler.close)
+            stack.callback(self.batches.close)
 
 
 def config_summary(cfg: RunConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def stopped_step(world, stop):
 
 
 def cut(source, target, step):
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("metrics.jsonl", "wandb*"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("metrics.jsonl", "wandb*", "stacks"))
     for path in Path(target, "checkpoints").glob("step-*"):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)

@@ -58,18 +58,20 @@ def test_an_attempt_that_could_not_be_noted_is_the_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("state", "asked"),
+    ("state", "asked", "known"),
     [
-        (JobState("RUNNING"), True),
-        (JobState("PENDING", restarts=1), False),
-        (JobState("RUNNING", restarts=1), False),
+        (JobState("RUNNING", restarts=0), True, True),
+        (JobState("PENDING", restarts=1), False, True),
+        (JobState("RUNNING", restarts=1), False, True),
+        (JobState("RUNNING"), False, False),
     ],
+    ids=["running", "waits again", "runs again", "known to the accounts only"],
 )
-def test_what_slurm_has_started_again_is_not_requeued(monkeypatch, state, asked):
+def test_what_slurm_has_started_again_is_not_requeued(monkeypatch, state, asked, known):
     commands = []
     monkeypatch.setattr(after, "job_state", lambda job: state)
     monkeypatch.setattr(after, "slurm", lambda *command: commands.append(command))
-    after._requeue(Owner("17", 0, "n0", 1))
+    assert after._requeue(Owner("17", 0, "n0", 1)) == known
     assert commands == [("scontrol", "requeue", "17")] * asked
 
 

@@ -198,15 +198,16 @@ def test_further_sbatch_options_are_checked(extra):
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    {"24h": 1440, "90m": 90, "90": 90, "2d": 2880, "1d12h30m": 2190, "12:00:00": 720, "0:10:01": 11,
-     "1-12:00:00": 2160}.items(),
+    {"24h": 1440, "90m": 90, "90": 90, "2d": 2880, "1-12": 2160, "90 minutes": 90, "1 day": 1440,
+     "1d12h30m": 2190, "12:00:00": 720, "0:10:01": 11, "1-12:00:00": 2160}.items(),
 )  # fmt: skip
 def test_durations_are_read_as_sbatch_and_people_mean_them(text, wanted):
     assert minutes(text) == wanted
 
 
 @pytest.mark.parametrize(
-    "text", ["", "12:00", "1-12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "24h;ls", "٣h"]
+    "text",
+    ["", "12:00", "1d12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "24h;ls", "٣h"],
 )
 def test_other_durations_are_refused(text):
     with pytest.raises(ConfigError, match="time="):
@@ -217,12 +218,17 @@ def test_other_durations_are_refused(text):
     "fields",
     [
         {"nodes": "0"}, {"nodes": "4-2"}, {"nodes": "2-"}, {"gpus_per_node": -1}, {"signal_delay_s": 59},
-        {"time": "3m"}, {"gpus_per_node": 4, "tasks_per_node": 2}, {"mem": "480 GB"},
+        {"time": "3m"}, {"gpus_per_node": 4, "tasks_per_node": 2}, {"mem": "480 XB"},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(fields):
     with pytest.raises(ConfigError):
         SlurmConfig(**fields)
+
+
+@pytest.mark.parametrize("text", ["480G", "480 GB", "480g", "480GiB"])
+def test_memory_is_written_as_sbatch_reads_it(text: str) -> None:
+    assert SlurmConfig(mem=text).mem == "480G"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
