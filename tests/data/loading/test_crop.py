@@ -57,17 +57,18 @@ def resize_then_crop(cfg: AugmentConfig, picture: Picture, rng: np.random.Genera
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "apart"),
     [
-        {"resize": []},
-        {"resize": [400, 96], "crop": [96, 96]},
-        {"resize": [150, 150], "crop": [64, 128]},
-        {"resize": [], "crop": [200, 90], "scale": [0.3, 3.0]},
-        {"resize": [], "vflip": 0.5, "rot90": 0.7},
+        ({"resize": []}, 1),
+        ({"resize": [400, 96], "crop": [96, 96]}, 1),
+        ({"resize": [150, 150], "crop": [64, 128]}, 1),
+        ({"resize": [], "crop": [200, 90], "scale": [0.3, 3.0]}, 1),
+        ({"resize": [], "vflip": 0.5, "rot90": 0.7}, 1),
+        ({"resize": [], "crop": [130, 170], "scale": [0.5, 1.8], "vflip": 0.5}, 0),  # resized whole
     ],
 )
 def test_one_resampling_of_the_region_equals_opencvs_resize_then_crop(
-    settings: dict, picture: Picture
+    settings: dict, apart: int, picture: Picture
 ) -> None:
     cfg = AugmentConfig(**{"crop": [80, 100], "cat_max_ratio": 1.0, **settings})
     geometry = RandomCrop(cfg)
@@ -77,9 +78,9 @@ def test_one_resampling_of_the_region_equals_opencvs_resize_then_crop(
         expected_image, expected_mask = resize_then_crop(cfg, picture, sample_rng(0, 0, number))
         np.testing.assert_array_equal(mask, expected_mask)
         assert image.shape == (*cfg.crop, 3)
-        close += (np.abs(image.astype(int) - expected_image) <= 1).sum()
+        close += (np.abs(image.astype(int) - expected_image) <= apart).sum()
         total += image.size
-    assert close >= 0.999 * total
+    assert close >= (0.999 if apart else 1) * total
 
 
 def test_options_that_are_off_draw_nothing() -> None:
@@ -96,15 +97,6 @@ def test_options_that_are_off_draw_nothing() -> None:
         columns = np.array([*draw_distortion(1.0, rng), *valid], np.float32)
         digest.update(columns.tobytes() + repr(rng.random()).encode())
     assert digest.hexdigest()[:16] == "4a21f5739ea54377"
-
-
-def test_a_small_scaled_image_is_exactly_opencvs_resize_then_crop(picture: Picture) -> None:
-    cfg = AugmentConfig(crop=[130, 170], resize=[], scale=[0.5, 1.8], cat_max_ratio=1.0, vflip=0.5)
-    for number in range(20):
-        image, mask, _ = RandomCrop(cfg)(*picture, sample_rng(0, 0, number))
-        expected_image, expected_mask = resize_then_crop(cfg, picture, sample_rng(0, 0, number))
-        np.testing.assert_array_equal(image, expected_image)
-        np.testing.assert_array_equal(mask, expected_mask)
 
 
 @pytest.mark.parametrize("flips", [(False, False), (True, False), (False, True), (True, True)])

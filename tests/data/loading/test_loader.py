@@ -145,13 +145,8 @@ def test_batches_have_the_promised_types_and_layout(shards: ShardSet) -> None:
     batch = stream(shards)[0]
     assert batch.images.shape == (6, 3, 32, 48)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert [tensor.dtype for tensor in fields(batch)] == [
-        torch.uint8,
-        torch.uint8,
-        torch.float32,
-        torch.int64,
-        torch.int64,
-    ]
+    types = [torch.uint8, torch.uint8, torch.float32, torch.int64, torch.int64]
+    assert [tensor.dtype for tensor in fields(batch)] == types
     moved = batch.to("meta")
     assert {tensor.device.type for tensor in fields(moved)} == {"meta"}
 
@@ -413,31 +408,28 @@ def sleep(items: list[float], worker: int, workers: int) -> Iterator[float]:
         yield seconds
 
 
-def test_signals_reach_the_trainer_only_and_an_open_stream_lets_it_end(
-    tmp_path: Path,
-) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script)],
+def program(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script that has run in a session of its own."""
+    (folder / "script.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, str(folder / "script.py")],
         capture_output=True,
         text=True,
         timeout=60,
         start_new_session=True,
         check=False,
     )
+
+
+def test_signals_reach_the_trainer_only_and_an_open_stream_lets_it_end(tmp_path: Path) -> None:
+    done = program(SCRIPT, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == [str(number) for number in range(44)]
 
 
 def test_the_fork_server_and_its_workers_are_born_with_the_signals_blocked(tmp_path: Path) -> None:
     """A fork server that dies of SIGTERM takes its workers with it, so the mask must be there from birth."""
-    script = tmp_path / "script.py"
-    script.write_text(MASKS)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
-    )
-    masks = [int(line, 16) for line in done.stdout.split()]
+    masks = [int(line, 16) for line in program(MASKS, tmp_path).stdout.split()]
     assert len(masks) == 3
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         assert all(mask >> (number - 1) & 1 for mask in masks), number

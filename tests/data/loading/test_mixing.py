@@ -213,17 +213,6 @@ def test_padding_survives_copy_paste_and_blur(split: Split, load: Load) -> None:
             assert (image[part] == 0).all()
 
 
-def test_without_mixing_a_sample_is_its_crop(split: Split, load: Load) -> None:
-    cfg = AugmentConfig(crop=[40, 50], resize=[])
-    sample, crop = augmented(cfg, split, load), RandomCrop(cfg)
-    for sample_id in range(split.num_samples):
-        image, mask, valid = sample(sample_id)
-        expected = crop(*load(sample_id), sample_rng(0, 0, sample_id))
-        np.testing.assert_array_equal(image, expected[0])
-        np.testing.assert_array_equal(mask, expected[1])
-        assert valid == expected[2]
-
-
 def test_blur_comes_last(split: Split, load: Load) -> None:
     options = {"crop": [40, 50], "resize": [], "mosaic": 0.5, "copy_paste": 0.5}
     sharp = augmented(AugmentConfig(**options), split, load)

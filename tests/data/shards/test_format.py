@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ from segformer.errors import DataError
 def copy(shard_dir: Path, tmp_path: Path) -> Path:
     """The shards, to be damaged."""
     return Path(shutil.copytree(shard_dir, tmp_path / "copy"))
+
+
+def describe(folder: Path, content: dict[str, Any]) -> None:
+    """Write dataset.json with a digest that fits it."""
+    content["digest"] = content_digest(content)
+    (folder / "dataset.json").write_text(json.dumps(content))
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
@@ -101,8 +108,7 @@ def test_a_split_pickles_small_and_opens_again(shards: ShardSet) -> None:
 def test_a_set_that_was_replaced_is_noticed_by_a_worker(copy: Path) -> None:
     data = pickle.dumps(ShardSet.open(copy).split("train"))
     content = json.loads((copy / "dataset.json").read_text()) | {"license": "another"}
-    content["digest"] = content_digest(content)
-    (copy / "dataset.json").write_text(json.dumps(content))
+    describe(copy, content)
     with pytest.raises(DataError, match="changed while they were in use"):
         pickle.loads(data)
 
@@ -119,8 +125,7 @@ def test_shards_that_do_not_exist_are_refused_with_the_command_that_writes_them(
 
 def test_shards_of_the_first_version_are_refused_by_name(copy: Path) -> None:
     content = json.loads((copy / "dataset.json").read_text()) | {"version": 1}
-    content["digest"] = content_digest(content)
-    (copy / "dataset.json").write_text(json.dumps(content))
+    describe(copy, content)
     with pytest.raises(DataError, match="is not of format segformer-shards 2; copy it again or shard"):
         ShardSet.open(copy)
 
@@ -141,8 +146,7 @@ def test_a_missing_or_shortened_tar_is_found_when_opening(copy: Path) -> None:
 def test_a_shard_name_that_leaves_the_folder_is_refused(name: str, copy: Path) -> None:
     content = json.loads((copy / "dataset.json").read_text())
     content["splits"]["train"]["shards"][0]["file"] = name
-    content["digest"] = content_digest(content)
-    (copy / "dataset.json").write_text(json.dumps(content))
+    describe(copy, content)
     with pytest.raises(DataError, match="names a shard or index that is no plain file name"):
         ShardSet.open(copy)
 
@@ -150,16 +154,13 @@ def test_a_shard_name_that_leaves_the_folder_is_refused(name: str, copy: Path) -
 def test_a_description_without_an_entry_is_refused(copy: Path) -> None:
     content = json.loads((copy / "dataset.json").read_text())
     for key in ("classes", "palette", "splits", "task"):
-        rest = {name: value for name, value in content.items() if name != key}
-        rest["digest"] = content_digest(rest)
-        (copy / "dataset.json").write_text(json.dumps(rest))
+        describe(copy, {name: value for name, value in content.items() if name not in (key, "digest")})
         with pytest.raises(DataError, match=r"dataset.json' is not"):
             ShardSet.open(copy)
     for key in ("index", "shards", "class_pixels"):
         rest = json.loads(json.dumps(content))
         del rest["splits"]["val"][key]
-        rest["digest"] = content_digest(rest)
-        (copy / "dataset.json").write_text(json.dumps(rest))
+        describe(copy, rest)
         with pytest.raises(DataError, match=r"dataset.json' is not complete"):
             ShardSet.open(copy)
 

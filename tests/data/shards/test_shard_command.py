@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from segformer.data.shards.format import ShardSet
-from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.listing import list_samples
 from segformer.training.config import RunConfig, compose
 
@@ -48,8 +47,6 @@ def test_the_command_shows_the_label_map_and_counts_and_ends_with_the_place(tmp_
         (["data=camvid"], "ConfigError: no source folder; give root="),
         (["data=sample", "root=nowhere"], "DataError: data root 'nowhere' is not a folder"),
         (["data=folder", "root=.", "output=o", "classes=[a]"], "ConfigError"),
-        (["data=sample", "output=/"], "ConfigError: output='/' has no name"),
-        (["data=sample", "output=o", "workers=-2"], "ConfigError: workers=-2; use -1"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_two(arguments: list[str], message: str) -> None:
@@ -116,14 +113,6 @@ def test_a_folder_of_class_folders_becomes_a_classification_set(
         "  never seen: owl",
     ]
     assert ShardSet.open(out).classes == ["cat", "dog", "owl"]
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/data").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_data_file_composes_and_has_one_colour_per_class(path: Path) -> None:
-    data = compose(RunConfig, "config", [f"data={path.stem}"]).data
-    assert data.name == path.stem
-    assert len(class_palette(data)) == len(data.classes)
-    assert not Path(data.root).is_absolute()
 
 
 def test_the_shipped_sample_is_small_whole_and_its_splits_share_no_image() -> None:
