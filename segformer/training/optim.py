@@ -241,14 +241,9 @@ class Row(NamedTuple):
 
 
 def _adamw(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        groups,
-        lr=cfg.lr,
-        betas=(cfg.betas[0], cfg.betas[1]),
-        eps=cfg.eps,
-        weight_decay=cfg.weight_decay,
-        fused=cuda or None,  # one kernel a group does the step
-    )
+    betas, decay = (cfg.betas[0], cfg.betas[1]), cfg.weight_decay
+    fused = cuda or None  # one kernel a group does the step
+    return torch.optim.AdamW(groups, cfg.lr, betas, cfg.eps, decay, fused=fused)
 
 
 def _sgd(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
