@@ -23,32 +23,37 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def staged(path: Path, fence: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def staged(path: Path, fence: Callable[[], None] = lambda: None, *, durable: bool = True) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder at, which becomes `path` where the block ends well.
 
     A file replaces what stands at `path`; a folder needs the name to be free. The files of a folder are not
-    synced one by one. `fence` is called last, before the rename; what it raises leaves all as it was.
+    synced one by one, and nothing is where `durable` is off (a cache). `fence` is called last, before the
+    rename; what it raises leaves all as it was.
     """
     place = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         yield place
-        sync(place)
+        if durable:
+            sync(place)
         fence()
         place.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         remove(place)
 
 
-def write_atomic(path: Path, data: str | bytes | Iterable[bytes], *, mode: int = 0o666) -> None:
-    """Write a file whole or not at all, and to the disk; `mode` as in os.open."""
+def write_atomic(
+    path: Path, data: str | bytes | Iterable[bytes], *, mode: int = 0o666, durable: bool = True
+) -> None:
+    """Write a file whole or not at all; `mode` as in os.open, `durable` as in `staged`."""
     if isinstance(data, str):
         data = data.encode()
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags, mode)
 
-    with staged(path) as place, open(place, "xb", opener=opener) as file:
+    with staged(path, durable=durable) as place, open(place, "xb", opener=opener) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
 
 

@@ -173,7 +173,7 @@ class _DiskCache:
             return
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(self.folder / name, data, mode=0o600)
+            write_atomic(self.folder / name, data, mode=0o600, durable=False)
             self._written += len(data)
             if self._written > self.limit / CACHE_SHARE:
                 self._written = 0

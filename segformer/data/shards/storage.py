@@ -155,7 +155,7 @@ class Storage:
                     "copy it again or shard the data again"
                 )
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, data, mode=0o600)
+            write_atomic(path, data, mode=0o600, durable=False)
         return path
 
     def _pread(self, name: str, start: int, length: int) -> bytes:
