@@ -133,12 +133,19 @@ def start_ranks() -> Callable[..., list[subprocess.Popen]]:
 
 
 @pytest.fixture(scope="session")
-def wait_for_steps() -> Callable[[Path, int, subprocess.Popen], None]:
-    """Wait until a run has so many lines of metrics; fail where its process ends before."""
+def wait_for_steps() -> Callable[..., None]:
+    """Wait until a run has logged so many steps (log_every=1) and goes on for the `restarts`-th time.
 
-    def wait(run_dir: Path, count: int, process: subprocess.Popen) -> None:
+    Its handlers of signals are there by then. Fails where its process ends before.
+    """
+
+    def reached(path: Path, steps: int, restarts: int) -> bool:
+        text = path.read_text() if path.exists() else ""
+        return text.count('"kind": "train"') >= steps and text.count('"kind": "continued"') >= restarts
+
+    def wait(run_dir: Path, steps: int, process: subprocess.Popen, restarts: int = 0) -> None:
         path, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
-        while not path.exists() or len(path.read_text().splitlines()) < count:
+        while not reached(path, steps, restarts):
             if time.monotonic() > deadline or process.poll() is not None:
                 pytest.fail("the run did not reach the step: " + process.communicate()[0])
             time.sleep(0.005)

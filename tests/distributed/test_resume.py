@@ -57,7 +57,7 @@ def test_twenty_stops_in_sixty_steps_change_no_bit(
     stopped = 0
     for stop in stops:
         processes = start_ranks(2, "launch/train.py", *tiny("stopped", *options))
-        wait_for_steps(run_dir, stop, processes[0])
+        wait_for_steps(run_dir, stop, processes[0], restarts=stopped)
         processes[rng.randrange(2)].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         if [process.returncode for process in processes] == [0, 0]:  # the end was nearer than the signal
