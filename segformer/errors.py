@@ -91,6 +91,27 @@ def within(config: object, prefix: str, **bounds: tuple[float, float]) -> None:
             raise ConfigError(f"{prefix}{name}={value} must be from {low} to {high}")
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, on one line: of an OSError without its number and path."""
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    return " ".join((text or str(error)).split()) or type(error).__name__
+
+
+@contextmanager
+def reraise_as(
+    kind: type[SegformerError],
+    what: str,
+    do: str = "",
+    *,
+    on: type[BaseException] | tuple[type[BaseException], ...] = OSError,
+) -> Iterator[None]:
+    """Raise `kind` where the block raises one of `on`: "<what>: <reason>; <do>"."""
+    try:
+        yield
+    except on as error:
+        raise kind(f"{what}: {reason_of(error)}" + (f"; {do}" if do else "")) from error
+
+
 def is_main_rank() -> bool:
     """True on rank zero and where there are no ranks."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segformer.errors import DataError, ending, importing
+from segformer.errors import DataError, ending, importing, reraise_as
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "slurm_job.py")
@@ -120,3 +120,13 @@ def test_an_error_of_another_rank_bears_its_rank(monkeypatch, capsys):
         raise DataError("damaged")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "[rank 3] DataError: damaged\n"
+
+
+def test_reraise_as_says_what_why_and_what_to_do_on_one_line() -> None:
+    expected = "^here: No such file or directory; look elsewhere$"
+    with pytest.raises(DataError, match=expected), reraise_as(DataError, "here", "look elsewhere"):
+        Path("/nowhere/at/all").read_bytes()
+    with pytest.raises(DataError, match=r"^n: two lines$"), reraise_as(DataError, "n", on=ValueError):
+        raise ValueError("two\n lines")
+    with pytest.raises(KeyError), reraise_as(DataError, "another kind passes"):
+        raise KeyError

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from segformer.errors import ConfigError, within
+from segformer.errors import ConfigError, reason_of, within
 from segformer.files import listed
 from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
@@ -25,7 +25,7 @@ from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
 from segformer.models.weights.key_maps import TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
-from segformer.models.weights.tensor_files import SUFFIXES, reason_of
+from segformer.models.weights.tensor_files import SUFFIXES
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
 

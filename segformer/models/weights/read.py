@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.reader import is_run, open_run
-from segformer.errors import CheckpointError, ConfigError, is_main_rank
+from segformer.errors import CheckpointError, ConfigError, is_main_rank, reason_of
 from segformer.files import listed, sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
 from segformer.models.weights.key_maps import detect, foreign_head, to_ours
-from segformer.models.weights.tensor_files import ModelFiles, read_files, reason_of
+from segformer.models.weights.tensor_files import ModelFiles, read_files
 
 PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
 _COUNTER = "decode_head.linear_fuse.bn.num_batches_tracked"

@@ -45,12 +45,6 @@ class ModelFiles:
     preprocessor: dict[str, Any] = field(default_factory=dict)
 
 
-def reason_of(error: Exception) -> str:
-    """Why reading or writing failed, on one line."""
-    text = error.strerror if isinstance(error, OSError) else str(error)
-    return " ".join((text or str(error)).split()) or type(error).__name__
-
-
 def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file; CheckpointError where it is damaged."""
     try:

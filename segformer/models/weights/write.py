@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, reason_of
 from segformer.files import listed, sha256_of, staged, sync
 from segformer.models.variants import VARIANTS
 from segformer.models.weights.bundle import Metadata, Weights, check_tensors
@@ -39,7 +39,6 @@ from segformer.models.weights.tensor_files import (
     MODEL_FILE,
     PREPROCESSOR_FILE,
     read_json,
-    reason_of,
 )
 
 # The normalization of every published SegFormer: NVlabs, transformers' default, mmsegmentation, SMP.
