@@ -1,14 +1,6 @@
 """Errors that a user can cause or must act on, and how a command ends with one.
 
-    SegformerError          exit code 2, one line, no traceback
-    +-- ConfigError         a setting, alone or beside another, makes no sense
-    +-- DataError           a data set, shard, image or mask is missing or damaged
-    +-- CheckpointError     a checkpoint or export is missing, damaged or of another model
-    +-- Diverged            the loss or the gradients stopped being finite, and going back did not help
-    +-- Preempted           exit code 75 (EX_TEMPFAIL): stopped by a signal, all is saved; start again
-    +-- RunTaken            another process has taken over the run directory of this one
-    +-- RankLost            exit code 76: another rank ended or hangs; start again
-
+    SegformerError                   one line on stderr      its exit_code: 2, and two of other numbers
     Ctrl-C                           "stopped" on stderr     130 = 128 + SIGINT, as shells count
     nobody reads stdout (| head)     nothing                 141 = 128 + SIGPIPE
     any other exception              its traceback           1: a bug of this program
@@ -34,7 +26,7 @@ STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class SegformerError(Exception):
-    """An error that the command line prints as one line before it exits with `exit_code`."""
+    """An error that is told in one line."""
 
     exit_code = 2
 
@@ -52,13 +44,13 @@ class CheckpointError(SegformerError):
 
 
 class Diverged(SegformerError):
-    """Training can't go on: several steps in a row gave a loss or gradients that are not finite."""
+    """Training can't go on: the loss or gradients are not finite, and going back did not help."""
 
 
 class Preempted(SegformerError):
     """Training stopped at a signal after saving its state; the same command continues it."""
 
-    exit_code = 75
+    exit_code = os.EX_TEMPFAIL  # 75
 
 
 class RunTaken(SegformerError):
@@ -99,7 +91,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def reraise_as(
-    kind: type[SegformerError],
+    kind: type[Exception],
     what: str,
     do: str = "",
     *,
@@ -150,22 +142,10 @@ def ending() -> Iterator[None]:
     code: object = 0
     try:
         yield
-    except SegformerError as error:
-        code = error.exit_code
-        if is_main_rank():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        elif not isinstance(error, Preempted):  # all ranks stop together, and rank zero says so
-            print(f"[rank {os.environ['RANK']}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        code = STOPPED
-        if is_main_rank():
-            print("stopped", file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        if not _unread():
+    except (SegformerError, KeyboardInterrupt, BrokenPipeError, SystemExit) as error:
+        if isinstance(error, BrokenPipeError) and not _unread():
             raise
-        code = UNREAD
-    except SystemExit as error:
-        code = error.code
+        code = _told(error)
     try:
         print(end="", flush=True)
     except BrokenPipeError:
@@ -173,6 +153,22 @@ def ending() -> Iterator[None]:
         code = code or UNREAD
     if code:
         sys.exit(code)  # type: ignore[arg-type]
+
+
+def _told(error: BaseException) -> object:
+    """The exit code of a command that ends with `error`, of which the user gets a line."""
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
+    line, code = "stopped", STOPPED
+    if isinstance(error, SegformerError):
+        line, code = f"{type(error).__name__}: {error}", error.exit_code
+    if is_main_rank():
+        print(line, file=sys.stderr, flush=True)
+    elif not isinstance(error, KeyboardInterrupt | Preempted):  # these stop all ranks, and rank zero says so
+        print(f"[rank {os.environ['RANK']}] {line}", file=sys.stderr, flush=True)
+    return code
 
 
 def _unread() -> bool:

@@ -82,14 +82,14 @@ def sha256_of(path: Path) -> str:
 
 
 def lock(descriptor: int, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
-    """Whether the flock was taken. True on file systems without locks: the user keeps others away there."""
+    """Take the flock; False where another has it. True on file systems without locks: there the user keeps
+    others away."""
     try:
         fcntl.flock(descriptor, kind)
-    except BlockingIOError:
-        return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
             raise
+        return error.errno in _NO_LOCKS
     return True
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "slurm_job.py")
 # A script of launch/ whose import of torch says that it has begun, and takes long.
 SLOW = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job in the background of a shell
 class Slow:
     def find_spec(self, name, path, target=None):
         if name in ("torch", "bench.kernels"):
@@ -67,29 +68,27 @@ def test_ctrl_c_during_the_imports_is_told_by_rank_zero_alone():
     assert interrupted(SLOW, "launch/train.py", env={"RANK": "1"}) == (130, "")
 
 
-def test_after_the_imports_ctrl_c_is_an_exception_again():
-    before = signal.getsignal(signal.SIGINT)
-    with importing("__main__"):
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(("name", "handler"), [("__mp_main__", None), ("__main__", signal.SIG_IGN)])
-def test_a_worker_and_a_process_that_ignores_ctrl_c_keep_what_they_have(name, handler):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("name", "handler", "changes"),
+    [
+        ("__main__", signal.default_int_handler, True),
+        ("__main__", signal.SIG_IGN, False),
+        ("__mp_main__", signal.default_int_handler, False),
+    ],
+    ids=["command", "ignores it", "worker"],
+)
+def test_ctrl_c_is_as_before_after_the_imports(name, handler, changes):
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        wanted = signal.getsignal(signal.SIGINT)
         with importing(name):
-            assert signal.getsignal(signal.SIGINT) == wanted
+            assert (signal.getsignal(signal.SIGINT) != handler) == changes
+        assert signal.getsignal(signal.SIGINT) == handler
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("script", ["train.py", "slurm.py"])
-def test_help_into_a_reader_that_is_gone_ends_quietly(script):
-    assert unread([f"launch/{script}", "--help"]) == (141, "")
+def test_help_into_a_reader_that_is_gone_ends_quietly():
+    assert unread(["launch/slurm.py", "--help"]) == (141, "")
 
 
 DAMAGED = "from segformer.errors import DataError; raise DataError('damaged')"

@@ -19,14 +19,15 @@ something is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from segformer.errors import CheckpointError
+from segformer.errors import CheckpointError, reason_of, reraise_as
 from segformer.files import remove, sha256_of, staged, sync
 
 MANIFEST = "MANIFEST.json"
@@ -51,29 +52,23 @@ def commit(
     def make_room() -> None:
         fence()
         if final.exists():
-            if old.exists():
-                _delete(old)
             final.rename(old)
 
-    try:
-        if not folder.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            sync(folder.parent)
-        with staged(final, fence=make_room) as place:
-            place.mkdir()
-            for file, write in writers.items():
-                write(place / file)
-                sync(place / file)
-            (place / MANIFEST).write_bytes(_encode({file: _entry(place / file) for file in writers}))
-            sync(place / MANIFEST)
-        if old.exists():
-            _delete(old)
-    except OSError as error:
-        if old.exists() and not final.exists():
-            old.rename(final)
-        raise CheckpointError(
-            f"{final} can't be written: {error.strerror or error}; free space, or make the folder writable"
-        ) from error
+    what, do = f"{final} can't be written", "free space, or make the folder writable"
+    with reraise_as(CheckpointError, what, do):
+        try:
+            if not folder.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync(folder.parent)
+            with staged(final, fence=make_room) as place:
+                place.mkdir()
+                for file, write in writers.items():
+                    write(place / file)
+                    sync(place / file)
+                (place / MANIFEST).write_bytes(_encode({file: _entry(place / file) for file in writers}))
+                sync(place / MANIFEST)
+        finally:
+            _settle(old)
     return final
 
 
@@ -90,11 +85,9 @@ def verify(path: Path, required: Collection[str], *, digests: bool = True) -> li
         written = (path / MANIFEST).read_bytes()
         entries = _decode(written)
         found = {name: _entry(path / name) if digests else _size(path / name) for name in entries}
-    except OSError as error:
-        file = Path(error.filename or path).name
-        raise CheckpointError(f"{path} is damaged: {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {MANIFEST} can't be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        file = Path(getattr(error, "filename", None) or MANIFEST).name
+        raise CheckpointError(f"{path} is damaged: {file}: {reason_of(error)}") from error
     same = (
         _encode(found) == written if digests else all(found[n].items() <= entries[n].items() for n in found)
     )
@@ -107,15 +100,13 @@ def verify(path: Path, required: Collection[str], *, digests: bool = True) -> li
     return list(found)
 
 
-def delete(paths: Iterable[Path]) -> list[str]:
-    """Remove committed folders; one line for each that can't be removed, which a caller may pass on."""
-    complaints = []
-    for path in paths:
-        try:
-            _delete(path)
-        except OSError as error:
-            complaints.append(f"{path} can't be deleted: {error.strerror}; delete it by hand")
-    return complaints
+def delete(path: Path) -> bool:
+    """Remove a folder, first out of sight: nothing half deleted is ever read. False where it stays."""
+    doomed = path.with_name(f".del-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        path.rename(doomed)
+    remove(doomed)
+    return not path.exists()
 
 
 def set_aside(path: Path) -> Path:
@@ -130,20 +121,18 @@ def clean(folder: Path) -> None:
     """Remove what interrupted writes and deletions left behind. Only at a start: it would take a running
     writer's files away."""
     for old in folder.glob(".old-*"):
-        place = old.with_name(old.name.removeprefix(".old-"))
-        if place.exists():
-            _delete(old)
-        else:
-            old.rename(place)
+        _settle(old)
     for path in (*folder.glob(".tmp-*"), *folder.glob(".del-*")):
         remove(path)
 
 
-def _delete(path: Path) -> None:
-    """Remove a folder: first out of sight, so that nothing half deleted is ever read."""
-    doomed = path.with_name(f".del-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
-    path.rename(doomed)
-    remove(doomed)
+def _settle(old: Path) -> None:
+    """Delete what has been replaced, or put it back where its replacement never came."""
+    place = old.with_name(old.name.removeprefix(".old-"))
+    if place.exists():
+        delete(old)
+    elif old.exists():
+        old.rename(place)
 
 
 def _size(path: Path) -> dict[str, Any]:

@@ -19,20 +19,20 @@ that a save that was handed over is finished before the process ends.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from segformer.checkpoint.atomic import commit, delete
 from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
 from segformer.distributed.world import World
 from segformer.errors import CheckpointError, ConfigError, at_least
+from segformer.files import listed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,20 +61,16 @@ class CheckpointConfig:
             )
 
 
-@dataclass(slots=True)
-class _Write:
-    """A save in the writer's hands."""
+class _Outcome(NamedTuple):
+    """How a save went."""
 
     step: int
-    thread: threading.Thread = field(init=False)
-    began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     "From the beginning to the commit."
+    left: Sequence[Path] = ()
+    "Older checkpoints that could not be deleted."
     failure: str = ""
-    "Why the disk did not take it."
-    bug: BaseException | None = None
-    complaints: list[str] = field(default_factory=list)
-    "What could not be deleted afterwards."
+    "Why the disk did not take it. Not the error itself: the frames of its traceback keep the tensors."
 
 
 class Checkpointer:
@@ -106,7 +102,9 @@ class Checkpointer:
         self._progress, self._round_s, self._fence = progress, round_s, fence
         self._cfg, self._folder, self._world = cfg, folder, world
         self._warn, self._failed = warn, failed
-        self._write: _Write | None = None  # this and what follows: rank zero only
+        # Rank zero only. The interpreter waits for the thread also where the main thread ends with an error.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[_Outcome] | None = None
         self._failures, self._failure, self._warned = 0, "", False
 
     def save(self, content: Checkpoint, *, last: bool = False) -> None:
@@ -139,86 +137,69 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait for the save in flight without asking how it went: the run ends with an error; any rank."""
-        if self._write is not None:
-            self._write.thread.join()
+        if self._pending is not None:
+            wait([self._pending])
 
     def _start(self, content: Checkpoint) -> None:
         """Check the tensors and hand them over; rank zero."""
         state = content.state
         check_finite(content[:3], state.step)
-        write, writers = _Write(state.step), writers_of(content)
-        job = partial(_write, write, writers, self._folder, self._cfg, state.best_step, self._fence)
-        # No daemon: the interpreter waits for it also where the main thread ends with an error.
-        write.thread = threading.Thread(target=job, name=f"checkpoint {state.step}", daemon=False)
-        write.thread.start()
-        self._write = write
+        self._pending = self._thread.submit(self._write, writers_of(content), state.step, state.best_step)
+
+    def _write(
+        self, writers: dict[str, Callable[[Path], object]], step: int, best_step: int | None
+    ) -> _Outcome:
+        """Write and prune; in the thread."""
+        began = time.monotonic()
+        try:
+            commit(self._folder, step_name(step), writers, self._fence)
+            seconds = time.monotonic() - began
+            self._fence()
+            return _Outcome(step, seconds, _prune(self._folder, self._cfg, step, best_step))
+        except CheckpointError as error:
+            return _Outcome(step, failure=str(error))
 
     def _join(self, final: bool) -> tuple[bool, int | None]:
-        """Wait a while; whether nothing is in flight any more, and the newest committed step; rank zero."""
-        write = self._write
-        if write is not None:
-            write.thread.join(self._round_s)
-            if write.thread.is_alive():
+        """Wait a while; (nothing is in flight any more, the newest committed step); rank zero."""
+        pending, outcome = self._pending, None
+        if pending is not None:
+            wait([pending], timeout=self._round_s)
+            if not pending.done():
                 return False, self.last_saved
-            self._write = None
-            self._take(write)
+            self._pending = None
+            outcome = pending.result()
+            self._count(outcome)
         count = f"{self._failures} of {self._cfg.max_failures} failures in a row"
         if self._failure and (final or self._failures >= self._cfg.max_failures):
             newest = "the one it started from" if self.last_saved is None else f"step {self.last_saved}"
             raise CheckpointError(f"{self._failure}; {count}, the newest checkpoint is {newest}")
-        if write is not None and write.failure:
-            self._warn(f"{write.failure}; older checkpoints stay and training goes on ({count})")
+        if outcome is not None and outcome.failure:
+            self._warn(f"{outcome.failure}; older checkpoints stay and training goes on ({count})")
         return True, self.last_saved
 
-    def _take(self, write: _Write) -> None:
-        """Count the outcome of a write that has ended; rank zero."""
-        if write.bug is not None:
-            raise write.bug
-        for complaint in write.complaints:
-            self._warn(complaint)
-        self._failure = write.failure
-        if write.failure:
+    def _count(self, outcome: _Outcome) -> None:
+        """Take down how a save went, and warn of what a user should see to; rank zero."""
+        self._failure = outcome.failure
+        if outcome.failure:
             self._failures += 1
-            with contextlib.suppress(OSError):  # what it records in may be on the same full disk
-                self._failed(write.step, write.failure)
-        else:
-            self._failures, self.last_saved = 0, write.step
-            self._compare(write.seconds)
-
-    def _compare(self, seconds: float) -> None:
-        """Warn, once, of a save that leaves too little of the notice; rank zero."""
-        if self._cfg.notice_s and 2 * seconds > self._cfg.notice_s and not self._warned:
+            self._failed(outcome.step, outcome.failure)
+            return
+        self._failures, self.last_saved = 0, outcome.step
+        if outcome.left:
+            self._warn(f"{listed(map(str, outcome.left))} can't be deleted; delete by hand")
+        if self._cfg.notice_s and 2 * outcome.seconds > self._cfg.notice_s and not self._warned:
             self._warned = True
             self._warn(
-                f"a checkpoint takes {seconds:.0f} s, and the job has {self._cfg.notice_s:.0f} s to save "
-                f"before it is ended; resubmit with signal_delay_s={math.ceil(3 * seconds)}"
+                f"a checkpoint takes {outcome.seconds:.0f} s, and the job has {self._cfg.notice_s:.0f} s to "
+                f"save before it is ended; resubmit with signal_delay_s={math.ceil(3 * outcome.seconds)}"
             )
 
 
-def _write(
-    write: _Write,
-    writers: Mapping[str, Callable[[Path], object]],
-    folder: Path,
-    cfg: CheckpointConfig,
-    best_step: int | None,
-    fence: Callable[[], None],
-) -> None:
-    """Write and prune, in the thread; the outcome is left in `write`."""
-    try:
-        commit(folder, step_name(write.step), writers, fence)
-        write.seconds = time.monotonic() - write.began
-        fence()
-        write.complaints = _prune(folder, cfg, write.step, best_step)
-    except CheckpointError as error:
-        write.failure = str(error)  # not the error itself: the frames of its traceback keep the tensors
-    except BaseException as error:  # the main thread raises it
-        write.bug = error
-
-
-def _prune(folder: Path, cfg: CheckpointConfig, newest: int, best_step: int | None) -> list[str]:
-    """Delete what is not kept, after `newest` has been committed; what can't be deleted, as lines."""
+def _prune(folder: Path, cfg: CheckpointConfig, newest: int, best_step: int | None) -> list[Path]:
+    """Delete what is not kept, after `newest` has been committed; the folders that can't be deleted."""
     steps = list_steps(folder)
     kept = {newest, best_step, *steps[-cfg.keep_last :]}
     if cfg.keep_every:
         kept |= {step for step in steps if step % cfg.keep_every == 0}
-    return delete(folder / step_name(step) for step in steps if step not in kept)
+    doomed = [folder / step_name(step) for step in steps if step not in kept]
+    return [path for path in doomed if not delete(path)]

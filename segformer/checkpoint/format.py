@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segformer.checkpoint.atomic import verify
-from segformer.errors import CheckpointError
+from segformer.errors import CheckpointError, reraise_as
 
 MODEL, OPTIMIZER, STATE = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 EMA = "ema.safetensors"
@@ -95,23 +95,18 @@ def is_finite(tensor: Tensor) -> bool:
 def writers_of(content: Checkpoint) -> dict[str, Callable[[Path], object]]:
     """File name -> function that writes it, as `commit` takes them. The state is copied, tensors are not."""
     text = json.dumps(asdict(content.state), indent=1).encode()  # now: the loop goes on changing the state
-    tensors = {MODEL: content.model, OPTIMIZER: content.optimizer} | (
-        {EMA: content.ema} if content.ema else {}
-    )
-    writers: dict[str, Callable[[Path], object]] = {
-        name: partial(_write_tensors, values) for name, values in tensors.items()
-    }
-    return writers | {STATE: partial(Path.write_bytes, data=text)}
+    tensors = {MODEL: content.model, OPTIMIZER: content.optimizer}
+    tensors |= {EMA: content.ema} if content.ema else {}
+    writers: dict[str, Callable[[Path], object]] = {STATE: partial(Path.write_bytes, data=text)}
+    return {name: partial(_write_tensors, values) for name, values in tensors.items()} | writers
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Stream tensors into a file: no copy of them is made."""
     path.touch()
     mode = path.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
-    try:
+    with reraise_as(OSError, path.name, on=SafetensorError):  # what the operating system said, as text
         save_file(tensors, path)
-    except SafetensorError as error:  # what the operating system said, as text
-        raise OSError(str(error)) from error
     path.chmod(mode)
 
 
@@ -122,12 +117,10 @@ def read_files(path: Path, *, digests: bool) -> tuple[Checkpoint, bytes]:
         CheckpointError: a file is missing or damaged.
     """
     names = verify(path, FILES, digests=digests)
-    try:
+    with reraise_as(CheckpointError, f"{path} is damaged", on=(SafetensorError, OSError)):
         model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
         ema = load_file(path / EMA) if EMA in names else {}
         return Checkpoint(model, optimizer, ema, TrainState()), (path / STATE).read_bytes()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def decode_state(path: Path, text: bytes) -> TrainState:

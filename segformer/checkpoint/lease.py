@@ -18,13 +18,14 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from segformer.errors import CheckpointError, ConfigError, RunTaken, SegformerError
+from segformer.errors import CheckpointError, ConfigError, RunTaken, SegformerError, reraise_as
 from segformer.files import lock, write_atomic
 
 FILE, LOCK = "lease.json", ".lock"
@@ -69,27 +70,26 @@ class Lease:
             ConfigError: another job or process works in it.
         """
         owner, path = Owner.current(), run_dir / FILE
-        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
+        with contextlib.ExitStack() as undo:
+            descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            undo.callback(os.close, descriptor)
             free = lock(descriptor)
-            generation, holder = _read(path)
-            holding = holder or "another process"
-            refusal = f"{run_dir} is in use by {holding}; wait for it, stop it, or choose another name=..."
+            generation, _, holder = _read(path)
+            user = holder or "another process"
+            taken = ConfigError(f"{run_dir} is in use by {user}; wait, stop it, or choose another name=...")
             if holder is not None and owner.job and owner.job == holder.job:
                 if owner.attempt < holder.attempt:
                     raise RunTaken(f"{run_dir} has been taken over by attempt {holder.attempt} of this job")
                 free = free or owner.attempt > holder.attempt
             elif holder is not None and holder.job:
                 if _queued(holder.job):
-                    raise ConfigError(refusal)
+                    raise taken
                 free = free or _wait_for(descriptor, holder)
             if not free:
-                raise ConfigError(refusal)
+                raise taken
             token = secrets.token_hex(8)
             _write(path, generation + 1, token, owner)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            undo.pop_all()
         return cls(path, token, generation + 1, descriptor)
 
     def check(self) -> None:
@@ -98,20 +98,10 @@ class Lease:
         Raises:
             CheckpointError: the file can't be read at the moment.
         """
-        try:
-            found = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            raise RunTaken(
-                f"{self._path} is gone, and with it the right to write; start the run again"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._path} can't be read: {error}") from error
-        if found.get("token") != self._token:
-            _, holder = _read(self._path)
-            raise RunTaken(
-                f"{self._path.parent} has been taken over by {holder}; this process was replaced and ends "
-                "without writing"
-            )
+        _, token, holder = _read(self._path)
+        if token != self._token:
+            by = f"by {holder}" if holder else f"or given back: {self._path} names nobody"
+            raise RunTaken(f"{self._path.parent} has been taken over {by}; this process ends without writing")
 
     def release(self) -> None:
         """Give the directory back, where it is still ours; the generation stays."""
@@ -135,17 +125,19 @@ def _wait_for(descriptor: int, holder: Owner) -> bool:
     return free
 
 
-def _read(path: Path) -> tuple[int, Owner | None]:
-    """(Generation, holder) as the file says; (0, None) where there is none."""
-    try:
+def _read(path: Path) -> tuple[int, str, Owner | None]:
+    """(Generation, token, holder) as the file says; (0, "", None) where there is none.
+
+    Raises:
+        CheckpointError: it can't be read, or is none.
+    """
+    what, do = f"{path} can't be read", "remove it if no job uses the directory"
+    with reraise_as(CheckpointError, what, do, on=(OSError, ValueError, KeyError, TypeError)):
+        if not path.exists():
+            return 0, "", None
         found = json.loads(path.read_text())
-        return int(found["generation"]), None if found["owner"] is None else Owner(**found["owner"])
-    except FileNotFoundError:
-        return 0, None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} can't be read ({error}); remove it if no job uses the directory"
-        ) from error
+        owner = None if found["owner"] is None else Owner(**found["owner"])
+        return int(found["generation"]), found["token"], owner
 
 
 def _queued(job: str) -> bool:
@@ -154,19 +146,18 @@ def _queued(job: str) -> bool:
     Raises:
         ConfigError: Slurm does not answer for minutes.
     """
+    if shutil.which("squeue") is None:
+        return False  # no Slurm here: the lock has decided
+    what, do = f"squeue can't say whether job {job} has ended", "try again later"
     end = time.monotonic() + RELEASE_S
     while True:
-        try:
-            command = ["squeue", "-h", "-j", job, "-o", "%T"]
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except FileNotFoundError:
-            return False  # no Slurm here: the lock has decided
-        except subprocess.TimeoutExpired:
-            answer = "no answer within 60 s"
-        else:
-            if asked.returncode == 0 or "Invalid job id" in asked.stderr:
-                return asked.returncode == 0 and bool(asked.stdout.strip())
-            answer = asked.stderr.strip()
+        with reraise_as(ConfigError, what, do, on=subprocess.TimeoutExpired):
+            asked = subprocess.run(
+                ["squeue", "-h", "-j", job, "-o", "%T"],
+                capture_output=True, text=True, timeout=RELEASE_S, check=False,
+            )  # fmt: skip
+        if asked.returncode == 0 or "Invalid job id" in asked.stderr:
+            return bool(asked.stdout.strip())
         if time.monotonic() > end:
-            raise ConfigError(f"squeue can't say whether job {job} has ended ({answer}); try again later")
+            raise ConfigError(f"{what}: {asked.stderr.strip()}; {do}")
         time.sleep(5)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segformer.checkpoint.atomic import MANIFEST, set_aside
 from segformer.checkpoint.format import MODEL, Checkpoint, TrainState, decode_state, read_files, step_name
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError, ConfigError, reraise_as
 
 CONFIG = "config.yaml"
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -93,12 +93,10 @@ def _step_folder(path: Path) -> Path | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The plain data of a run's configuration; {} without the file."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+    with reraise_as(CheckpointError, f"{path} can't be read", on=(OSError, ValueError, yaml.YAMLError)):
+        content = yaml.safe_load(path.read_text("utf-8"))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no configuration of a run; restore it")
     return content

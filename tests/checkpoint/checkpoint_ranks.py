@@ -1,4 +1,4 @@
-"""Scenarios of a Checkpointer, each in its own folder: `checkpoint_ranks.py <folder>`, on 1 or 2 ranks.
+"""Scenarios of a Checkpointer on two ranks, each in its own folder: `checkpoint_ranks.py <folder>`.
 
 Prints a line for each that ends with an error.
 """
@@ -124,7 +124,7 @@ def memory(world, folder):
         before = peak_mib()
         kept = function()
         assert peak_mib() - before < 16, what
-    assert torch.equal(kept.ema["w"], large.ema["w"])
+    assert not world.is_main or torch.equal(kept.ema["w"], large.ema["w"])
 
 
 def peak_mib():
@@ -135,8 +135,7 @@ def peak_mib():
 def main():
     torch.set_num_threads(1)
     world = init_world(timeout_s=60)
-    scenarios = [full_disk, last, not_finite, slow_disk]
-    for scenario in scenarios if world.size > 1 else [memory, *scenarios]:
+    for scenario in (memory, full_disk, last, not_finite, slow_disk):
         try:
             scenario(world, Path(sys.argv[1]) / scenario.__name__)
         except (CheckpointError, SystemExit) as error:

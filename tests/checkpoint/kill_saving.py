@@ -14,41 +14,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from checkpoints import make_checkpointer, nobody, tensors
 
 from segformer.checkpoint.atomic import clean
-from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.reader import list_steps, load_checkpoint
-from segformer.distributed.world import World
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.scandir", "shutil.rmtree")
 CALLS = ("write", "ftruncate", "rename", "renameat", "mkdir", "fsync", "unlinkat", "rmdir", "chmod")
-CFG = CheckpointConfig(save_every=1, keep_last=1)
-WORLD = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 
 
-def contents(step, seed, size=40):
-    """Tensors and state that can be told from those of every other seed."""
-    generator = torch.Generator().manual_seed(seed)
-    model, first, ema = (torch.randn(size, size, generator=generator) for _ in range(3))
-    state = TrainState(step=step, best_score=seed)
-    return Checkpoint({"w": model}, {"exp_avg.w": first}, {"w": ema}, state)
+def save(folder, step, seed):
+    content = Checkpoint(*tensors(seed), TrainState(step=step, best_score=seed))
+    make_checkpointer(folder, keep_last=1).save(content, last=True)
 
 
-def save(folder, step, seed, size=40):
-    checkpointer = Checkpointer(CFG, folder, WORLD, warn=fail, failed=fail)
-    checkpointer.save(contents(step, seed, size), last=True)
-
-
-def fail(*what):
-    raise AssertionError(what)
-
-
-def seed_of(folder, size=40):
+def seed_of(folder):
     """Of what is loaded, every tensor compared."""
-    loaded = load_checkpoint(folder, warn=fail)
+    loaded = load_checkpoint(folder, warn=nobody)
     seed = loaded.state.best_score
-    for found, expected in zip(loaded[:3], contents(0, seed, size)[:3], strict=True):
+    for found, expected in zip(loaded[:3], tensors(seed), strict=True):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     return seed
@@ -132,22 +117,17 @@ def kill_until_it_ends(folder, new_step, start):
 
 
 def kill_at_every_step(folder):
-    kills = 0
-    for new_step in (2, 1):  # the next checkpoint, and the same one once more
-        outcomes = kill_until_it_ends(folder, new_step, deadly)
-        assert set(outcomes) == {11, 22}
-        kills += len(outcomes)
-    print(kills)
+    kills = [kill_until_it_ends(folder, new_step, deadly) for new_step in (2, 1)]  # the next, the same again
+    assert all(set(outcomes) == {11, 22} for outcomes in kills)
+    print(sum(map(len, kills)))
 
 
 def kill_at_every_system_call(folder):
-    kills = dict.fromkeys(CALLS, 0)
-    for call in CALLS:
-        for new_step in (2, 1):
-            start = partial(traced, call)
-            kills[call] += len(kill_until_it_ends(folder, new_step, start))
-    for call in ("write", "fsync", "rename"):
-        assert kills[call] > 2, kills
+    kills = {
+        call: sum(len(kill_until_it_ends(folder, new_step, partial(traced, call))) for new_step in (2, 1))
+        for call in CALLS
+    }
+    assert all(kills[call] > 2 for call in ("write", "fsync", "rename")), kills
     print(sum(kills.values()))
 
 

@@ -13,6 +13,7 @@ from checkpoints import nobody, tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from segformer.checkpoint import atomic as commit
+from segformer.checkpoint import checkpointer
 from segformer.checkpoint import format as snapshot
 from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.checkpointer import CheckpointConfig
@@ -61,12 +62,9 @@ def test_files_have_the_permissions_of_the_umask(tmp_path):
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
 
 
-def test_an_empty_folder_is_a_fresh_start(tmp_path):
+def test_an_empty_folder_is_a_fresh_start_and_a_step_that_does_not_exist_names_those_that_do(tmp_path):
     assert load_checkpoint(tmp_path) is None
     assert load_checkpoint(tmp_path / "missing") is None
-
-
-def test_a_step_that_does_not_exist_names_those_that_do(tmp_path):
     write(tmp_path, 4)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9; it has \[4\]"):
         load_checkpoint(tmp_path, step=9)
@@ -84,32 +82,26 @@ def test_an_opened_run_has_the_averaged_parameters_where_there_are_any_and_its_o
         open_run(tmp_path / "none")
 
 
-def rewrite_state(path, **changes):
-    """A checkpoint as another version would have written it: changed, None for left out, and whole."""
-    values = json.loads((path / "state.json").read_bytes()) | changes
-    text = json.dumps({name: value for name, value in values.items() if value is not None}).encode()
-    names = commit.verify(path, snapshot.FILES)
-    files = {name: (path / name).read_bytes() for name in names} | {"state.json": text}
-    commit.commit(
-        path.parent, path.name, {n: lambda p, d=data: p.write_bytes(d) for n, data in files.items()}
+def of_another_version(folder, **state):
+    """Step 3 as a version whose state has these fields would have written it."""
+    writers = snapshot.writers_of(Checkpoint(*tensors(3), TrainState()))
+    text = json.dumps({"step": 3} | state).encode()
+    return commit.commit(
+        folder, "step-00000003", writers | {"state.json": lambda path: path.write_bytes(text)}
     )
 
 
 def test_a_state_of_another_version_is_one_clear_line_or_takes_defaults(tmp_path):
-    path = write(tmp_path, 3, skipped=5)
-    rewrite_state(path, skipped=None, bad_step=None)
-    assert load_checkpoint(tmp_path).state == TrainState(step=3)
-    rewrite_state(path, best_miou=0.5, loader={"epoch": 1})
-    for verify in (True, False):
-        with pytest.raises(CheckpointError, match="has best_miou, loader, which this version does not know"):
-            load_checkpoint(tmp_path, quarantine=True, warn=nobody, verify=verify)
-    assert list_steps(tmp_path) == [3], "it is not damaged"
-
-
-def test_a_checkpoint_that_was_renamed_is_not_taken_for_another_step(tmp_path):
-    write(tmp_path, 3).rename(tmp_path / "step-00000004")
+    path = of_another_version(tmp_path, skipped=5)
+    assert load_checkpoint(tmp_path).state == TrainState(step=3, skipped=5)
+    path.rename(tmp_path / "step-00000004")
     with pytest.raises(CheckpointError, match="holds step 3"):
         load_checkpoint(tmp_path)
+    of_another_version(tmp_path / "new", best_miou=0.5, loader={"epoch": 1})
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match="has best_miou, loader, which this version does not know"):
+            load_checkpoint(tmp_path / "new", quarantine=True, warn=nobody, verify=verify)
+    assert list_steps(tmp_path / "new") == [3], "it is not damaged"
 
 
 def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_path, monkeypatch):
@@ -143,7 +135,6 @@ def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name_is(tmp_pat
 DAMAGES = {
     "flip": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
     "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "empty": lambda path: path.write_bytes(b""),
     "delete": lambda path: path.unlink(),
     "folder": lambda path: (path.unlink(), path.mkdir()),
 }
@@ -176,9 +167,7 @@ def test_every_single_bit_of_the_manifest_counts(tmp_path):
     assert set(commit.verify(path, snapshot.FILES)) == set(ALL_FILES) - {commit.MANIFEST}
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "3", '{"a": 1}', '{"../state.json": {}}', '{"\\u0000": {}}', "[" * 10**5]
-)
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"../state.json": {}}', '{"\\u0000": {}}', "[" * 10**5])
 def test_a_manifest_that_is_none_is_damage(tmp_path, text):
     path = write(tmp_path, 1)
     (path / commit.MANIFEST).write_text(text)
@@ -197,17 +186,12 @@ def test_only_damaged_checkpoints_never_mean_a_silent_fresh_start(tmp_path):
     DAMAGES["truncate"](write(tmp_path, 1) / "model.safetensors")
     with pytest.raises(CheckpointError, match="damaged"):  # sizes count without sums, too
         load_checkpoint(tmp_path, step=1, verify=False)
-    for _ in range(2):  # also at the next start, when it is already named bad-*
-        with pytest.raises(CheckpointError, match="start from scratch"):
-            load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True)
-
-
-def test_the_same_step_can_be_damaged_twice(tmp_path):
-    write(tmp_path, 1)
     for count in (1, 2):
-        DAMAGES["flip"](write(tmp_path, 2) / "state.json")
-        assert load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True).state.step == 1
+        for _ in range(2):  # also at the next start, when it is already named bad-*
+            with pytest.raises(CheckpointError, match="start from scratch"):
+                load_checkpoint(tmp_path, warn=lambda text: None, quarantine=True)
         assert len(list(tmp_path.glob("bad-*"))) == count
+        DAMAGES["truncate"](write(tmp_path, 1) / "model.safetensors")
 
 
 # -- what is kept
@@ -221,18 +205,15 @@ def test_the_newest_the_best_and_every_so_many_are_kept(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_save_never_deletes_itself_for_later_ones(tmp_path):
+def test_a_save_never_deletes_itself_for_later_ones_and_nothing_before_it_is_there(tmp_path, monkeypatch):
+    seen, delete = [], checkpointer.delete
+    monkeypatch.setattr(
+        checkpointer, "delete", lambda path: (seen.append(list_steps(tmp_path)), delete(path))[1]
+    )
     for step in (5, 6, 2):
         write(tmp_path, step, cfg=CheckpointConfig(keep_last=1))
+    assert seen == [[5, 6]]
     assert list_steps(tmp_path) == [2, 6]
-
-
-def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
-    seen, real = [], commit._delete
-    monkeypatch.setattr(commit, "_delete", lambda path: (seen.append(list_steps(tmp_path)), real(path)))
-    for step in (1, 2):
-        write(tmp_path, step, cfg=CheckpointConfig(keep_last=1))
-    assert seen == [[1, 2]]
 
 
 def test_deletion_removes_a_link_and_not_what_it_points_to(tmp_path):
@@ -275,12 +256,10 @@ def test_a_folder_that_can_not_be_made_is_one_error(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("group", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_value_that_is_not_finite_passes(tmp_path, value, group, dtype):
-    groups = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in g.items()} for g in tensors()]
+def test_no_value_that_is_not_finite_passes(tmp_path, value, group):
+    model, optimizer, ema = groups = tensors()
     name = next(iter(groups[group]))
     groups[group][name][2, 3] = value
-    model, optimizer, ema = groups
     with pytest.raises(CheckpointError, match=rf"{name} is not finite"):
         write_checkpoint(model, optimizer, TrainState(step=1), tmp_path, ema)
     assert list(tmp_path.iterdir()) == []

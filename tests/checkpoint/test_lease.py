@@ -111,6 +111,16 @@ def test_without_locks_squeue_decides(tmp_path, monkeypatch, no_locks):
     assert Lease.take(tmp_path).generation == 2
 
 
+@pytest.mark.parametrize(
+    ("says", "queued"), [("echo RUNNING", True), ("true", False), ("echo Invalid job id >&2; false", False)]
+)
+def test_squeue_is_asked_about_the_job(tmp_path, monkeypatch, says, queued):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "squeue").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert lease._queued("17") == queued
+
+
 def test_a_replaced_process_commits_nothing(tmp_path, monkeypatch):
     attempt(monkeypatch, "17", 0)
     old = Lease.take(tmp_path)
@@ -131,7 +141,7 @@ def test_a_file_that_can_t_be_read_for_a_moment_takes_nothing_away(tmp_path, mon
     (tmp_path / "lease.json").write_text(kept)
     held.check()
     (tmp_path / "lease.json").unlink()
-    with pytest.raises(RunTaken, match="is gone"):
+    with pytest.raises(RunTaken, match="names nobody"):
         held.check()
 
 
