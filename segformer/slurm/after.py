@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from segformer.checkpoint.lease import Owner
 from segformer.errors import Preempted, RankLost, SegformerError
@@ -35,13 +35,6 @@ AGAIN = (Preempted.exit_code, RankLost.exit_code)
 PATIENCE_S = 300
 _T = TypeVar("_T")
 REQUEUE_WAIT_S = 60  # Slurm ends the batch script soon after it has taken the requeue
-
-
-class Decision(NamedTuple):
-    """The next state of a job whose ranks have ended: started again or not."""
-
-    again: bool
-    why: str
 
 
 def outcomes(folder: JobFolder, attempt: int) -> list[dict[str, Any]]:
@@ -62,26 +55,26 @@ def decide(
     requeue: bool,
     out_of_memory: bool,
     stuck: str,
-) -> Decision:
-    """Decide about a job whose srun ended with `code`, not 0, in `attempt`, by the table above."""
+) -> tuple[bool, str]:
+    """(Start again, why or why not) of a job whose srun ended with `code`, not 0, in `attempt`: the table."""
     fatal = [one for one in ended if one["code"] not in AGAIN]
     stopped = any(one["code"] == Preempted.exit_code for one in ended)
     if fatal:
         one = next((one for one in fatal if one["message"]), fatal[0])
         why = one["message"] or "no message"
-        return Decision(False, f"rank {one['rank']} ended with {one['code']}: {why}")
+        return False, f"rank {one['rank']} ended with {one['code']}: {why}"
     if out_of_memory and not stopped:
-        return Decision(False, "the kernel killed a rank for its memory; fewer loader.workers, or more mem")
+        return False, "the kernel killed a rank for its memory; fewer loader.workers, or more mem"
     if state.restarts > attempt or state.name == "PENDING":
-        return Decision(False, "Slurm has started the job again already")
+        return False, "Slurm has started the job again already"
     if state.name not in ("RUNNING", "UNKNOWN") and state.reason != "TimeLimit" and not state.preempted:
-        return Decision(False, f"Slurm is ending the job itself ({state.name})")
+        return False, f"Slurm is ending the job itself ({state.name})"
     what = "stopped by a signal" if stopped else f"a rank or a node was lost (exit code {code})"
     if not requeue:
-        return Decision(False, f"{what}; requeue=false")
+        return False, f"{what}; requeue=false"
     if stuck:
-        return Decision(False, stuck)
-    return Decision(True, what)
+        return False, stuck
+    return True, what
 
 
 def after(path: Path, code: int) -> None:
@@ -95,7 +88,7 @@ def after(path: Path, code: int) -> None:
         sys.exit(code)
     run_dir = Path(record["run_dir"])
     state = patiently(lambda: job_state(owner.job), lambda state: state.name != "UNKNOWN")
-    decision = decide(
+    again, why = decide(
         code,
         outcomes(folder, owner.attempt),
         state or JobState("UNKNOWN"),
@@ -104,8 +97,8 @@ def after(path: Path, code: int) -> None:
         out_of_memory=ran_out_of_memory(owner.job),
         stuck=_uncounted(run_dir, owner) or give_up(run_dir, owner.job, begun=False),
     )
-    print(f"job {owner.job}: {'starting again' if decision.again else 'ended'}: {decision.why}", flush=True)
-    if decision.again:
+    print(f"job {owner.job}: {'starting again' if again else 'ended'}: {why}", flush=True)
+    if again:
         patiently(lambda: _requeue(owner), bool)
         time.sleep(REQUEUE_WAIT_S)
     sys.exit(code)

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, reraise_as
 from segformer.files import staged
 
 PARTS = ("segformer", "launch", "conf", "data_prep", "pyproject.toml")
@@ -34,25 +34,20 @@ def copy_code(root: Path, target: Path) -> dict[str, Any]:
     commit = _git(root, "rev-parse", "HEAD")
     new = _git(root, "ls-files", "-o", "--exclude-standard", "--", *PARTS)
     digest = hashlib.sha256()
-    try:
-        with staged(target) as folder:
-            for name in sorted(_files(root)):
-                copy, content = folder / name, (root / name).read_bytes()
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(content)
-                digest.update(f"{name}\0{len(content)}\0".encode() + content)
-            found = {
-                "commit": commit.decode().strip() if commit else None,
-                "changed": None if difference is None or new is None else bool(difference or new),
-                "sha256": digest.hexdigest(),
-            }
-            (folder / "CODE.json").write_text(json.dumps(found, indent=1) + "\n")
-            if difference:
-                (folder / "CODE.diff").write_bytes(difference)
-    except OSError as error:
-        raise ConfigError(
-            f"the code can't be copied to {target}: {error.strerror}: {error.filename}"
-        ) from error
+    with reraise_as(ConfigError, f"the code can't be copied to {target}"), staged(target) as folder:
+        for name in sorted(_files(root)):
+            copy, content = folder / name, (root / name).read_bytes()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        found = {
+            "commit": commit.decode().strip() if commit else None,
+            "changed": None if difference is None or new is None else bool(difference or new),
+            "sha256": digest.hexdigest(),
+        }
+        (folder / "CODE.json").write_text(json.dumps(found, indent=1) + "\n")
+        if difference:
+            (folder / "CODE.diff").write_bytes(difference)
     return found
 
 

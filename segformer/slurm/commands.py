@@ -72,8 +72,8 @@ def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[J
     if tried.returncode:
         message = (tried.stderr.strip() or f"{script} failed").splitlines()[-1]
         raise ConfigError(message.removeprefix("ConfigError: "))
-    runs, kind = plain_path("runs", Path("runs")), f"slurm/{Path(script).stem}"
-    folder = JobFolder(runs / kind / "0001") if cfg.dry_run else make_folder(runs, kind)
+    top, kind = plain_path("runs", "runs/slurm"), Path(script).stem
+    folder = JobFolder(top / kind / "0001") if cfg.dry_run else make_folder(top, kind)
     if not cfg.dry_run:
         copy_code(ROOT, folder.code)
     return folder, shlex.join([sys.executable, "-u", str(folder.code / script), *arguments])

@@ -6,19 +6,17 @@ Jobs are looked for where they can be: scontrol for those that wait, run or ende
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, reraise_as
 
 TIMEOUT_S = 60
-_NO_CONTROLLER = re.compile(
-    r"is not found|configuration source|contact slurm controller|Zero Bytes|did not answer"
-)
+_NO_CONTROLLER = re.compile(r"configuration source|contact slurm controller|Zero Bytes")
 # In all other states a job uses the cluster, or will.
 ENDED = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
@@ -53,6 +51,13 @@ class JobState:
         """True while the job waits, runs or ends."""
         return self.name not in ENDED
 
+    def __str__(self) -> str:
+        where = f" on {self.nodes}" if self.nodes else ""
+        why = f" ({self.reason})" if self.reason else ""
+        times = f", {self.elapsed} of {self.limit}" if self.elapsed else ""
+        again = f", restarts: {self.restarts}" if self.restarts else ""
+        return f"{self.name}{why}{where}{times}{again}"
+
 
 def _run(
     *command: str | Path, env: dict[str, str] | None = None
@@ -63,15 +68,11 @@ def _run(
         ConfigError: it is not there, or doesn't answer.
     """
     name, words = str(command[0]), list(map(str, command))
-    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "env": env}
-    try:
-        done = subprocess.run(words, timeout=TIMEOUT_S, check=False, **options)
-    except OSError as error:
-        raise ConfigError(
-            f"{name} can't be started ({error.strerror}): run this on a login node of a Slurm cluster"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{name} did not answer within {TIMEOUT_S} s; is slurmctld up?") from error
+    do = "run this on a login node of a Slurm cluster whose controller is up"
+    with reraise_as(ConfigError, f"{name} can't be asked", do, on=(OSError, subprocess.TimeoutExpired)):
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="replace", env=env, timeout=TIMEOUT_S, check=False
+        )
     printed = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
     return done, printed
 
@@ -95,14 +96,11 @@ def would_start(script: Path) -> str:
     Raises:
         ConfigError: it would refuse the script.
     """
-    try:
-        done, printed = _run("sbatch", "--test-only", script, env=own_environment())
-        if done.returncode:
-            raise ConfigError(f"sbatch refused: {printed}")
-    except ConfigError as error:
-        if not _NO_CONTROLLER.search(str(error)):
-            raise
+    done, printed = _run("sbatch", "--test-only", script, env=own_environment())
+    if done.returncode and _NO_CONTROLLER.search(printed):
         return "not asked: no Slurm controller reachable from here"
+    if done.returncode:
+        raise ConfigError(f"sbatch refused: {printed}")
     return printed
 
 
@@ -144,7 +142,7 @@ def ran_out_of_memory(job: str) -> bool:
 
 def _accounts(*asked: str) -> list[str]:
     """Rows of sacct; none where the site keeps no accounts."""
-    try:
-        return slurm("sacct", "-n", "-P", *asked, check=False).splitlines()
-    except ConfigError:
-        return []
+    rows: list[str] = []
+    with contextlib.suppress(ConfigError):
+        rows = slurm("sacct", "-n", "-P", *asked, check=False).splitlines()
+    return rows

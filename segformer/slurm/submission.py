@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from segformer.checkpoint.checkpointer import list_steps
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, reraise_as
 from segformer.files import write_atomic
 from segformer.slurm.attempts import attempts, step_of
 from segformer.slurm.code import copy_code
@@ -122,24 +122,20 @@ def show_script(text: str) -> None:
 
 def make_folder(parent: Path, name: str = "slurm") -> JobFolder:
     """A new folder parent/name/0001 for a submission, for its owner alone; `parent` is made, too."""
-    top = path = parent / name
-    try:
+    top = parent / name
+    with reraise_as(ConfigError, f"{top} can't be made", "choose another folder"):
         parent.mkdir(parents=True, exist_ok=True, mode=0o750)
         _check_owner(parent)
-        path = parent
-        for part in Path(name).parts:
-            path = path / part
-            path.mkdir(mode=0o700, exist_ok=True)
-            found = path.lstat()
-            if path.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
-                raise ConfigError(
-                    f"{path} is a link, or others may open it, and what is in it runs as you; chmod 700 it"
-                )
-        folder = JobFolder(top / f"{max([int(path.name) for path in _numbered(top)], default=0) + 1:04d}")
+        top.mkdir(mode=0o700, exist_ok=True)
+        found = top.lstat()
+        if top.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise ConfigError(
+                f"{top} is a link, or others may open it, and what is in it runs as you; chmod 700 it"
+            )
+        number = max((int(path.name) for path in _numbered(top)), default=0) + 1
+        folder = JobFolder(top / f"{number:04d}")
         folder.path.mkdir(mode=0o700)
         folder.logs.mkdir()
-    except OSError as error:
-        raise ConfigError(f"{top} can't be made: {error.strerror}; choose another folder") from error
     return folder
 
 
@@ -215,7 +211,7 @@ def status(run_dir: Path) -> str:
     folder, job = newest(run_dir)
     steps = list_steps(run_dir / "checkpoints")
     lines = [
-        f"job         {job}: {_state_text(job_state(job))}",
+        f"job         {job}: {job_state(job)}",
         f"step        {progress(run_dir, folder)}",
         f"checkpoint  step {steps[-1]}" if steps else "checkpoint  none yet",
     ]
@@ -224,14 +220,6 @@ def status(run_dir: Path) -> str:
         for one in attempts(run_dir, job)
     ]
     return "\n".join([*lines, f"logs        {folder.logs}/{job}_0_log.out and .err"])
-
-
-def _state_text(state: JobState) -> str:
-    where = f" on {state.nodes}" if state.nodes else ""
-    why = f" ({state.reason})" if state.reason else ""
-    times = f", {state.elapsed} of {state.limit}" if state.elapsed else ""
-    again = f", restarts: {state.restarts}" if state.restarts else ""
-    return f"{state.name}{why}{where}{times}{again}"
 
 
 def progress(run_dir: Path, folder: JobFolder) -> str:
@@ -259,7 +247,7 @@ def watch(run_dir: Path) -> None:
             state = JobState("UNKNOWN")
             with contextlib.suppress(ConfigError):  # slurmctld may be busy, or starting again
                 state = job_state(job)
-            line = f"job {job} {_state_text(state)} | step {progress(run_dir, folder)}"
+            line = f"job {job} {state} | step {progress(run_dir, folder)}"
             if live:
                 print(f"\r\x1b[K{line}", end="", flush=True)
             elif line != shown:

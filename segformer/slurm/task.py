@@ -5,10 +5,10 @@ A rank that ends early leaves a line in JobFolder.outcomes, which after.py reads
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -57,7 +57,7 @@ def _stop_early(number: int, frame: FrameType | None) -> None:
 
 
 def _record(folder: JobFolder, rank: int, error: BaseException) -> None:
-    """Leave the reason why this rank ends early; a full disk must not hide the error itself."""
+    """Leave the reason why this rank ends early, where the disk takes it."""
     code, message = 1, "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, SegformerError):
         code, message = error.exit_code, f"{type(error).__name__}: {error}"
@@ -67,11 +67,9 @@ def _record(folder: JobFolder, rank: int, error: BaseException) -> None:
         code, message = error.code if isinstance(error.code, int) else 1, ""
     elif is_lost_rank(error):  # before the first step, too, a rank that is gone is no bug of this one
         code = RankLost.exit_code
-    try:
+    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         folder.outcomes.mkdir(mode=0o700, exist_ok=True)
         write_atomic(_outcome(folder, rank), json.dumps({"rank": rank, "code": code, "message": message}))
-    except OSError as failed:
-        print(f"the outcome can't be written to {folder.outcomes}: {failed}", file=sys.stderr, flush=True)
 
 
 def _outcome(folder: JobFolder, rank: int) -> Path:

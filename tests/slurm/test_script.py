@@ -42,18 +42,16 @@ def options(text: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/slurm.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp_path):
+def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp_path, monkeypatch, capsys):
     run = f"run_dir={tmp_path / 'run'}"
-    ended = command_line("nodes=4", "experiment=sample", "model=b2", "steps=7", run, "dry_run=true")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("#!/bin/bash\n")
-    assert options(ended.stdout)["nodes"] == "4"
-    assert "4 nodes x 1 ranks" in ended.stderr
+    monkeypatch.setattr(
+        sys, "argv", ["slurm.py", "nodes=4", "experiment=sample", "steps=7", run, "dry_run=true"]
+    )
+    slurm.main()
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash\n")
+    assert options(printed.out)["nodes"] == "4"
+    assert "4 nodes x 1 ranks" in printed.err
     assert not (tmp_path / "run").exists()
 
 
@@ -71,10 +69,10 @@ def test_every_field_reaches_its_option():
     }  # fmt: skip
     assert {key: found.get(key) for key in wanted} == wanted
     assert set(found) - set(wanted) == {"error", "open-mode", "output"}
-
-
-def test_what_is_not_asked_for_is_left_to_the_cluster():
+    # what is not asked for is left to the cluster
     assert not {"mem", "partition", "account", "qos", "constraint", "wckey"} & set(options(script()))
+    ranks = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
+    assert (ranks["ntasks-per-node"], ranks.get("gpus-per-node")) == ("2", None)
 
 
 def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration():
@@ -105,36 +103,27 @@ def test_a_command_without_ranks_runs_once_and_without_srun():
     assert options(text)["array"] == "0-3%4"
 
 
-def test_nodes_without_gpus_get_the_ranks_that_are_asked_for():
-    found = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
-    assert (found["ntasks-per-node"], found.get("gpus-per-node")) == ("2", None)
-
-
 def test_lines_of_the_profile_stand_before_the_training():
     lines = script(setup=["module load cuda", "export NCCL_DEBUG=WARN"]).splitlines()
     srun = next(number for number, line in enumerate(lines) if line.startswith("srun"))
     assert lines.index("module load cuda") < lines.index("export NCCL_DEBUG=WARN") < srun
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [(field, value) for field in TEXTS for value in HOSTILE if (field, value) != ("constraint", "a|b")],
-)
-def test_a_hostile_text_is_refused_in_every_field(field, value):
-    with pytest.raises(ConfigError, match=f"{field}="):
-        SlurmConfig(**{field: value})
+@pytest.mark.parametrize("field", TEXTS)
+def test_a_hostile_text_is_refused_in_every_field(field):
+    for value in HOSTILE:
+        if (field, value) != ("constraint", "a|b"):
+            with pytest.raises(ConfigError, match=f"{field}="):
+                SlurmConfig(**{field: value})
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_a_hostile_name_is_refused(value):
+def test_a_hostile_name_or_path_is_refused(value):
     with pytest.raises(ConfigError, match="name="):
         RunConfig(name=value)
-
-
-@pytest.mark.parametrize("value", [value for value in HOSTILE if value not in UNUSUAL])
-def test_a_hostile_path_is_refused(value):
-    with pytest.raises(ConfigError, match="run_dir="):
-        plain_path("run_dir", f"runs/{value}")
+    if value not in UNUSUAL:
+        with pytest.raises(ConfigError, match="run_dir="):
+            plain_path("run_dir", f"runs/{value}")
 
 
 @pytest.mark.parametrize("value", UNUSUAL)
@@ -155,14 +144,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return printed.err
 
 
-NUMBERS = ["gpus_per_node", "cpus_per_task", "tasks_per_node", "signal_delay_s"]
-
-
-@pytest.mark.parametrize("field", ["name", *TEXTS, *NUMBERS])
-def test_the_command_line_refuses_what_is_hostile(field, monkeypatch, capsys):
-    hostile = [*HOSTILE[:4], *HOSTILE[5:9], "a\\"]
-    for value in ["a;b", "1.5", "-1", "10000000", "'", *hostile] if field in NUMBERS else hostile:
-        assert refused(monkeypatch, capsys, f"{field}={value}", "dry_run=true")
+@pytest.mark.parametrize("field", ["name", *TEXTS, "gpus_per_node", "signal_delay_s"])
+@pytest.mark.parametrize("value", ["a\nrm -rf x", "$(touch x)", "a;b"])
+def test_the_command_line_refuses_what_is_hostile(field, value, monkeypatch, capsys):
+    assert refused(monkeypatch, capsys, f"{field}={value}", "dry_run=true")
 
 
 @pytest.mark.parametrize(
@@ -178,22 +163,17 @@ def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override):
         slurm.split_overrides([override])
 
 
-@pytest.mark.parametrize("line", ["a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J"])
-def test_a_setup_line_with_control_characters_is_refused(line):
-    with pytest.raises(ConfigError, match="setup holds"):
-        SlurmConfig(setup=[line])
-
-
 @pytest.mark.parametrize(
-    "extra",
+    "profile",
     [
-        {"wrap": "ls"}, {"output": "x"}, {"nodes": 3}, {"a b": "x"}, {"Comment": "x"}, {"comment": "a\nb"},
-        {"comment": "$(ls)"}, {"comment": ["a"]}, {"exclusive": None}, {"exclusive": False},
+        *({"setup": [line]} for line in ("a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J")),
+        *({"sbatch": {key: "x"}} for key in ("wrap", "output", "nodes", "a b", "Comment")),
+        *({"sbatch": {"comment": value}} for value in ("a\nb", "$(ls)", ["a"], None, False)),
     ],
-)  # fmt: skip
-def test_further_sbatch_options_are_checked(extra):
-    with pytest.raises(ConfigError, match="sbatch"):
-        SlurmConfig(sbatch=extra)
+)
+def test_the_lines_and_options_of_a_profile_are_checked(profile):
+    with pytest.raises(ConfigError, match=r"setup holds|sbatch"):
+        SlurmConfig(**profile)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +187,7 @@ def test_durations_are_read_as_sbatch_and_people_mean_them(text, wanted):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "12:00", "1d12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "24h;ls", "٣h"],
+    ["", "12:00", "1d12", "h", "24x", "1.5h", "-1", "0", "400d", "2h1d", "٣h"],
 )
 def test_other_durations_are_refused(text):
     with pytest.raises(ConfigError, match="time="):
@@ -226,11 +206,6 @@ def test_settings_that_make_no_sense_are_refused(fields):
         SlurmConfig(**fields)
 
 
-@pytest.mark.parametrize("text", ["480G", "480 GB", "480g", "480GiB"])
-def test_memory_is_written_as_sbatch_reads_it(text: str) -> None:
-    assert SlurmConfig(mem=text).mem == "480G"
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf/cluster").glob("*.yaml")))
 def test_every_shipped_profile_makes_a_script_that_bash_accepts(name):
     cfg = compose(SlurmConfig, "slurm", [f"cluster={name}"])
@@ -240,10 +215,11 @@ def test_every_shipped_profile_makes_a_script_that_bash_accepts(name):
 
 
 def test_text_that_hydra_would_misread_keeps_its_value():
-    given = ["partition=a,b", "constraint=a&b|c", "time='2h'", "account=my-1.project"]
+    given = ["partition=a,b", "constraint=a&b|c", "time='2h'", "account=my-1.project", "mem=480 GB"]
     job, training = slurm.split_overrides([*given, "steps=5", "nodes=3"])
     cfg = compose(SlurmConfig, "slurm", job)
     assert (cfg.partition, cfg.constraint, cfg.time, cfg.nodes) == ("a,b", "a&b|c", "2h", "3")
+    assert {SlurmConfig(mem=text).mem for text in (cfg.mem, "480g", "480GiB")} == {"480G"}
     assert training == ["steps=5"]
 
 

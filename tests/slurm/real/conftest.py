@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,23 +103,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Iter
 
 
 @pytest.fixture(scope="session")
-def overrides(tiny_shards: Path) -> Callable[..., list[str]]:
-    """A run of 4 images a step that logs every step and writes down its samples.
-
-    Without drop-out, whose masks depend on the number of ranks.
-    """
-
-    def of(run_dir: Path, *more: str) -> list[str]:
-        return [
-            *("experiment=sample", f"name={run_dir.name}", f"run_dir={run_dir}"),
-            *(f"data.shards={tiny_shards}", f"steps={STEPS}", "global_batch=4", "eval_every=1000"),
-            *("overlays=0", "augment.crop=[64,64]", "loader.workers=0", "telemetry.log_every=1"),
-            *("model.drop_path_rate=0", "model.dropout=0", "checkpoint.save_every=1000"),
-            *("telemetry.progress=false", "telemetry.ledger=true"),
-            *more,
-        ]
-
-    return of
+def overrides(tiny_in: Callable[[Path], Callable[..., list[str]]]) -> Callable[..., list[str]]:
+    """A run of 4 images a step that logs every step and writes down its samples."""
+    kept = (f"steps={STEPS}", "telemetry.progress=false", "telemetry.ledger=true")
+    return lambda run_dir, *more: tiny_in(run_dir.parent)(run_dir.name, *kept, *more)
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +180,7 @@ def powered(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """A run that meets its time limit of two minutes three times, on nodes of its own.
+    """A run that meets its time limit of two minutes twice, on nodes of its own.
 
     It takes minutes, so it begins with the first test and costs nothing while it waits: its ranks are stopped
     (SIGSTOP) after some steps of each attempt, until the signal of the time limit waits for them.
@@ -201,7 +189,7 @@ def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory)
     over = threading.Event()
 
     def hold_back() -> None:
-        for attempt in range(1, 4):
+        for attempt in (1, 2):
             while not over.is_set() and not job.gone_on(attempt - 1):
                 time.sleep(0.2)
             stopped = [node for node in job.cluster.apart if job.cluster.signal("STOP", node)]
@@ -212,17 +200,8 @@ def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory)
                 for node in stopped:
                     job.cluster.signal("CONT", node)
 
-    def keep() -> None:
-        try:
-            hold_back()
-        except Exception as error:
-            failed.append(error)
-
-    failed: list[Exception] = []
-    thread = threading.Thread(target=keep, name="limited")
-    thread.start()
+    held = ThreadPoolExecutor(1).submit(hold_back)
     yield job
     over.set()
-    thread.join()
     _kill(job)
-    assert not failed, failed[0]
+    held.result()
