@@ -1,8 +1,6 @@
 """The comparison with peers: equal functions, operations as published, and rows that mean what they say."""
 
-import csv
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import contenders, contest, original, peers, roofline
 from bench.roofline import Work, work
 from segformer.errors import ConfigError
 from segformer.models.variants import VARIANTS
@@ -20,10 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_the_original_equals_transformers_with_the_same_weights(
-    mode: str, bench: Any, tmp_path: Path
-) -> None:
-    contenders = bench("contenders")
+def test_the_original_equals_transformers_with_the_same_weights(mode, tmp_path):
     contenders.write_weights("b0", 19, tmp_path / "b0")
     data = contenders.batch_of(contenders.Cell(mode, "b0", (97, 131), 2), 2, 19, CPU)
     found = []
@@ -39,9 +35,9 @@ def test_the_original_equals_transformers_with_the_same_weights(
         assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def test_stochastic_depth_of_the_original_keeps_the_mean(bench: Any) -> None:
+def test_stochastic_depth_of_the_original_keeps_the_mean():
     torch.manual_seed(0)
-    block = bench("original").Block(8, 1, 1, 4, 0.25, (1e-6, 1e-5)).train()
+    block = original.Block(8, 1, 1, 4, 0.25, (1e-6, 1e-5)).train()
     kept = block._skip(torch.ones(4000, 3, 8))
     assert set(kept.unique().tolist()) == {0.0, float(torch.ones(()) / 0.75)}
     assert kept.mean() == pytest.approx(1, abs=0.05)
@@ -49,30 +45,30 @@ def test_stochastic_depth_of_the_original_keeps_the_mean(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_operations_are_the_published_ones_and_those_that_are_counted(variant: str, bench: Any) -> None:
+def test_operations_are_the_published_ones_and_those_that_are_counted(variant):
     step = work(variant, (512, 512), 150, folded=False, training=False)
     assert step.macs / 1e9 == pytest.approx(PUBLISHED[variant], abs=0.05)
     with torch.device("meta"):
-        model = bench("original").Original(VARIANTS[variant], 150).eval()
+        model = original.Original(VARIANTS[variant], 150).eval()
         images = torch.empty(1, 3, 512, 512)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     assert 2 * step.macs == counter.get_total_flops()
 
 
-def test_b5_at_640_has_the_published_operations() -> None:
+def test_b5_at_640_has_the_published_operations():
     step = work("b5", (640, 640), 150, folded=False, training=False)
     assert step.macs / 1e9 == pytest.approx(183.1, abs=0.05)
 
 
-def grouped_backward(grad: Any, _: Any, weight: Any, *rest: Any, **__: Any) -> int:
+def grouped_backward(grad, _, weight, *rest, **__) -> int:
     """Operations of both gradients of a convolution; the counter's own formula ignores groups."""
     asked = rest[-1]  # for the gradients of input, weight and bias
     return (asked[0] + asked[1]) * 2 * math.prod(grad) * math.prod(weight[1:])
 
 
-def test_operations_of_a_training_step_are_those_that_are_counted(bench: Any) -> None:
-    model = bench("original").Original(VARIANTS["b0"], 19)
+def test_operations_of_a_training_step_are_those_that_are_counted():
+    model = original.Original(VARIANTS["b0"], 19)
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: grouped_backward}
     ) as counter:
@@ -81,10 +77,10 @@ def test_operations_of_a_training_step_are_those_that_are_counted(bench: Any) ->
     assert 2 * step.macs == counter.get_total_flops()
 
 
-def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -> None:
+def test_the_folded_head_has_the_operations_of_its_matrix_products():
     variant, sides = VARIANTS["b2"], (128, 64, 32, 16)
     with torch.device("meta"):
-        encoder = bench("original").Original(variant, 150).eval().backbone
+        encoder = original.Original(variant, 150).eval().backbone
         folded = [torch.empty(variant.decoder_dim, dim) for dim in variant.embed_dims]
         fuse = torch.empty(variant.decoder_dim, variant.decoder_dim)
         predict, images = torch.empty(150, variant.decoder_dim), torch.empty(3, 3, 512, 512)
@@ -106,8 +102,7 @@ def test_the_folded_head_has_the_operations_of_its_matrix_products(bench: Any) -
     assert 2 * work("b2", (512, 512), 150, batch=3, folded=True, training=True).macs == whole
 
 
-def test_the_bound_is_the_larger_of_arithmetic_and_memory(bench: Any) -> None:
-    roofline = bench("roofline")
+def test_the_bound_is_the_larger_of_arithmetic_and_memory():
     limits = roofline.Peaks(flops=1e12, bandwidth=1e11, source="measured")
     assert limits.bound(Work(10**12, 10), "fp32") == pytest.approx(2)
     assert limits.bound(Work(10, 10**11), "fp32") == pytest.approx(4)
@@ -119,10 +114,7 @@ def test_the_bound_is_the_larger_of_arithmetic_and_memory(bench: Any) -> None:
     assert 1e7 < found.bandwidth < 1e14
 
 
-def test_a_short_run_gives_every_row_its_numbers_and_a_picture(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peers, roofline = bench("peers"), bench("roofline")
+def test_a_short_run_gives_every_row_its_numbers_and_a_picture(tmp_path, monkeypatch, rows_of):
     limits = roofline.Peaks(1e11, 1e10, "measured")
     monkeypatch.setattr(peers, "peaks", lambda *_: limits)
     monkeypatch.setattr(torch, "compile", lambda function, mode: function)  # takes a minute
@@ -135,12 +127,11 @@ def test_a_short_run_gives_every_row_its_numbers_and_a_picture(
     before = torch.get_num_threads()
     rows = peers.measure(cfg, "cpu", tmp_path)
     assert torch.get_num_threads() == before
-    with (tmp_path / "peers.csv").open(newline="") as stream:
-        written = list(csv.DictReader(stream))
+    written = rows_of(tmp_path / "peers.csv")
     assert [(row["mode"], row["contender"]) for row in written] == [
         (mode, name) for mode in ("inference", "training") for name in names
     ]
-    assert written[0].keys() >= {*rows[0], "command", "commit", "date", "hardware", "versions"}
+    assert written[0].keys() >= rows[0].keys()
     for row in rows:
         if row["contender"] == "smp" and row["note"]:
             assert row["note"].startswith("segmentation_models_pytorch cannot be imported")
@@ -162,8 +153,7 @@ def test_a_short_run_gives_every_row_its_numbers_and_a_picture(
     assert (tmp_path / "pictures/peers.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_peak_memory_of_a_training_step_holds_the_gradients(bench: Any, rules: Any, tmp_path: Path) -> None:
-    contenders, contest = bench("contenders"), bench("contest")
+def test_peak_memory_of_a_training_step_holds_the_gradients(rules, tmp_path):
     contenders.write_weights("b0", 5, tmp_path / "b0")
     cell = contenders.Cell.parse("training/b0/64x64/1")
     _, (entry,) = contest.hold(cell, ["fused"], tmp_path / "b0", rules(memory=True))
@@ -174,8 +164,8 @@ def test_peak_memory_of_a_training_step_holds_the_gradients(bench: Any, rules: A
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_cells_of_the_lists_can_be_read(device: str, bench: Any) -> None:
-    peers, parse = bench("peers"), bench("contenders").Cell.parse
+def test_the_cells_of_the_lists_can_be_read(device):
+    parse = contenders.Cell.parse
     cells = peers._cells(peers.PeersBench(cells=["accept", "all", peers.ACCEPT[device][0]]), device)
     assert [str(cell) for cell in cells] == list(peers.ALL[device])
     assert all(parse(str(cell)) == cell for cell in cells)
@@ -195,15 +185,12 @@ def test_the_cells_of_the_lists_can_be_read(device: str, bench: Any) -> None:
         ({"minutes": -1}, "must not be negative"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], message: str, bench: Any) -> None:
+def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any], message):
     with pytest.raises(ConfigError, match=message):
-        bench("peers").PeersBench(**wrong)
+        peers.PeersBench(**wrong)
 
 
-def test_a_device_that_is_not_there_is_refused(
-    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    peers = bench("peers")
+def test_a_device_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device, cells, message in (
         ("tpu", ["accept"], "device=tpu is unknown"),
