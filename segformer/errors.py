@@ -17,10 +17,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -102,6 +102,17 @@ def reraise_as(
         yield
     except on as error:
         raise kind(f"{what}: {reason_of(error)}" + (f"; {do}" if do else "")) from error
+
+
+@contextmanager
+def reported(
+    to: Callable[[Any], object], *, on: type[Exception] | tuple[type[Exception], ...] = SegformerError
+) -> Iterator[None]:
+    """Give an exception of the block, which ends there, to `to` in place of raising it."""
+    try:
+        yield
+    except on as error:
+        to(error)
 
 
 def is_main_rank() -> bool:

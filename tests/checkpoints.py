@@ -10,6 +10,7 @@ from torch import Tensor
 from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState, step_name
 from segformer.distributed.world import World
+from segformer.training.config import RunConfig, compose, save_config
 
 ONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 Tensors = dict[str, Tensor]
@@ -48,3 +49,15 @@ def write_checkpoint(
     checkpointer = Checkpointer(cfg, folder, ONE, warn=print, failed=lambda *_: None)
     checkpointer.save(Checkpoint(model, optimizer, ema or {}, state), last=True)
     return folder / step_name(state.step)
+
+
+def make_run(
+    folder: Path, weights: dict[int, Tensors], *overrides: str, ema: dict[int, Tensors] | None = None
+) -> Path:
+    """A run directory with a configuration, and a checkpoint of each step: its weights, and their EMA."""
+    folder.mkdir()
+    save_config(compose(RunConfig, "config", [*overrides, f"run_dir={folder}"]), folder / "config.yaml")
+    for step, model in weights.items():
+        state = TrainState(step=step, data_digest="d")
+        write_checkpoint(model, {}, state, folder / "checkpoints", ema=(ema or {}).get(step))
+    return folder

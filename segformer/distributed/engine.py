@@ -37,7 +37,6 @@ from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, at_least
 
-PRECISIONS = ("auto", "fp32", "bf16")
 OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
 "Largest bucket of gradients or parameters that is sent at once, elements."
@@ -91,10 +90,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2, 3 or null")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"engine.precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}"
-            )
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"engine.precision={self.precision!r} is unknown; use auto, fp32 or bf16")
         if self.compile and self.zero_stage == 3:
             raise ConfigError(
                 "engine.compile=true needs engine.zero_stage=2 or below: at 3 parameters are not there when "
@@ -120,26 +117,22 @@ def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
     if cfg.precision == "auto":
         return "bf16" if device.type == "cuda" and supported else "fp32"
     if cfg.precision == "bf16" and not supported:
-        raise ConfigError(
-            f"engine.precision=bf16 is not supported by {torch.cuda.get_device_name()}; use fp32"
-        )
+        gpu = torch.cuda.get_device_name()
+        raise ConfigError(f"engine.precision=bf16 is not supported by {gpu}; use fp32")
     return cfg.precision
 
 
 def _zero_config(cfg: EngineConfig, stage: int, num_parameters: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage}
     if not stage:
-        return zero
+        return {"stage": 0}
+    bucket, gpu = bucket_elements(num_parameters), torch.cuda.is_available()
     # On gloo there is no stream to overlap with, and the stage 2 hooks of CPU tensors warn.
-    zero["overlap_comm"] = torch.cuda.is_available()
-    zero["reduce_bucket_size"] = bucket_elements(num_parameters)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": gpu, "reduce_bucket_size": bucket}
     if stage < 3:
-        zero["allgather_bucket_size"] = bucket_elements(num_parameters)
-    pinned = torch.cuda.is_available()
-    if cfg.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-    if cfg.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+        zero["allgather_bucket_size"] = bucket
+    for key, moved in (("optimizer", cfg.offload_optimizer), ("param", cfg.offload_parameters)):
+        if moved:
+            zero[f"offload_{key}"] = {"device": "cpu", "pin_memory": gpu}
     return zero
 
 
@@ -156,46 +149,34 @@ def deepspeed_config(
     Raises:
         ConfigError: engine.extra sets a key that other settings decide.
     """
-    zero = _zero_config(cfg, stage, num_parameters)
     derived: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": cfg.grad_clip if stage else 0.0,  # at stage 0: take_step
         "steps_per_print": 10**9,
-        "zero_optimization": zero,
+        "zero_optimization": _zero_config(cfg, stage, num_parameters),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
     }
-    extra = dict(cfg.extra)
-    zero_extra = extra.pop("zero_optimization", {})
-    if not isinstance(zero_extra, dict):
-        raise ConfigError(f"engine.extra.zero_optimization={zero_extra!r} must be a mapping")
-    taken = sorted((set(extra) & (set(derived) | OWN)) | (OWN_ZERO & set(zero_extra)))
+    zero = cfg.extra.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"engine.extra.zero_optimization={zero!r} must be a mapping")
+    taken = cfg.extra.keys() & (derived.keys() - {"zero_optimization"} | OWN) | zero.keys() & OWN_ZERO
     if taken:
-        raise ConfigError(
-            f"engine.extra sets {', '.join(taken)}, which other settings decide; remove it there"
-        )
-    return derived | extra | {"zero_optimization": zero | zero_extra}
+        names = ", ".join(sorted(taken))
+        raise ConfigError(f"engine.extra sets {names}, which other settings decide; remove it there")
+    return derived | cfg.extra | {"zero_optimization": derived["zero_optimization"] | zero}
 
 
 def build_engine(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    cfg: EngineConfig,
-    world: World,
-    batch: BatchShape,
+    model: nn.Module, optimizer: torch.optim.Optimizer, cfg: EngineConfig, world: World, batch: BatchShape
 ) -> Engine:
     """Wrap `model`, which already holds its weights, in a deepspeed.DeepSpeedEngine; all ranks."""
-    stage = resolve_stage(cfg, world.device)
-    config = deepspeed_config(
-        cfg,
-        batch,
-        stage=stage,
-        precision=resolve_precision(cfg, world.device),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    stage, precision = resolve_stage(cfg, world.device), resolve_precision(cfg, world.device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    config = deepspeed_config(cfg, batch, stage=stage, precision=precision, num_parameters=size)
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
     import deepspeed

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from segformer.errors import ConfigError, SegformerError
+from segformer.errors import ConfigError, SegformerError, reraise_as
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _T = TypeVar("_T")
@@ -120,7 +120,8 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     step, tasks = environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_STEP_NUM_TASKS", "1")
     if not step.isdigit() or tasks == "1":
         return {}
-    try:
+    what = "this looks like a step of srun, but a variable of Slurm is missing or no number"
+    with reraise_as(ConfigError, what, on=(KeyError, ValueError)):
         # Below the ephemeral ports; another one after a requeue, whose old one may still be taken.
         attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
         port = 20000 + (int(environment["SLURM_JOB_ID"]) * 131 + attempt * 17 + int(step)) % 12000
@@ -134,8 +135,6 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
             "MASTER_ADDR": environment.get("MASTER_ADDR") or first,
             "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
         }
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"this looks like a step of srun, but {error} is missing or no number") from error
 
 
 def _tasks_on_node(text: str, node: int) -> str:
@@ -147,12 +146,6 @@ def _tasks_on_node(text: str, node: int) -> str:
     return counts[min(node, len(counts) - 1)]
 
 
-def _sees_own_gpu_only(local_rank: int) -> bool:
-    """True where Slurm gave this task one GPU, which every task knows as the first (--gpus-per-task=1)."""
-    of_slurm = os.environ.get("SLURM_LOCALID") == str(local_rank) and "TORCHELASTIC_RUN_ID" not in os.environ
-    return torch.cuda.device_count() == 1 and of_slurm
-
-
 def init_world(timeout_s: float = 600.0) -> World:
     """Join the process group that the environment describes; a world of one when it describes none.
 
@@ -161,13 +154,9 @@ def init_world(timeout_s: float = 600.0) -> World:
             there are GPUs, but fewer than ranks.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        os.environ.update(slurm_environment(os.environ))
-    missing = [name for name in _ENVIRONMENT if name not in os.environ]
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-        )
-    elif missing:
+        alone = ("0", "1", "0", "127.0.0.1", str(free_port()))
+        os.environ.update(slurm_environment(os.environ) or zip(_ENVIRONMENT, alone, strict=True))
+    if missing := [name for name in _ENVIRONMENT if name not in os.environ]:
         raise ConfigError(
             f"the environment names a rank but not {', '.join(missing)}; start with `deepspeed`, `torchrun` "
             "or plain python, or unset RANK and WORLD_SIZE"
@@ -175,7 +164,9 @@ def init_world(timeout_s: float = 600.0) -> World:
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        index = 0 if _sees_own_gpu_only(local_rank) else local_rank
+        of_slurm = os.environ.get("SLURM_LOCALID") == str(local_rank)
+        own_gpu_only = of_slurm and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
+        index = 0 if own_gpu_only else local_rank  # --gpus-per-task=1: every task knows its GPU as the first
         if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU of its own, there are {torch.cuda.device_count()}; "

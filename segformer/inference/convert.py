@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from segformer.errors import ConfigError, reason_of, within
+from segformer.errors import ConfigError, reraise_as, within
 from segformer.files import listed
 from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
@@ -92,9 +92,8 @@ def convert(cfg: ConvertConfig) -> list[Path]:
         weights = map_classes(weights, class_map, target_classes=classes, generator=generator)
         print(f"class map  {before} -> {weights.arch.num_classes} classes: {_few(weights.metadata.classes)}")
     elif classes:
-        if len(classes) != weights.arch.num_classes:
-            has = weights.arch.num_classes or "no"
-            raise ConfigError(f"classes has {len(classes)} names, but the model has {has} classes")
+        if len(classes) != (count := weights.arch.num_classes):
+            raise ConfigError(f"classes has {len(classes)} names, but the model has {count or 'no'} classes")
         print(f"named      {_few(classes)}")
         weights.metadata.classes = classes
     weights.metadata.palette = target.palette or weights.metadata.palette
@@ -112,11 +111,9 @@ def convert(cfg: ConvertConfig) -> list[Path]:
 def _mapping(given: Any) -> dict[Any, Any] | None:
     """`class_map` as given on the command line, or read from the file that it names."""
     content = _read_file(given, "class_map") if isinstance(given, str) else given
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(
-            "class_map must be a mapping, or a file with one: target class -> source class or null"
-        )
-    return content
+    if content is None or isinstance(content, dict):
+        return content
+    raise ConfigError("class_map must be a mapping, or a file with one: target class -> source class or null")
 
 
 def _named(given: Any) -> Metadata:
@@ -127,9 +124,7 @@ def _named(given: Any) -> Metadata:
     described = content if isinstance(content, dict) else {"classes": content}
     names = described.get("classes")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            "classes must be a list of names, or a file with such a list, alone or as `classes:`"
-        )
+        raise ConfigError("classes must be a list of names, or a file with one, alone or as `classes:`")
     check_distinct(names, "classes")
     named = Metadata(classes=names, palette=described.get("palette") or [])
     named.check(len(names))
@@ -138,12 +133,10 @@ def _named(given: Any) -> Metadata:
 
 def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
-    try:
+    unreadable = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError)
+    with reraise_as(ConfigError, f"{key}={path} can't be read", "give a YAML or JSON file", on=unreadable):
         text = Path(path).read_text(encoding="utf-8")
         return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
-        reason = reason_of(error)
-        raise ConfigError(f"{key}={path} can't be read: {reason}; give a YAML or JSON file") from None
 
 
 def _report(weights: Weights) -> None:
@@ -169,40 +162,36 @@ def _report(weights: Weights) -> None:
 def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -> None:
     size = sum(path.stat().st_size for path in written) / 1e6
     print(f"wrote      {', '.join(map(str, written))} ({size:.1f} MB)")
-    profile = PROFILES.get(to, weights.arch.norm_profile)
-    if profile != weights.arch.norm_profile:
+    arch = weights.arch
+    profile = PROFILES.get(to, arch.norm_profile)
+    if profile != arch.norm_profile:
         print(
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
-            f"are of profile {weights.arch.norm_profile}: outputs differ slightly"
+            f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
-    print(f"use        {_use(to, weights, out)}")
+    use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]
+    print("use        " + use.format(out=out, arch=arch))
 
 
-def _use(to: str, weights: Weights, out: Path) -> str:
-    """How the target is loaded."""
-    arch = weights.arch
-    segments = arch.kind == "segmentation"
-    if to == "ours" and segments:
-        return (
-            f'model.pretrained={out} in training, SegFormer.from_pretrained("{out}"), '
-            f"launch/predict.py checkpoint={out}"
-        )
-    if to == "hf":
-        name = {"segmentation": "ForSemanticSegmentation", "classification": "ForImageClassification"}
-        return f'Segformer{name.get(arch.kind, "Model")}.from_pretrained("{out}")'
-    if to == "smp" and segments:
-        return (
-            f'smp.Segformer("mit_{arch.variant}", encoder_weights=None, decoder_segmentation_channels='
-            f'{arch.decoder_dim}, classes={arch.num_classes}).load_state_dict(torch.load("{out}"))'
-        )
-    if to == "nvlabs" and segments:
-        return f"python tools/test.py <config> {out}"
-    return {
-        "ours": f"model.pretrained={out} in training",
-        "nvlabs": f"model=dict(pretrained='{out}') in the config",
-        "smp": f'model.encoder.load_state_dict(torch.load("{out}"))',
-        "mmseg": f"backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{out}'))",
-    }[to]
+# (format, kind) -> how the file is loaded; a kind that is not listed as the encoder is.
+_USE = {
+    ("ours", "encoder"): "model.pretrained={out} in training",
+    ("ours", "segmentation"): (
+        'model.pretrained={out} in training, SegFormer.from_pretrained("{out}"), '
+        "launch/predict.py checkpoint={out}"
+    ),
+    ("hf", "encoder"): 'SegformerModel.from_pretrained("{out}")',
+    ("hf", "segmentation"): 'SegformerForSemanticSegmentation.from_pretrained("{out}")',
+    ("hf", "classification"): 'SegformerForImageClassification.from_pretrained("{out}")',
+    ("smp", "encoder"): 'model.encoder.load_state_dict(torch.load("{out}"))',
+    ("smp", "segmentation"): (
+        'smp.Segformer("mit_{arch.variant}", encoder_weights=None, decoder_segmentation_channels='
+        '{arch.decoder_dim}, classes={arch.num_classes}).load_state_dict(torch.load("{out}"))'
+    ),
+    ("nvlabs", "encoder"): "model=dict(pretrained='{out}') in the config",
+    ("nvlabs", "segmentation"): "python tools/test.py <config> {out}",
+    ("mmseg", "encoder"): "backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{out}'))",
+}
 
 
 def _few(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights, load_weights
@@ -139,8 +139,7 @@ def _view(source: str, view: list[int]) -> list[int]:
     """The view of a classifier, or the usual one where `save_pretrained` has left it out."""
     usual = ClassificationAugment()
     size, short = view or (usual.size, usual.eval_resize)
-    try:
+    damaged = f"{source} is damaged: its view={view}"
+    with reraise_as(CheckpointError, damaged, "export it again", on=ConfigError):
         ClassificationAugment(size=size, eval_resize=short)
-    except ConfigError as error:
-        raise CheckpointError(f"{source} is damaged: its view={view} ({error}); export it again") from None
     return [size, short]

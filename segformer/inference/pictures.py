@@ -42,14 +42,6 @@ def series(rows: list[dict[str, Any]], kinds: tuple[str, ...], key: str) -> tupl
     return points[:, 0].astype(np.int64), points[:, 1]
 
 
-def score_series(rows: list[dict[str, Any]]) -> tuple[str, np.ndarray, np.ndarray]:
-    """(name, steps, values) of what models are compared by: mIoU, or top-1 where it is a classifier."""
-    steps, values = series(rows, ("eval", "final"), "top1")
-    if len(steps):
-        return "top-1", steps, values
-    return "mIoU", *series(rows, ("eval", "final"), "miou")
-
-
 def smoothed(values: np.ndarray, width: float) -> np.ndarray:
     """Mean under a Gaussian of standard deviation `width` values, centered so that the curve doesn't lag."""
     reach = math.ceil(3 * width)
@@ -73,7 +65,7 @@ def write_curve(run_dir: Path) -> Path | None:
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     _draw_loss(top, steps, losses)
-    _draw_score(top.twinx(), *score_series(rows))
+    _draw_score(top.twinx(), rows)
     rate_steps, rates = series(rows, ("train",), "lr")
     bottom.fill_between(rate_steps, rates, color=RATE, alpha=0.25, linewidth=0)
     bottom.plot(rate_steps, rates, color=RATE, linewidth=1.4)
@@ -82,7 +74,11 @@ def write_curve(run_dir: Path) -> Path | None:
     bottom.set_xlabel("optimizer step", color=INK, fontsize=14)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (top, bottom):
-        _style(axes)
+        axes.grid(True, color=GRID, linewidth=0.9)
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=12, length=0)
     path = run_dir / "curve.png"
     with writing(path):
         figure.savefig(path)
@@ -102,43 +98,25 @@ def _draw_loss(axes: "Axes", steps: np.ndarray, losses: np.ndarray) -> None:
     axes.set_ylabel("training loss", color=LOSS, fontsize=14)
 
 
-def _draw_score(axes: "Axes", name: str, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_score(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    """What models are compared by: top-1 of a classifier, else mIoU; the best value is written out."""
     axes.spines[:].set_visible(False)
+    name, key = ("top-1", "top1") if any("top1" in row for row in rows) else ("mIoU", "miou")
+    steps, values = series(rows, ("eval", "final"), key)
     if not len(steps):
         axes.set_yticks([])
         return
-    axes.plot(
-        steps,
-        100 * values,
-        color=SCORE,
-        linewidth=2.0,
-        marker="o",
-        markersize=7,
-        markeredgecolor="white",
-        clip_on=False,  # a score of 100 keeps its whole mark
-    )
+    values = 100 * values
+    mark: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white"}
+    axes.plot(steps, values, color=SCORE, linewidth=2.0, clip_on=False, **mark)  # 100 keeps its whole mark
     axes.set_ylim(0, 100)
     axes.set_ylabel(f"validation {name}, %", color=SCORE, fontsize=14)
     axes.tick_params(colors=SCORE, labelsize=12, length=0)
     best = int(np.argmax(values))
-    axes.annotate(
-        f"{100 * values[best]:.1f}",
-        (steps[best], 100 * values[best]),
-        xytext=(0, 9 if values[best] < 0.9 else -22),
-        textcoords="offset points",
-        ha="right" if best == len(values) - 1 and best else "center",
-        color=SCORE,
-        fontsize=14,
-        fontweight="bold",
-    )
-
-
-def _style(axes: "Axes") -> None:
-    axes.grid(True, color=GRID, linewidth=0.9)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.02)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=12, length=0)
+    place: dict[str, Any] = {"xytext": (0, 9 if values[best] < 90 else -22), "textcoords": "offset points"}
+    place["ha"] = "right" if best == len(values) - 1 and best else "center"
+    text = f"{values[best]:.1f}"
+    axes.annotate(text, (steps[best], values[best]), color=SCORE, fontsize=14, fontweight="bold", **place)
 
 
 def mean_iou(target: np.ndarray, prediction: np.ndarray) -> float | None:
@@ -158,7 +136,7 @@ def write_overlays(
     *,
     classes: list[str],
     palette: np.ndarray,
-) -> list[Path]:
+) -> None:
     """Draw (key, image, target, prediction) tuples into the folder `out`, in place of the drawings in it.
 
     Image (H, W, 3) uint8 RGB; target and prediction (H, W) uint8, class ids, in the target also IGNORE_INDEX.
@@ -167,13 +145,10 @@ def write_overlays(
         out.mkdir(parents=True, exist_ok=True)
         for old in out.glob("[0-9][0-9]_*.jpg"):
             old.unlink()
-        paths = []
         for index, (key, image, target, prediction) in enumerate(samples):
             path = out / f"{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[-80:]}.jpg"
             picture = comparison(image, target, prediction, classes=classes, palette=palette)
             picture.save(path, quality=90, subsampling=0)
-            paths.append(path)
-    return paths
 
 
 def comparison(

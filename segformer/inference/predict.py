@@ -16,9 +16,7 @@ headers of all files are checked before the first is predicted.
 Shapes: H W image, K classes.
 """
 
-import contextlib
-import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from torch import nn
 from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.dataset import IMAGE_SUFFIXES
 from segformer.data.sources.decode import image_header, image_orientation, read_file, upright, whole_image
-from segformer.errors import ConfigError, DataError, within
+from segformer.errors import ConfigError, DataError, reported, reraise_as, within
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import build, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
@@ -91,23 +89,15 @@ class Predictor:
         height, width = image.shape[:2]
         missing = ((0, max(0, MIN_SIDE - height)), (0, max(0, MIN_SIDE - width)), (0, 0))
         padded = np.ascontiguousarray(np.pad(image, missing, mode="edge"))
-        pixels = torch.from_numpy(padded).to(self.device)
-        batch = self._normalize(pixels.permute(2, 0, 1)[None], None)
-        prediction = upsample_argmax(self.model(batch), (padded.shape[0], padded.shape[1]))
+        pixels = torch.from_numpy(padded).to(self.device).permute(2, 0, 1)[None]
+        logits = self.model(self._normalize(pixels, None))
+        prediction = upsample_argmax(logits, (padded.shape[0], padded.shape[1]))
         return prediction[0, :height, :width].to(torch.uint8).cpu().numpy()
 
-    def overlay(self, image: np.ndarray, mask: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-        """The image under the colors of `mask`; see `overlay`."""
-        return overlay(image, mask, self.palette, alpha)
 
-
-@contextlib.contextmanager
-def writing(place: object) -> Iterator[None]:
+def writing(place: object) -> AbstractContextManager[None]:
     """ConfigError that names the place where it can't be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{place} can't be written: {error.strerror}; choose another folder") from error
+    return reraise_as(ConfigError, f"{place} can't be written", "choose another folder")
 
 
 def predict(cfg: PredictConfig) -> list[Path]:
@@ -122,7 +112,7 @@ def predict(cfg: PredictConfig) -> list[Path]:
         image = read_image(source)
         mask = predictor(image)
         with writing(target):
-            _write(target, mask, predictor.palette, predictor.overlay(image, mask, cfg.alpha))
+            _write(target, mask, predictor.palette, overlay(image, mask, predictor.palette, cfg.alpha))
         print(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
     return [target for _, target in plan]
 
@@ -139,40 +129,29 @@ def read_image(path: Path) -> np.ndarray:
 
 def _check_headers(images: list[Path], source: str) -> None:
     """DataError where a file is no JPEG or PNG within the limits, as far as its first bytes show."""
-    errors = []
+    errors: list[DataError] = []
     for path in images:
-        try:
-            _check_header(path)
-        except DataError as error:
-            errors.append(error)
-    if len(images) > 1 and errors:
-        raise DataError(
-            f"{len(errors)} of the {len(images)} images in input={source} can't be used; the first: "
-            f"{errors[0]}"
-        )
+        with reported(errors.append, on=DataError):
+            try:
+                image_header(read_file(path, HEADER_BYTES))
+            except ValueError:  # it is no image, or its size comes later
+                read_image(path)
     if errors:
-        raise errors[0]
-
-
-def _check_header(path: Path) -> None:
-    try:
-        image_header(read_file(path, HEADER_BYTES))
-    except ValueError:  # or its size comes later
-        read_image(path)
+        what = f"{len(errors)} of the {len(images)} images in input={source} can't be used; the first: "
+        raise DataError(f"{what if len(images) > 1 else ''}{errors[0]}")
 
 
 def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
     """(image, mask to write) for a file or folder, sorted by name."""
+    if not source.exists():
+        raise DataError(f"input={source} does not exist; give an image file or a folder of images")
+    images = [source]
     if source.is_dir():
         images = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-        if not images:
-            raise DataError(
-                f"input={source} holds no {', '.join(IMAGE_SUFFIXES)} file; sub-folders are not searched"
-            )
-    elif source.is_file():
-        images = [source]
-    else:
-        raise DataError(f"input={source} does not exist; give an image file or a folder of images")
+    if not images:
+        raise DataError(
+            f"input={source} holds no {', '.join(IMAGE_SUFFIXES)} file; sub-folders are not searched"
+        )
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file; give a folder")
     if source.is_dir() and output.resolve() == source.resolve():
@@ -185,11 +164,10 @@ def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
         target = output / f"{path.stem}.png"
         if target in plan:
             raise DataError(f"{plan[target].name} and {path.name} would both become {target}; rename one")
-        for written in (target, _overlay_path(target)):
-            if written.resolve() in inputs:
-                raise ConfigError(
-                    f"output={output} would overwrite the input {written}; choose another folder"
-                )
+        if overwritten := inputs & {target.resolve(), _overlay_path(target).resolve()}:
+            raise ConfigError(
+                f"output={output} would overwrite the input {overwritten.pop()}; choose another folder"
+            )
         plan[target] = path
     return [(path, target) for target, path in plan.items()]
 
@@ -215,13 +193,8 @@ def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"device={name!r} is unknown; use auto, cpu, cuda or cuda:<number>")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name} is not there: {torch.cuda.device_count()} GPUs are visible; use auto or cpu"
-        )
-    return device
+    count = torch.cuda.device_count()
+    known = ["cpu", *["cuda"][:count], *(f"cuda:{index}" for index in range(count))]
+    if name != "auto" and name not in known:
+        raise ConfigError(f"device={name!r} is not there; use auto or one of {', '.join(known)}")
+    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)

@@ -8,8 +8,8 @@ a classifier one without overlays.
 """
 
 import base64
+import contextlib
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.errors import CheckpointError, ConfigError, DataError, at_least
+from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported
 from segformer.files import write_atomic
 from segformer.inference.pictures import history, series, write_curve, write_overlays
 from segformer.inference.predict import Predictor, writing
@@ -45,31 +45,27 @@ _STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink);
        font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { margin: 0; font-size: 28px; overflow-wrap: anywhere; }
-h2 { margin: 40px 0 12px; font-size: 20px; }
-p { margin: 4px 0 0; color: var(--soft); }
+h1 { margin: 0; font-size: 28px; }
+h2, summary { margin: 40px 0 12px; font-size: 20px; font-weight: 600; }
+p, .card span, th, figcaption { color: var(--soft); margin: 4px 0 0; font-size: 14px; font-weight: 500; }
+h1, td:first-child, figcaption { overflow-wrap: anywhere; }
+.card, pre, table { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card, pre { padding: 12px 16px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px;
          margin-top: 20px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px; }
-.card b { display: block; font-size: 26px; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: 14px; }
+.card b { display: block; font-size: 26px; line-height: 1.2; }
 img { display: block; width: 100%; height: auto; border-radius: 12px; background: #fff; }
-table { width: 100%; border-collapse: collapse; background: var(--card); border-radius: 12px;
-        overflow: hidden; }
-th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line);
-         font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 500; font-size: 14px; }
+table { width: 100%; border-spacing: 0; }
+th, td, b { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { padding: 8px 12px; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, .card b { text-align: left; }
 .chip { display: inline-block; width: 14px; height: 14px; border-radius: 4px; margin-right: 8px;
         border: 1px solid #7b8794; vertical-align: -2px; }
 .bar { width: 36%; }
 .bar i { display: block; height: 10px; border-radius: 5px; background: var(--bar); min-width: 2px; }
 figure { margin: 0 0 16px; }
-figcaption { color: var(--soft); font-size: 14px; margin-top: 4px; overflow-wrap: anywhere; }
-summary { cursor: pointer; font-size: 20px; font-weight: 600; margin: 40px 0 12px; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 12px 16px;
-      margin: 0; overflow-x: auto; font-size: 13px; line-height: 1.45; }
+pre { margin: 0; overflow-x: auto; font-size: 13px; line-height: 1.45; }
 @media (max-width: 560px) { .bar { display: none; } h1 { font-size: 23px; } .gallery { margin: 0 -8px; } }
 """
 
@@ -92,13 +88,19 @@ class ReportConfig:
 def report(cfg: ReportConfig) -> Path:
     """Draw curve and overlays of a run and write its report; returns the path of report.html."""
     run = Path(cfg.checkpoint)
-    run_config = _run_config(run)
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
+        )
+    run_config = load_config(run / "config.yaml", RunConfig)
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
         print("report: nothing has been logged yet, so there is no curve")
     if count and run_config.data.task == "segmentation":
         _draw_overlays(run, run_config, count, cfg.device)
-    path = write_report(run)
+    path = run / "report.html"
+    with writing(path):
+        write_atomic(path, _page(run, run_config))
     for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
         if (run / name).exists():
             print(f"{label}: {run / name}")
@@ -106,17 +108,10 @@ def report(cfg: ReportConfig) -> Path:
     return path
 
 
-def _run_config(run: Path) -> RunConfig:
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
-        )
-    return load_config(run / "config.yaml", RunConfig)
-
-
 def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
     """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
-    try:
+    # A report of what there is beats none.
+    with reported(lambda error: print(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
         predictor = Predictor.from_export(run, device)
         split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
         reader = ShardReader(split)
@@ -125,45 +120,42 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
         decoded = ((raw.key, decode_image(raw.image), decode_mask(raw.target)) for raw in raws)
         samples = ((key, image, target, predictor(image)) for key, image, target in decoded)
         write_overlays(samples, run / "overlays", classes=predictor.classes, palette=predictor.palette)
-    except (CheckpointError, DataError) as error:  # a report of what there is beats none
-        print(f"report: no new overlays: {error}")
 
 
-def write_report(run: Path) -> Path:
-    """Write run/report.html from config.yaml, metrics.jsonl, curve.png and overlays/."""
-    cfg = _run_config(run)
+def _page(run: Path, cfg: RunConfig) -> str:
+    """The report as HTML, from config.yaml, metrics.jsonl, curve.png and overlays/."""
     rows = history(run)
     evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
     title, config = html.escape(cfg.name), html.escape((run / "config.yaml").read_text("utf-8"))
-    parts = [
-        f"<h1>{title}</h1>",
-        f"<p>{html.escape(_subtitle(cfg))}</p>",
-        _cards(rows, evaluations, cfg),
-        _curve(run),
-        _class_table(evaluations[-1], cfg) if evaluations else "<p>No evaluation has been made yet.</p>",
-        _gallery(run),
-        f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
+    figures = [
+        f"<figure>{_image(path, 'image/jpeg')}<figcaption>{html.escape(path.stem[3:])}</figcaption></figure>"
+        for path in sorted((run / "overlays").glob("*.jpg"))
     ]
-    page = (
+    curve = run / "curve.png"
+    parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
-    path = run / "report.html"
-    with writing(path):
-        write_atomic(path, page)
-    return path
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>",
+        f"<h1>{title}</h1>\n<p>{html.escape(_subtitle(cfg))}</p>",
+        _cards(rows, evaluations, cfg),
+        f"<h2>Training</h2>{_image(curve, 'image/png')}" if curve.is_file() else "",
+        _class_table(evaluations[-1], cfg) if evaluations else "<p>No evaluation has been made yet.</p>",
+        f'<h2>Validation images</h2><div class="gallery">{"".join(figures)}</div>' if figures else "",
+        f"<details><summary>Configuration</summary><pre>{config}</pre></details>",
+        "</main></body></html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _image(path: Path, kind: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(path.stem)}" src="data:{kind};base64,{data}">'
 
 
 def _subtitle(cfg: RunConfig) -> str:
     crop = " x ".join(map(str, training_crop(cfg)))
-    network = (
-        BACKBONES[VARIANTS[cfg.model.variant].backbone].title
-        if cfg.data.task == "classification"
-        else "SegFormer"
-    )
+    backbone = BACKBONES[VARIANTS[cfg.model.variant].backbone].title
+    network = backbone if cfg.data.task == "classification" else "SegFormer"
     return (
         f"{network}-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
         f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"
@@ -176,93 +168,62 @@ def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: R
     _, scores = series(rows, ("eval", "final"), key)
     steps, losses = series(rows, ("train",), "loss")
     _, rates = series(rows, ("train",), "images_per_s")
-    cards = [
-        (first, _percent(last.get(key))),
-        (f"best {first}", _percent(scores.max() if len(scores) else None)),
-        *((name, _percent(last.get(other))) for name, other in others),
-        ("last loss", f"{losses[-1]:.3f}" if len(losses) else "-"),
-        (f"of {cfg.steps} steps", str(steps[-1]) if len(steps) else "0"),
-        ("images/s, median", f"{np.median(rates):.1f}" if len(rates) else "-"),
-    ]
-    shown = [f'<div class="card"><b>{value}</b><span>{name}</span></div>' for name, value in cards]
+    cards = {
+        first: _figure(last.get(key)),
+        f"best {first}": _figure(scores.max() if len(scores) else None),
+        **{name: _figure(last.get(other)) for name, other in others},
+        "last loss": f"{losses[-1]:.3f}" if len(losses) else "-",
+        f"of {cfg.steps} steps": str(steps[-1]) if len(steps) else "0",
+        "images/s, median": f"{np.median(rates):.1f}" if len(rates) else "-",
+    }
+    shown = [f'<div class="card"><b>{value}</b><span>{name}</span></div>' for name, value in cards.items()]
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
-def _percent(value: Any) -> str:
-    """A share as per cent with one digit; "-" where it was not measured or the class did not occur."""
-    return f"{100 * value:.1f}" if isinstance(value, int | float) and value == value else "-"
-
-
-Figures = tuple[tuple[str, ...], Sequence[tuple[Any, tuple[str, ...]]], tuple[str, ...]]
-"""Titles of columns; for every class the length of its bar and the columns' texts; the last row."""
-
-
-def _pixel_figures(row: dict[str, Any]) -> Figures:
-    figures = [(iou, (_percent(iou), _percent(acc))) for iou, acc in zip(row["iou"], row["acc"], strict=True)]
-    return ("IoU, %", "accuracy, %"), figures, ("mean", _percent(row.get("miou")), _percent(row.get("macc")))
-
-
-def _image_figures(row: dict[str, Any]) -> Figures:
-    counts = list(row.get("counts") or [])
-    shares = [[hits / images if images else None for hits in right] for images, *right in counts]
-    figures = [
-        (first, (_percent(first), _percent(among), f"{images:,}"))
-        for (first, among), (images, *_) in zip(shares, counts, strict=True)
-    ]
-    total = ("all", _percent(row.get("top1")), _percent(row.get("top5")), f"{sum(n for n, *_ in counts):,}")
-    return ("top-1, %", "top-5, %", "images"), figures, total
-
-
-def _class_names(cfg: RunConfig) -> list[str]:
-    """The names in the configuration, or in the shards where it leaves them to these."""
-    if named := cfg.data.classes or cfg.data.class_dirs:
-        return list(named)
-    try:
-        return ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=False).classes
-    except (ConfigError, DataError):
-        return []  # numbers then
-
-
-def _cells(texts: tuple[str, ...]) -> str:
-    return "".join(f"<td>{text}</td>" for text in texts)
+def _figure(value: Any) -> str:
+    """A share as per cent, a count with commas; "-" where it was not measured or the class did not occur."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{100 * value:.1f}" if isinstance(value, float) and value == value else "-"
 
 
 def _class_table(row: dict[str, Any], cfg: RunConfig) -> str:
-    heads, figures, total = _pixel_figures(row) if "iou" in row else _image_figures(row)
+    """The scores of every class, the first of them also as a bar, and those of all classes together."""
+    heads: tuple[str, ...]
+    scores: list[tuple[Any, ...]]
+    total: tuple[Any, ...]
+    if "iou" in row:
+        heads, total = ("IoU, %", "accuracy, %"), ("mean", row.get("miou"), row.get("macc"))
+        scores = list(zip(row["iou"], row["acc"], strict=True))
+    else:
+        counts = row.get("counts") or []
+        heads, images = ("top-1, %", "top-5, %", "images"), sum(count for count, *_ in counts)
+        total = ("all", row.get("top1"), row.get("top5"), images)
+        scores = [(*(hits / n if n else None for hits in right), n) for n, *right in counts]
     names, colors = _class_names(cfg), class_palette(cfg.data)
     lines = []
-    for k, (share, texts) in enumerate(figures):
+    for k, figures in enumerate(scores):
         name = html.escape(names[k] if k < len(names) else f"class {k}")
         color = "#{:02x}{:02x}{:02x}".format(*colors[k]) if k < len(colors) else "transparent"
-        bar = f'<i style="width:{100 * share:.1f}%"></i>' if isinstance(share, int | float) else ""
-        lines.append(
-            f'<tr><td><span class="chip" style="background:{color}"></span>{name}</td>'
-            f'<td class="bar">{bar}</td>{_cells(texts)}</tr>'
-        )
-    last = f'<tr><td>{total[0]}</td><td class="bar"></td>{_cells(total[1:])}</tr>'
+        bar = f'<i style="width:{100 * figures[0]:.1f}%"></i>' if isinstance(figures[0], float) else ""
+        lines.append(_line(f'<span class="chip" style="background:{color}"></span>{name}', bar, figures))
     head = f'<tr><th>class</th><th class="bar"></th>{"".join(f"<th>{text}</th>" for text in heads)}</tr>'
-    table = f"<table>{head}{''.join(lines)}{last}</table>"
+    table = f"<table>{head}{''.join(lines)}{_line(total[0], '', total[1:])}</table>"
     title = f"Classes at step {int(row['step'])}"
     if len(lines) > MANY_CLASSES:
         return f"<details><summary>{title}</summary>{table}</details>"
     return f"<h2>{title}</h2>{table}"
 
 
-def _curve(run: Path) -> str:
-    path = run / "curve.png"
-    picture = _image(path, "image/png", "loss and validation score") if path.is_file() else ""
-    return picture and f"<h2>Training</h2>{picture}"
+def _line(name: str, bar: str, figures: tuple[Any, ...]) -> str:
+    cells = "".join(f"<td>{_figure(value)}</td>" for value in figures)
+    return f'<tr><td>{name}</td><td class="bar">{bar}</td>{cells}</tr>'
 
 
-def _gallery(run: Path) -> str:
-    figures = [
-        f"<figure>{_image(path, 'image/jpeg', path.stem)}"
-        f"<figcaption>{html.escape(path.stem[3:])}</figcaption></figure>"
-        for path in sorted((run / "overlays").glob("*.jpg"))
-    ]
-    return f'<h2>Validation images</h2><div class="gallery">{"".join(figures)}</div>' if figures else ""
-
-
-def _image(path: Path, kind: str, text: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{html.escape(text)}" src="data:{kind};base64,{data}">'
+def _class_names(cfg: RunConfig) -> list[str]:
+    """The names in the configuration, or in the shards where it leaves them to these; [] without both."""
+    if named := cfg.data.classes or cfg.data.class_dirs:
+        return list(named)
+    with contextlib.suppress(ConfigError, DataError):
+        return ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=False).classes
+    return []

@@ -20,13 +20,7 @@ from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError, at_least
 from segformer.evaluation.evaluate import evaluate
-from segformer.evaluation.inference_mode import (
-    InferenceModeConfig,
-    check_images,
-    describe,
-    in_mode,
-    settings,
-)
+from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, describe, in_mode, settings
 from segformer.evaluation.metrics import Scores
 from segformer.files import listed
 from segformer.inference.export import build, open_checkpoint
@@ -66,7 +60,10 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         limit_threads(world)
         world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
         trained, classes, split = _open(cfg)
-        view = _view(trained)
+        view = None
+        if trained.arch.kind == "classification":
+            size, short = trained.metadata.view
+            view = ClassificationAugment(size=size, eval_resize=short)
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
@@ -97,28 +94,19 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     return scores
 
 
-def _view(trained: Weights) -> ClassificationAugment | None:
-    if trained.arch.kind != "classification":
-        return None
-    size, short = trained.metadata.view
-    return ClassificationAugment(size=size, eval_resize=short)
-
-
 def _open(cfg: EvaluateConfig) -> tuple[Weights, list[str], Split]:
     """The model, the names of its classes and the split."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
-    place = cfg.shards or trained.provenance.get("shards", "")
+    place = cfg.shards or trained.provenance.get("shards")
+    kind, predicted = trained.arch.kind, trained.metadata.classes
     if not place:
-        raise ConfigError(
-            f"{cfg.checkpoint} does not say which shards it was trained with; give shards=<folder>"
-        )
+        raise ConfigError(f"{cfg.checkpoint} does not say which shards it was trained with; give shards=...")
     shards = ShardSet.open(place, cfg.loader.storage)
-    if shards.task != trained.arch.kind:
+    if shards.task != kind:
         raise ConfigError(
-            f"{cfg.checkpoint} is a model for {trained.arch.kind}, {place} was sharded for "
-            f"{shards.task}; give shards of its own"
+            f"{cfg.checkpoint} is a model for {kind}, {place} was sharded for {shards.task}; give shards of "
+            "its own"
         )
-    predicted = trained.metadata.classes
     if list(shards.classes) != predicted:
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
@@ -126,7 +114,7 @@ def _open(cfg: EvaluateConfig) -> tuple[Weights, list[str], Split]:
         )
     split = shards.split(cfg.split)
     if changed := settings(cfg):
-        if trained.arch.kind != "segmentation":
+        if kind != "segmentation":
             raise ConfigError(
                 f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
                 "image; leave this out"

@@ -34,7 +34,7 @@ from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.order import BatchShape
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.engine import EngineConfig
-from segformer.errors import ConfigError, at_least, ending, is_main_rank
+from segformer.errors import ConfigError, at_least, ending, is_main_rank, reason_of, reported, reraise_as
 from segformer.files import printable, write_atomic
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
@@ -140,12 +140,11 @@ def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    try:
+    unreadable = (OSError, YAMLError, OmegaConfBaseException)
+    with reraise_as(ConfigError, f"{path} can't be read as a configuration", on=unreadable):
         loaded = OmegaConf.load(path)
         _refuse_resolvers(loaded)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} can't be read as a configuration: {_reason(error)}") from error
 
 
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
@@ -161,9 +160,7 @@ def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
     composed = _compose(schema, config_name, overrides)
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise ConfigError(f"{missing[0]} is missing; give {missing[0]}=...")
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, schema)
-    return config
+    return OmegaConf.to_object(composed)  # type: ignore[return-value]
 
 
 def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
@@ -186,18 +183,17 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
         _refuse_resolvers(composed)
         OmegaConf.resolve(composed)
         return composed
-    except OverrideParseException as error:
-        raise ConfigError(
-            f"{printable(error.override)} can't be read; texts with other signs than . _ - need quotes: "
-            "'key=[\"a (b)\"]'"
-        ) from error
     except (HydraException, OmegaConfBaseException) as error:
+        message = f"{reason_of(error)} {reason_of(error.__cause__) if error.__cause__ else ''}".rstrip()
         key = getattr(error.__cause__, "full_key", None) or ""
+        if isinstance(error, OverrideParseException):
+            quotes = "texts with other signs than . _ - need quotes: 'key=[\"a (b)\"]'"
+            message = f"{printable(error.override)} can't be read; {quotes}"
         for given in overrides:
             name = given.partition("=")[0].lstrip("+")
             if name not in names and re.match(rf"{re.escape(name)}\b", key):
-                raise ConfigError(refusal(schema, key, printable(given))) from error
-        raise ConfigError(_reason(error)) from error
+                message = refusal(schema, key, printable(given))
+        raise ConfigError(message) from error
 
 
 def choices(config_name: str) -> dict[str, list[str]]:
@@ -208,12 +204,6 @@ def choices(config_name: str) -> dict[str, list[str]]:
     groups = [key.split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
     found = {group: sorted(path.stem for path in CONF.glob(f"{group}/*.yaml")) for group in groups}
     return {group: [*VARIANTS, *names] if group == "model" else names for group, names in found.items()}
-
-
-def _reason(error: Exception) -> str:
-    """One line for an error in a file: what is wrong, and the key."""
-    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
-    return " ".join(lines[:3])
 
 
 def _refuse_resolvers(config: Any) -> None:
@@ -265,11 +255,8 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
             usage = inspect.getdoc(sys.modules["__main__"]) or ""
             print(help_text(schema, values, usage, choices(config_name)))  # type: ignore[arg-type]
             return
-        try:
+        # The same arguments fail alike on every rank: rank zero alone says so.
+        with reported(lambda error: sys.exit(error.exit_code), on=() if is_main_rank() else ConfigError):
             cfg = compose(schema, config_name, overrides)
-        except ConfigError:
-            if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
-                sys.exit(ConfigError.exit_code)
-            raise
         if "--check" not in given:
             function(cfg)

@@ -21,15 +21,14 @@ from pathlib import Path
 from segformer.data.loading.samples import Batch
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
-from segformer.errors import CheckpointError, RunTaken, SegformerError
+from segformer.errors import CheckpointError, RunTaken, reported
 from segformer.evaluation.metrics import Scores
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig
 from segformer.training.recovery import count_skipped, report_replaced, roll_back
-from segformer.training.run import Services, config_summary, set_up
-from segformer.training.run_dir import leased
+from segformer.training.run import Services, config_summary, leased, set_up
 from segformer.training.step import LossSum, ModelState, enough_memory, train_step
 from segformer.training.stopping import Stopping
 from segformer.training.task import Task
@@ -109,11 +108,9 @@ def _fetch(run: Services, count: int) -> tuple[list[Batch], float]:
     """The micro batches of the next step, fewer where the data is damaged, and the seconds they took."""
     start = time.monotonic()
     batches: list[Batch] = []
-    try:
+    with reported(run.stopping.fail):
         while len(batches) < count:
             batches.append(next(run.batches))
-    except SegformerError as error:
-        run.stopping.fail(error)
     run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
     return batches, time.monotonic() - start
 
@@ -130,12 +127,11 @@ def _log(world: World, model: ModelState, run: Services, losses: LossSum, norm: 
     values |= run.meter.rates() | memory(world.device)
     values["loss_spike"] = None if means["loss"] is None else run.spike.ratio(means["loss"])
     if run.lease is not None:
-        try:
-            run.lease.check()
+        try:  # where the file system is slow, the next commit asks again
+            with reported(lambda error: run.telemetry.line(str(error)), on=CheckpointError):
+                run.lease.check()
         except RunTaken as error:
             return run.stopping.fail(error)
-        except CheckpointError as error:
-            run.telemetry.line(str(error))  # the file system is slow; the next commit asks again
     run.telemetry.train(model.state.step, values)
     run.meter.reset()
 

@@ -1,12 +1,12 @@
 """Training losses on logits at a quarter of the label size, without ever holding the logits at the label
 size.
 
-    cross_entropy       pixel-wise cross entropy: class weights, label smoothing, ignore label 255
-    ohem_cross_entropy  the same over the hard pixels only (online hard example mining)
+    cross_entropy           pixel-wise cross entropy: class weights, label smoothing, ignore label 255
+    ohem_cross_entropy      the same over the hard pixels only (online hard example mining)
     boundary_cross_entropy  the same, the pixels near the boundary of a class weighted up
-    focal               cross entropy times (1 - p_t)^gamma (Lin et al. 2017)
-    dice                1 - soft Dice, mean over the classes present (Milletari et al. 2016)
-    lovasz              Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
+    focal                   cross entropy times (1 - p_t)^gamma (Lin et al. 2017)
+    dice                    1 - soft Dice, mean over the classes present (Milletari et al. 2016)
+    lovasz                  Lovasz-softmax, mean over images and the classes present (Berman et al. 2018)
 
 Every loss resizes the logits bilinearly to the target (align_corners=False), as the original does. The cross
 entropies do it tile by tile (models/ops/cross_entropy.py; ops=reference: whole), the others hold one image at

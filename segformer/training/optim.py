@@ -43,7 +43,11 @@ from torch import nn
 from segformer.errors import ConfigError, at_least, within
 from segformer.models.backbone import Backbone, DropPath
 
-SCHEDULES = ("poly", "cosine", "constant")
+SCHEDULES: dict[str, Callable[[float, float], float]] = {  # (progress, power) -> decay
+    "poly": lambda progress, power: (1 - progress) ** power,
+    "cosine": lambda progress, power: (1 + math.cos(math.pi * progress)) / 2,
+    "constant": lambda progress, power: 1.0,
+}
 NO_DECAY = ("norms", "norms_and_biases")
 
 
@@ -87,14 +91,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for key, choices in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("no_decay", NO_DECAY)):
-            if getattr(self, key) not in choices:
-                value = getattr(self, key)
+            if (value := getattr(self, key)) not in choices:
                 raise ConfigError(f"optim.{key}={value!r} is unknown; use one of {', '.join(choices)}")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         within(self, "optim.", frozen_stages=(0, 4), min_lr_factor=(0, 1))
-        at_least(self, "optim.", head_lr_factor=0, weight_decay=0, eps=0, power=0)
-        at_least(self, "optim.", warmup_steps=0, warmup_start=0)
+        least = {"head_lr_factor": 0, "weight_decay": 0, "eps": 0, "power": 0}
+        at_least(self, "optim.", **least, warmup_steps=0, warmup_start=0)
         if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -106,12 +109,7 @@ class OptimConfig:
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
     """lr(step) / base for step in [0, steps); see the module's formulas."""
-    progress = step / steps
-    decay = {
-        "poly": (1 - progress) ** cfg.power,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        "constant": 1.0,
-    }[cfg.schedule]
+    decay = SCHEDULES[cfg.schedule](step / steps, cfg.power)
     decay = cfg.min_lr_factor + (1 - cfg.min_lr_factor) * decay
     if step < cfg.warmup_steps:
         decay *= cfg.warmup_start + (1 - cfg.warmup_start) * step / cfg.warmup_steps
@@ -160,15 +158,10 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
 
     Parameters without requires_grad are in none.
     """
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm)
-        for parameter in module.parameters(recurse=False)
-    }
+    layer_norms = (module for module in model.modules() if isinstance(module, nn.LayerNorm))
+    norms = {id(parameter) for module in layer_norms for parameter in module.parameters(recurse=False)}
     layers, head = encoder_layers(model) if cfg.layer_decay < 1 else ({}, 0)
-    members: dict[str, list[nn.Parameter]] = {}
-    factors: dict[str, float] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -181,18 +174,10 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]
             if cfg.layer_decay < 1:
                 layer = layers[id(parameter)]
                 group, factor = f"{group}.{layer:02d}", cfg.layer_decay ** (head - layer)
-        members.setdefault(group, []).append(parameter)
-        factors[group] = factor
-    return [
-        {
-            "name": group,
-            "params": members[group],
-            "base_lr": cfg.lr * factors[group],
-            "lr": cfg.lr * factors[group],
-            "weight_decay": 0.0 if "norm" in group else cfg.weight_decay,
-        }
-        for group in sorted(members, key=_reading_order)
-    ]
+        lr, decay = cfg.lr * factor, 0.0 if spared else cfg.weight_decay
+        new = {"name": group, "params": [], "base_lr": lr, "lr": lr, "weight_decay": decay}
+        groups.setdefault(group, new)["params"].append(parameter)
+    return [groups[group] for group in sorted(groups, key=_reading_order)]
 
 
 def _reading_order(group: str) -> tuple[int, str, int]:
@@ -232,41 +217,35 @@ class Lion(torch.optim.Optimizer):
 class Row(NamedTuple):
     """An optimizer of the table."""
 
-    build: Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]
-    "(groups, settings, all on CUDA) -> the optimizer."
+    kind: type[torch.optim.Optimizer]
+    settings: Callable[[OptimConfig, bool | None], dict[str, Any]]
+    "(settings, fused: one kernel a group does the step; None where that can't be) -> its own arguments."
     states: tuple[str, ...]
     "Its state tensors, each of the shape of its parameter: what ZeRO cuts and a checkpoint keeps, by name."
-    counts_steps: bool
+    counts_steps: bool = False
     "Its state has a scalar `step`, too."
-
-
-def _adamw(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
-    betas, decay = (cfg.betas[0], cfg.betas[1]), cfg.weight_decay
-    fused = cuda or None  # one kernel a group does the step
-    return torch.optim.AdamW(groups, cfg.lr, betas, cfg.eps, decay, fused=fused)
-
-
-def _sgd(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
-    decay, fused = cfg.weight_decay, cuda or None
-    return torch.optim.SGD(groups, cfg.lr, momentum=cfg.momentum, weight_decay=decay, fused=fused)
-
-
-def _lion(groups: list[dict[str, Any]], cfg: OptimConfig, cuda: bool) -> torch.optim.Optimizer:
-    return Lion(groups, cfg.lr, (cfg.betas[0], cfg.betas[1]), cfg.weight_decay)
 
 
 # ZeRO steps flat pieces of many parameters: only optimizers that work element by element can be rows here.
 OPTIMIZERS = {
-    "adamw": Row(_adamw, ("exp_avg", "exp_avg_sq"), counts_steps=True),
-    "sgd": Row(_sgd, ("momentum_buffer",), counts_steps=False),
-    "lion": Row(_lion, ("exp_avg",), counts_steps=False),
+    "adamw": Row(
+        torch.optim.AdamW,
+        lambda cfg, fused: {"betas": tuple(cfg.betas), "eps": cfg.eps, "fused": fused},
+        states=("exp_avg", "exp_avg_sq"),
+        counts_steps=True,
+    ),
+    "sgd": Row(
+        torch.optim.SGD, lambda cfg, fused: {"momentum": cfg.momentum, "fused": fused}, ("momentum_buffer",)
+    ),
+    "lion": Row(Lion, lambda cfg, fused: {"betas": tuple(cfg.betas)}, ("exp_avg",)),
 }
 
 
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer of `cfg.name` over `parameter_groups`."""
-    cuda = all(parameter.is_cuda for parameter in model.parameters())
-    return OPTIMIZERS[cfg.name].build(parameter_groups(model, cfg), cfg, cuda)
+    row, fused = OPTIMIZERS[cfg.name], all(parameter.is_cuda for parameter in model.parameters()) or None
+    arguments = row.settings(cfg, fused)
+    return row.kind(parameter_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, **arguments)  # type: ignore[call-arg]
 
 
 def set_learning_rate(groups: list[dict[str, Any]], cfg: OptimConfig, step: int, steps: int) -> None:

@@ -1,10 +1,4 @@
-"""A run: its parts, and how they are made or continued.
-
-    runs/<name>/config.yaml      the configuration; later starts agree in the frozen part (config.FROZEN)
-    runs/<name>/checkpoints/     checkpoint/
-    runs/<name>/metrics.jsonl    telemetry/, and log.txt beside it
-    runs/<name>/stacks/          where every rank was when one of them hung (watchdog.py)
-    runs/<name>/profile/         profiling.py
+"""A run: its directory (docs/architecture.md draws it) and its parts, and how they are made or continued.
 
 Everything that can be wrong is found here, before the first step: directory, shards, classes, batch
 arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported once.
@@ -13,7 +7,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.checkpointer import Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.lease import Lease
@@ -38,7 +33,7 @@ from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
-from segformer.errors import CheckpointError, ConfigError, DataError
+from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
 from segformer.models.ops.batch_norm import synchronize_batch_norm
@@ -47,7 +42,7 @@ from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
-from segformer.training.config import RunConfig
+from segformer.training.config import RunConfig, frozen_difference, load_config, save_config
 from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
@@ -85,19 +80,48 @@ class Services:
             stack.callback(self.batches.close)
 
 
+@contextlib.contextmanager
+def leased(cfg: RunConfig, world: World) -> Iterator[Lease | None]:
+    """The run directory, made or taken by rank zero, which alone holds the lease; all ranks."""
+    with contextlib.ExitStack() as held:
+        leases: list[Lease] = []
+        world.on_main(lambda: leases.append(_take(cfg, held)))
+        yield leases[0] if leases else None
+
+
+def _take(cfg: RunConfig, held: contextlib.ExitStack) -> Lease:
+    """Make the run directory, or take the one that exists and belongs to this configuration; rank zero."""
+    cfg.telemetry.check_trackers()
+    run_dir = Path(cfg.run_dir)
+    with reraise_as(ConfigError, f"run_dir={run_dir} can't be used", "choose another one"):
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        lease = Lease.take(run_dir)
+        held.callback(lease.release)
+        clean(run_dir / "checkpoints")
+        _keep_config(cfg, run_dir)
+    return lease
+
+
+def _keep_config(cfg: RunConfig, run_dir: Path) -> None:
+    """Compare the configuration with the saved one and write it down."""
+    saved = run_dir / "config.yaml"
+    # Before its first checkpoint a run may still be corrected.
+    if any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*")):
+        if not saved.exists():
+            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
+        if changed := frozen_difference(load_config(saved), cfg):
+            raise ConfigError(
+                f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); "
+                "choose another name=..., or delete the directory"
+            )
+    save_config(cfg, saved)
+
+
 def config_summary(cfg: RunConfig) -> dict[str, Any]:
     """The settings that tell runs apart, flat, for the log and wandb."""
-    return {
-        "name": cfg.name,
-        "data": cfg.data.name,
-        "model": cfg.model.variant,
-        "steps": cfg.steps,
-        "global_batch": cfg.global_batch,
-        "crop": training_crop(cfg),
-        "lr": cfg.optim.lr,
-        "zero_stage": cfg.engine.zero_stage,
-        "seed": cfg.seed,
-    }
+    plain = {key: getattr(cfg, key) for key in ("name", "steps", "global_batch", "seed")}
+    chosen = {"data": cfg.data.name, "model": cfg.model.variant, "crop": training_crop(cfg)}
+    return plain | chosen | {"lr": cfg.optim.lr, "zero_stage": cfg.engine.zero_stage}
 
 
 def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
@@ -133,16 +157,10 @@ def set_up(
     world.on_main(lambda: _check_resumed(cfg, shards, state))
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
+    place = {"rank": world.rank, "local_world_size": world.local_size}
+    order = _sample_order(cfg, split, state)
     stream = partial(
-        train_batches,
-        split,
-        _sample_order(cfg, split, state),
-        task.augment,
-        cfg.loader,
-        batch=batch,
-        seed=cfg.seed,
-        rank=world.rank,
-        local_world_size=world.local_size,
+        train_batches, split, order, task.augment, cfg.loader, batch=batch, seed=cfg.seed, **place
     )
     checkpoints = Checkpointer(
         cfg.checkpoint,
@@ -264,8 +282,8 @@ def log_header(
         f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
         f"images, {len(shards.classes)} classes"
     )
-    crop = "x".join(map(str, training_crop(cfg)))
-    telemetry.line(f"batch {cfg.batch_shape(world.size)}, crop {crop}, {cfg.steps} steps")
+    crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
+    telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps")
     if remark := schedule_remark(cfg.optim, cfg.steps):
         telemetry.line(remark)
     if pretrained := getattr(model, "pretrained", ""):

@@ -139,11 +139,9 @@ def enough_memory(rank: int, describe: Callable[[], str]) -> Iterator[None]:
 
 
 def _too_large(cfg: RunConfig, step: int, micro_batch: int) -> str:
-    where = f"in step {step + 1} (micro_batch={micro_batch}, crop {'x'.join(map(str, training_crop(cfg)))})"
-    if micro_batch == 1:
-        return f"{where}; use a smaller augment.crop, model.checkpointing=[1,2], or engine.zero_stage=3"
-    lower = max(size for size in range(1, micro_batch) if micro_batch % size == 0)
-    return (
-        f"{where}; use micro_batch={lower} (gradients are accumulated, batch norm sees fewer images), "
-        "a smaller augment.crop, or model.checkpointing=[1,2]"
-    )
+    crop = "x".join(map(str, training_crop(cfg)))
+    lower = [size for size in range(1, micro_batch) if micro_batch % size == 0]
+    use = "a smaller augment.crop, model.checkpointing=[1,2], or engine.zero_stage=3"
+    if lower:
+        use = f"micro_batch={lower[-1]} (gradients are accumulated, batch norm sees fewer images), {use}"
+    return f"in step {step + 1} (micro_batch={micro_batch}, crop {crop}); use {use}"

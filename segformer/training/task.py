@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from segformer.data.loading.classification import ClassificationAugment, mix
 from segformer.data.loading.crop import AugmentConfig
@@ -33,33 +33,18 @@ from segformer.training.config import RunConfig
 from segformer.training.losses import LossConfig, SegmentationLoss, soft_cross_entropy
 
 
-class Task:
-    """Network, loss and score of a run. Base of the two below; one object serves all steps."""
+class _Task:
+    """What the tasks have in common; one object serves all steps."""
 
-    name: str
-    "As data.task says it."
-    augment: AugmentConfig | ClassificationAugment
-    "What the loader does to a training image."
-    view: ClassificationAugment | None
+    view: ClassificationAugment | None = None
     "How images are cut for evaluation; None = whole."
-    normalize: nn.Module
-    "photometric.Normalize on the device: uint8 batch -> what the model takes."
 
-    def __init__(self, cfg: RunConfig, shards: ShardSet) -> None:
-        self.cfg = cfg
-        self.shards = shards
+    def __init__(
+        self, cfg: RunConfig, shards: ShardSet, world: World, augment: AugmentConfig | ClassificationAugment
+    ) -> None:
+        self.cfg, self.shards, self.augment = cfg, shards, augment
         self.num_classes = len(shards.classes)
-
-    def build_model(self, network: ModelConfig) -> SegFormer | MiTClassifier:
-        """The network, with random weights or those of `network.pretrained`."""
-        raise NotImplementedError
-
-    def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss with gradient, its parts without) of one micro batch, which is on the device.
-
-        position: number of the micro batch, counted over all ranks and steps; it seeds what is random here.
-        """
-        raise NotImplementedError
+        self.normalize = Normalize(augment.mean, augment.std).to(world.device)
 
     def evaluate(
         self,
@@ -97,62 +82,58 @@ class Task:
         return scores
 
 
-class Segmentation(Task):
+class Segmentation(_Task):
     """A class for every pixel."""
 
     name = "segmentation"
-    view = None
 
     def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
-        super().__init__(cfg, shards)
-        self.augment = cfg.augment
-        self.normalize = Normalize(cfg.augment.mean, cfg.augment.std).to(world.device)
-        self.criterion = SegmentationLoss(cfg.loss, self.num_classes, BACKENDS[cfg.model.ops]).to(
-            world.device
-        )
+        super().__init__(cfg, shards, world, cfg.augment)
+        criterion = SegmentationLoss(cfg.loss, self.num_classes, BACKENDS[cfg.model.ops])
+        self.criterion = criterion.to(world.device)
 
     def build_model(self, network: ModelConfig) -> SegFormer:
-        """See Task."""
+        """The network, with random weights or those of `network.pretrained`."""
         return build_model(network, self.num_classes)
 
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See Task; parts: the terms of loss.terms, unweighted."""
+        """(loss with gradient, the terms of loss.terms, unweighted and without) of one micro batch.
+
+        position: number of the micro batch, counted over all ranks and steps; it seeds what is random.
+        """
         images = self.normalize(batch.images, batch.photometric, batch.valid)
-        loss, parts = self.criterion(model(images), batch.targets)
-        return loss, parts
+        return self.criterion(model(images), batch.targets)
 
 
-class Classification(Task):
+class Classification(_Task):
     """A class for every image."""
 
     name = "classification"
 
     def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
-        super().__init__(cfg, shards)
-        self.mixing = self.augment = self.view = cfg.classification
-        self.normalize = Normalize(self.mixing.mean, self.mixing.std).to(world.device)
+        super().__init__(cfg, shards, world, cfg.classification)
+        self.view = cfg.classification
 
     def build_model(self, network: ModelConfig) -> MiTClassifier:
-        """See Task."""
+        """The network, as that of Segmentation."""
         return build_classifier(network, self.num_classes)
 
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """See Task; mixup, cutmix and label smoothing first."""
+        """As that of Segmentation; mixup, cutmix and label smoothing first."""
         images = self.normalize(batch.images)
-        images, targets = mix(images, batch.targets, self.num_classes, self.mixing, self.cfg.seed, position)
+        settings, seed = self.cfg.classification, self.cfg.seed
+        images, targets = mix(images, batch.targets, self.num_classes, settings, seed, position)
         loss = soft_cross_entropy(model(images), targets)
         return loss, {"cross_entropy": loss.detach()}
 
 
-TASKS: dict[str, type[Segmentation] | type[Classification]] = {
-    task.name: task for task in (Segmentation, Classification)
-}
+Task = Segmentation | Classification
 
 
 def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
     """The task of the shards; ConfigError where `cfg` is for another one."""
     check_task(cfg, shards)
-    return TASKS[shards.task](cfg, shards, world)
+    return (Segmentation if shards.task == "segmentation" else Classification)(cfg, shards, world)
 
 
 def check_task(cfg: RunConfig, shards: ShardSet) -> None:
