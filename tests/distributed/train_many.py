@@ -2,9 +2,10 @@
 
 A plan is a list of
     {"run": overrides, "wrong": {"rank": 1, "steps": [5], "kind": "loss" | "gradient", "once": true,
-                                 "accumulation": 1}, "stop": 3}
+                                 "accumulation": 1}, "stop": [3, 1], "memory": 200}
         a run; its losses go wrong where `wrong` says so (steps count from 1; of accumulated micro batches the
-        first one), and rank zero gets SIGTERM in step `stop`; both may be left out
+        first one), `stop` is a step, in which a rank gets SIGTERM, and `memory` are the MiB that a step may
+        allocate; all three may be left out
     {"cut": source, "to": target, "step": 10}
         a copy of a run as it was when it had saved that step
 The last line of each rank is the outcome of each run as JSON: "" or "Error: message".
@@ -12,6 +13,7 @@ The last line of each rank is the outcome of each run as JSON: "" or "Error: mes
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -47,13 +49,28 @@ def wrong_loss(plan):
     return loss
 
 
-def stopped_step(world, stop):
-    """train_step in which rank zero gets a signal."""
+def stopped_step(stop):
+    """train_step in which a rank gets a signal."""
 
-    def step(cfg, ranks, task, model, *arguments):
-        if model.state.step + 1 == stop and world.is_main:
+    def step(cfg, world, task, model, *arguments):
+        if [model.state.step + 1, world.rank] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return STEP(cfg, ranks, task, model, *arguments)
+        return STEP(cfg, world, task, model, *arguments)
+
+    return step
+
+
+def limited_step(mebibytes):
+    """train_step that can't get more memory than that."""
+
+    def step(*arguments):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + mebibytes * 2**20, before[1]))
+        try:
+            return STEP(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
     return step
 
@@ -67,7 +84,9 @@ def cut(source, target, step):
 
 def outcome(world, entry):
     Segmentation.loss = wrong_loss(entry["wrong"]) if "wrong" in entry else HONEST
-    loop.train_step = stopped_step(world, entry["stop"]) if "stop" in entry else STEP
+    loop.train_step = stopped_step(entry["stop"]) if "stop" in entry else STEP
+    if "memory" in entry:
+        loop.train_step = limited_step(entry["memory"])
     try:
         loop.train(compose(RunConfig, "config", entry["run"]), world)
     except (SegformerError, SystemExit) as error:

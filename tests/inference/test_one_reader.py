@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import make_run
 from torch import Tensor
 
-from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, build, export, open_checkpoint
 from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import ModelConfig
-from segformer.training.config import RunConfig, compose, save_config
 
 State = dict[str, Tensor]
 STEP = "checkpoints/step-00000020"
@@ -28,18 +26,14 @@ def state_of(seed: int) -> State:
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Path, dict[int, State]]:
     """A run with optim.ema and two checkpoints, and the weights that each stands for."""
-    folder, expected = tmp_path / "run", {}
-    folder.mkdir()
-    overrides = ["data=sample", f"run_dir={folder}", "model.norm_profile=mmseg", "model.decoder_dim=64"]
-    save_config(compose(RunConfig, "config", overrides), folder / "config.yaml")
-    for step in (10, 20):
-        raw, averages = state_of(step), state_of(step + 1)
-        buffers = ("running_mean", "running_var", "num_batches_tracked")
-        parameters = {name: tensor for name, tensor in averages.items() if not name.endswith(buffers)}
-        state = TrainState(step=step, data_digest="d")
-        write_checkpoint(raw, {}, state, folder / "checkpoints", ema=parameters)
-        expected[step] = raw | parameters
-    return folder, expected
+    raw = {step: state_of(step) for step in (10, 20)}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    ema = {
+        step: {name: tensor for name, tensor in state_of(step + 1).items() if not name.endswith(buffers)}
+        for step in raw
+    }
+    overrides = ("data=sample", "model.norm_profile=mmseg", "model.decoder_dim=64")
+    return make_run(tmp_path / "run", raw, *overrides, ema=ema), {step: raw[step] | ema[step] for step in raw}
 
 
 def pretrained(path: Path, out: Path) -> State:

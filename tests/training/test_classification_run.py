@@ -1,14 +1,13 @@
-"""A classifier from class folders to a segmentation run that starts from it, by the scripts of launch/."""
+"""A classifier from class folders to its score, by the scripts of launch/."""
 
 import html
 import re
 
-import numpy as np
 import pytest
 import shapes
-import torch
-from PIL import Image
-from safetensors.torch import load_file
+
+from segformer.errors import ConfigError
+from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 
 STEPS = 40
 
@@ -57,31 +56,7 @@ def test_the_export_scores_on_two_ranks_as_the_run_did(finished, run_ranks):
     assert "short side to 56, center 48 x 48" in printed
 
 
-def test_predicting_is_one_line_and_code_2(finished, run_ranks, tmp_path):
-    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
-    place = [f"checkpoint={finished[0]}", f"input={tmp_path / 'a.png'}", f"output={tmp_path / 'out'}"]
-    (output,) = run_ranks(1, "launch/predict.py", *place, code=2)
-    assert output.count("\n") == 1
-    assert output.startswith("ConfigError: ")
-
-
-def test_shards_with_masks_do_not_score_a_classifier(finished, tiny_shards, run_ranks):
-    options = [f"checkpoint={finished[0] / 'export'}", f"shards={tiny_shards}"]
-    (output,) = run_ranks(1, "launch/evaluate.py", *options, code=2)
-    assert output.count("\n") == 1
-    assert "is a model for classification" in output
-    assert "was sharded for segmentation" in output
-
-
-def test_a_segmentation_run_starts_from_its_export(finished, tiny, tmp_path, run_ranks):
-    source = finished[0] / "export"
-    # The first step of a warm-up from nearly 0 leaves the weights where they were.
-    overrides = tiny(
-        "from", f"model.pretrained={source}", "steps=1", "optim.lr=1e-12", "optim.weight_decay=0"
-    )
-    (output,) = run_ranks(1, "launch/train.py", *overrides)
-    assert f"weights of b0 of {source} (export of this project): encoder" in output
-    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "from/export"))
-    encoder = [name for name in before if name.startswith("segformer.encoder.")]
-    assert len(encoder) > 100
-    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in encoder)
+def test_shards_with_masks_do_not_score_a_classifier(finished, tiny_shards):
+    config = EvaluateConfig(checkpoint=str(finished[0] / "export"), shards=str(tiny_shards))
+    with pytest.raises(ConfigError, match=r"is a model for classification, .* was sharded for segmentation"):
+        evaluate_checkpoint(config)

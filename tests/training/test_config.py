@@ -20,7 +20,6 @@ from segformer.training.config import (
     CONF,
     FROZEN,
     RunConfig,
-    choices,
     cli,
     compose,
     frozen_difference,
@@ -35,13 +34,6 @@ def run_config(*overrides):
     return compose(RunConfig, "config", list(overrides))
 
 
-@pytest.mark.parametrize("group", ["data", "model", "recipe", "engine"])
-def test_every_option_of_every_group_composes(group):
-    assert choices("config")[group]
-    for name in choices("config")[group]:
-        run_config(f"{group}={name}")
-
-
 def test_a_command_line_key_wins_over_the_experiment_and_that_over_the_recipe():
     assert run_config("recipe=official").optim.lr == 6e-5
     assert run_config("experiment=sample").optim.lr == pytest.approx(1e-3)
@@ -51,43 +43,29 @@ def test_a_command_line_key_wins_over_the_experiment_and_that_over_the_recipe():
 
 WRONG = {
     "stepz=3": "stepz is not a setting; did you mean steps?",
-    "optim.lrr=3": "optim.lrr is not a setting; did you mean optim.lr?",
     "+foo=3": "foo is not a setting",
     "steps": "'steps' is not an override; write key=value",
     "steps=many": "steps=many must be a whole number",
     "steps=1e3": "steps=1e3 must be a whole number; write steps=1000",
-    "steps=null": "steps can't be null",
-    "optim.lr=abc": "optim.lr=abc must be a number",
     "optim.betas=[0.9,a]": "optim.betas=[0.9,a] must be a list of numbers, such as optim.betas=[0.9,0.999]",
     "optim.lr.x=2": "optim.lr.x is not a setting; optim.lr has one value",
-    "engine.sync_batchnorm=maybe": "engine.sync_batchnorm=maybe must be true or false",
-    "name=[1]": "name='[1]' must be up to 64 letters",
     "name=null": "name can't be null",
     "data.shards=~/mine": "write data.shards=$HOME/mine",
     "data.classes=[leaf (young)]": "data.classes=[leaf (young)] can't be read; texts with",
     "data.classes=[null,leaf]": "data.classes=[null,leaf] must be a list of texts",
     "augment.crop=512,512": "augment.crop=512,512 must be a list of whole numbers, such as augment.crop=[5",
+    "engine.sync_batchnorm=maybe": "engine.sync_batchnorm=maybe must be true or false",
     "optim={lrr: 1}": "optim.lrr is not a setting; did you mean optim.lr?",
-    "augment.crop=256": "augment.crop=256 must be a list of whole numbers, such as augment.crop=[512,512]",
     "loader=9": "loader=9 is refused: loader is a group; it has workers, ",
     "loss.terms.dise=1": "loss.terms has unknown losses dise; use cross_entropy, ",
-    "loss.terms.dice=x": "loss.terms.dice=x must be a number",
     "model.freeze=encoder": "model.freeze is not a setting; model has variant, ",
     "lr=1": "lr is not a setting; did you mean optim.lr?",
-    "optm.lr=1": "optm is not a setting; did you mean optim?",
-    "model=3": "model=3 does not exist; use one of b0",
-    "steps=0": "steps=0 must be 1 or more",
     "model=b9": "model=b9 does not exist; use one of b0, b1, b2, b3, b4, b5",
     "model.variant=b9": "model.variant=b9 is unknown; use one of b0, b1, b2, b3, b4, b5",
     "experiment=nope": "experiment=nope does not exist; use one of ",
-    "name=../x": "must be up to 64 letters",
     "name=${oc.env:HOME}": "resolvers are refused",
-    "run_dir=runs/${now:%H%M%S}": "resolvers are refused",
     "data.citation='${${data.name}.${data.license}:CANARY}'": "resolvers are refused",
     "hydra.searchpath=[file:///tmp]": "hydra's own settings are fixed",
-    "micro_batch=3": "use micro_batch=1 or 2 or 4",
-    "engine.zero_stage=9": "use 0, 1, 2, 3 or null",
-    "telemetry.wandb=yes": "use one of disabled, offline, online",
 }
 
 
@@ -128,10 +106,9 @@ def test_other_ranks_leave_the_message_to_rank_zero(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("argument", ["--local_rank=1", "--local-rank=1"])
-def test_the_argument_that_deepspeed_appends_is_ignored(argument, monkeypatch):
+def test_the_argument_that_deepspeed_appends_is_ignored(monkeypatch):
     seen = []
-    monkeypatch.setattr(sys, "argv", ["train.py", "steps=7", argument])
+    monkeypatch.setattr(sys, "argv", ["train.py", "steps=7", "--local_rank=1", "--local-rank=1"])
     cli(RunConfig, "config", seen.append)
     assert seen[0].steps == 7
 
@@ -207,6 +184,7 @@ def test_a_text_is_taken_as_it_stands():
 def test_an_entry_of_a_dictionary_is_changed_or_added():
     cfg = run_config("loss.terms.dice=0.5", "loss.terms.cross_entropy=2")
     assert cfg.loss.terms == {"cross_entropy": 2.0, "dice": 0.5}
+    assert run_config("loss.terms={dice: 0.5}", "~loss.terms.cross_entropy").loss.terms == {"dice": 0.5}
     assert run_config("data.label_map.7=1").data.label_map == {7: 1}
     assert run_config("data.label_map={7: 0, 9: 255}").data.label_map == {7: 0, 9: 255}
 
@@ -230,17 +208,6 @@ def test_a_damaged_configuration_is_refused(text, message, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "config.yaml")
-
-
-def test_saving_a_configuration_replaces_it_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "config.yaml"
-    save_config(run_config("experiment=sample"), path)
-    before = path.read_bytes()
-    monkeypatch.setattr(type(path), "replace", lambda *_: pytest.fail("crash"))
-    save_config(run_config("experiment=sample"), path)  # unchanged: not touched
-    with pytest.raises(pytest.fail.Exception):
-        save_config(run_config("experiment=sample", "steps=7"), path)
-    assert path.read_bytes() == before
 
 
 def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change():

@@ -7,10 +7,16 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
+from segformer.data.loading.loader import LoaderConfig
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
+from segformer.inference.export import open_checkpoint
+from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
+from segformer.models.segformer import build_classifier
+from segformer.models.variants import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +73,11 @@ def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished)
     assert not [path for path in files if b"canarycanary" in path.read_bytes()]
 
 
-def test_a_finished_run_starts_again_without_training(finished, run_ranks, metrics, tmp_path):
-    run_dir, overrides, _ = finished
-    copy = tmp_path / "copy"
-    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("wandb*"))
-    before = (copy / "checkpoints/step-00000006/model.safetensors").read_bytes()
-    changed = [f"run_dir={copy}", "telemetry.wandb=disabled", "overlays=0"]
-    output = run_ranks(1, "launch/train.py", *overrides, *changed)[0]
-    assert "continuing from step 6" in output
-    assert "nucleus" in output
-    assert len(metrics(copy)) == 3
-    assert (copy / "checkpoints/step-00000006/model.safetensors").read_bytes() == before
-
-
-def test_evaluating_the_run_on_two_ranks_gives_the_final_table(finished, run_ranks):
+def test_evaluating_the_run_gives_the_final_table(finished, capsys):
     run_dir, _, output = finished
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
-    printed = run_ranks(2, "launch/evaluate.py", f"checkpoint={run_dir}", "loader.workers=0", "batch=2")[0]
+    evaluate_checkpoint(EvaluateConfig(checkpoint=str(run_dir), loader=LoaderConfig(workers=0), batch=2))
+    printed = capsys.readouterr().out
     assert [line for line in table if line not in printed.splitlines()] == [], printed
 
 
@@ -108,12 +102,17 @@ def write_boxes(folder):
 
 
 @pytest.fixture(scope="module")
-def others(tiny_in, tmp_path_factory, train_many):
-    """(folder, outcomes by name) of further runs on one rank."""
+def others(finished, tiny_in, tmp_path_factory, train_many):
+    """(folder, outcomes by name) of further runs on one rank; "again" is the finished one."""
     folder = tmp_path_factory.mktemp("others")
     tiny = tiny_in(folder)
     write_boxes(folder)
+    build_classifier(ModelConfig(), 3).save_pretrained(folder / "classifier")
+    # The first step of a warm-up from nearly 0 leaves the weights where they were.
+    still = ("steps=1", "optim.lr=1e-12", "optim.weight_decay=0")
     runs = {
+        "again": [*finished[1], f"run_dir={folder / 'again'}", "telemetry.wandb=disabled"],
+        "from": tiny("from", f"model.pretrained={folder / 'classifier'}", *still),
         "heart": tiny(
             *("heart", f"data.shards={folder / 'shards'}", "data.name=four", "data.classes=[dark,bright]"),
             *("data.palette=[]", "steps=150", "optim.warmup_steps=10", "augment.crop=[96,96]"),
@@ -123,7 +122,29 @@ def others(tiny_in, tmp_path_factory, train_many):
         "best": tiny("best", "steps=3", "eval_every=2"),
         "diverged": tiny("diverged", "optim.lr=1e30", "optim.warmup_steps=0"),
     }
-    return folder, dict(zip(runs, train_many(1, [*runs.values()], failing=True), strict=True))
+    copy = {"cut": str(finished[0]), "to": str(folder / "again"), "step": 6}
+    return folder, dict(zip(runs, train_many(1, [copy, *runs.values()], failing=True), strict=True))
+
+
+def test_a_finished_run_starts_again_without_training(finished, others, metrics):
+    again, outcomes = others[0] / "again", others[1]
+    assert not any(outcomes["again"])
+    log = (again / "log.txt").read_text()
+    assert "continuing from step 6" in log.rpartition("step 6/6")[2]
+    assert "nucleus" in log.rpartition("continuing")[2]
+    assert metrics(again) == []
+    place = "checkpoints/step-00000006/model.safetensors"
+    assert (again / place).read_bytes() == (finished[0] / place).read_bytes()
+
+
+def test_a_segmentation_run_starts_from_an_exported_classifier(others):
+    source = others[0] / "classifier"
+    wanted = f"weights of b0 of {source} (export of this project): encoder"
+    assert wanted in (others[0] / "from/log.txt").read_text()
+    before, after = open_checkpoint(source).state, load_checkpoint(others[0] / "from/checkpoints").model
+    encoder = [name for name in before if name.startswith("backbone.")]
+    assert len(encoder) > 100
+    assert all(torch.allclose(before[name], after[name], atol=1e-9) for name in encoder)
 
 
 def test_four_images_are_learned_by_heart(others, metrics):
@@ -165,15 +186,6 @@ def test_wrong_settings_are_one_line_before_the_first_step(finished, tiny, monke
         line = refused(arguments, monkeypatch, capsys)
         assert expected in line, line
     assert list_steps(run_dir / "checkpoints")[-1] == 6
-
-
-def test_a_refused_start_can_be_corrected_under_the_same_name(tiny, tmp_path, train_many):
-    runs = [tiny("same", "global_batch=3", "steps=2"), tiny("same", "steps=2")]
-    refused, corrected = train_many(2, runs, failing=True)
-    assert "use a world size of 1, 3 or global_batch=2 or 4" in refused[0]
-    assert refused[1] == "SystemExit: 2"
-    assert not any(corrected)
-    assert list_steps(tmp_path / "same" / "checkpoints") == [2]
 
 
 def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, monkeypatch, capsys):

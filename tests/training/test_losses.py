@@ -31,11 +31,6 @@ def problem(classes=4) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, target
 
 
-def certain(target: torch.Tensor, classes: int, confidence=60.0) -> torch.Tensor:
-    """Logits at label size that give (nearly) all probability to `target`."""
-    return confidence * F.one_hot(target.long().clamp(max=classes - 1), classes).permute(0, 3, 1, 2).double()
-
-
 def enlarged(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
 
@@ -94,18 +89,16 @@ def test_an_image_without_labels_changes_no_gradient_of_another(name, dtype):
     assert torch.equal(grad[1], torch.zeros_like(grad[1]))
 
 
-@pytest.mark.parametrize(
-    ("name", "gamma"), [*((name, 0.5) for name in LOSSES), *(("focal", gamma) for gamma in (0, 1, 2))]
-)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_logits_far_apart_give_finite_gradients(name, gamma, scale):
+def test_logits_far_apart_give_finite_gradients(name, scale):
     logits, target = problem()
     logits = (logits.detach().float() * scale).requires_grad_()
-    cfg = LossConfig(terms={name: 1.0}, focal_gamma=gamma, label_smoothing=0.1)
-    loss, _ = SegmentationLoss(cfg, 4)(logits, target)
-    (grad,) = torch.autograd.grad(loss, logits)
-    assert loss.isfinite()
-    assert grad.isfinite().all()
+    for gamma in (0, 0.5, 2) if name == "focal" else (2,):
+        cfg = LossConfig(terms={name: 1.0}, focal_gamma=gamma, label_smoothing=0.1)
+        loss, _ = SegmentationLoss(cfg, 4)(logits, target)
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -113,14 +106,6 @@ def test_the_gradient_is_the_numerical_one(name):
     logits, target = problem()
     criterion = SegmentationLoss(LossConfig(terms={name: 1.0}), 4)
     assert torch.autograd.gradcheck(lambda z: criterion(z, target)[0], (logits,), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_certain_and_right_prediction_costs_nothing_and_a_wrong_one_does(name):
-    target = problem()[1]
-    criterion = SegmentationLoss(LossConfig(terms={name: 1.0}), 4)
-    assert criterion(certain(target, 4), target)[0].item() < 1e-9
-    assert criterion(certain((target + 1) % 4, 4), target)[0].item() > 0.5
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
@@ -211,39 +196,19 @@ def test_boundary_cross_entropy_weighs_the_pixels_near_a_boundary(class_weights,
     torch.testing.assert_close(*gradients)
 
 
-def test_soft_cross_entropy_is_the_mean_of_its_definition_and_that_of_hard_targets_their_cross_entropy():
+def test_soft_cross_entropy_is_that_of_torch_and_float32_of_bfloat16_scores():
     torch.manual_seed(0)
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.rand(5, 7, dtype=torch.float64).softmax(dim=1)
-    expected = 0.0
-    for scores, shares in zip(logits.tolist(), targets.tolist(), strict=True):
-        partition = sum(math.exp(z) for z in scores)
-        expected -= (
-            sum(t * math.log(math.exp(z) / partition) for z, t in zip(scores, shares, strict=True)) / 5
-        )
-    assert soft_cross_entropy(logits, targets).item() == pytest.approx(expected)
-    labels = torch.tensor([0, 3, 6, 1, 1])
-    hard = F.one_hot(labels, 7).double()
-    torch.testing.assert_close(soft_cross_entropy(logits, hard), F.cross_entropy(logits, labels))
-    smooth = hard * 0.9 + 0.1 / 7
-    torch.testing.assert_close(
-        soft_cross_entropy(logits, smooth), F.cross_entropy(logits, labels, label_smoothing=0.1)
-    )
-    (grad,) = torch.autograd.grad(soft_cross_entropy(logits, targets), logits)
-    torch.testing.assert_close(grad, (logits.softmax(1) - targets).detach() / 5)
-
-
-def test_soft_cross_entropy_of_bfloat16_scores_is_float32():
-    torch.manual_seed(0)
-    logits = torch.randn(4, 1000).bfloat16()
-    targets = torch.rand(4, 1000).softmax(dim=1)
+    got, expected = soft_cross_entropy(logits, targets), F.cross_entropy(logits, targets)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got, expected)))
+    rough = (logits.detach() * 1000).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = soft_cross_entropy(logits, targets)
+        loss = soft_cross_entropy(rough, targets.float())
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(
-        soft_cross_entropy(logits.double(), targets.double()).item(), rel=1e-6
-    )
-    assert soft_cross_entropy(logits * 1e30, targets).isfinite()
+    assert loss.item() == pytest.approx(soft_cross_entropy(rough.double(), targets).item(), rel=1e-6)
+    assert soft_cross_entropy(rough * 1e30, targets).isfinite()
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 4, [0.5, 1.0, 2.0, 4.0]])

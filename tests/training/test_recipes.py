@@ -26,16 +26,10 @@ def recipe(name: str, *more: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_composes_and_its_schedule_fits_into_its_steps(name):
+def test_a_recipe_states_goal_command_and_source_and_leaves_the_machine_alone(name):
     cfg = recipe(name)
     assert cfg.name == name
-    assert cfg.optim.warmup_steps < cfg.steps
-    assert cfg.eval_every <= cfg.steps
-    assert cfg.checkpoint.save_every <= cfg.steps
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_states_goal_command_and_source_and_leaves_the_machine_alone(name):
+    assert max(cfg.optim.warmup_steps, cfg.eval_every, cfg.checkpoint.save_every) <= cfg.steps
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# Goal: ")
     assert f"experiment={name}" in text[text.index("# Command: ") :]
@@ -205,12 +199,6 @@ def test_finetune_lowers_the_lr_towards_the_image():
     assert found["backbone.block4.2.mlp.fc1.weight"][0] == pytest.approx(half * 0.95)
     assert found["backbone.block1.0.mlp.fc1.weight"][0] == pytest.approx(half * 0.95**16)
     assert found["backbone.patch_embed1.proj.weight"][0] == pytest.approx(half * 0.95**17)
-
-
-def test_terms_of_the_command_line_join_those_of_the_recipe_and_one_can_be_taken_away():
-    given = ["loss.terms={dice: 0.5}"]
-    assert recipe("ade20k_160k", *given).loss.terms == {"cross_entropy": 1.0, "dice": 0.5}
-    assert recipe("ade20k_160k", *given, "~loss.terms.cross_entropy").loss.terms == {"dice": 0.5}
 
 
 DOCUMENT = CONF.parent / "docs/recipes.md"
