@@ -1,4 +1,4 @@
-"""Comparisons that several tests make: checkpoints bit by bit, an operation with its reference."""
+"""Comparisons that several tests make: checkpoints bit by bit, an operation with its reference, its fake."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,3 +44,38 @@ def distance(left: Tensor, right: Tensor) -> float:
     """||left - right|| / ||right||."""
     left, right = left.detach().double(), right.detach().to(left.device).double()
     return float((left - right).norm() / right.norm().clamp(min=1e-30))
+
+
+REGISTERED = (
+    "depthwise_gelu",
+    "depthwise_gelu_backward",
+    "upsample_sum",
+    "upsample_sum_backward",
+    "upsampled_cross_entropy",
+    "upsample_argmax",
+    "upsample_confusion",
+)
+
+
+def check_registered(name: str, device: torch.device, kind: torch.dtype = torch.float32) -> None:
+    """The registered operation is as torch.library asks: types, strides and gradients that its fake has."""
+    torch.manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        differentiable = name in ("depthwise_gelu", "upsample_sum", "upsampled_cross_entropy")
+        return torch.randn(shape, device=device).to(dtype).requires_grad_(differentiable)
+
+    tokens, weight, bias = (random(*shape, dtype=kind) for shape in ((2, 12, 6), (6, 1, 3, 3), (6,)))
+    base, small, logits = random(1, 4, 6, 5), random(1, 2, 3, 5), random(1, 6, 2, 3)
+    target = torch.randint(0, 6, (1, 5, 7), device=device)
+    pixels, classes = torch.rand(1, 5, 7, device=device), torch.rand(6, device=device)
+    given = {
+        "depthwise_gelu": (tokens, 3, 4, weight, bias),
+        "depthwise_gelu_backward": (tokens.detach(), tokens, 3, 4, weight, bias),
+        "upsample_sum": (base, [small]),
+        "upsample_sum_backward": (base, [2], [3]),
+        "upsampled_cross_entropy": (logits, target, pixels, classes, 0.1, 255, True),
+        "upsample_argmax": (logits, 5, 7),
+        "upsample_confusion": (logits, target, 255),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.segformer, name).default, given)

@@ -4,14 +4,14 @@ python tests/convnext.py <overrides>    launch/train.py with it
 """
 
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from segformer.job import run_job
-from segformer.models.backbone import Backbone, DropPath, Product, Stage
+from segformer.models.backbone import Backbone, Product, Stage
 from segformer.models.encoders import BACKBONES
+from segformer.models.layers import DropPath
 from segformer.models.variants import VARIANTS, ModelConfig, Variant
 from segformer.training.config import RunConfig, compose
 
@@ -49,25 +49,17 @@ class Block(nn.Module):
 class ConvNeXt(Backbone):
     title = "ConvNeXt"
 
-    def __init__(self, embed_dims: Sequence[int], depths: Sequence[int], drop_path_rate: float) -> None:
-        super().__init__()
-        self.embed_dims = tuple(embed_dims)
-        dims = zip((3, *embed_dims), embed_dims, WIDTHS, strict=False)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        widths, depths = self.embed_dims, VARIANTS[cfg.variant].depths
+        rates = iter(torch.linspace(0, cfg.drop_path_rate, sum(depths), device="cpu").tolist())
+        dims = zip((3, *widths), widths, WIDTHS, strict=False)
         self.embeds = nn.ModuleList(Embed(in_dim, dim, *width) for in_dim, dim, width in dims)
         self.blocks = nn.ModuleList(
             nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
-            for dim, depth in zip(embed_dims, depths, strict=True)
+            for dim, depth in zip(widths, depths, strict=True)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in embed_dims)
-        self.initialize()
-
-    @classmethod
-    def build(cls, cfg: ModelConfig) -> "ConvNeXt":
-        variant = VARIANTS[cfg.variant]
-        return cls(variant.embed_dims, variant.depths, cfg.drop_path_rate)
-
-    def initialize(self) -> None:
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in widths)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

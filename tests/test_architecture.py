@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",
     "models.ops": (
-        "dispatch linear layer_norm depthwise attention ffn resize batch_norm decode cross_entropy argmax "
+        "dispatch linear depthwise block resize batch_norm decode cross_entropy argmax "
         "backend bilinear_triton depthwise_triton resize_triton sweep_triton "
         "cross_entropy_triton argmax_triton"
     ),

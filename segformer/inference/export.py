@@ -22,7 +22,7 @@ from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
-from segformer.models.weights.load import check_weights, load_weights
+from segformer.models.weights.load import check_weights
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.tensor_files import CONFIG_FILE
 from segformer.models.weights.write import IMAGENET_MEAN, IMAGENET_STD, write_export
@@ -117,9 +117,7 @@ def _network(weights: Weights) -> SegFormer | MiTClassifier:
 
 def build(weights: Weights) -> SegFormer | MiTClassifier:
     """The network with its weights, in evaluation mode on the CPU."""
-    model = _network(weights)
-    load_weights(model, weights)
-    return model.eval()
+    return _network(weights).load(weights)
 
 
 def check_network(weights: Weights) -> None:

@@ -14,29 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from segformer.models.variants import ModelConfig, Variant
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: residual + branch, the branch dropped per sample at `rate` in training."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """Both (B, ...). The kept branches are scaled by 1 / (1 - rate)."""
-        if not self.training or self.rate == 0:
-            return residual + branch
-        keep = 1 - self.rate
-        scale = residual.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
-        return torch.addcmul(residual, branch, scale)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+from segformer.models.variants import VARIANTS, ModelConfig, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +53,19 @@ class Stage(NamedTuple):
 
 
 class Backbone(nn.Module, ABC):
-    """An encoder. Its stochastic depth is made of DropPath modules."""
+    """An encoder of `cfg.variant` with random weights. Its stochastic depth is made of DropPath modules."""
 
     title: str
     "Name in logs and reports."
-    embed_dims: tuple[int, ...]
-    "Channels of the four maps."
-    config: ModelConfig | None = None
-    "How it was built (encoders.py)."
 
-    @classmethod
-    @abstractmethod
-    def build(cls, cfg: ModelConfig) -> "Backbone":
-        """The encoder of `cfg.variant` with random weights."""
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.config = cfg
+        self.embed_dims = VARIANTS[cfg.variant].embed_dims  # channels of the four maps
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalized -> 4 maps in channels-last memory; DataError for anything else."""
-
-    @abstractmethod
-    def initialize(self) -> None:
-        """Draw all weights anew."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:

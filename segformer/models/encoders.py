@@ -9,6 +9,4 @@ BACKBONES: dict[str, type[Backbone]] = {"mit": MixTransformer}
 
 def build_encoder(cfg: ModelConfig) -> Backbone:
     """The encoder of `cfg.variant` with random weights."""
-    encoder = BACKBONES[VARIANTS[cfg.variant].backbone].build(cfg)
-    encoder.config = cfg
-    return encoder
+    return BACKBONES[VARIANTS[cfg.variant].backbone](cfg)

@@ -30,11 +30,7 @@ class FuseConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False)
         self.bn = BatchNorm(dim, eps=1e-5, momentum=0.1)
-        self.initialize()
-
-    def initialize(self) -> None:
-        """Initialize as the original: kaiming normal by fan-out, norm 1 and 0."""
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # as the original
 
 
 class AllMLPHead(nn.Module):

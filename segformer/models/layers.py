@@ -1,7 +1,8 @@
-"""Linear through the operations of a backend, and what an operation takes of a layer that isn't called."""
+"""Layers: Linear through the operations of a backend, stochastic depth, and layers that are not called."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from segformer.models.ops.backend import Backend
@@ -18,6 +19,25 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Values (..., in_dim) -> (..., dim)."""
         return self.ops.linear(input, self.weight, self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: residual + branch, the branch dropped per sample at `rate` in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """Both (B, ...). The kept branches are scaled by 1 / (1 - rate)."""
+        if not self.training or self.rate == 0:
+            return residual + branch
+        keep = 1 - self.rate
+        scale = residual.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep).div_(keep)
+        return torch.addcmul(residual, branch, scale)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
 
 
 def affine(layer: nn.Linear | nn.Conv2d) -> Affine:

@@ -18,15 +18,14 @@ Shapes: B batch, C channels, H W map of the stage, N = H * W tokens, M reduced t
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segformer.errors import DataError
-from segformer.models.backbone import Backbone, DropPath, Product, Stage
-from segformer.models.layers import Linear, affine
+from segformer.models.backbone import Backbone, Product, Stage
+from segformer.models.layers import DropPath, Linear, affine
 from segformer.models.ops.backend import BACKENDS, Backend
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig, Variant
 
@@ -67,10 +66,8 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, tokens: Tensor, size: tuple[int, int], norm: nn.LayerNorm) -> Tensor:
         """`norm`, then attention, of tokens (B, N, C) of a map of `size` -> (B, N, C)."""
-        reduction = affine(self.sr) if self.sr_ratio > 1 else None
-        query, reduced = self.ops.norm_query_reduce(
-            tokens, size, (norm.weight, norm.bias, norm.eps), affine(self.q), reduction
-        )
+        parts = [*affine(self.q), *(affine(self.sr) if self.sr_ratio > 1 else ())]
+        query, reduced = self.ops.norm_query_reduce(tokens, size, (norm.weight, norm.bias, norm.eps), parts)
         if self.sr_ratio > 1:
             reduced = self.norm(reduced)
         return self.proj(self.ops.sdpa(query, self.kv(reduced), self.num_heads))
@@ -112,14 +109,14 @@ class Block(nn.Module):
         mlp_ratio: int,
         *,
         drop_path: float,
-        norm_eps: float,
-        reduction_norm_eps: float,
+        eps: tuple[float, float],
         ops: Backend,
     ) -> None:
+        """`eps`: of the norms before the branches, and of that after the reduction."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, reduction_norm_eps, ops)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(dim, eps=eps[0])
+        self.attn = EfficientSelfAttention(dim, num_heads, sr_ratio, eps[1], ops)
+        self.norm2 = nn.LayerNorm(dim, eps=eps[0])
         self.mlp = MixFFN(dim, mlp_ratio * dim, ops)
         self.drop_path = DropPath(drop_path)
 
@@ -132,82 +129,43 @@ class Block(nn.Module):
 class MixTransformer(Backbone):
     """The encoder: four stages at 1/4, 1/8, 1/16 and 1/32 of the image.
 
-    `norm_eps` is the epsilon of block and stage norms, `embed_norm_eps` that of the norms after the patch
-    embeddings and after the reduction; the original has 1e-6 and 1e-5. Stochastic depth grows linearly from 0
-    in the first block to `drop_path_rate` in the last. In training the blocks of the stages (1 to 4) in
-    `checkpointing` keep their inputs only and run again in the backward pass.
+    Stochastic depth grows linearly from 0 in the first block to `cfg.drop_path_rate` in the last. In training
+    the blocks of the stages (1 to 4) in `cfg.checkpointing` keep their inputs only and run again in the
+    backward pass.
     """
 
     title = "MiT"
 
-    def __init__(
-        self,
-        embed_dims: Sequence[int],
-        depths: Sequence[int],
-        num_heads: Sequence[int],
-        sr_ratios: Sequence[int],
-        mlp_ratios: Sequence[int],
-        *,
-        ops: Backend,
-        checkpointing: Sequence[int] = (),
-        drop_path_rate: float = 0.1,
-        norm_eps: float = 1e-6,
-        embed_norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        self.embed_dims = tuple(embed_dims)
-        self.sr_ratios = tuple(sr_ratios)
-        self.checkpointing = frozenset(checkpointing)
-        last = max(sum(depths) - 1, 1)
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        sizes, eps = VARIANTS[cfg.variant], NORM_PROFILES[cfg.norm_profile]
+        self.sr_ratios = sizes.sr_ratios
+        self.checkpointing = frozenset(cfg.checkpointing)
+        last = max(sum(sizes.depths) - 1, 1)
         index, in_dim = 0, 3
-        for stage, dim in enumerate(embed_dims):
-            embed = OverlapPatchEmbed(in_dim, dim, PATCH_GEOMETRY[stage], embed_norm_eps)
+        for stage, dim in enumerate(sizes.embed_dims):
+            embed = OverlapPatchEmbed(in_dim, dim, PATCH_GEOMETRY[stage], eps[1])
             blocks = nn.ModuleList(
                 Block(
                     dim,
-                    num_heads[stage],
-                    sr_ratios[stage],
-                    mlp_ratios[stage],
-                    drop_path=drop_path_rate * (index + offset) / last,
-                    norm_eps=norm_eps,
-                    reduction_norm_eps=embed_norm_eps,
-                    ops=ops,
+                    sizes.num_heads[stage],
+                    sizes.sr_ratios[stage],
+                    sizes.mlp_ratios[stage],
+                    drop_path=cfg.drop_path_rate * (index + offset) / last,
+                    eps=eps,
+                    ops=BACKENDS[cfg.ops],
                 )
-                for offset in range(depths[stage])
+                for offset in range(sizes.depths[stage])
             )
             self.add_module(f"patch_embed{stage + 1}", embed)
             self.add_module(f"block{stage + 1}", blocks)
-            self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=norm_eps))
-            index, in_dim = index + depths[stage], dim
-        self.initialize()
-
-    @classmethod
-    def build(cls, cfg: ModelConfig) -> "MixTransformer":
-        """The encoder of `cfg.variant` with random weights."""
-        variant = VARIANTS[cfg.variant]
-        norm_eps, embed_norm_eps = NORM_PROFILES[cfg.norm_profile]
-        return cls(
-            variant.embed_dims,
-            variant.depths,
-            variant.num_heads,
-            variant.sr_ratios,
-            variant.mlp_ratios,
-            ops=BACKENDS[cfg.ops],
-            checkpointing=cfg.checkpointing,
-            drop_path_rate=cfg.drop_path_rate,
-            norm_eps=norm_eps,
-            embed_norm_eps=embed_norm_eps,
-        )
-
-    def initialize(self) -> None:
-        """New weights, as the original draws them but for one bias.
-
-        The original begins with biases of 0. Padding is exactly 0, too, so that the first norm would meet
-        tokens without variance and divide by the root of its epsilon: on padded batches the first gradient of
-        this bias was 5e2 to 2e6 (docs/results.md). AdamW's second moment keeps it for thousands of steps, and
-        `engine.grad_clip` would turn it on all others.
-        """
+            self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=eps[0]))
+            index, in_dim = index + sizes.depths[stage], dim
         self.apply(init_encoder_weights)
+        # The original begins with biases of 0. Padding is exactly 0, too, so that the first norm would meet
+        # tokens without variance and divide by the root of its epsilon: on padded batches the first gradient
+        # of this bias was 5e2 to 2e6 (docs/results.md). AdamW's second moment keeps it for thousands of
+        # steps, and `engine.grad_clip` would turn it on all others.
         nn.init.trunc_normal_(self.get_parameter("patch_embed1.proj.bias"), std=0.02)
 
     def stages(self) -> list[Stage]:

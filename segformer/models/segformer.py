@@ -8,19 +8,18 @@ Shapes: B batch, K classes, H W image.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from segformer.errors import CheckpointError
 from segformer.models.backbone import Backbone
 from segformer.models.encoders import build_encoder
-from segformer.models.head import AllMLPHead, FuseConv
+from segformer.models.head import AllMLPHead
 from segformer.models.mit import init_encoder_weights
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.models.weights.bundle import Metadata
+from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import map_classes
 from segformer.models.weights.load import classes_of, load_pretrained, load_weights, weights_of
 from segformer.models.weights.read import read_weights
@@ -51,6 +50,12 @@ class Network(nn.Module):
             CheckpointError: weights are not finite, on the meta device or float64.
         """
         write_export(weights_of(self, self.backbone, metadata or card or self.metadata), Path(path))
+
+    def load(self, weights: Weights) -> Self:
+        """The network with these weights and their metadata, in evaluation mode."""
+        load_weights(self, weights)
+        self.metadata = weights.metadata
+        return self.eval()
 
 
 class SegFormer(Network):
@@ -94,10 +99,8 @@ class SegFormer(Network):
             weights = map_classes(weights, class_map)
         if weights.arch.kind == "classification":
             weights = weights.encoder()
-        model = build_model(weights.config(norm_profile, ops), classes_of(weights, num_classes))
-        load_weights(model, weights)
-        model.metadata = weights.metadata
-        return model.eval()
+        cfg = weights.config(norm_profile, ops)
+        return build_model(cfg, classes_of(weights, num_classes)).load(weights)
 
 
 class MiTClassifier(Network):
@@ -120,10 +123,7 @@ class MiTClassifier(Network):
         weights = read_weights(path)
         if weights.arch.kind != "classification":
             raise CheckpointError(f"{path} holds no classifier ({weights.arch.kind}); use SegFormer")
-        model = build_classifier(weights.config(norm_profile, ops), weights.arch.num_classes)
-        load_weights(model, weights)
-        model.metadata = weights.metadata
-        return model.eval()
+        return build_classifier(weights.config(norm_profile, ops), weights.arch.num_classes).load(weights)
 
 
 def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
@@ -132,9 +132,9 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     Raises ConfigError where `cfg.num_classes` is set and differs, CheckpointError for unfit pretrained
     weights.
     """
-    variant = VARIANTS[cfg.variant]
-    dim = cfg.decoder_dim or variant.decoder_dim
-    head = AllMLPHead(variant.embed_dims, dim, num_classes, dropout=cfg.dropout, ops=BACKENDS[cfg.ops])
+    sizes = VARIANTS[cfg.variant]
+    dim = cfg.decoder_dim or sizes.decoder_dim
+    head = AllMLPHead(sizes.embed_dims, dim, num_classes, dropout=cfg.dropout, ops=BACKENDS[cfg.ops])
     model = SegFormer(build_encoder(cfg), head, num_classes)
     model.pretrained = load_pretrained(model, cfg, "segmentation", num_classes)
     return model
@@ -145,22 +145,3 @@ def build_classifier(cfg: ModelConfig, num_classes: int) -> MiTClassifier:
     model = MiTClassifier(build_encoder(cfg), num_classes)
     model.pretrained = load_pretrained(model, cfg, "classification", num_classes)
     return model
-
-
-def initialize(model: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Give a model built on the meta device its memory on `device` and new random weights.
-
-        with torch.device("meta"):
-            model = build_model(ModelConfig(variant="b5_w4"), 150)  # 1.3 billion parameters, no memory
-
-    The weights have the distributions of a model built directly, drawn in another order.
-    """
-    model.to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.BatchNorm2d):
-            module.reset_parameters()
-    for module in model.modules():
-        if isinstance(module, Backbone | FuseConv):
-            module.initialize()
-        elif isinstance(module, MiTClassifier):
-            init_encoder_weights(module.head)

@@ -7,7 +7,7 @@ of 64 channels, wider. Refuses unknown variants and settings with ConfigError.
 
 from dataclasses import dataclass, field
 
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, at_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +49,6 @@ VARIANTS = {
 # (block and stage norms, norms after patch embedding and after reduction). transformers uses 1e-5 everywhere
 # whatever its config says; mmsegmentation 1e-6 everywhere.
 NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
-
-
 OPS = ("fused", "reference")
 
 
@@ -82,26 +80,17 @@ class ModelConfig:
     has one with as many classes."""
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"model.variant={self.variant} is unknown; use one of {', '.join(VARIANTS)}")
-        if self.norm_profile not in NORM_PROFILES:
-            raise ConfigError(
-                f"model.norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}"
-            )
+        for name, known in (("variant", VARIANTS), ("norm_profile", NORM_PROFILES), ("ops", OPS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"model.{name}={value} is unknown; use one of {', '.join(known)}")
         if self.pretrained == "required":
             raise ConfigError(
                 "model.pretrained must be given, because this recipe starts from trained weights; add "
                 "model.pretrained=<file or directory> (any format of docs/weights.md)"
             )
-        if self.ops not in OPS:
-            raise ConfigError(f"model.ops={self.ops} is unknown; use one of {', '.join(OPS)}")
         if wrong := sorted(set(self.checkpointing) - {1, 2, 3, 4}):
             raise ConfigError(f"model.checkpointing has {wrong}; give stages from 1 to 4, as [1,2]")
-        for name in ("num_classes", "decoder_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"model.{name}={value} must be 1 or more, or null")
+        at_least(self, "model.", num_classes=1, decoder_dim=1)
         for name in ("drop_path_rate", "dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
+            if not 0 <= (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 0 and below 1")

@@ -41,7 +41,8 @@ import torch
 from torch import nn
 
 from segformer.errors import ConfigError, at_least, within
-from segformer.models.backbone import Backbone, DropPath
+from segformer.models.backbone import Backbone
+from segformer.models.layers import DropPath
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {  # (progress, power) -> decay
     "poly": lambda progress, power: (1 - progress) ** power,

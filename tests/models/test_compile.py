@@ -6,33 +6,23 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
+from small import cross_entropy, small
 
 from segformer.evaluation.evaluate import bounded_compilation
-from segformer.models.head import AllMLPHead
-from segformer.models.mit import MixTransformer
+from segformer.models.layers import DropPath
 from segformer.models.ops import dispatch
-from segformer.models.ops.backend import BACKENDS
-from segformer.models.segformer import SegFormer
-from segformer.models.variants import OPS
-from segformer.training.losses import LossConfig, SegmentationLoss
 
 
 class Step(torch.nn.Module):
-    """Encoder, head and loss as one module."""
+    """Encoder, head and loss as one module; with modules for stochastic depth that drop nothing."""
 
     def __init__(self, ops: str) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        dims, backend = (8, 16, 40, 64), BACKENDS[ops]
-        encoder = MixTransformer(
-            dims, (1, 1, 1, 1), (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), ops=backend, drop_path_rate=0.1
-        )
-        self.model = SegFormer(encoder, AllMLPHead(dims, 16, 8, ops=backend, dropout=0.0), 8)
-        for block in self.model.backbone.children():
-            for module in block.modules():
-                if hasattr(module, "rate"):
-                    module.rate = 0.0
-        self.criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 8)
+        self.model = small(ops, drop_path_rate=0.1)
+        for module in self.model.modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
+        self.criterion = cross_entropy(self.model)
 
     def forward(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.criterion(self.model(images), target)[0]
@@ -77,8 +67,7 @@ def compare_steps(graph: torch.nn.Module, compiled: Step, eager: Step, bf16: boo
     compare_gradients(compiled, eager, bf16)
 
 
-@pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("ops", "bf16"), [("fused", False), ("fused", True), ("reference", False)])
 def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(ops, bf16):
     eager, compiled = Step(ops), Step(ops)
     graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)  # fullgraph: a break is an error
@@ -134,7 +123,7 @@ def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thr
         for _ in range(3):
             compiled(torch.randn(2, 3, 64, 96))
         assert counter.frame_count == 1
-        for height, width in ((64, 128), (96, 96), (128, 64), (192, 96), (96, 224), (160, 128), (320, 352)):
+        for height, width in ((64, 128), (96, 96), (192, 96), (96, 224)):
             images = torch.randn(2, 3, height, width)
             torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 3

@@ -10,7 +10,7 @@ from segformer.inference.export import open_checkpoint
 from segformer.inference.predict import Predictor
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import macs_per_image
-from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model, initialize
+from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.training.optim import OptimConfig, freeze_stages, parameter_groups
 
@@ -57,14 +57,12 @@ def test_layers_and_frozen_stages_are_those_that_it_names() -> None:
     assert {name.split(".")[2] for name in frozen} == {"0", "1"}
 
 
-def test_operations_and_memory_are_known_and_a_meta_model_is_initialized() -> None:
+def test_operations_and_memory_are_known() -> None:
     cfg = ModelConfig(variant="pico", ops="reference")
     with torch.device("meta"):
         model = build_model(cfg, 3).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 90, 70, device="meta"))
     assert 2 * macs_per_image(cfg, (90, 70), 3) == counter.get_total_flops()
-    initialize(model)
-    assert all(tensor.isfinite().all() for tensor in model(torch.randn(1, 3, 90, 70)))
     plan = {"crop": (64, 64), "micro_batch": 2, "world_size": 1, "zero_stage": 0, "precision": "fp32"}
     assert forecast(cfg, 3, **plan).num_parameters == sum(p.numel() for p in model.parameters())

@@ -1,15 +1,14 @@
-"""The decode head: folded, it is the reference, and that is what the paper writes."""
+"""The decode head: its reference is what the paper writes; dropout, memory layouts, initial weights."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import distance
 
 from segformer.models.head import AllMLPHead
 from segformer.models.ops.backend import BACKENDS
 
 DIMS = (32, 64, 160, 256)
-SIZES = [((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))]
+EVEN, ODD = ((16, 16), (8, 8), (4, 4), (2, 2)), ((11, 17), (6, 9), (3, 5), (2, 3))
 
 
 def heads(dtype=torch.float32, dropout=0.0) -> tuple[AllMLPHead, AllMLPHead]:
@@ -29,27 +28,9 @@ def maps(sizes, dtype=torch.float32) -> list[torch.Tensor]:
     return [tensor.to(memory_format=torch.channels_last) for tensor in tensors]
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_gradients_of_both_backends_agree_for_every_parameter_and_input(sizes):
-    folded, plain = heads(torch.float64)
-    inputs = [x.requires_grad_() for x in maps(sizes, torch.float64)]
-    cotangent = torch.randn_like(plain(inputs))
-    gradients = [
-        torch.autograd.grad(head(inputs), [*head.parameters(), *inputs], cotangent)
-        for head in (folded, plain)
-    ]
-    names = [*dict(folded.named_parameters()), "c1", "c2", "c3", "c4"]
-    for name, got, expected in zip(names, *gradients, strict=True):
-        if name.startswith("linear_c") and name.endswith("bias"):
-            # BatchNorm takes a constant away, so this gradient is zero; what is left is rounding
-            assert max(got.abs().max(), expected.abs().max()) < 1e-12, name
-        else:
-            assert distance(got, expected) < 1e-10, name
-
-
 def test_the_reference_is_concat_c4_to_c1_fuse_norm_relu_predict():
     plain = heads()[1].eval()
-    inputs = maps(SIZES[1])
+    inputs = maps(ODD)
     state = plain.state_dict()
     enlarged = []
     for stage in (4, 3, 2, 1):
@@ -73,41 +54,29 @@ def test_dropout_drops_whole_channels_of_an_image_and_rescales_the_rest():
         head.linear_pred.weight.data.copy_(torch.eye(64)[:19, :, None, None])  # class k shows channel k
         head.linear_pred.bias.data.zero_()
         torch.manual_seed(2)
-        dropped = head(maps(SIZES[0], torch.float64))
+        dropped = head(maps(EVEN, torch.float64))
         head.dropout = 0.0
-        hidden = head(maps(SIZES[0], torch.float64))
+        hidden = head(maps(EVEN, torch.float64))
         factor = (dropped.sum((2, 3)) / hidden.sum((2, 3))).detach()
         assert 0 < (factor == 0).sum() < factor.numel()
         torch.testing.assert_close(factor[factor != 0], torch.full_like(factor[factor != 0], 1 / 0.6))
         head.dropout = 0.4
-        assert torch.equal(head.eval()(maps(SIZES[0], torch.float64)), head(maps(SIZES[0], torch.float64)))
+        assert torch.equal(head.eval()(maps(EVEN, torch.float64)), head(maps(EVEN, torch.float64)))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_logits_without_gradients_equal_those_with(training):
-    """Without gradients the eval mode runs band by band."""
-    head = heads()[0].train(training)
-    head.linear_fuse.bn.momentum = 0.0
-    inputs = maps(SIZES[1])
-    with torch.no_grad():
-        alone = head(inputs)
-    assert distance(alone, head(inputs)) < 1e-6
-    assert alone.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("training", "batch"), [(False, 1), (False, 2), (True, 2)])
 def test_maps_of_any_memory_layout_give_the_same_logits_and_gradients(training, batch):
     head = heads(torch.float64)[0].train(training)
     head.linear_fuse.bn.momentum = 0.0
     found = []
     for layout in (torch.channels_last, torch.contiguous_format):
-        inputs = [x[:batch].clone(memory_format=layout) for x in maps(SIZES[1], torch.float64)]
+        inputs = [x[:batch].clone(memory_format=layout) for x in maps(ODD, torch.float64)]
         with torch.no_grad():
             alone = head(inputs)
         inputs = [x.requires_grad_() for x in inputs]
         logits = head(inputs)
         torch.testing.assert_close(alone, logits)
+        assert alone.is_contiguous(memory_format=torch.channels_last)
         found.append([logits, *torch.autograd.grad(logits.square().sum(), [*head.parameters(), *inputs])])
     for left, right in zip(*found, strict=True):
         torch.testing.assert_close(left, right, atol=1e-9, rtol=1e-7)

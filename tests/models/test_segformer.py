@@ -11,12 +11,9 @@ from model_files import hf_config
 from transformers import SegformerForSemanticSegmentation
 
 from segformer.errors import ConfigError, DataError
-from segformer.models.segformer import MiTClassifier, build_encoder, build_model, initialize
+from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
-from segformer.models.weights.load import load_weights
-from segformer.models.weights.read import read_weights
 
-OFFICIAL = ["b0", "b1", "b2", "b3", "b4", "b5"]
 # Encoder, ADE20K (150 classes), Cityscapes (19), ImageNet classifier: of b0 to b5 those of the official
 # checkpoints.
 PARAMETERS = json.loads((Path(__file__).parent / "parameters.json").read_text())
@@ -42,19 +39,21 @@ def hf_model(name: str, num_classes: int) -> SegformerForSemanticSegmentation:
     return model
 
 
-@pytest.mark.parametrize("variant", OFFICIAL)
-def test_logits_equal_transformers_within_1e_4_at_512x512_and_333x497(variant, tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "size"),
+    [("b0", (512, 512)), ("b1", (333, 497)), ("b2", (333, 497)), ("b5", (333, 497))]
+    + [pytest.param(variant, (512, 512), marks=pytest.mark.slow) for variant in ("b3", "b4")],
+)
+def test_logits_equal_transformers_within_1e_4(variant, size, tmp_path):
     torch.manual_seed(0)
     theirs = hf_model(variant, 150)
     theirs.save_pretrained(tmp_path)
-    ours = build_model(ModelConfig(variant=variant, norm_profile="hf"), 150).eval()
-    load_weights(ours, read_weights(tmp_path))
-    for size in ((512, 512), (333, 497)):
-        images = torch.randn(1, 3, *size)
-        with torch.no_grad():
-            expected, logits = theirs(images).logits, ours(images)
-        assert expected.std() > 0.1, "logits too small for an absolute tolerance"
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    ours = SegFormer.from_pretrained(tmp_path)
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        expected, logits = theirs(images).logits, ours(images)
+    assert expected.std() > 0.1, "logits too small for an absolute tolerance"
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,22 +104,6 @@ print(sum(p.numel() for p in model.parameters()), resident() - before)
     assert grown < 50 << 20
 
 
-def test_initialise_gives_a_meta_model_the_distributions_of_one_built_directly():
-    torch.manual_seed(0)
-    direct = build_model(ModelConfig(), 150)
-    with torch.device("meta"):
-        model = build_model(ModelConfig(), 150)
-    initialize(model)
-    for (name, got), expected in zip(model.state_dict().items(), direct.state_dict().values(), strict=True):
-        if expected.numel() > 400 and expected.unique().numel() > 1:
-            assert got.std().item() == pytest.approx(expected.std().item(), rel=0.15), name
-            assert abs(got.mean() - expected.mean()) < 0.2 * expected.std(), name
-        elif expected.unique().numel() == 1:
-            assert torch.equal(got, expected), name
-    with torch.no_grad():
-        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
-
-
 @pytest.mark.parametrize("folded", [True, False])
 def test_gradients_reach_every_parameter(folded):
     torch.manual_seed(0)
@@ -131,15 +114,6 @@ def test_gradients_reach_every_parameter(folded):
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # softmax does not see a constant added to all keys of a query
     assert [name for name in without if not name.endswith("kv.bias")] == []
-
-
-@pytest.mark.parametrize("size", [(32, 32), (29, 64), (33, 47), (61, 31), (97, 128), (30, 301)])
-def test_any_image_size_gives_logits_of_a_quarter_rounded_up(size):
-    model = build_model(ModelConfig(), 5).eval()
-    with torch.no_grad():
-        logits = model(torch.randn(1, 3, *size))
-    assert logits.shape == (1, 5, -(-size[0] // 4), -(-size[1] // 4))
-    assert logits.isfinite().all()
 
 
 def test_images_too_small_for_the_first_reduction_are_refused_with_their_size():

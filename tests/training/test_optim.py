@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segformer.errors import ConfigError
-from segformer.models.backbone import DropPath
+from segformer.models.layers import DropPath
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.optim import (

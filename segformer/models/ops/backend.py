@@ -1,15 +1,16 @@
 """The backends of network, loss and evaluation: `fused`, and `reference`, the same in library calls."""
 
 from segformer.models.ops.argmax import upsample_confusion, upsample_confusion_reference
-from segformer.models.ops.attention import (
+from segformer.models.ops.block import (
     norm_query_reduce,
     norm_query_reduce_reference,
+    prenorm_ffn,
+    prenorm_ffn_reference,
     sdpa,
     sdpa_reference,
 )
 from segformer.models.ops.cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_reference
 from segformer.models.ops.decode import decode, decode_reference
-from segformer.models.ops.ffn import prenorm_ffn, prenorm_ffn_reference
 from segformer.models.ops.linear import linear, linear_reference
 
 

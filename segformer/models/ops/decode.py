@@ -26,15 +26,7 @@ from torch import Tensor
 from segformer.models.ops.batch_norm import BatchNorm, norm_relu_linear
 from segformer.models.ops.dispatch import exact_on_cpu, fused
 from segformer.models.ops.linear import Affine, linear
-from segformer.models.ops.resize import (
-    add_bands,
-    band_rows,
-    bilinear_matrix,
-    project_sum,
-    row_bands,
-    upsample_to,
-    widen,
-)
+from segformer.models.ops.resize import add_bands, band_rows, project_sum, upsample_to, widen
 
 
 class Head(NamedTuple):
@@ -111,14 +103,10 @@ def decode_bands(
     stages (B, h_i, w_i, C_i), the last one the largest, projections (D, C_i), offset (D,) -> (B, H, W, K).
     Without gradients.
     """
-    largest, dtype = stages[-1], stages[-1].dtype
+    largest, dim = stages[-1], len(offset)
     batch, height, width, _ = largest.shape
-    dim = len(offset)
     step = band_rows(largest.device, width * dim * largest.element_size())
-    small = []
-    for stage, projection in zip(stages[:-1], projections[:-1], strict=True):
-        matrix = bilinear_matrix(stage.shape[1], height, dtype=dtype, device=largest.device)
-        small.append((widen(linear(stage, projection), width), row_bands(matrix, step)))
+    small = widen(map(linear, stages[:-1], projections[:-1]), (height, width), step)
     out = largest.new_empty(batch, height, width, len(bias))
     for image in range(batch):
         for index, top in enumerate(range(0, height, step)):

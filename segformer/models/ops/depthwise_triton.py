@@ -194,20 +194,11 @@ def forward(tokens: Tensor, height: int, width: int, weight: Tensor, bias: Tenso
     The result (B, N, C) has the type of the tokens; weight and bias may be of another.
     """
     tokens, weight, bias = tokens.contiguous(), weight.contiguous(), bias.contiguous()
-    out = torch.empty_like(tokens)
+    out, channels = torch.empty_like(tokens), tokens.shape[2]
     grid, split = _split(tokens, height, width, _PROGRAMS)
     with torch.cuda.device_of(tokens):
         _convolve[grid](
-            tokens,
-            weight,
-            bias,
-            out,
-            height,
-            width,
-            tokens.shape[2],
-            ACTIVATE=True,
-            num_warps=_WARPS,
-            **split,
+            tokens, weight, bias, out, height, width, channels, ACTIVATE=True, num_warps=_WARPS, **split
         )
     return out
 

@@ -14,7 +14,7 @@ Shapes: B batch, C D channels, H W large map, h w small map.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,14 +122,23 @@ def check_target(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"{shapes} have a side of 0")
 
 
-def widen(maps: Tensor, width: int) -> Tensor:
-    """Rows of maps (B, h, w, D) resized to `width` -> (B, h, width * D)."""
-    horizontal = bilinear_matrix(maps.shape[2], width, dtype=maps.dtype, device=maps.device)
-    return (horizontal @ maps).reshape(maps.shape[0], maps.shape[1], width * maps.shape[3])
+Widened = list[tuple[Tensor, list[Band]]]
 
 
-def add_bands(rows: Tensor, index: int, small: list[tuple[Tensor, list[Band]]], image: int) -> None:
-    """Add to rows (r, W * D), the rows of band `index`, what each widened map (B, h, W * D) gives them."""
+def widen(others: Iterable[Tensor], size: tuple[int, int], step: int) -> Widened:
+    """Every map (B, h, w, D) with its rows resized to W, (B, h, W * D), and the bands of `step` of H rows."""
+    height, width = size
+    found = []
+    for maps in others:
+        batch, rows, columns, dim = maps.shape
+        vertical = bilinear_matrix(rows, height, dtype=maps.dtype, device=maps.device)
+        horizontal = bilinear_matrix(columns, width, dtype=maps.dtype, device=maps.device)
+        found.append(((horizontal @ maps).reshape(batch, rows, width * dim), row_bands(vertical, step)))
+    return found
+
+
+def add_bands(rows: Tensor, index: int, small: Widened, image: int) -> None:
+    """Add to rows (r, W * D), the rows of band `index`, what each widened map gives them."""
     for wide, bands in small:
         band = bands[index]
         rows.addmm_(band.matrix, wide[image, band.source])
@@ -152,10 +161,7 @@ class _ProjectSum(torch.autograd.Function):
         out = linear(maps, weight)
         batch, height, width, dim = out.shape
         step = band_rows(out.device, width * dim * out.element_size())
-        small = []
-        for other in others:
-            matrix = bilinear_matrix(other.shape[1], height, dtype=out.dtype, device=out.device)
-            small.append((widen(other, width), row_bands(matrix, step)))
+        small = widen(others, (height, width), step)
         flat = out.view(batch, height, width * dim)
         for image in range(batch):
             for index, top in enumerate(range(0, height, step)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.format import is_finite
-from segformer.errors import CheckpointError, ConfigError
+from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.files import listed
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.key_maps import TITLES
@@ -68,10 +68,8 @@ class Metadata:
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            try:
+            with reraise_as(ConfigError, f"metadata is wrong: {entry.name}", on=(TypeError, ValueError)):
                 setattr(self, entry.name, _READERS[entry.name]([] if value is None else value))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"metadata is wrong: {entry.name}: {error}") from None
 
     def check(self, num_classes: int) -> None:
         """Raise ConfigError where names or colors are not as many as classes."""
@@ -126,7 +124,7 @@ class Weights:
     source: str = "the model"
     "Where it was read."
     format: str = "ours"
-    "ours, run, hf, hf5, nvlabs, smp or mmseg."
+    "A key of TITLES (key_maps.py)."
     provenance: dict[str, Any] = field(default_factory=dict)
     "How it was trained: shards, digest (of the shards), step, scores; an export keeps it."
     dropped: list[str] = field(default_factory=list)
@@ -137,7 +135,7 @@ class Weights:
     @property
     def title(self) -> str:
         """The format in words."""
-        return {"ours": "export of this project", "run": "checkpoint of a run", **TITLES}[self.format]
+        return TITLES[self.format]
 
     @property
     def parameters(self) -> int:
@@ -183,30 +181,22 @@ def check_tensors(state: Mapping[str, Tensor], source: object, *, wide: bool = T
         if defect := _defect(name, tensor, wide):
             defects.setdefault(defect, []).append(f"{name} {tuple(tensor.shape)}")
     for defect, names in defects.items():
-        what, remedy = _DEFECTS[defect]
-        raise CheckpointError(f"{source}: {len(names)} tensors {what}: {listed(names)}; {remedy}")
-
-
-_DEFECTS = {
-    "dtype": ("are not in plain floating point", "save the model unquantized and dense"),
-    "data": (
-        "have no data, or less than their shapes say",
-        "load or initialize a model on the meta device, and save tensors with .contiguous()",
-    ),
-    "wide": ("are float64 and would be cut to float32", "if that is meant, call model.float() first"),
-    "finite": ("hold NaN or infinity", "use weights from before they diverged"),
-}
+        raise CheckpointError(f"{source}: {len(names)} tensors {defect.format(listed(names))}")
 
 
 def _defect(name: str, tensor: Tensor, wide: bool) -> str:
+    """What makes a tensor unfit, with a place for its name, and the remedy; "" of a sound one."""
     counter = name.endswith("num_batches_tracked")
     if tensor.layout != torch.strided or not (tensor.dtype in _FLOATS or counter):
-        return "dtype"
+        return "are not in plain floating point: {}; save the model unquantized and dense"
     if tensor.is_meta or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        return "data"
+        return (
+            "have no data, or less than their shapes say: {}; load or initialize a model on the meta device, "
+            "and save tensors with .contiguous()"
+        )
     if tensor.dtype == torch.float64 and not wide:
-        return "wide"
-    return "" if is_finite(tensor) else "finite"
+        return "are float64 and would be cut to float32: {}; if that is meant, call model.float() first"
+    return "" if is_finite(tensor) else "hold NaN or infinity: {}; use weights from before they diverged"
 
 
 def find_arch(state: Mapping[str, Tensor]) -> Arch:

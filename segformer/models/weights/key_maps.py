@@ -39,16 +39,9 @@ _MAX_DEPTH = 100  # blocks of one stage that the tables hold; the deepest varian
 _MAX_PREFIXES = 16  # prefixes that are tried; a file with more holds many networks and is refused
 
 # Each row: ours, hf, hf5, mmseg. "/0" and "/1" are the first and the second piece of one tensor, cut by rows.
-_EMBED_ROWS = (
-    ("patch_embed{s}.proj", "patch_embeddings.{i}.proj", "{i}.patch_embeddings.proj", "{i}.0.projection"),
-    (
-        "patch_embed{s}.norm",
-        "patch_embeddings.{i}.layer_norm",
-        "{i}.patch_embeddings.layer_norm",
-        "{i}.0.norm",
-    ),
-    ("norm{s}", "layer_norm.{i}", "{i}.layer_norm", "{i}.2"),
-)
+_EMBED = ("patch_embed{s}.", "patch_embeddings.{i}.", "{i}.patch_embeddings.", "{i}.0.")
+_EMBED_ROWS = (("proj", "proj", "proj", "projection"), ("norm", "layer_norm", "layer_norm", "norm"))
+_STAGE_NORM = ("norm{s}", "layer_norm.{i}", "{i}.layer_norm", "{i}.2")
 _BLOCK_ROWS = (  # below block{s}.{j}, block.{i}.{j}, {i}.blocks.{j}, {i}.1.{j}
     ("norm1", "layer_norm_1", "layernorm_before", "norm1"),
     ("norm2", "layer_norm_2", "layernorm_after", "norm2"),
@@ -102,6 +95,8 @@ TITLES = {
     "hf5": "Hugging Face (names of a live model)",
     "smp": "segmentation_models_pytorch",
     "mmseg": "mmsegmentation",
+    "ours": "export of this project",
+    "run": "checkpoint of a run",
 }
 WRITTEN = ("hf", "nvlabs", "smp", "mmseg")
 
@@ -121,10 +116,11 @@ class KeyFormat(NamedTuple):
 def _modules(format_: str, bare: bool) -> dict[str, str]:
     """Module name in a file -> ours, for every module that a SegFormer of this format can have."""
     column = _COLUMN[format_]
-    rows = [(row[0], row[column]) for row in _EMBED_ROWS]
+    rows = [(_STAGE_NORM[0], _STAGE_NORM[column])]
     rows += [
-        (_BLOCKS[0] + row[0], _BLOCKS[column] + theirs)
-        for row in _BLOCK_ROWS
+        (start[0] + row[0], start[column] + theirs)
+        for start, table in ((_EMBED, _EMBED_ROWS), (_BLOCKS, _BLOCK_ROWS))
+        for row in table
         if (theirs := row[column]) and not (column == 0 and "/" in row[0])
     ]
     prefix = _PREFIX[format_][bare]
@@ -253,17 +249,15 @@ def _from_mmseg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, tensor in state.items():
         head, found, parameter = name.rpartition(".in_proj_")
-        if found:
-            if tensor.ndim == 0 or tensor.shape[0] % 3:
-                raise CheckpointError(
-                    f"{name} of shape {tuple(tensor.shape)} is not three equal parts q, k, v"
-                )
-            rows = tensor.shape[0] // 3
-            out[f"{head}.in_proj/0.{parameter}"] = tensor[:rows].clone()
-            out[f"{head}.in_proj/1.{parameter}"] = tensor[rows:].clone()
-        else:
+        if not found:
             is_1x1 = name.endswith(_1X1) and tensor.shape[2:] == (1, 1)
             out[name] = tensor.flatten(1) if is_1x1 else tensor
+            continue
+        if tensor.ndim == 0 or tensor.shape[0] % 3:
+            raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is not three equal parts q, k, v")
+        rows = tensor.shape[0] // 3
+        out[f"{head}.in_proj/0.{parameter}"] = tensor[:rows].clone()
+        out[f"{head}.in_proj/1.{parameter}"] = tensor[rows:].clone()
     return out
 
 

@@ -1,7 +1,5 @@
 """Weights into a network and out of one; refuses, with CheckpointError, those of another architecture."""
 
-from dataclasses import replace
-
 from torch import nn
 
 from segformer.errors import CheckpointError, ConfigError
@@ -78,34 +76,29 @@ def check_weights(
     state = weights.state
     prefix = "backbone." if weights.arch.kind == "encoder" else ""
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
-    problems = []
-    if missing := [name for name in own if name not in state]:
-        problems.append(f"{len(missing)} missing: {listed(sorted(missing))}")
-    if unexpected := [name for name in state if name not in own]:
-        problems.append(f"{len(unexpected)} unexpected: {listed(sorted(unexpected))}")
-    other = [
-        f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if other:
-        problems.append(f"{len(other)} of another shape: {listed(sorted(other))}")
-    if problems:
-        problems.append(do)
+    problems = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of another shape": {
+            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if state[name].shape != own[name].shape
+        },
+    }
+    if found := [f"{len(few)} {what}: {listed(sorted(few))}" for what, few in problems.items() if few]:
         source = f"{weights.source}, which is {weights.arch.variant},"
-        raise CheckpointError(f"{source} does not fit this model: {'; '.join(problems)}")
+        raise CheckpointError(f"{source} does not fit this model: {'; '.join([*found, do])}")
 
 
 def weights_of(model: nn.Module, backbone: Backbone, metadata: Metadata) -> Weights:
     """The weights of a SegFormer or MiTClassifier, half precision as float32."""
-    cfg = backbone.config
-    assert cfg is not None, "build the encoder with build_encoder"
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    arch = replace(
-        add_head(Arch(variant=cfg.variant, kind="encoder"), state),
+    cfg, state = backbone.config, model.state_dict()
+    arch = Arch(
+        variant=cfg.variant,
+        kind="encoder",
         norm_profile=cfg.norm_profile,
         dropout=cfg.dropout,
         drop_path_rate=cfg.drop_path_rate,
     )
-    state = {name: tensor if tensor.itemsize == 8 else to_fp32(tensor) for name, tensor in state.items()}
-    return Weights(state=state, arch=arch, metadata=metadata)
+    wide = {name: tensor if tensor.itemsize == 8 else to_fp32(tensor) for name, tensor in state.items()}
+    return Weights(state=wide, arch=add_head(arch, state), metadata=metadata)

@@ -17,6 +17,7 @@ export whose weights have another sha256 sum than its config.json says, and the 
 unless the encoder alone is asked for.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.reader import is_run, open_run
-from segformer.errors import CheckpointError, ConfigError, is_main_rank, reason_of
+from segformer.errors import CheckpointError, ConfigError, is_main_rank, reraise_as
 from segformer.files import listed, sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
@@ -48,7 +49,9 @@ def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool =
         ConfigError: `step` is unknown, or given for a file that holds one model.
     """
     source = Path(path)
-    try:
+    do = "give a file or directory of weights that you may read"
+    # names that are too long, places closed to us
+    with reraise_as(CheckpointError, f"{source} can't be read", do, on=(OSError, ValueError, RecursionError)):
         if is_run(source):
             weights = _read_run(source, step)
         elif step != "newest":
@@ -58,11 +61,6 @@ def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool =
             )
         else:
             weights = _read_model(source, encoder_only)
-    except (OSError, ValueError, RecursionError) as error:  # names that are too long, places closed to us
-        raise CheckpointError(
-            f"{source} can't be read: {reason_of(error)}; give a file or directory of weights that you may "
-            "read"
-        ) from None
     weights.source = str(path)
     return weights.encoder() if encoder_only else weights
 
@@ -73,10 +71,9 @@ def _read_run(path: Path, step: str) -> Weights:
     if not run.config:
         return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
     model, data = run.config["model"], run.config["data"]
-    arch = add_head(Arch(variant=model["variant"], kind="encoder"), run.weights)
-    usual = ModelConfig()  # of a key that an older version did not write
-    for key in ("norm_profile", "dropout", "drop_path_rate", "ops"):
-        setattr(arch, key, model.get(key, getattr(usual, key)))
+    keys = model.keys() & {"norm_profile", "dropout", "drop_path_rate", "ops"}  # an older version has fewer
+    said = {"norm_profile": ModelConfig().norm_profile} | {key: model[key] for key in keys}
+    arch = add_head(Arch(variant=model["variant"], kind="encoder", **said), run.weights)
     classifies = arch.kind == "classification"
     settings = run.config.get("classification" if classifies else "augment", {})
     return Weights(
@@ -96,39 +93,41 @@ def _read_run(path: Path, step: str) -> Weights:
 
 def _read_model(source: Path, encoder_only: bool) -> Weights:
     files = read_files(source)
-    try:
+    with reraise_as(CheckpointError, str(files.file), on=CheckpointError):
         check_tensors(files.state, "its tensors can't be used")
         if foreign := _foreign_export(files.config):
             arch = add_head(Arch(variant=foreign, kind="encoder"), files.state)
             weights = Weights(state=files.state, arch=arch)
-            _describe(weights, files)
-            return weights
-        keys = detect(files.state)
-        if (head := foreign_head(files.state, keys)) and not encoder_only:
-            raise CheckpointError(
-                f"its decode head ({len(head)} tensors: {listed(head)}) is that of mmsegmentation, another "
-                "network (Conv, BatchNorm and ReLU per level), and can't be converted; take its encoder "
-                "alone, with launch/convert.py encoder_only=true"
-            )
-        state, dropped = to_ours(files.state, keys)
-        notes = [f"the prefix {keys.wrapper!r} was taken off the names"] if keys.wrapper else []
-        if _COUNTER not in state and _COUNTER.replace("num_batches_tracked", "running_mean") in state:
-            state[_COUNTER] = torch.zeros((), dtype=torch.int64)  # as torch does
-            notes.append(f"{_COUNTER} is not in the file; it only counts, and was set to 0")
-        kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
-        if kinds != {"float32"}:
-            notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
-        weights = Weights(
-            state={name: to_fp32(tensor) for name, tensor in state.items()},
-            arch=replace(find_arch(state), norm_profile=PROFILES[keys.format]),
-            format=keys.format,
-            dropped=dropped,
-            notes=notes,
-        )
+        else:
+            weights = _renamed(files.state, encoder_only)
         _describe(weights, files)
-    except CheckpointError as error:
-        raise CheckpointError(f"{files.file}: {error}") from None
     return weights
+
+
+def _renamed(theirs: Mapping[str, Tensor], encoder_only: bool) -> Weights:
+    """Tensors of any format under our names, with the architecture that they have."""
+    keys = detect(theirs)
+    if (head := foreign_head(theirs, keys)) and not encoder_only:
+        raise CheckpointError(
+            f"its decode head ({len(head)} tensors: {listed(head)}) is that of mmsegmentation, another "
+            "network (Conv, BatchNorm and ReLU per level), and can't be converted; take its encoder "
+            "alone, with launch/convert.py encoder_only=true"
+        )
+    state, dropped = to_ours(theirs, keys)
+    notes = [f"the prefix {keys.wrapper!r} was taken off the names"] if keys.wrapper else []
+    if _COUNTER not in state and _COUNTER.replace("num_batches_tracked", "running_mean") in state:
+        state[_COUNTER] = torch.zeros((), dtype=torch.int64)  # as torch does
+        notes.append(f"{_COUNTER} is not in the file; it only counts, and was set to 0")
+    kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
+    if kinds != {"float32"}:
+        notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
+    return Weights(
+        state={name: to_fp32(tensor) for name, tensor in state.items()},
+        arch=replace(find_arch(state), norm_profile=PROFILES[keys.format]),
+        format=keys.format,
+        dropped=dropped,
+        notes=notes,
+    )
 
 
 def _foreign_export(config: Mapping[str, Any] | None) -> str:
@@ -172,8 +171,8 @@ def _describe(weights: Weights, files: ModelFiles) -> None:
 
 def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
     """Take over the section "segformer" that we wrote beside the tensors."""
-    arch = weights.arch
-    try:
+    arch, damaged = weights.arch, (KeyError, TypeError, ValueError, ConfigError)
+    with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):
         entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
         weights.metadata = Metadata(**entries, view=section.get("view") or [])
         weights.metadata.check(arch.num_classes)
@@ -183,8 +182,6 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
         weights.provenance = {
             key: section[key] for key in ("shards", "digest", "step", "scores") if key in section
         }
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
-        raise CheckpointError(f'the section "segformer" beside it is damaged ({error})') from None
 
 
 def _rate(value: Any, usual: float) -> float:
@@ -231,11 +228,10 @@ def default_labels(num_classes: int) -> list[str]:
 def _metadata_of_hf(config: Mapping[str, Any], preprocessor: Mapping[str, Any], num_classes: int) -> Metadata:
     """Metadata in the files of transformers; names that transformers made up (LABEL_0) are left out."""
     scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0
-    try:
-        mean, std = ([v / scale for v in preprocessor[key]] for key in ("image_mean", "image_std"))
-        found = Metadata(mean=[round(v, 6) for v in mean], std=[round(v, 6) for v in std])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, ConfigError):
-        found = Metadata()
+    found = Metadata()
+    with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError, ConfigError):
+        mean, std = ([round(v / scale, 6) for v in preprocessor[key]] for key in ("image_mean", "image_std"))
+        found = Metadata(mean=mean, std=std)
     labels = config.get("id2label")
     if isinstance(labels, dict) and {str(k) for k in range(num_classes)} == set(labels):
         names = [str(labels[str(k)]) for k in range(num_classes)]
@@ -247,12 +243,11 @@ def _metadata_of_meta(meta: Mapping[str, Any], num_classes: int) -> Metadata:
     """Class names and colors in the "meta" of a .pth file, where it has as many as classes."""
     described = meta.get("dataset_meta")
     described = described if isinstance(described, dict) else {}
-    found = {}
+    found: dict[str, Any] = {}
     for key in ("classes", "palette"):
         values = meta.get(key.upper()) or described.get(key)
         if isinstance(values, list | tuple) and len(values) == num_classes:
             found[key] = values
-    try:
-        return Metadata(**found)  # type: ignore[arg-type]
-    except ConfigError:  # colors that are none
-        return Metadata(classes=found.get("classes", []))  # type: ignore[arg-type]
+    with contextlib.suppress(ConfigError):  # colors that are none
+        return Metadata(**found)
+    return Metadata(classes=found.get("classes", []))

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from segformer.errors import CheckpointError
+from segformer.errors import CheckpointError, reraise_as
 from segformer.files import listed
 
 MODEL_FILE = "model.safetensors"
@@ -47,12 +47,10 @@ class ModelFiles:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file; CheckpointError where it is damaged."""
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+    with reraise_as(CheckpointError, f"{file} is not valid JSON", on=(ValueError, RecursionError)):
+        parsed = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{file} holds a {type(parsed).__name__}, not an object")
     return parsed
@@ -113,11 +111,11 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{file} is neither a PyTorch nor a safetensors file; download it again (a web page or a Git LFS "
             "pointer may have been saved under its name)"
         )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} can't be read as safetensors: {error}; it may be truncated") from None
+    unread = reraise_as(
+        CheckpointError, f"{file} can't be read as safetensors", "it may be truncated", on=SafetensorError
+    )
+    with unread, safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

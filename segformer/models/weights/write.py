@@ -28,18 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from segformer.errors import ConfigError, reason_of
+from segformer.errors import ConfigError, reraise_as
 from segformer.files import listed, sha256_of, staged, sync
 from segformer.models.variants import VARIANTS
 from segformer.models.weights.bundle import Metadata, Weights, check_tensors
 from segformer.models.weights.key_maps import TITLES, from_ours
 from segformer.models.weights.read import default_labels, hf_sizes
-from segformer.models.weights.tensor_files import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    PREPROCESSOR_FILE,
-    read_json,
-)
+from segformer.models.weights.tensor_files import CONFIG_FILE, MODEL_FILE, PREPROCESSOR_FILE, read_json
 
 # The normalization of every published SegFormer: NVlabs, transformers' default, mmsegmentation, SMP.
 IMAGENET_MEAN = [123.675, 116.28, 103.53]
@@ -161,13 +156,11 @@ def _write_directory(
 def _writing(weights: Weights, out: Path) -> Iterator[None]:
     """Check what is written before the block, and say on one line why the disk did not take it."""
     check_tensors(weights.state, f"{weights.source} can't be saved", wide=False)
-    try:
+    # RuntimeError: torch.save on a full disk; ValueError: a name with a NUL
+    unwritten = (OSError, SafetensorError, RuntimeError, ValueError)
+    do = "choose another place, or free space"
+    with reraise_as(ConfigError, f"output={out} can't be written", do, on=unwritten):
         yield
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        # RuntimeError: torch.save on a full disk; ValueError: a name with a NUL
-        raise ConfigError(
-            f"output={out} can't be written: {reason_of(error)}; choose another place, or free space"
-        ) from None
 
 
 def _save_file(named: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
@@ -244,11 +237,9 @@ def _claim_folder(out: Path) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """The weights in `folder` bear our mark, or its config.json is that of an export as we wrote it."""
-    try:
-        with safe_open(folder / MODEL_FILE, framework="pt") as opened:
-            if _MARK in (opened.metadata() or {}):
-                return True
-    except (SafetensorError, OSError):
-        pass  # missing or damaged: the description decides
+    missing = contextlib.suppress(SafetensorError, OSError)  # or damaged: the description decides
+    with missing, safe_open(folder / MODEL_FILE, framework="pt") as opened:
+        if _MARK in (opened.metadata() or {}):
+            return True
     config = read_json(folder / CONFIG_FILE) or {}
     return isinstance(config.get("segformer"), dict) and "transformers_version" not in config

@@ -2,39 +2,21 @@
 
 import pytest
 import torch
-from comparing import distance
+from comparing import REGISTERED, check_registered, distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import CLASSES, cross_entropy, small
 
-from segformer.models.head import AllMLPHead
-from segformer.models.mit import MixTransformer
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import OPS, ModelConfig
-from segformer.training.losses import LossConfig, SegmentationLoss
-
-SMALL = (8, 16, 40, 64)  # a quarter of MiT-B0's channels, one block a stage
-
-
-def small(backend: str, *, checkpointing: tuple[int, ...] = (), drop: float = 0.0) -> SegFormer:
-    """A small network with the same weights on every backend."""
-    torch.manual_seed(0)
-    ops, one = BACKENDS[backend], (1, 1, 1, 1)
-    options = {"ops": ops, "checkpointing": checkpointing, "drop_path_rate": drop}
-    encoder = MixTransformer(SMALL, one, (1, 2, 5, 8), (8, 4, 2, 1), (4, 4, 4, 4), **options)
-    head = AllMLPHead(SMALL, 32, 5, ops=ops, dropout=drop)
-    head.linear_fuse.bn.running_mean.normal_()
-    head.linear_fuse.bn.running_var.uniform_(0.5, 2)
-    return SegFormer(encoder, head, 5)
 
 
 def gradients(model: SegFormer, images: torch.Tensor, target: torch.Tensor, bf16: bool = False):
     """Logits, and the gradient of the cross entropy by every parameter as one vector, both in float64."""
-    ops = model.decode_head.ops
-    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), model.num_classes, ops)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(images)
-        loss, _ = criterion(logits, target)
+        loss, _ = cross_entropy(model)(logits, target)
     loss.backward()
     found = torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
     return logits.detach().double(), found
@@ -44,9 +26,15 @@ def test_the_backends_are_the_choices_of_the_configuration():
     assert tuple(BACKENDS) == OPS
 
 
-@pytest.mark.parametrize("variant", ["b0", "b2"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("threads", [1, 2])  # on two, linear maps are oneDNN's convolutions
+@pytest.mark.parametrize("name", REGISTERED)
+def test_operations_are_registered_as_torch_library_asks(name):
+    check_registered(name, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variant", "training", "threads"),  # on two, linear maps are oneDNN's convolutions
+    [("b0", True, 1), ("b0", False, 2), ("b2", True, 2), ("b2", False, 1)],
+)
 def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training, threads, use_threads):
     use_threads(threads)
     torch.manual_seed(0)
@@ -66,7 +54,7 @@ def test_logits_and_gradients_agree_within_1e_5_in_float32(variant, training, th
 
 @pytest.mark.parametrize("training", [True, False])
 def test_logits_and_gradients_agree_within_1e_9_in_float64(training):
-    images, target = torch.randn(2, 3, 95, 130).double(), torch.randint(0, 5, (2, 95, 130))
+    images, target = torch.randn(2, 3, 95, 130).double(), torch.randint(0, CLASSES, (2, 95, 130))
     found = [gradients(small(backend).double().train(training), images, target) for backend in OPS]
     for got, expected in zip(*found, strict=True):
         assert distance(got, expected) < 1e-9
@@ -74,7 +62,7 @@ def test_logits_and_gradients_agree_within_1e_9_in_float64(training):
 
 def test_in_bfloat16_the_fused_backend_is_no_further_from_float64_than_the_reference():
     torch.manual_seed(0)
-    images, target = torch.randn(2, 3, 96, 128), torch.randint(0, 5, (2, 96, 128))
+    images, target = torch.randn(2, 3, 96, 128), torch.randint(0, CLASSES, (2, 96, 128))
     exact, exact_grads = gradients(small("reference").double(), images.double(), target)
     errors = {}
     for backend in OPS:
@@ -86,9 +74,8 @@ def test_in_bfloat16_the_fused_backend_is_no_further_from_float64_than_the_refer
 
 def penalty(model: SegFormer, images: torch.Tensor, target: torch.Tensor | None, **options: bool):
     """Squares of all gradients of the cross entropy, or of the sum of the logits, added up."""
-    criterion = SegmentationLoss(LossConfig(terms={"cross_entropy": 1.0}), 5, model.decode_head.ops)
     logits = model(images)
-    loss = logits.sum() if target is None else criterion(logits, target)[0]
+    loss = logits.sum() if target is None else cross_entropy(model)(logits, target)[0]
     grads = torch.autograd.grad(loss, list(model.parameters()), **options)
     return torch.stack([grad.square().sum() for grad in grads]).sum()
 
@@ -97,7 +84,7 @@ def penalty(model: SegFormer, images: torch.Tensor, target: torch.Tensor | None,
 def test_a_second_derivative_is_refused_by_the_fused_backend_and_right_in_the_reference(labelled):
     """The sum of the logits has a constant gradient, where once_differentiable would say nothing."""
     images = torch.randn(1, 3, 32, 64).double()
-    target = torch.randint(0, 5, (1, 32, 64)) if labelled else None
+    target = torch.randint(0, CLASSES, (1, 32, 64)) if labelled else None
     models = {backend: small(backend).double().eval() for backend in OPS}
     with pytest.raises(RuntimeError, match=r"no second derivative.*model.ops=reference"):
         penalty(models["fused"], images, target, create_graph=True)
@@ -113,26 +100,24 @@ def test_a_second_derivative_is_refused_by_the_fused_backend_and_right_in_the_re
     assert (slope * way).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.tuples(st.integers(32, 1100), st.integers(32, 1100)))
-@pytest.mark.parametrize("gradient", [False, True])
-def test_any_image_size_gives_shape_and_values_of_the_reference(gradient, size):
-    check_size(size, gradient)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.tuples(st.integers(29, 500), st.integers(29, 500)))
+def test_any_image_size_gives_shape_and_values_of_the_reference(size):
+    check_size(size)
 
 
-@pytest.mark.parametrize(
-    "size", [(32, 32), (32, 1100), (1100, 32), (1097, 1093), (33, 33), (37, 541), (1100, 1100), (63, 65)]
-)
+@pytest.mark.parametrize("size", [(29, 64), (32, 32), (32, 1100), (1097, 1093), (33, 33)])
 def test_extreme_image_sizes_give_shape_and_values_of_the_reference(size):
-    check_size(size, gradient=False)
+    check_size(size)
 
 
-def check_size(size: tuple[int, int], gradient: bool) -> None:
+def check_size(size: tuple[int, int]) -> None:
     images = torch.randn(1, 3, *size)
-    with torch.set_grad_enabled(gradient):
-        got, expected = (small(backend).eval()(images).detach() for backend in OPS)
-    assert got.shape == expected.shape == (1, 5, -(-size[0] // 4), -(-size[1] // 4))
-    assert distance(got, expected.double()) < 1e-5
+    for gradient in (False, True):  # without, the head runs band by band
+        with torch.set_grad_enabled(gradient):
+            got, expected = (small(backend).eval()(images).detach() for backend in OPS)
+        assert got.shape == expected.shape == (1, CLASSES, -(-size[0] // 4), -(-size[1] // 4))
+        assert distance(got, expected.double()) < 1e-5
 
 
 def bytes_kept(function, images: torch.Tensor) -> int:
@@ -150,10 +135,10 @@ def bytes_kept(function, images: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("backend", OPS)
 def test_checkpointing_gives_the_same_gradients_with_the_same_random_drops(backend):
-    images, target = torch.randn(2, 3, 64, 96), torch.randint(0, 5, (2, 64, 96))
+    images, target = torch.randn(2, 3, 64, 96), torch.randint(0, CLASSES, (2, 64, 96))
     found = []
     for stages in ((), (1, 2, 3, 4)):
-        model = small(backend, checkpointing=stages, drop=0.3).train()
+        model = small(backend, checkpointing=stages, drop_path_rate=0.3, dropout=0.3).train()
         torch.manual_seed(3)
         found.append(gradients(model, images, target))
     torch.testing.assert_close(found[1][0], found[0][0])

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError
-from segformer.models.backbone import DropPath
+from segformer.models.layers import DropPath
 from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Metadata

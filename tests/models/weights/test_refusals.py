@@ -66,17 +66,16 @@ def test_objects_are_named_with_what_to_do(tmp_path: Path, content: object, mess
 NEITHER = "is neither a PyTorch nor a safetensors file; download it again .a web page or a Git LFS pointer"
 
 
-@pytest.mark.parametrize("name", ["segformer.b0.pth", "model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>", NEITHER),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15000000\n", NEITHER),
-        (b"", NEITHER),
-        (b"\x00" * 4096, NEITHER),
-        (b"PK\x03\x04" + b"\x00" * 100, "can't be read as a PyTorch file"),
-        (b"\x80\x02garbage", "can't be read as a PyTorch file"),
-        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken json   ", "can't be read as safetensors"),
+        ("x.pth", b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>", NEITHER),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", NEITHER),
+        ("pytorch_model.bin", b"", NEITHER),
+        ("model.safetensors", b"\x00" * 4096, NEITHER),
+        ("model.safetensors", b"PK\x03\x04" + b"\x00" * 100, "can't be read as a PyTorch file"),
+        ("x.pth", b"\x80\x02garbage", "can't be read as a PyTorch file"),
+        ("x.bin", b"\x10\0\0\0\0\0\0\0{broken json   ", "can't be read as safetensors"),
     ],
     ids=["html", "lfs", "empty", "zeros", "zip", "pickle", "safetensors"],
 )
@@ -89,7 +88,7 @@ def test_what_is_no_file_of_weights_is_refused_whatever_its_name(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keep", [100, 5000, 0.5, 0.9999])
+@pytest.mark.parametrize("keep", [100, 0.5, 0.9999])
 @pytest.mark.parametrize("kind", ["pth", "legacy", "safetensors"])
 def test_a_truncated_file_is_refused(
     state: dict[str, Tensor], tmp_path: Path, kind: str, keep: float
@@ -128,30 +127,21 @@ RESNET = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch
         ([torch.zeros(1)], "holds a list, not a dictionary"),
         (torch.zeros(3), "holds a Tensor, not a dictionary"),
         ({"epoch": 3, "lr": 0.1}, r"2 of 2 entries are no tensors: epoch, lr"),
+        ({"backbone.norm3.bias": torch.tensor([1.0, torch.nan])}, r"hold NaN or infinity: backbone\.norm3"),
+        ({"backbone.norm3.bias": torch.tensor([1.0, torch.inf])}, "1 tensors hold NaN or infinity"),
         ({"backbone.norm1.weight": torch.zeros(32).to_sparse()}, "not in plain floating point"),
         (
             {"backbone.norm1.weight": torch.zeros(32, dtype=torch.int8)},
             r"norm1\.weight \(32,\).*unquantized",
         ),
     ],
-    ids=["resnet", "wrapped resnet", "empty", "list", "tensor", "numbers", "sparse", "int8"],
+    ids=["resnet", "wrapped", "empty", "list", "tensor", "numbers", "nan", "infinity", "sparse", "int8"],
 )
 def test_other_contents_are_refused(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=message) as caught:
         read_weights(tmp_path / "x.pth")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_tensors_that_are_not_finite_are_refused_by_name(
-    state: dict[str, Tensor], tmp_path: Path, value: float
-) -> None:
-    bad = {name: tensor.clone() for name, tensor in state.items()}
-    bad["backbone.norm3.bias"][7] = value
-    torch.save(bad, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"1 tensors hold NaN or infinity: backbone\.norm3\.bias"):
-        read_weights(tmp_path / "x.pth")
 
 
 EMBED = "backbone.patch_embed1.proj.weight"
@@ -168,14 +158,13 @@ EMBED = "backbone.patch_embed1.proj.weight"
             {"backbone.block1.0.mlp.fc1.weight": torch.zeros(256, 32)},
             r"fc1\.weight \(256, 32\) for \(128, 32\)",
         ),  # PVTv2
-        ({"backbone.block1.0.attn.sr.weight": torch.zeros(32, 32, 1, 1)}, r"\(32, 32, 1, 1\) for"),
         ({"backbone.block2.2.norm1.bias": torch.zeros(64)}, r"depths \(2, 3, 2, 2\) are those of no known"),
         ({"backbone.patch_embed4.proj.weight": torch.zeros(300, 160, 3, 3)}, r"embed_dims \(32, .*300\) and"),
         ({EMBED: torch.zeros(())}, r"patch_embed1\.proj\.weight has the shape \(\)"),
         ({EMBED: None}, r"backbone\.patch_embed1\.proj\.weight is missing; the file is incomplete"),
         ({"decode_head.linear_pred.weight": None}, r"decode_head\.linear_pred\.weight is missing"),
     ],
-    ids=["channels", "PVTv2", "reduction", "deeper", "wide", "flat", "hole", "headless"],
+    ids=["channels", "PVTv2", "deeper", "wide", "flat", "hole", "headless"],
 )
 def test_sizes_of_no_variant_are_refused_and_named(
     state: dict[str, Tensor], tmp_path: Path, changes: dict[str, Tensor | None], message: str
@@ -191,9 +180,7 @@ def test_sizes_of_no_variant_are_refused_and_named(
     [
         ("model_type", "glpn"),
         ("num_attention_heads", [1, 2, 4, 8]),
-        ("strides", [4, 2, 2, 1]),
         ("hidden_act", "relu"),
-        ("hidden_sizes", [64, 128, 320, 512]),
     ],
 )
 def test_a_config_of_another_network_is_refused(
@@ -239,7 +226,7 @@ def test_a_directory_without_weights_is_refused_and_a_file_in_it_suggested(tmp_p
     ("damage", "message"),
     [
         ("missing", r"names part-2\.safetensors, which is missing"),
-        ("outside", r"names '\.\./part-2\.safetensors', which is no file beside it"),
+        ("outside", r"names '\.\./part-2\.safetensors', which is no file beside it; refused"),
         ("absolute", "which is no file beside it; refused"),
         ("unlisted", r"holds tensors that \S+ does not list: stray"),
         ("lacking", "lists tensors that its files lack: ghost"),
@@ -280,10 +267,8 @@ def test_damaged_shards_are_refused(
         ("variant", "b9"),
         ("norm_profile", "batch"),
         ("norm_profile", ["hf"]),
-        ("classes", "all"),
         ("classes", ["one"]),
         ("palette", [[0, 0, 300]] * 3),
-        ("mean", [1.0]),
     ],
 )
 def test_a_damaged_section_of_an_export_is_refused(export: Path, key: str, value: object) -> None:
@@ -303,19 +288,17 @@ def test_an_export_with_the_weights_of_another_is_refused(export: Path) -> None:
         read_weights(export)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, f"{'x' * 300}.pth", f"{'x' * 300}/x"])
-def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_name_that_no_file_can_have_and_a_place_that_fails_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CheckpointError, match="can't be read: File name too long") as caught:
-        read_weights(tmp_path / name)
+        read_weights(tmp_path / ("x" * 300))
     assert "\n" not in str(caught.value)
 
-
-@pytest.mark.parametrize("method", ["exists", "is_dir", "is_file", "iterdir"])
-def test_a_place_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     def closed(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, method, closed)
+    monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(CheckpointError, match="can't be read: Permission denied"):
         read_weights(tmp_path)
 
