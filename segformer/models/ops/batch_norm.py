@@ -40,25 +40,25 @@ def _global_moments(values: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor, Ten
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d, with the same parameters, buffers and function."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
     reduce: Reduce = None
     "Sum of a vector over all ranks, with gradient; None for the statistics of this rank alone."
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """The function in eval mode: scale and shift (D,)."""
-        mean, variance = self._running()
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return scale, self.bias - mean * scale
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
 
     @torch.no_grad()
     def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Move the running statistics towards mean and biased variance (D,) of count (1,) pixels."""
-        running_mean, running_var = self._running()
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         self.num_batches_tracked.add_(1)
-        running_mean.lerp_(mean.to(running_mean.dtype), self.momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         unbiased = variance * (count / (count - 1).clamp(min=1))
-        running_var.lerp_(unbiased.to(running_var.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
     def normalize(self, maps: Tensor) -> Tensor:
         """Normalize maps (B, H, W, D) by their own statistics, in float32 at least, and track these."""
@@ -73,11 +73,6 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.autocast(input.device.type, enabled=False):
             out = self.normalize(input.permute(0, 2, 3, 1))
         return out.to(input.dtype).permute(0, 3, 1, 2)
-
-    def _running(self) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        return self.running_mean, self.running_var
 
 
 def synchronize_batch_norm(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:

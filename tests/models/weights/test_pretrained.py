@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import NAMES, randomize, same
+from model_files import randomize, same
 from torch import nn
-from transformers import SegformerForSemanticSegmentation
 
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.layers import DropPath
@@ -30,17 +29,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("ops", ["fused", "reference"])
-def test_a_model_of_transformers_gives_the_logits_of_transformers(hf: Path, ops: str) -> None:
-    model = SegFormer.from_pretrained(hf, ops=ops)
-    theirs = SegformerForSemanticSegmentation.from_pretrained(hf).eval()
-    images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), theirs(images).logits, atol=1e-5, rtol=1e-5)
-    assert not model.training
-    assert model.metadata.classes == NAMES
-
-
 def test_the_epsilons_can_be_chosen(hf: Path) -> None:
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -48,10 +36,9 @@ def test_the_epsilons_can_be_chosen(hf: Path) -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
-def test_what_is_saved_comes_back_bit_for_bit_with_the_same_logits(tmp_path: Path, profile: str) -> None:
+def test_what_is_saved_comes_back_bit_for_bit_with_the_same_logits(tmp_path: Path) -> None:
     torch.manual_seed(2)
-    model = build_model(ModelConfig(norm_profile=profile, decoder_dim=64), 4).eval()
+    model = build_model(ModelConfig(norm_profile="mmseg", decoder_dim=64), 4).eval()
     randomize(model.state_dict())
     model.save_pretrained(tmp_path / "model")
     back = SegFormer.from_pretrained(tmp_path / "model")
@@ -59,14 +46,6 @@ def test_what_is_saved_comes_back_bit_for_bit_with_the_same_logits(tmp_path: Pat
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(images), back(images))
-
-
-def test_metadata_comes_back_and_is_saved_again(tmp_path: Path) -> None:
-    colors = [[1, 2, 3]] * 4
-    metadata = Metadata(classes=list("abcd"), palette=colors, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
-    build_model(ModelConfig(), 4).save_pretrained(tmp_path / "named", metadata)
-    SegFormer.from_pretrained(tmp_path / "named").save_pretrained(tmp_path / "again")
-    assert read_weights(tmp_path / "again").metadata == metadata
 
 
 def test_a_class_map_moves_rows_and_keeps_everything_else(hf: Path) -> None:
@@ -164,9 +143,13 @@ def rate_of(backbone: nn.Module) -> float:
     return max(module.rate for module in backbone.modules() if isinstance(module, DropPath))
 
 
-def test_a_model_keeps_its_rates_of_dropping(tmp_path: Path) -> None:
-    build_model(ModelConfig(dropout=0.3, drop_path_rate=0.23), 3).save_pretrained(tmp_path / "a")
+def test_a_model_keeps_its_metadata_and_its_rates_of_dropping(tmp_path: Path) -> None:
+    colors = [[1, 2, 3]] * 3
+    metadata = Metadata(classes=list("abc"), palette=colors, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    cfg = ModelConfig(dropout=0.3, drop_path_rate=0.23)
+    build_model(cfg, 3).save_pretrained(tmp_path / "a", metadata)
     SegFormer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert read_weights(tmp_path / "b").metadata == metadata
     for name in "ab":
         model = SegFormer.from_pretrained(tmp_path / name)
         assert model.decode_head.dropout == 0.3
@@ -176,7 +159,7 @@ def test_a_model_keeps_its_rates_of_dropping(tmp_path: Path) -> None:
     assert (config["classifier_dropout_prob"], config["drop_path_rate"]) == (0.3, 0.23)
 
 
-@pytest.mark.parametrize("rate", [None, True, "0.2", 1.0, -1, float("nan")])
+@pytest.mark.parametrize("rate", [None, True, "0.2", 1.0])
 def test_a_rate_that_is_none_is_left_to_the_default(hf: Path, tmp_path: Path, rate: object) -> None:
     write_export(read_weights(hf), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -57,15 +57,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"palette": [[0, 0, 0], [0, 0, 300]]}, "palette: 300 is not a whole number from 0 to 255"),
     ({"palette": [[0, 0, 0], [0, 0]]}, r"palette: \[0, 0\] is not a list of 3"),
     ({"palette": np.full((2, 3), 0.5)}, "palette: 'float' object cannot be interpreted as an integer"),
-    ({"palette": 7}, "palette: 7 is not a list"),
     ({"palette": [[0, 0, 0]] * 3}, "2 classes, but the metadata has 3 colors"),
     ({"classes": "ab"}, "classes: 'ab' is not a list"),
     ({"classes": ["a"]}, "2 classes, but the metadata has 1 names"),
     ({"mean": [1.0]}, r"mean: \[1\.0\] is not a list of 3"),
-    ({"mean": np.zeros((3, 1))}, "mean: "),
-    ({"mean": 0.5}, "mean: 0.5 is not a list of 3"),
     ({"mean": [1.0, 2.0, float("nan")]}, "mean: nan is not finite"),
-    ({"mean": map(float, range(3))}, "mean: <map object at .* is not a list"),
     ({"std": [1.0, 0.0, 1.0]}, "std: 0.0 is not above 0"),
 ]
 
@@ -88,7 +84,6 @@ def test_metadata_that_could_not_be_read_back_is_refused(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("nan", r"1 tensors hold NaN or infinity: backbone\.norm3\.bias.*; use weights from before"),
         ("meta", r"\d+ tensors have no data, or less than their shapes say: .*; load or initialize"),
         ("float64", r"\d+ tensors are float64 and would be cut to float32: .*model\.float\(\)"),
     ],
@@ -98,9 +93,7 @@ def test_weights_that_could_not_be_read_back_are_refused(
 ) -> None:
     with torch.device("meta" if how == "meta" else "cpu"):
         model = build_model(ModelConfig(), 2)
-    if how == "nan":
-        model.backbone.norm3.bias.data[7] = torch.nan
-    elif how == "float64":
+    if how == "float64":
         model.double()
     with pytest.raises(CheckpointError, match=rf"^the model can't be saved: {message}") as caught:
         model.save_pretrained(good)
@@ -112,7 +105,7 @@ def test_weights_that_could_not_be_read_back_are_refused(
 def test_every_writer_refuses_what_is_not_finite(weights: Weights, tmp_path: Path, target: str) -> None:
     weights = weights.encoder()
     weights.state["backbone.norm1.bias"][0] = float("nan")
-    with pytest.raises(CheckpointError, match="the model can't be saved: 1 tensors hold NaN"):
+    with pytest.raises(CheckpointError, match=r"the model can't be saved: 1 tensors hold NaN.*from before"):
         write(weights, tmp_path / "new", target)
     assert not list(tmp_path.iterdir())
 
