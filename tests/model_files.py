@@ -10,6 +10,7 @@ from segformer.models.variants import VARIANTS
 from segformer.models.weights.bundle import Metadata, Weights, find_arch
 
 NAMES = ["wall", "sky", "car"]
+State = dict[str, Tensor]
 
 
 def hf_config(variant: str = "b0", classes: int = 3, **more: object) -> SegformerConfig:
@@ -24,7 +25,7 @@ def hf_config(variant: str = "b0", classes: int = 3, **more: object) -> Segforme
     )
 
 
-def randomize(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def randomize(state: State) -> State:
     """Random values of order one everywhere, so that no two tensors agree by chance."""
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
@@ -35,10 +36,10 @@ def randomize(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+def same(left: State, right: State) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def bundle(state: dict[str, Tensor], profile: str = "original", metadata: Metadata | None = None) -> Weights:
+def bundle(state: State, profile: str = "original", metadata: Metadata | None = None) -> Weights:
     arch = replace(find_arch(state), norm_profile=profile)
     return Weights(state=state, arch=arch, metadata=metadata or Metadata())

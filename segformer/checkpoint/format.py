@@ -98,15 +98,15 @@ def writers_of(content: Checkpoint) -> dict[str, Callable[[Path], object]]:
     tensors = {MODEL: content.model, OPTIMIZER: content.optimizer}
     tensors |= {EMA: content.ema} if content.ema else {}
     writers: dict[str, Callable[[Path], object]] = {STATE: partial(Path.write_bytes, data=text)}
-    return {name: partial(_write_tensors, values) for name, values in tensors.items()} | writers
+    return {name: partial(write_tensors, values) for name, values in tensors.items()} | writers
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
     """Stream tensors into a file: no copy of them is made."""
     path.touch()
     mode = path.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
     with reraise_as(OSError, path.name, on=SafetensorError):  # what the operating system said, as text
-        save_file(tensors, path)
+        save_file(tensors, path, header)
     path.chmod(mode)
 
 

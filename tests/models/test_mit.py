@@ -27,15 +27,12 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.1 * i / 7 for i in range(8)])
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+def test_drop_path_drops_whole_samples_and_keeps_the_mean_and_in_eval_adds_the_branch():
     torch.manual_seed(0)
     out = DropPath(0.25).train()(torch.zeros(20_000, 2, 3), torch.ones(20_000, 2, 3))
     assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert torch.equal(out, out[:, :1, :1].expand_as(out))
     assert abs(out.mean().item() - 1) < 0.02  # standard error 0.004
-
-
-def test_drop_path_adds_the_branch_in_eval():
     a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     assert torch.equal(DropPath(0.9).eval()(a, b), a + b)
 

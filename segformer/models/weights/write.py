@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from segformer.checkpoint.format import write_tensors
 from segformer.errors import ConfigError, reraise_as
 from segformer.files import listed, sha256_of, staged, sync
 from segformer.models.variants import VARIANTS
@@ -140,7 +140,8 @@ def _write_directory(
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             places = {name: stack.enter_context(staged(out / name)) for name in names}
-            _save_file(named, places[MODEL_FILE], {"format": "pt", _MARK: profile})
+            whole = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+            write_tensors(whole, places[MODEL_FILE], {"format": "pt", _MARK: profile})
             for name, content in ((PREPROCESSOR_FILE, preprocessor), (CONFIG_FILE, None)):
                 if name in places:
                     text = json.dumps(content or config_of(places[MODEL_FILE]), indent=2)
@@ -156,18 +157,9 @@ def _write_directory(
 def _writing(weights: Weights, out: Path) -> Iterator[None]:
     """Check what is written before the block, and say on one line why the disk did not take it."""
     check_tensors(weights.state, f"{weights.source} can't be saved", wide=False)
-    # RuntimeError: torch.save on a full disk; ValueError: a name with a NUL
-    unwritten = (OSError, SafetensorError, RuntimeError, ValueError)
-    do = "choose another place, or free space"
-    with reraise_as(ConfigError, f"output={out} can't be written", do, on=unwritten):
+    do, full = "choose another place, or free space", RuntimeError  # of torch.save on a full disk
+    with reraise_as(ConfigError, f"output={out} can't be written", do, on=(OSError, full, ValueError)):
         yield
-
-
-def _save_file(named: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
-    file.touch()
-    mode = file.stat().st_mode  # as the umask says; save_file leaves a file that only its owner can read
-    save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, file, header)
-    file.chmod(mode)
 
 
 def _section(weights: Weights) -> dict[str, Any]:

@@ -8,22 +8,7 @@ from comparing import assert_same, values
 from segformer.models.ops import batch_norm, decode, resize
 from segformer.models.ops.batch_norm import BatchNorm, norm_relu_linear, norm_relu_linear_reference
 from segformer.models.ops.decode import decode_bands, fold_projections
-from segformer.models.ops.resize import (
-    Enlargement,
-    bilinear_matrix,
-    project_sum,
-    row_bands,
-    upsample_sum_reference,
-)
-
-RESIZES = [
-    ((9, 13), (35, 50)),
-    ((16, 16), (64, 64)),
-    ((3, 5), (11, 20)),
-    ((8, 8), (8, 8)),
-    ((1, 2), (7, 9)),
-    ((12, 9), (5, 4)),
-]
+from segformer.models.ops.resize import project_sum, upsample_sum_reference
 
 
 @pytest.fixture
@@ -31,16 +16,6 @@ def small_blocks(monkeypatch):
     """Blocks of a few rows, so that small tensors have several."""
     for module in (resize, decode, batch_norm):
         monkeypatch.setattr(module, "band_rows", lambda device, row_bytes: max(1, 1000 // row_bytes))
-    monkeypatch.setattr(resize, "_TILE_COLUMNS", 7)
-
-
-def test_fold_projections_is_the_projection_followed_by_its_slice_of_the_fuse_weight():
-    weights, biases, fuse = [values(4, 3), values(4, 5)], [values(4), values(4)], values(4, 8)
-    inputs = [values(7, 3), values(7, 5)]
-    projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
-    folded, bias = fold_projections(list(zip(weights, biases, strict=True)), fuse)
-    got = inputs[0] @ folded[0].t() + inputs[1] @ folded[1].t() + bias
-    assert_same(got, F.linear(torch.cat(projected, -1), fuse), (*weights, *biases, fuse, *inputs))
 
 
 def test_folded_weights_stay_float32_under_autocast():
@@ -49,34 +24,6 @@ def test_folded_weights_stay_float32_under_autocast():
         folded, bias = fold_projections(list(zip(weights, biases, strict=True)), fuse)
     assert folded[0].dtype == bias.dtype == torch.float32
     torch.testing.assert_close(folded[0], fuse @ weights[0])
-
-
-@pytest.mark.parametrize("step", [1, 3, 100])
-@pytest.mark.parametrize(("source", "target"), [(9, 35), (16, 64), (8, 8), (1, 7), (12, 5), (275, 1100)])
-def test_bands_of_rows_are_the_whole_matrix(source, target, step):
-    matrix = bilinear_matrix(source, target, dtype=torch.float32, device=torch.device("cpu"))
-    rebuilt = torch.zeros_like(matrix)
-    for band in row_bands(matrix, step):
-        rebuilt[band.rows, band.source] = band.matrix
-    assert torch.equal(rebuilt, matrix)
-
-
-@pytest.mark.parametrize(("source", "target"), RESIZES)
-def test_tiles_are_the_resize_of_torch_and_its_transpose(source, target, small_blocks):
-    torch.manual_seed(0)
-    logits = torch.randn(1, 4, *source, dtype=torch.float64, requires_grad=True)
-    expected = F.interpolate(logits, target, mode="bilinear", align_corners=False)[0]
-    cotangent = torch.randn_like(expected)
-    small = logits[0].detach().transpose(0, 1).contiguous()
-    enlargement = Enlargement(logits, target, logits.dtype)
-    got, grad = torch.full_like(expected, torch.nan), torch.zeros_like(small)
-    for row, column in enlargement.tiles():
-        got[:, row.rows, column.rows] = enlargement.tile(small, row, column).transpose(0, 1)
-        part = cotangent[:, row.rows, column.rows].transpose(0, 1).contiguous()
-        enlargement.add_transposed(grad, part, row, column)
-    torch.testing.assert_close(got, expected)
-    (want,) = torch.autograd.grad(expected, logits, cotangent)
-    torch.testing.assert_close(grad.transpose(0, 1), want[0])
 
 
 def test_project_sum_adds_the_resized_maps_to_the_projected_one(small_blocks):

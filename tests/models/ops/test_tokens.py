@@ -102,14 +102,6 @@ def test_mix_ffn_under_autocast_runs_in_bfloat16_with_gradients_in_the_parameter
         assert (left - right).norm() < 0.03 * right.norm()
 
 
-@pytest.mark.parametrize(("size", "ratio"), [((8, 8), 4), ((9, 14), 4), ((11, 8), 8)])
-def test_reduce_tokens_is_the_strided_convolution_and_floors_odd_sizes(size, ratio):
-    x, weight, bias = values(2, size[0] * size[1], 6), values(10, 6, ratio, ratio), values(10)
-    expected = F.conv2d(to_map(x, size), weight, bias, stride=ratio).flatten(2).transpose(1, 2)
-    for run in (block.reduce_tokens, block.reduce_tokens_reference):
-        assert_same(run(x, size, weight, bias), expected, (x, weight, bias))
-
-
 def test_attend_is_softmax_attention_per_head():
     query, pairs = values(2, 11, 12), values(2, 5, 24)
     key, value = pairs.chunk(2, dim=-1)

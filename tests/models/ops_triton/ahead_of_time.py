@@ -4,9 +4,8 @@
 
 The functions of models/ops/*_triton.py are called with CPU tensors of real sizes. Every launch is compiled as
 it would be for the GPU, with the same specialization, down to machine code, and is not made. An entry has
-the case, the kernel, its hash, the programs of the launch, and per thread the registers and the bytes of
-local memory (spills); then the bytes of shared memory and the warps of a program, and how many of its
-instructions copy asynchronously.
+the case, the kernel, its hash, the bytes of local memory of a thread (spills) and of shared memory of a
+program, and how many of its instructions copy asynchronously.
 """
 
 import json
@@ -110,8 +109,8 @@ def usage(kernel: Any) -> dict[str, int]:
         file.flush()
         command = [tool, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
-    return {"registers": int(registers), "local": int(stack) + int(local), "shared": kernel.metadata.shared}
+    stack, local = re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
+    return {"local": int(stack) + int(local), "shared": kernel.metadata.shared}
 
 
 def compiled(capability: int, names: list[str]) -> list[dict[str, Any]]:
@@ -123,10 +122,8 @@ def compiled(capability: int, names: list[str]) -> list[dict[str, Any]]:
 
     def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = launch(function, *args, grid=grid, warmup=True, **options)
-        row = {"case": case, "kernel": function.__name__, "hash": kernel.hash, "programs": grid[0]}
-        row |= usage(kernel)
-        row |= {"warps": kernel.metadata.num_warps, "copies": kernel.asm["ptx"].count("cp.async.c")}
-        found.append(row)
+        row = {"case": case, "kernel": function.__name__, "hash": kernel.hash, **usage(kernel)}
+        found.append({**row, "copies": kernel.asm["ptx"].count("cp.async.c")})
         return kernel
 
     JITFunction.run = compile_only

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import NAMES, hf_config, randomize
-from torch import Tensor
+from model_files import NAMES, State, hf_config, randomize
 from transformers import SegformerForSemanticSegmentation
 
 from segformer.models.segformer import build_model
@@ -24,7 +23,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def state() -> dict[str, Tensor]:
+def state() -> State:
     """B0 for 3 classes under our names, which are those of NVlabs."""
     torch.manual_seed(1)
     return randomize(build_model(ModelConfig(), 3).state_dict())

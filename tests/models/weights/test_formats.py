@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import NAMES, bundle, hf_config, randomize, same
+from model_files import NAMES, State, bundle, hf_config, randomize, same
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -26,7 +26,7 @@ from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
 
-def bare(state: dict[str, Tensor], prefix: str = "backbone.") -> dict[str, Tensor]:
+def bare(state: State, prefix: str = "backbone.") -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -118,7 +118,7 @@ def test_the_same_model_is_read_from_every_layout_of_transformers(
 
 @pytest.mark.parametrize(("wrapper", "legacy"), [("", True), ("module.", False)])
 def test_nvlabs_there_and_back_is_bit_identical_without_the_dead_parameter(
-    state: dict[str, Tensor], tmp_path: Path, wrapper: str, legacy: bool
+    state: State, tmp_path: Path, wrapper: str, legacy: bool
 ) -> None:
     dead = {
         "decode_head.conv_seg.weight": torch.ones(3, 128, 1, 1),
@@ -153,7 +153,7 @@ def test_an_imagenet_encoder_of_nvlabs_comes_back_under_its_bare_names(tmp_path:
     assert encoder.arch.kind == "encoder"
 
 
-def smp_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def smp_names(state: State) -> State:
     """Written out here: what segmentation_models_pytorch calls the tensors."""
     head = {f"linear_c{s}.proj": f"decoder.mlp_stage.{4 - s}.linear" for s in (1, 2, 3, 4)}
     head |= {"linear_fuse.conv": "decoder.fuse_stage.0", "linear_fuse.bn": "decoder.fuse_stage.1"}
@@ -165,9 +165,7 @@ def smp_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def test_smp_there_and_back_is_bit_identical_from_file_and_directory(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_smp_there_and_back_is_bit_identical_from_file_and_directory(state: State, tmp_path: Path) -> None:
     torch.save(smp_names(state), tmp_path / "there.pth")
     save_file(smp_names(state), tmp_path / "model.safetensors")
     config = {"_model_class": "Segformer", "encoder_name": "mit_b0", "classes": 3, "in_channels": 3}
@@ -180,7 +178,7 @@ def test_smp_there_and_back_is_bit_identical_from_file_and_directory(
     assert same(torch.load(tmp_path / "back.pth", weights_only=True), smp_names(state))
 
 
-def mmseg_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def mmseg_names(state: State) -> State:
     """Written out here: what mmsegmentation 1.x calls the tensors of the encoder, and how it keeps them."""
     block = {"attn.proj": "attn.attn.out_proj", "mlp.fc1": "ffn.layers.0", "mlp.fc2": "ffn.layers.4"}
     block["mlp.dwconv.dwconv"] = "ffn.layers.1"
@@ -203,7 +201,7 @@ def mmseg_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def test_an_mmseg_encoder_there_and_back_is_bit_identical(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_an_mmseg_encoder_there_and_back_is_bit_identical(state: State, tmp_path: Path) -> None:
     torch.save(mmseg_names(state), tmp_path / "there.pth")
     weights = read_weights(tmp_path / "there.pth")
     assert (weights.format, weights.arch.norm_profile, weights.arch.kind) == ("mmseg", "mmseg", "encoder")
@@ -213,9 +211,7 @@ def test_an_mmseg_encoder_there_and_back_is_bit_identical(state: dict[str, Tenso
     assert same(back, mmseg_names(state))
 
 
-def test_of_a_whole_mmseg_model_the_encoder_is_taken_when_asked_for(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_of_a_whole_mmseg_model_the_encoder_is_taken_when_asked_for(state: State, tmp_path: Path) -> None:
     theirs = {f"backbone.{name}": tensor for name, tensor in mmseg_names(state).items()}
     for name in ("conv_seg.weight", "conv_seg.bias", "convs.0.conv.weight"):
         theirs[f"decode_head.{name}"] = torch.ones(3)
@@ -229,9 +225,7 @@ def test_of_a_whole_mmseg_model_the_encoder_is_taken_when_asked_for(
 
 
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
-def test_an_export_keeps_everything_and_its_own_epsilons(
-    state: dict[str, Tensor], tmp_path: Path, profile: str
-) -> None:
+def test_an_export_keeps_everything_and_its_own_epsilons(state: State, tmp_path: Path, profile: str) -> None:
     metadata = Metadata(classes=NAMES, palette=[[1, 2, 3]] * 3, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
     write_export(bundle(state, profile, metadata), tmp_path / "export", step=7)
     back = read_weights(tmp_path / "export")
@@ -246,9 +240,7 @@ def test_an_export_keeps_everything_and_its_own_epsilons(
     assert (again.format, again.arch.norm_profile, again.metadata) == ("nvlabs", profile, metadata)
 
 
-def test_an_export_that_transformers_saved_again_is_read_as_theirs(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_an_export_that_transformers_saved_again_is_read_as_theirs(state: State, tmp_path: Path) -> None:
     write_export(bundle(state, metadata=Metadata(classes=NAMES)), tmp_path / "export")
     tuned = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "export")
     with torch.no_grad():
@@ -260,9 +252,7 @@ def test_an_export_that_transformers_saved_again_is_read_as_theirs(
     assert torch.equal(back.state[bias], state[bias] + 1)
 
 
-def test_half_precision_becomes_float32_without_loss_and_is_said(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_half_precision_becomes_float32_without_loss_and_is_said(state: State, tmp_path: Path) -> None:
     half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
     torch.save(half, tmp_path / "half.pth")
     weights = read_weights(tmp_path / "half.pth")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import hf_config
+from model_files import State, hf_config
 from torch import Tensor
 from transformers import SegformerForSemanticSegmentation
 
@@ -19,7 +19,7 @@ from segformer.models.weights.key_maps import KeyFormat, detect, from_ours, to_o
 from segformer.models.weights.read import read_weights
 
 
-def meta_state(variant: str = "b0", kind: str = "segmentation") -> dict[str, Tensor]:
+def meta_state(variant: str = "b0", kind: str = "segmentation") -> State:
     """Our names and shapes without memory."""
     with torch.device("meta"):
         if kind == "classification":
@@ -28,7 +28,7 @@ def meta_state(variant: str = "b0", kind: str = "segmentation") -> dict[str, Ten
     return state if kind == "segmentation" else only_encoder(state)
 
 
-def only_encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def only_encoder(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
 
 
@@ -74,7 +74,7 @@ def test_parameters_that_compute_nothing_are_dropped_and_named(format_: str, dea
     assert ours.keys() == meta_state().keys()
 
 
-def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def behind(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -85,7 +85,7 @@ def behind(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     ("format_", "bare"), [("nvlabs", False), ("nvlabs", True), ("hf", False), ("smp", False), ("mmseg", True)]
 )
 def test_any_prefix_is_taken_off_and_what_is_not_below_it_is_dropped(
-    state: dict[str, Tensor], format_: str, bare: bool, prefix: str
+    state: State, format_: str, bare: bool, prefix: str
 ) -> None:
     kept = only_encoder(state) if bare else state
     others = {"criterion.weight": torch.ones(3), "ema_decay": torch.ones(())}
@@ -96,7 +96,7 @@ def test_any_prefix_is_taken_off_and_what_is_not_below_it_is_dropped(
     assert dropped == list(others)
 
 
-TWO: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+TWO: dict[str, Callable[[State], State]] = {
     "a moving average": lambda state: behind("model.", state) | behind("ema_model.module.", state),
     "encoder and head apart": lambda state: {
         ("net." if name.startswith("backbone.") else "other.") + name: tensor
@@ -172,7 +172,7 @@ def test_a_format_without_a_place_for_a_tensor_refuses_it_by_name() -> None:
 
 
 def test_a_file_without_the_counter_of_batches_is_read_as_torch_reads_it(
-    state: dict[str, Tensor], tmp_path: Path
+    state: State, tmp_path: Path
 ) -> None:
     theirs = from_ours(state, "smp")
     del theirs[next(name for name in theirs if name.endswith("num_batches_tracked"))]
@@ -183,7 +183,7 @@ def test_a_file_without_the_counter_of_batches_is_read_as_torch_reads_it(
     assert "num_batches_tracked is not in the file; it only counts, and was set to 0" in weights.notes[0]
 
 
-def test_other_buffers_must_be_there(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_other_buffers_must_be_there(state: State, tmp_path: Path) -> None:
     gone = ("decode_head.linear_fuse.bn.running_mean", "decode_head.linear_fuse.bn.num_batches_tracked")
     torch.save({name: t for name, t in state.items() if name not in gone}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=f"2 missing: {gone[1]}, {gone[0]}"):

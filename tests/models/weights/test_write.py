@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_files import bundle
+from model_files import State, bundle
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from segformer.errors import CheckpointError, ConfigError
 from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
@@ -35,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def weights(state: dict[str, Tensor]) -> Weights:
+def weights(state: State) -> Weights:
     return bundle({name: tensor.clone() for name, tensor in state.items()})
 
 
@@ -149,9 +148,7 @@ def test_a_target_that_cannot_hold_the_model_refuses_it(
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_that_are_parts_of_one_storage_are_written_once(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_tensors_that_are_parts_of_one_storage_are_written_once(state: State, tmp_path: Path) -> None:
     flat = torch.cat([t.flatten().float() for t in state.values()])
     parts = flat.split([t.numel() for t in state.values()])
     views = bundle({name: part.view(t.shape) for (name, t), part in zip(state.items(), parts, strict=True)})
