@@ -146,8 +146,8 @@ def to_fp32(tensor: Tensor) -> Tensor:
 def _describe(weights: Weights, files: ModelFiles) -> None:
     """Fill in what stands beside the tensors."""
     arch, config = weights.arch, files.config
-    if files.meta.get("norm_profile") in NORM_PROFILES:  # in the header of our safetensors
-        arch.norm_profile = files.meta["norm_profile"]
+    if (profile := str(files.meta.get("norm_profile"))) in NORM_PROFILES:  # in the header of our safetensors
+        arch.norm_profile = profile
     if config is None:
         section = files.meta.get("segformer")
         weights.metadata = _metadata_of_meta(files.meta, arch.num_classes)
