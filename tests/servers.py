@@ -31,6 +31,7 @@ class FileServer(ThreadingHTTPServer):
         self.folder = folder
         self.fail = fail
         self.ranges = ranges
+        self.cut: int | None = None  # bytes of a body after which the connection ends
         self.done: Counter[str] = Counter()  # faults by name, and "ok"
         self.requests: list[tuple[str, str, str]] = []  # method, file name, Range
         self._random, self._lock = Random(seed), threading.Lock()
@@ -94,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.end_headers()
         if body:
-            self.wfile.write(part[: len(part) // 2] if fault == "short" else part)
-        if fault == "short":
+            self.wfile.write(part[: len(part) // 2] if fault == "short" else part[: self.server.cut])
+        if fault == "short" or self.server.cut is not None:
             self.close_connection = True
         return None
 

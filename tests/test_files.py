@@ -1,5 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -65,6 +67,14 @@ def test_a_lock_keeps_another_process_out(tmp_path):
         assert subprocess.check_output([sys.executable, "-c", ask, path], text=True) == "False\n"
     finally:
         os.close(descriptor)
+
+
+def test_where_a_file_system_has_no_locks_the_user_keeps_others_away(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert lock(0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Small data sets of random pictures, as folders and as shards."""
 
 import hashlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 from segformer.data.shards.format import ShardSet, content_digest
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
+from segformer.training.config import compose
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ((40, 56), (56, 40), (48, 48), (40, 56))  # height, width; one size comes twice
 
 
@@ -118,3 +122,22 @@ def reseal(folder: Path, content: dict[str, Any] | None = None, *, tars: bool = 
 @pytest.fixture(scope="session", name="reseal")
 def _reseal() -> Callable[..., None]:
     return reseal
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """(name, overrides ...) -> the lines that a command of data_prep prints, run in this process."""
+
+    def run(name: str, *overrides: str) -> list[str]:
+        spec = importlib.util.spec_from_file_location(f"command_{name}", ROOT / f"data_prep/{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        cfg = compose(getattr(module, f"{name.title()}Config"), name, list(overrides))
+        capsys.readouterr()
+        getattr(module, name)(cfg)
+        return capsys.readouterr().out.splitlines()
+
+    return run

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from segformer.data.shards.index import is_sane, parse_index
+from segformer.data.shards.index import NOT_AN_INDEX, is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
 from segformer.data.sources.dataset import TASKS
-from segformer.errors import DataError
+from segformer.errors import DataError, reraise_as
 from segformer.files import sha256_of
 
 FORMAT = "segformer-shards"
@@ -36,6 +36,8 @@ VERSION = 2
 DESCRIPTION_LIMIT = 2**28  # bytes of dataset.json; 1 million shards need less
 
 _REQUESTS = 16  # sizes of remote shards asked for at a time
+_FILE = "dataset.json"
+AGAIN = "copy it again or shard the data again"
 _TAR_NAME = re.compile(r"[A-Za-z0-9_-]+-[0-9]{6}\.tar")
 _INDEX_NAME = re.compile(r"[A-Za-z0-9_-]+\.idx")
 
@@ -56,8 +58,6 @@ class Split:
         self.digest = digest
         self.task: str = content["task"]
         self.files: list[str] = [shard["file"] for shard in entry["shards"]]
-        self.sha256: list[str] = [shard["sha256"] for shard in entry["shards"]]
-        self.shard_bytes: list[int] = [shard["bytes"] for shard in entry["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in entry["shards"]]
         self.num_samples: int = sum(self.shard_sizes)
         self.first_ids = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
@@ -65,13 +65,7 @@ class Split:
         self.index_file: str = entry["index"]["file"]
         self._with_label: dict[int, np.ndarray] = {}
         self.records, self._labels, self._keys = parts = self._map(entry["index"], verify)
-        if verify and not is_sane(
-            parts,
-            shard_sizes=self.shard_sizes,
-            shard_bytes=self.shard_bytes,
-            class_pixels=self.class_pixels,
-            task=self.task,
-        ):
+        if verify and not is_sane(parts, entry, self.task):
             raise self._damaged("contradicts itself or dataset.json")
 
     @property
@@ -122,20 +116,19 @@ class Split:
         """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
         name = index["file"]
         path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
-        try:
+        what = f"index {self.storage.where(name)!r} cannot be read"
+        with reraise_as(DataError, what, AGAIN, on=(OSError, *NOT_AN_INDEX)):
             if verify and sha256_of(path) != index["sha256"]:
                 raise self._damaged("is damaged (sha256 differs from dataset.json)")
             raw = np.asarray(np.memmap(path, np.uint8, "r"))
             records, labels, keys = parse_index(raw)
-        except (OSError, ValueError) as error:  # ValueError also for an empty file, which cannot be mapped
-            raise self._damaged(f"cannot be read: {error}") from error
         if len(raw) != index["bytes"] or len(records) != self.num_samples:
             raise self._damaged("is not the one of dataset.json")
         return records, labels, keys
 
     def _damaged(self, what: str) -> DataError:
         where = self.storage.where(self.index_file)
-        return DataError(f"index {where!r} {what}; copy it again or shard the data again")
+        return DataError(f"index {where!r} {what}; {AGAIN}")
 
 
 def _reopen(storage: Storage, name: str, digest: str) -> Split:
@@ -175,18 +168,16 @@ class ShardSet:
         every tar; without it only dataset.json, and the length of an index when its split is used.
         """
         storage = Storage.at(path, config)
-        try:
-            content = _description(storage)
-            shards = cls(storage, content, verify=verify)
-            if verify:
-                tars = [shard for entry in content["splits"].values() for shard in entry["shards"]]
-                with ThreadPoolExecutor(1 if storage.is_local else _REQUESTS) as pool:
-                    for _ in pool.map(lambda tar: check_size(storage, tar["file"], tar["bytes"]), tars):
-                        pass
-                for name in content["splits"]:
-                    shards.split(name)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _unreadable(storage, "is not complete") from error
+        with reraise_as(
+            DataError, f"{storage.where(_FILE)!r} is not complete", AGAIN, on=(AttributeError, *NOT_AN_INDEX)
+        ):
+            shards = cls(storage, _description(storage), verify=verify)
+        if verify:
+            tars = [shard for entry in shards.content["splits"].values() for shard in entry["shards"]]
+            with ThreadPoolExecutor(1 if storage.is_local else _REQUESTS) as pool:
+                list(pool.map(lambda tar: _check_size(storage, tar["file"], tar["bytes"]), tars))
+            for name in shards.content["splits"]:
+                shards.split(name)
         return shards
 
     @property
@@ -212,38 +203,37 @@ def content_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def check_size(storage: Storage, name: str, size: int) -> None:
-    """DataError unless a shard is there with its size."""
-    if storage.is_local and not Path(storage.root, name).is_file():
-        raise DataError(
-            f"shard {storage.where(name)!r} is missing; copy the whole folder again or shard the data again"
-        )
+def _check_size(storage: Storage, name: str, size: int) -> None:
     found = storage.size(name)
     if found != size:
-        raise DataError(
-            f"shard {storage.where(name)!r} has {found} bytes instead of {size}; "
-            "copy it again or shard the data again"
-        )
+        raise DataError(f"shard {storage.where(name)!r} has {found} bytes instead of {size}; {AGAIN}")
 
 
 def _description(storage: Storage) -> dict[str, Any]:
     """dataset.json, its digest checked."""
-    if storage.is_local and not Path(storage.root, "dataset.json").is_file():
+    if storage.is_local and not Path(storage.root, _FILE).is_file():
         raise DataError(
             f"no shards in {storage.root!r}; "
             f"write them: python data_prep/shard.py data=<name> output={storage.root}"
         )
-    content: dict[str, Any] = json.loads(storage.read("dataset.json", limit=DESCRIPTION_LIMIT))
+    content: dict[str, Any] = json.loads(storage.read(_FILE, limit=DESCRIPTION_LIMIT))
     if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
         raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
     if content["digest"] != content_digest(content):
         raise _unreadable(storage, "is damaged (its digest differs)")
     for split in content["splits"].values():
-        names = [shard["file"] for shard in split["shards"]]
-        if not (_INDEX_NAME.fullmatch(split["index"]["file"]) and all(map(_TAR_NAME.fullmatch, names))):
+        index, shards = split["index"], split["shards"]
+        if not (
+            {"class_pixels"} <= split.keys()
+            and all({"file", "bytes", "sha256"} <= entry.keys() for entry in (index, *shards))
+            and all({"samples"} <= shard.keys() for shard in shards)
+        ):
+            raise _unreadable(storage, "is not complete")
+        names = [shard["file"] for shard in shards]
+        if not (_INDEX_NAME.fullmatch(index["file"]) and all(map(_TAR_NAME.fullmatch, names))):
             raise _unreadable(storage, "names a shard or index that is no plain file name")
     return content
 
 
 def _unreadable(storage: Storage, what: str) -> DataError:
-    return DataError(f"{storage.where('dataset.json')!r} {what}; copy it again or shard the data again")
+    return DataError(f"{storage.where(_FILE)!r} {what}; {AGAIN}")

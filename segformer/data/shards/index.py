@@ -10,7 +10,7 @@ Numbers are little endian and packed. The file is mapped into memory, never pars
 checks are on whole arrays."""
 
 import json
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +33,7 @@ INDEX = np.dtype(
 )
 LABELS = np.dtype([("label", "<u2"), ("pixels", "<u4")])
 HEADER_STEP = 64  # bytes; the header is a multiple of it
+NOT_AN_INDEX = (ValueError, KeyError, TypeError)  # what parsing other bytes raises
 BLOCK = 2**16  # samples whose histograms are checked at a time
 
 
@@ -43,16 +44,13 @@ def index_header(samples: int, labels: int, key_bytes: int) -> bytes:
 
 
 def parse_index(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of an index, uint8 -> views (INDEX, LABELS, bytes of the keys); ValueError when torn."""
+    """The bytes of an index, uint8 -> views (INDEX, LABELS, bytes of the keys); NOT_AN_INDEX when torn."""
     line = raw[: 4 * HEADER_STEP].tobytes().partition(b"\n")[0]
-    try:
-        header = json.loads(line)
-        samples, labels, key_bytes = (int(header[key]) for key in ("samples", "labels", "key_bytes"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError("has no readable header") from error
+    header = json.loads(line)
+    samples, labels, key_bytes = (int(header[key]) for key in ("samples", "labels", "key_bytes"))
     ends = np.cumsum([len(line) + 1, samples * INDEX.itemsize, labels * LABELS.itemsize, key_bytes])
     if samples < 1 or labels < 0 or len(raw) != ends[-1]:
-        raise ValueError("is torn")
+        raise ValueError("it is torn")
     return raw[ends[0] : ends[1]].view(INDEX), raw[ends[1] : ends[2]].view(LABELS), raw[ends[2] :]
 
 
@@ -92,19 +90,13 @@ def _labels_are_sane(
     return bool((totals == class_pixels).all())
 
 
-def is_sane(
-    parts: tuple[np.ndarray, np.ndarray, np.ndarray],
-    *,
-    shard_sizes: Sequence[int],
-    shard_bytes: Sequence[int],
-    class_pixels: np.ndarray,
-    task: str,
-) -> bool:
+def is_sane(parts: tuple[np.ndarray, np.ndarray, np.ndarray], entry: dict[str, Any], task: str) -> bool:
     """Check what a reader relies on for every sample, and the totals against dataset.json.
 
-    parts: (records, labels, keys). shard_sizes, shard_bytes: samples and length of each tar. class_pixels:
-    int64 (K,).
+    parts: (records, labels, keys). entry: that of the split in dataset.json.
     """
+    shard_sizes, shard_bytes = ([shard[key] for shard in entry["shards"]] for key in ("samples", "bytes"))
+    class_pixels = np.array(entry["class_pixels"], np.int64)
     records, labels, keys = parts
     pixels = records["height"].astype(np.int64) * records["width"]
     target_end = records["target_offset"] + records["target_size"]

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ import cv2
 import numpy as np
 
 from segformer.data.shards.index import INDEX, LABELS, pack_index
-from segformer.data.shards.pool import advance
 from segformer.data.shards.verify import members
+from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
-from segformer.errors import DataError, at_least, within
+from segformer.errors import DataError, at_least, reraise_as, within
 from segformer.files import sha256_of, staged, write_atomic
 
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
@@ -36,10 +37,6 @@ REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps 
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 7, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):
     _PNG += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-
-
-# Images of an EXIF orientation other than 1: how many, the first file (below root), its orientation.
-Turned = tuple[int, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +62,15 @@ class ShardTask:
     split: str
     name: str
     samples: list[Sample]
-    tars: Path
-    """Folder of the tar."""
-    parts: Path
-    """Folder of its part of the index, and of its note."""
+    work: WorkFolder
 
 
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
-    """(note of the shard, whether it was complete already). The note: file, samples, bytes, sha256 and
-    source_sha256 for dataset.json; part_sha256, stat, raw_ids and turned (`Turned`)."""
+    """(note of the shard, True where it was complete already). The note: file, samples, bytes, sha256 and
+    source_sha256 for dataset.json; part_sha256, stat, raw_ids, and turned: the images of an EXIF orientation
+    other than 1, as [file below root, orientation]."""
     note = _complete(task)
-    if note is None:
-        return _write(task), False
-    advance(len(task.samples))
-    return note, True
-
-
-def merge_turned(found: Iterable[Turned | None]) -> Turned | None:
-    """The sum of several, None without any."""
-    known = [turned for turned in found if turned is not None]
-    if not known:
-        return None
-    return sum(count for count, _, _ in known), *min((file, orientation) for _, file, orientation in known)
+    return (_write(task), False) if note is None else (note, True)
 
 
 def member_key(key: str) -> str:
@@ -100,9 +84,9 @@ def stat_hash(samples: Iterable[Sample]) -> str:
 
     def facts(path: Path) -> bytes:
         found = path.stat()
-        return f"\0{found.st_size}\0{found.st_mtime_ns}".encode()
+        return f"\0{found.st_size}\0{found.st_mtime_ns}\0".encode()
 
-    return _hash(samples, facts, end=b"\n")
+    return _hash(samples, facts)
 
 
 def source_hash(samples: Iterable[Sample]) -> str:
@@ -112,45 +96,39 @@ def source_hash(samples: Iterable[Sample]) -> str:
         data = path.read_bytes()
         return len(data).to_bytes(8, "little") + data
 
-    return _hash(samples, facts, end=b"")
+    return _hash(samples, facts)
 
 
-def _hash(samples: Iterable[Sample], facts: Callable[[Path], bytes], end: bytes) -> str:
-    """sha256 over name and class of each sample, the facts of its files, and the end."""
+def _hash(samples: Iterable[Sample], facts: Callable[[Path], bytes]) -> str:
+    """sha256 over name and class of each sample, and the facts of its files."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.key}\0{sample.label}".encode())
-        for path in (sample.image, sample.mask):
-            if path is not None:
-                try:
-                    digest.update(facts(path))
-                except OSError as error:
-                    reason = f"cannot be read: {error.strerror}; check its permissions"
-                    raise DataError(f"{str(path)!r} {reason}") from error
-        digest.update(end)
+        for path in filter(None, (sample.image, sample.mask)):
+            with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
+                digest.update(facts(path))
     return digest.hexdigest()
 
 
 def _complete(task: ShardTask) -> dict[str, Any] | None:
     """The note of a shard that an earlier run has finished, None where it must be written (again)."""
     stat = stat_hash(task.samples)
-    try:
-        note: dict[str, Any] = json.loads((task.parts / f"{task.name}.json").read_bytes())
-        whole = (
-            sha256_of(task.tars / f"{task.name}.tar") == note["sha256"]
-            and sha256_of(task.parts / f"{task.name}.part") == note["part_sha256"]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        note: dict[str, Any] = json.loads(task.work.note(task.name).read_bytes())
+        if (
+            sha256_of(task.work.tar(task.name)) == note["sha256"]
+            and sha256_of(task.work.part(task.name)) == note["part_sha256"]
             and (note["stat"] == stat or note["source_sha256"] == source_hash(task.samples))
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
-        return None
-    return note | {"stat": stat} if whole else None
+        ):
+            return note | {"stat": stat}
+    return None
 
 
 def _write(task: ShardTask) -> dict[str, Any]:
     """Write the tar, its part of the index and, last, the note."""
     # Before a sample is read: a later change must show.
     before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
-    with staged(task.tars / f"{task.name}.tar") as tar:
+    with staged(task.work.tar(task.name)) as tar:
         records, labels, raw_ids, turned = _write_tar(task, tar)
         part = pack_index(records, labels, _index_members(tar, records))
         note = before | {
@@ -162,19 +140,21 @@ def _write(task: ShardTask) -> dict[str, Any]:
             "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
             "turned": turned,
         }
-    write_atomic(task.parts / f"{task.name}.part", part)
-    write_atomic(task.parts / f"{task.name}.json", json.dumps(note))
+    write_atomic(task.work.part(task.name), part)
+    write_atomic(task.work.note(task.name), json.dumps(note))
     return note
 
 
-def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Counter[int], Turned | None]:
-    """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and what
-    EXIF would turn."""
+def _write_tar(
+    task: ShardTask, path: Path
+) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]]]:
+    """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and the note's
+    turned."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
     raw_ids: Counter[int] = Counter()
-    turned: list[Turned] = []
+    turned: list[tuple[str, int]] = []
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("xb") as stream,
@@ -185,7 +165,7 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
             raw_ids.update(loaded.raw_ids)
             if loaded.orientation != 1:
                 file = f"{task.cfg.folder('image', task.split)}/{sample.key}{task.cfg.image_suffix}"
-                turned.append((1, file, loaded.orientation))
+                turned.append((file, loaded.orientation))
             (suffix, image), mask = _encoded(loaded, task.encoding)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)
@@ -195,9 +175,8 @@ def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, Cou
             record["height"], record["width"] = image_header(image)[1:]
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
-            advance()
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids, merge_turned(turned)
+    return records, np.concatenate(labels), raw_ids, turned
 
 
 def _encoded(loaded: LoadedSample, encoding: Encoding) -> tuple[tuple[str, bytes], np.ndarray | None]:

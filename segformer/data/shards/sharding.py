@@ -2,7 +2,7 @@
 
     list    the samples of every split; training splits are shuffled once (seeded), splits named val... or
             test... keep the order of their keys
-    scan    only with data.min_share: which training images are left out (trimming.py)
+    trim    only with data.min_share: training images are left out (trimming.py)
     write   shard by shard, in processes, into a folder beside `out` (workfolder.py, packing.py)
     join    parts -> one index a split, class statistics, dataset.json, then `out` appears by one rename
 
@@ -17,13 +17,13 @@ part of the set.
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
 the same `out`, and every defect of the source that listing.py names."""
 
-import errno
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,25 +36,22 @@ from segformer.data.shards.index import pack_index, parse_index
 from segformer.data.shards.packing import (
     Encoding,
     ShardTask,
-    Turned,
     make_shard,
     member_key,
-    merge_turned,
     source_hash,
     stat_hash,
 )
-from segformer.data.shards.pool import advance, run
-from segformer.data.shards.trimming import Listing, is_training, keep, scan
+from segformer.data.shards.pool import run
+from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, list_samples
-from segformer.errors import ConfigError, DataError, at_least, within
+from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
 from segformer.files import write_atomic
 
 NOTE = ".sources.json"
 
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
-_NO_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)  # `out` cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +93,9 @@ class _Job:
 
     def identity(self, listing: Listing) -> str:
         """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
-        settings = asdict(replace(self.cfg, root="", shards=""))
-        names = hashlib.sha256()
-        for split, samples in listing.items():
-            names.update(
-                "\n".join([split, *(f"{sample.key}\0{sample.label}" for sample in samples)]).encode()
-            )
-        whole = [self.description(), settings, names.hexdigest(), cv2.__version__]
+        job = replace(self, cfg=replace(self.cfg, root="", shards=""))
+        names = {split: [(s.key, s.label) for s in samples] for split, samples in listing.items()}
+        whole = [FORMAT, VERSION, asdict(job), names, cv2.__version__]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -126,10 +119,6 @@ def write_shards(
     is left as it is; one that holds anything else is refused. DataError for whatever is wrong with the
     source.
     """
-    if part is not None and cfg.min_share:
-        raise ConfigError(
-            "part needs data.min_share=0: which images are left out is found over the whole set"
-        )
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
     job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
@@ -140,42 +129,39 @@ def write_shards(
     for samples in listing.values():
         _check_keys(samples)
     work = WorkFolder(target, job.identity(listing))
-    try:
+    kept = trim(cfg, listing, workers)
+    tasks = _plan(job, kept, work)
+    remedy = "give another output=<folder>, or make room and run this again: it keeps what is finished"
+    with reraise_as(DataError, f"shards cannot be written to {str(out)!r}", remedy):
         if _occupied(target):
-            _check_finished(job, listing, work, workers)
+            _check_finished(job, tasks, work, workers)
             print(f"{out} already holds exactly these shards; nothing to do")
             return
         with work.hold(shared=part is not None):
             if _occupied(target):
                 raise DataError(f"{str(out)!r} has just been written by another process; run this again")
             if part is None:
-                _write(job, listing, work, workers)
+                dropped = {split: len(listing[split]) - len(samples) for split, samples in kept.items()}
+                _write(job, tasks, dropped, work, workers)
             else:
-                _make(_plan(job, listing, work)[part[0] :: part[1]], workers)
-    except OSError as error:
-        remedy = "make room or see to the permissions; the same command goes on with what is finished"
-        if error.errno in _NO_PLACE:
-            remedy = "give another output=<folder>"
-        raise DataError(
-            f"shards cannot be written to {str(out)!r}: {error.strerror or error}; {remedy}"
-        ) from error
+                _make(tasks[part[0] :: part[1]], workers)
 
 
-def _write(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
-    scanned = scan(job.cfg, listing, _read_json(work.parts / "scan"), workers)
-    write_atomic(work.parts / "scan", json.dumps(scanned))
-    tasks = _plan(job, keep(listing, scanned), work)
+def _write(
+    job: _Job, tasks: list[ShardTask], dropped: dict[str, int], work: WorkFolder, workers: int
+) -> None:
+    """Make all shards, join them and publish the set. dropped: images left out, by split."""
     notes = _make(tasks, workers)
     content = job.description() | {"splits": {}}
     for split in job.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        dropped = sum(len(chunk["dropped"]) for chunk in scanned.get(split, []))
-        content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped}
+        content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped[split]}
     content["digest"] = content_digest(content)
     write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
-    turned = merge_turned(note.get("turned") for note in notes)
-    write_atomic(work.set / NOTE, json.dumps({"scan": scanned, "shards": stats, "turned": turned}))
+    turned = sorted(tuple(found) for note in notes for found in note["turned"])
+    known = {"shards": stats, "turned": [len(turned), *turned[0]] if turned else None}
+    write_atomic(work.set / NOTE, json.dumps(known))
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
 
@@ -185,8 +171,8 @@ def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     results = run(
         make_shard,
         tasks,
+        images=[len(task.samples) for task in tasks],
         workers=workers,
-        total=sum(len(task.samples) for task in tasks),
         desc="sharding",
         preload=["webdataset"],
     )
@@ -196,13 +182,11 @@ def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     return [note for note, _ in results]
 
 
-def find_turned(out: Path) -> Turned | None:
-    """The images of a finished set that EXIF would turn; None without any, or where it is not known."""
-    try:
-        count, file, orientation = _read_json(out / NOTE)["turned"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return count, file, orientation
+def find_turned(out: Path) -> tuple[int, str, int] | None:
+    """The images of a finished set that EXIF would turn: how many, the first file (below root), its
+    orientation. None without any, or where it is not known."""
+    found = _read_json(out / NOTE).get("turned")
+    return tuple(found) if found else None
 
 
 def _check_keys(samples: list[Sample]) -> None:
@@ -232,13 +216,13 @@ def _plan(job: _Job, listing: Listing, work: WorkFolder) -> list[ShardTask]:
             samples = [samples[index] for index in np.argsort(draws, kind="stable")]
         for shard, start in enumerate(range(0, len(samples), job.samples_per_shard)):
             own, name = samples[start : start + job.samples_per_shard], f"{split}-{shard:06d}"
-            tasks.append(ShardTask(job.cfg, job.encoding, split, name, own, work.set, work.parts))
+            tasks.append(ShardTask(job.cfg, job.encoding, split, name, own, work))
     return tasks
 
 
 def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
     """Write the index of a split from its parts; returns the split's entry of dataset.json."""
-    parts = [parse_index(np.fromfile(_part(work, note), np.uint8)) for note in notes]
+    parts = [parse_index(np.fromfile(work.part(note["file"][: -len(".tar")]), np.uint8)) for note in notes]
     records = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     keys = b"\n".join(part[2].tobytes() for part in parts)
@@ -272,53 +256,38 @@ def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Wor
     }
 
 
-def _part(work: WorkFolder, note: dict[str, Any]) -> Path:
-    return work.parts / f"{note['file'].removesuffix('.tar')}.part"
-
-
 def _occupied(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
-def _check_finished(job: _Job, listing: Listing, work: WorkFolder, workers: int) -> None:
+def _check_finished(job: _Job, tasks: list[ShardTask], work: WorkFolder, workers: int) -> None:
     """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
-    out, refusal = work.out, "give another output=<folder> or remove it"
-    if not (out / "dataset.json").is_file():
-        raise DataError(f"{str(out)!r} exists and holds something else; {refusal}")
-    try:
-        content = ShardSet.open(out).content
-    except DataError as error:
-        raise DataError(f"{str(out)!r} exists and cannot be used ({error}); {refusal}") from error
+    what = f"{str(work.out)!r} exists and holds something else"
+    refusal = "give another output=<folder> or remove it"
+    with reraise_as(DataError, what, refusal, on=DataError):
+        content = ShardSet.open(work.out).content
     other = [key for key, value in job.description().items() if content.get(key) != value]
     if not other:
-        note = _read_json(out / NOTE)
-        tasks = _plan(job, keep(listing, scan(job.cfg, listing, note.get("scan", {}), workers)), work)
-        sources = {
-            s["file"]: s["source_sha256"] for split in content["splits"].values() for s in split["shards"]
-        }
-        stats = note.get("shards", {})
+        shards = [shard for split in content["splits"].values() for shard in split["shards"]]
+        sources = {shard["file"]: shard["source_sha256"] for shard in shards}
+        stats = _read_json(work.out / NOTE).get("shards", {})
         checks = [(task.samples, stats.get(task.name), sources.get(f"{task.name}.tar")) for task in tasks]
-        total = sum(len(task.samples) for task in tasks)
-        same = run(_is_same, checks, workers=workers, total=total, desc="comparing")
+        images = [len(task.samples) for task in tasks]
+        same = run(_is_same, checks, images=images, workers=workers, desc="comparing")
         other = [] if len(tasks) == len(sources) and all(same) else ["the source"]
     if other:
-        raise DataError(
-            f"{str(out)!r} exists and holds something else (differing: {', '.join(other)}); {refusal}"
-        )
+        raise DataError(f"{what} (differing: {', '.join(other)}); {refusal}")
     work.clear()
 
 
 def _is_same(check: tuple[Sequence[Sample], str | None, str | None]) -> bool:
     samples, stat, source = check
-    same = stat_hash(samples) == stat or source_hash(samples) == source
-    advance(len(samples))
-    return same
+    return stat_hash(samples) == stat or source_hash(samples) == source
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """An object, empty where there is none: what these files hold can be found out again."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(OSError, ValueError):
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return content
+    return {}

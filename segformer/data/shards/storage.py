@@ -18,13 +18,13 @@ import random
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from segformer.errors import ConfigError, DataError, at_least
+from segformer.errors import ConfigError, DataError, at_least, reraise_as
 from segformer.files import sha256_of, write_atomic
 
 REMOTE = ("http", "https", "s3", "gs")
@@ -107,8 +107,12 @@ class Storage:
         size = self.size(name)
         if size > limit:
             raise DataError(f"{self.where(name)!r} has {size} bytes; at most {limit} are expected")
-        ranges = [(start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
-        return b"".join(self.read_range(name, start, length) for start, length in ranges)
+        return b"".join(self.pieces(name))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A whole file, piece by piece."""
+        size = self.size(name)
+        return (self.read_range(name, start, min(PIECE, size - start)) for start in range(0, size, PIECE))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`; DataError when there are fewer or they cannot be fetched."""
@@ -231,7 +235,8 @@ def _checked(root: str) -> str:
 def _file_system(scheme: str, timeout: float) -> Any:
     import fsspec  # with aiohttp, s3fs or gcsfs: only remote shards need them
 
-    try:
+    what = f"{scheme}:// needs the package {_NEEDED[scheme]}"
+    with reraise_as(ConfigError, what, "pip install 'segformer[remote]'", on=ImportError):
         if scheme in ("http", "https"):
             import aiohttp
 
@@ -241,7 +246,3 @@ def _file_system(scheme: str, timeout: float) -> Any:
             config = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
             return fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False)
         return fsspec.filesystem("gs", requests_timeout=timeout, use_listings_cache=False)
-    except ImportError as error:
-        raise ConfigError(
-            f"reading {scheme}:// needs the package {_NEEDED[scheme]}: pip install 'segformer[remote]'"
-        ) from error

@@ -13,19 +13,21 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segformer.data.shards.format import ShardSet, Split, check_size
-from segformer.data.shards.pool import advance, run
-from segformer.data.shards.storage import PIECE, Storage
+from segformer.data.shards.format import AGAIN, ShardSet, Split
+from segformer.data.shards.pool import run
+from segformer.data.shards.storage import Storage
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.data.sources.decode import decode_image, decode_label, decode_mask
-from segformer.errors import DataError
+from segformer.errors import DataError, reason_of, reraise_as
 
 _Stream = BufferedReader | BufferedRandom
 
@@ -47,77 +49,56 @@ def find_defects(path: str | Path | Storage, *, workers: int = 1) -> list[str]:
     as it can be.
     """
     storage = Storage.at(path)
+    defects: list[str] = []
+    tasks: list[_Task] = []
+    with _noting(defects):
+        content = ShardSet.open(storage, verify=False).content
+        shards = ShardSet(storage, content, verify=True)
+        for name, entry in content["splits"].items():
+            split = None
+            with _noting(defects):
+                split = shards.split(name)
+            tasks += [_Task(storage, shard, split, number) for number, shard in enumerate(entry["shards"])]
+    images = [task.shard["samples"] for task in tasks]
+    return sum(run(_check_tar, tasks, images=images, workers=workers, desc="verifying"), defects)
+
+
+@contextmanager
+def _noting(defects: list[str], where: str = "") -> Iterator[None]:
+    """End the block at its first error and add that; `where`: the shard, which the error does not name."""
     try:
-        shards = ShardSet.open(storage, verify=False)
-    except DataError as error:
-        return [str(error)]
-    defects, tasks = [], []
-    for name, entry in shards.content["splits"].items():
-        split = None
-        try:
-            split = Split(storage, name, shards.content, shards.digest)
-        except DataError as error:
-            defects.append(str(error))
-        except (KeyError, TypeError, ValueError) as error:
-            defects.append(
-                f"{storage.where('dataset.json')!r} is not complete ({error!r}); shard the data again"
-            )
-            continue
-        tasks += [_Task(storage, shard, split, number) for number, shard in enumerate(entry["shards"])]
-    total = sum(task.shard["samples"] for task in tasks)
-    for found in run(_check_tar, tasks, workers=workers, total=total, desc="verifying"):
-        defects += found
-    return defects
+        yield
+    except (DataError, OSError) as error:
+        defects.append(f"shard {where}: {reason_of(error)}; {AGAIN}" if where else str(error))
 
 
 def members(stream: _Stream) -> Iterator[tarfile.TarInfo]:
     """The members of a tar, in order; only headers are read. DataError for what is no regular file."""
     stream.seek(0)
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                if not member.isreg():
-                    raise DataError(f"holds the special member {member.name!r}")
-                yield member
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"is no readable tar ({error})") from error
+    with (
+        reraise_as(DataError, "it is no readable tar", on=(tarfile.TarError, ValueError)),
+        tarfile.open(fileobj=stream, mode="r:") as archive,
+    ):
+        for member in archive:
+            if not member.isreg():
+                raise DataError(f"it holds the special member {member.name!r}")
+            yield member
 
 
 def _check_tar(task: _Task) -> list[str]:
     """The defects of one tar and its samples."""
-    name, defects = task.shard["file"], []
-    where = task.storage.where(name)
-    try:
-        check_size(task.storage, name, task.shard["bytes"])
-    except DataError as error:
-        defects.append(str(error))
-    try:
-        with _open(task.storage, name) as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != task.shard["sha256"]:
-                text = "is damaged (sha256 differs from dataset.json); copy it again"
-                defects.append(f"shard {where!r} {text}")
-            if task.split is not None:
-                return defects + _content_defects(task.split, task.number, stream)
-    except (DataError, OSError) as error:  # missing, which check_size has said, or unreachable
-        text = f"shard {where!r} cannot be read: {error}; check the disk or copy it again"
-        defects = defects or [text]
-    advance(task.shard["samples"])
-    return defects
-
-
-def _content_defects(split: Split, number: int, stream: _Stream) -> list[str]:
-    defects = []
-    try:
-        _check_members(split, number, stream)
-    except DataError as error:
-        where = split.storage.where(split.files[number])
-        defects.append(f"shard {where!r} {error}; copy it again or shard the data again")
-    for sample_id in range(*split.first_ids[number : number + 2].tolist()):
-        try:
-            _check_sample(split, sample_id, stream)
-        except DataError as error:
-            defects.append(f"shard {split.describe(sample_id)}: {error}; copy it again or shard again")
-        advance()
+    storage, split, name = task.storage, task.split, task.shard["file"]
+    where = repr(storage.where(name))
+    defects: list[str] = []
+    with _noting(defects, where), _open(storage, name) as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != task.shard["sha256"]:
+            defects.append(f"shard {where} is damaged (sha256 differs from dataset.json); copy it again")
+        if split is not None:
+            with _noting(defects, where):
+                _check_members(split, task.number, stream)
+            for sample_id in range(*split.first_ids[task.number : task.number + 2].tolist()):
+                with _noting(defects, split.describe(sample_id)):
+                    _check_sample(split, sample_id, stream)
     return defects
 
 
@@ -125,35 +106,29 @@ def _open(storage: Storage, name: str) -> _Stream:
     if storage.is_local:
         return Path(storage.root, name).open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
-    size = storage.size(name)
-    for start in range(0, size, PIECE):
-        stream.write(storage.read_range(name, start, min(PIECE, size - start)))
+    stream.writelines(storage.pieces(name))
     stream.seek(0)
     return stream
 
 
 def _check_members(split: Split, number: int, stream: _Stream) -> None:
     """DataError unless the tar holds exactly the members of the index, in its order."""
-    found = members(stream)
     suffix = "png" if split.task == "segmentation" else "cls"
+    expected: list[tuple[tuple[str, ...], int, int]] = []
     for sample_id in range(*split.first_ids[number : number + 2].tolist()):
         record, key = split.records[sample_id], split.key(sample_id)
-        for member, names in (
-            ("image", (f"{key}.jpg", f"{key}.image.png")),
-            ("target", (f"{key}.{suffix}",)),
-        ):
-            entry = next(found, None)
-            if entry is None:
-                raise DataError(f"ends before the {member} of {key!r}")
-            place = (int(record[f"{member}_offset"]), int(record[f"{member}_size"]))
-            if entry.name not in names or (entry.offset_data, entry.size) != place:
-                raise DataError(
-                    f"holds {entry.name!r} at {entry.offset_data}, where the index has the {member} "
-                    f"of {key!r} at {place[0]}"
-                )
-    more = next(found, None)
-    if more is not None:
-        raise DataError(f"holds {more.name!r}, which the index does not know")
+        image = (f"{key}.jpg", f"{key}.image.png")
+        expected.append((image, int(record["image_offset"]), int(record["image_size"])))
+        expected.append(((f"{key}.{suffix}",), int(record["target_offset"]), int(record["target_size"])))
+    for wanted, entry in zip_longest(expected, members(stream)):
+        if entry is None:
+            raise DataError(f"it ends before {wanted[0][0]!r}")
+        if wanted is None:
+            raise DataError(f"it holds {entry.name!r}, which the index does not know")
+        names, offset, size = wanted
+        if entry.name not in names or (entry.offset_data, entry.size) != (offset, size):
+            where = f"{entry.name!r} at {entry.offset_data}"
+            raise DataError(f"it holds {where}, where the index has {names[0]!r} at {offset}")
 
 
 def _check_sample(split: Split, sample_id: int, stream: _Stream) -> None:

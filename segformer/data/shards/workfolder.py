@@ -30,6 +30,18 @@ class WorkFolder:
         self.own = self.path / identity[:16]
         self.set, self.parts = self.own / "set", self.own / "parts"
 
+    def tar(self, name: str) -> Path:
+        """The tar of a shard."""
+        return self.set / f"{name}.tar"
+
+    def part(self, name: str) -> Path:
+        """The part of the index that is about a shard."""
+        return self.parts / f"{name}.part"
+
+    def note(self, name: str) -> Path:
+        """The note that a shard is complete."""
+        return self.parts / f"{name}.json"
+
     @contextlib.contextmanager
     def hold(self, *, shared: bool = False) -> Iterator[None]:
         """Keep others out, or with `shared` those that write the whole set; DataError when one is at work.

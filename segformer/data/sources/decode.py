@@ -7,6 +7,7 @@ Masks belong to the stored pixels, so decoding does not apply the EXIF orientati
 274: how the stored pixels are to be turned or mirrored for viewing). `image_orientation` reads it from the
 header, `upright` applies it."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -16,20 +17,16 @@ import cv2
 import numpy as np
 
 from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS
-from segformer.errors import DataError
+from segformer.errors import DataError, reraise_as
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-
-class TooManyPixelsError(ValueError):
-    """An image above MAX_PIXELS."""
 
 
 def image_header(data: bytes) -> tuple[str, int, int]:
     """("jpeg" or "png", height, width) from the first bytes of a file, without decoding.
 
-    ValueError for other formats and broken headers, TooManyPixelsError above MAX_PIXELS. PNG: IHDR; JPEG: the
-    frame header SOF0 to SOF2 (ITU-T T.81, B.2.2) after every segment before it. Training reads two headers a
+    ValueError for other formats, broken headers and more than MAX_PIXELS. PNG: IHDR; JPEG: the frame
+    header SOF0 to SOF2 (ITU-T T.81, B.2.2) after every segment before it. Training reads two headers a
     sample: Pillow takes 15 to 30 us for one, this 1.
     """
     kind, size = "png", (0, 0)
@@ -49,7 +46,7 @@ def image_header(data: bytes) -> tuple[str, int, int]:
         raise ValueError("not a JPEG or PNG file" if data else "empty file (0 bytes)")
     height, width = size
     if not 0 < height * width <= MAX_PIXELS:
-        raise TooManyPixelsError(f"{width} x {height} pixels; the limit is {MAX_PIXELS}")
+        raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
     return kind, height, width
 
 
@@ -99,16 +96,9 @@ def check_sums(data: bytes) -> None:
         at, kind = end, data[at + 4 : at + 8]
 
 
-def unusable(path: Path, error: Exception) -> DataError:
-    """The error of a file that `image_header`, `check_sums` or a decoder has refused."""
-    if isinstance(error, TooManyPixelsError):
-        return DataError(f"{str(path)!r} has {error}; make it smaller or cut it into parts")
-    return DataError(f"{str(path)!r} is not a whole JPEG or PNG: {error}; replace or remove it")
-
-
 def read_file(path: Path, first: int = -1) -> bytes:
     """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
-    try:
+    with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(
@@ -116,46 +106,44 @@ def read_file(path: Path, first: int = -1) -> bytes:
             )
         with path.open("rb") as stream:
             return stream.read(first)
-    except OSError as error:
-        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}; check its permissions") from error
 
 
 def whole_image(path: Path, data: bytes) -> np.ndarray:
     """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
     if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
         decode_pixels(path, data)
-    try:
-        image_header(data)
+    with _unless_whole(path):
         check_sums(data)
         return decode_image(data)
-    except (ValueError, DataError) as error:
-        raise unusable(path, error) from error
 
 
 def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
     """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
     from PIL import Image  # heavy, and only preparing data needs it
 
-    try:
+    with _unless_whole(path):
         image_header(data)
         check_sums(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             return np.asarray(picture if mode is None else picture.convert(mode))
-    except (ValueError, OSError, SyntaxError) as error:
-        raise unusable(path, error) from error
+
+
+def _unless_whole(path: Path) -> contextlib.AbstractContextManager[None]:
+    """DataError naming the file that the block cannot decode."""
+    refused = (ValueError, OSError, SyntaxError, DataError)
+    what = f"{str(path)!r} is not a whole JPEG or PNG"
+    return reraise_as(DataError, what, "replace, shrink or remove it", on=refused)
 
 
 def image_orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG or PNG, 1 to 8, without decoding; 1 (upright) where it says nothing."""
     from PIL import Image  # heavy, and training needs none
 
-    exif = Image.Exif()
-    try:
+    exif, value = Image.Exif(), 1
+    with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error, Warning):  # a damaged header
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             exif.load(picture.info.get("exif", b""))
         value = exif.get(0x0112, 1)
-    except (OSError, ValueError, SyntaxError, struct.error, Warning):  # a damaged header or EXIF block
-        return 1
     return value if value in range(1, 9) else 1
 
 

@@ -9,7 +9,6 @@ One request per file: where it fails, the same command goes on from the bytes th
 size or checksum than expected (what arrived is then removed), damaged archives.
 """
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -27,7 +26,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from segformer import files
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, reraise_as
 
 TIMEOUT = 60.0  # seconds without a byte
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
@@ -75,10 +74,11 @@ def obtain(item: Download, out: Path, *, keep: bool = False) -> str | None:
     """
     folder, target = out / "downloads", out / item.into
     archive, done = folder / item.name, folder / f"{item.name}.done"
-    try:
+    remedy = "run this again to go on, or see the page of the set"
+    with reraise_as(DataError, f"{item.url} -> {str(out)!r}", remedy, on=_FAILURES):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
-            if not files.lock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if not files.lock(lock.fileno()):
                 raise DataError(f"another process downloads to {str(out)!r}; wait for it")
             if _is_done(item, done, target):
                 return None
@@ -91,11 +91,6 @@ def obtain(item: Download, out: Path, *, keep: bool = False) -> str | None:
             files.write_atomic(done, json.dumps({**asdict(item), "sha256": sha256, "names": names}))
             if not keep:
                 archive.unlink()
-    except _FAILURES as error:
-        raise DataError(
-            f"{item.url} -> {str(out)!r}: {error or type(error).__name__}; run this again to go on, or see "
-            "the page of the set"
-        ) from error
     return sha256
 
 

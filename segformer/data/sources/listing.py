@@ -12,7 +12,8 @@ Both give defects (the kinds stand at `Defect`) beside what can be used: the doc
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,14 +28,13 @@ from segformer.data.sources.decode import (
     read_file,
     whole_image,
 )
-from segformer.errors import DataError
+from segformer.errors import DataError, reraise_as
 from segformer.files import listed
 
 SHOWN = 3  # names in the message of a defect
 
 
-@dataclass(frozen=True, slots=True)
-class Defect:
+class Defect(DataError):  # noqa: N818  the doctor counts it, sharding raises it
     """A reason why sharding refuses a set: its kind, one line, and the number of files that it is about.
 
     listing      folders, pairs and names that do not fit
@@ -44,9 +44,21 @@ class Defect:
     painted      painted masks with a color that data.mask_colours does not list
     """
 
-    kind: str
-    text: str
-    count: int = 1
+    def __init__(self, kind: str, text: str, count: int = 1) -> None:
+        super().__init__(kind, text, count)  # all of them, so that it pickles
+        self.kind, self.text, self.count = kind, text, count
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@contextmanager
+def _noting(defects: list[Defect], kind: str) -> Iterator[None]:
+    """End the block at its first defect and add that; `kind` is that of a DataError which has none."""
+    try:
+        yield
+    except DataError as error:
+        defects.append(error if isinstance(error, Defect) else Defect(kind, str(error)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,75 +104,58 @@ def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
     """Every sample of a split, sorted by key; DataError for the first defect of its folders."""
     samples, defects = find_samples(cfg, root, split)
     if defects:
-        raise DataError(defects[0].text)
+        raise defects[0]
     return samples
 
 
 def find_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sample], list[Defect]]:
     """The samples of a split that can be used, sorted by key, and what does not fit."""
-    paired = cfg.task == "segmentation"
-    kinds = ("image", "mask") if paired else ("image",)
-    missing = [text for kind in kinds if (text := _missing(cfg, root, kind, split))]
-    if missing:
-        return [], [Defect("listing", text) for text in dict.fromkeys(missing)]
-    image_dir, mask_dir = (str(root / cfg.folder(kind, split)) for kind in ("image", "mask"))
-    try:
-        images, others = find_files(image_dir, cfg.image_suffix)
-        masks = find_files(mask_dir, cfg.mask_suffix)[0] if paired else images
-        labels = {} if paired else {name: label for label, name in enumerate(class_folders(cfg, root))}
-        keys = _listed_keys(cfg, root, split) if split in cfg.split_lists else None
-    except DataError as error:
-        return [], [Defect("listing", str(error))]
-    if keys is None:
-        keys = images & masks
-        defects = [*_unpaired(cfg, (image_dir, images, others), (mask_dir, masks))]
-    else:
-        what = f"keys in {cfg.split_lists[split]!r} have no file"
-        remedy = "a line of the list is one key, without folder and suffix"
-        defects = [*_about(keys - images, f"{what} {image_dir}/<key>{cfg.image_suffix}", remedy)]
-        if paired:
-            defects += _about(keys - masks, f"{what} {mask_dir}/<key>{cfg.mask_suffix}", remedy)
-        keys &= images & masks
-    if not paired:
-        defects += _class_defects(cfg, image_dir, keys, labels)
-        keys = {key for key in keys if "/" in key and key.partition("/")[0] in labels}
-    samples = []
-    for key in sorted(keys):
-        mask = f"{mask_dir}/{key}{cfg.mask_suffix}" if paired else None
-        label = None if paired else labels[key.partition("/")[0]]
-        samples.append(Sample(key, f"{image_dir}/{key}{cfg.image_suffix}", mask, label))
+    samples: list[Sample] = []
+    defects: list[Defect] = []
+    labels: dict[str, int] = {}
+    with _noting(defects, "listing"):
+        image_dir = _folder(cfg, root, "image", split)
+        images, others = _find_files(image_dir, cfg.image_suffix)
+        sides = [(image_dir, cfg.image_suffix, images)]
+        if cfg.task == "segmentation":
+            mask_dir = _folder(cfg, root, "mask", split)
+            sides.append((mask_dir, cfg.mask_suffix, _find_files(mask_dir, cfg.mask_suffix)[0]))
+        if split in cfg.split_lists:
+            keys, of = _listed_keys(cfg, root, split), f" of {cfg.split_lists[split]!r}"
+            remedy = "a line of the list is one key, without folder and suffix"
+        else:
+            keys, of = set().union(*(there for _, _, there in sides)), ""
+            remedy = "add what is missing or remove the others"
+            ends = tuple(end for folder, end, _ in sides if folder == image_dir)
+            defects += _about(
+                {name for name in others if not name.endswith(ends)},
+                f"pictures in {image_dir!r} do not end in {cfg.image_suffix!r}",
+                "set data.image_suffix, or convert or remove them",
+            )
+            if not keys:
+                text = f"no file in {image_dir!r} ends in {cfg.image_suffix!r}: the split is empty"
+                remedy = "set data.image_suffix or leave the split out of data.splits"
+                defects.append(Defect("listing", f"{text}; {remedy}"))
+        for folder, end, there in sides:
+            defects += _about(keys - there, f"keys{of} have no file {folder}/<key>{end}", remedy)
+        keys = keys.intersection(*(there for _, _, there in sides))
+        if cfg.task == "classification":
+            labels = {name: label for label, name in enumerate(class_folders(cfg, root))}
+            outside = {key for key in keys if "/" not in key or key.partition("/")[0] not in labels}
+            defects += _class_defects(cfg, image_dir, outside)
+            keys -= outside
+        for key in sorted(keys):
+            image, *masks = (f"{folder}/{key}{end}" for folder, end, _ in sides)
+            label = labels.get(key.partition("/")[0])
+            samples.append(Sample(key, image, masks[0] if masks else None, label))
     return samples, defects
-
-
-def _unpaired(
-    cfg: DatasetConfig, image_side: tuple[str, set[str], list[str]], mask_side: tuple[str, set[str]]
-) -> Iterator[Defect]:
-    """Defects of (folder, keys, other pictures) of the images, and (folder, keys) of the masks."""
-    (folder, images, others), (mask_folder, masks) = image_side, mask_side
-    if folder == mask_folder:
-        others = [name for name in others if not name.endswith(cfg.mask_suffix)]
-    what = f"pictures in {folder!r} do not end in {cfg.image_suffix!r}"
-    yield from _about(others, what, "set data.image_suffix, or convert or remove them")
-    if not images | masks:
-        text = f"no file in {folder!r} ends in {cfg.image_suffix!r}: the split is empty"
-        remedy = "set data.image_suffix or leave the split out of data.splits"
-        yield Defect("listing", f"{text}; {remedy}")
-    remedy = "add what is missing or remove them"
-    yield from _about(images - masks, f"images in {folder!r} have no mask <key>{cfg.mask_suffix}", remedy)
-    yield from _about(
-        masks - images, f"masks in {mask_folder!r} have no image <key>{cfg.image_suffix}", remedy
-    )
 
 
 def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
     """Classification: the class folders in the order of their ids (`data.class_dirs`, or those found)."""
     if cfg.class_dirs:
         return list(cfg.class_dirs)
-    found: set[str] = set()
-    for split in cfg.splits:
-        if missing := _missing(cfg, root, "image", split):
-            raise DataError(missing)
-        found |= _folders_in(root / cfg.folder("image", split))
+    found = set().union(*(_folders_in(_folder(cfg, root, "image", split)) for split in cfg.splits))
     if cfg.classes and len(cfg.classes) != len(found):
         raise DataError(
             f"{str(root)!r} has {len(found)} class folders ({listed(sorted(found), SHOWN)}) for the "
@@ -169,23 +164,18 @@ def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
     return sorted(found)
 
 
-def _class_defects(
-    cfg: DatasetConfig, folder: str, keys: set[str], labels: Collection[str]
-) -> Iterator[Defect]:
-    """Class folders that are missing, and images in none."""
+def _class_defects(cfg: DatasetConfig, folder: str, outside: set[str]) -> Iterator[Defect]:
+    """Class folders that are missing, and images outside of them."""
     yield from _about(
         set(cfg.class_dirs) - _folders_in(folder),
-        f"of {len(labels)} class folders are missing in {folder!r}",
+        f"class folders are missing in {folder!r}",
         "add them (empty, if the split has no such image) or correct data.class_dirs",
     )
-    yield from _about(
-        {key for key in keys if "/" not in key or key.partition("/")[0] not in labels},
-        f"images in {folder!r} are in no class folder",
-        "move or remove them, or add their folder to data.class_dirs",
-    )
+    what, remedy = f"images in {folder!r} are in no class folder", "move or remove them"
+    yield from _about(outside, what, f"{remedy}, or add their folder to data.class_dirs")
 
 
-def _folders_in(folder: Path | str) -> set[str]:
+def _folders_in(folder: str) -> set[str]:
     return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
 
 
@@ -195,17 +185,19 @@ def _about(names: Iterable[str], what: str, remedy: str) -> Iterator[Defect]:
         yield Defect("listing", f"{len(found)} {what} ({listed(found, SHOWN)}); {remedy}", len(found))
 
 
-def _missing(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
-    """The message of a folder that is not there; empty where it is."""
-    if not os.path.isdir(root):  # False too where its parents may not be entered
-        return f"data root {str(root)!r} is not a folder; give root=<folder of the data set>"
+def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
+    """The image or mask folder of a split; DataError where it is not there."""
     folder = root / cfg.folder(kind, split)
-    if os.path.isdir(folder):
-        return ""
-    return f"{kind} folder {str(folder)!r} is missing; set data.{kind}_dir, data.split_dirs or data.splits"
+    for what, path, remedy in (
+        ("data root", root, "give root=<folder of the data set>"),
+        (f"{kind} folder", folder, f"set data.{kind}_dir, data.split_dirs or data.splits"),
+    ):
+        if not os.path.isdir(path):  # False too where its parents may not be entered
+            raise DataError(f"{what} {str(path)!r} is not a folder; {remedy}")
+    return str(folder)
 
 
-def find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
+def _find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
     """Keys of the files that end in suffix, and the names of all other pictures, below the folder."""
     found: set[str] = set()
     others: list[str] = []
@@ -220,42 +212,34 @@ def find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
 
 def _walk(folder: str) -> Iterator[str]:
     """Every file below, as sub/folder/name; links are followed, circles refused."""
-    stack: list[tuple[str, str, tuple[str, ...]]] = [("", os.path.realpath(folder), ())]
-    while stack:
-        prefix, real, left = stack.pop()  # left: the real folders of the links on the way here
-        path = f"{folder}/{prefix[:-1]}" if prefix else folder
-        if any(os.path.commonpath([real, place]) == real for place in left):
-            raise DataError(f"{path!r} links to a folder that it lies in; remove the link")
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    name = prefix + entry.name
-                    if not entry.is_dir():
-                        yield name
-                    elif entry.is_symlink():
-                        stack.append((f"{name}/", os.path.realpath(entry.path), (*left, real)))
-                    else:
-                        stack.append((f"{name}/", f"{real}/{entry.name}", left))
-        except OSError as error:
-            reason = f"cannot be listed: {error.strerror}; check its permissions"
-            raise DataError(f"{error.filename!r} {reason}") from error
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename!r} cannot be listed: {error.strerror}; check its permissions"
+        ) from error
+
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = path[len(folder) + 1 :]
+        yield from (f"{inside}/{name}" if inside else name for name in names)
+        for name in folders:
+            if os.path.islink(link := f"{path}/{name}"):
+                real, way = os.path.realpath(link), inside.split("/")
+                above = [os.path.realpath("/".join([folder, *way[:depth]])) for depth in range(len(way) + 1)]
+                if any(os.path.commonpath([real, place]) == real for place in above):
+                    raise DataError(f"{link!r} links to a folder that it lies in; remove the link")
 
 
 def _listed_keys(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     """The keys in the list of a split."""
     path = root / cfg.split_lists[split]
-    try:
+    what = f"the list {str(path)!r} of the split {split}"
+    with reraise_as(DataError, f"{what} cannot be read", "set data.split_lists", on=(OSError, ValueError)):
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(
-            f"the list {str(path)!r} of the split {split} cannot be read: {reason}; set data.split_lists"
-        ) from error
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
-        raise DataError(f"the list {str(path)!r} of the split {split} is empty; write one key a line")
+        raise DataError(f"{what} is empty; write one key a line")
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
-        raise DataError(f"the list {str(path)!r} names {listed(twice)} twice; a sample comes once")
+        raise DataError(f"{what} names {listed(twice)} twice; a sample comes once")
     return set(keys)
 
 
@@ -263,7 +247,7 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     """One sample, whole and checked; DataError names the file and what was found."""
     loaded, defects = inspect_sample(cfg, sample)
     if defects:
-        raise DataError(defects[0].text)
+        raise defects[0]
     if loaded.ids is not None:
         table = label_table(cfg)
         if unknown := [str(value) for value in loaded.raw_ids if table[value] < 0]:
@@ -278,52 +262,47 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
 
 def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect]]:
     """The usable contents of a sample, before the label map, and the defects of its files."""
-    loaded, defects = LoadedSample(), []
-    try:
+    loaded = LoadedSample()
+    defects: list[Defect] = []
+    with _noting(defects, "unreadable"):
         loaded.image = read_file(sample.image)
         loaded.height, loaded.width = whole_image(sample.image, loaded.image).shape[:2]
         loaded.orientation = image_orientation(loaded.image)
-    except DataError as error:
-        defects.append(Defect("unreadable", str(error)))
     if sample.mask is None:
         return loaded, defects
-    ids = mask_ids(cfg, sample.mask)
-    if isinstance(ids, Defect):
-        return loaded, [*defects, ids]
-    loaded.ids = ids
-    if loaded.height and ids.shape != (loaded.height, loaded.width):
-        text = (
-            f"mask {str(sample.mask)!r} is {ids.shape[1]} x {ids.shape[0]} pixels, its image "
-            f"{loaded.width} x {loaded.height}; they must agree{orientation_text(loaded.orientation)}"
-        )
-        defects.append(Defect("size", text))
-    counts = np.bincount(ids.reshape(-1))
-    loaded.raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    with _noting(defects, "unreadable"):
+        loaded.ids = mask_ids(cfg, sample.mask)
+        counts = np.bincount(loaded.ids.reshape(-1))
+        loaded.raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+        height, width = loaded.ids.shape
+        if loaded.height and (height, width) != (loaded.height, loaded.width):
+            raise Defect(
+                "size",
+                f"mask {str(sample.mask)!r} is {width} x {height} pixels, its image {loaded.width} x "
+                f"{loaded.height}; they must agree{orientation_text(loaded.orientation)}",
+            )
     return loaded, defects
 
 
-def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray | Defect:
-    """Raw ids of a mask before the label map, uint16 (H, W), or what keeps them from being read.
+def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
+    """Raw ids of a mask before the label map, uint16 (H, W); DataError says what keeps them from being read.
 
     Grey of 1 to 16 bits, or the indices (not the colors) of an indexed PNG; with data.mask_colours colors.
     """
-    try:
-        data = read_file(path)
-        if data and data[:8] != PNG_MAGIC:
-            raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
-        if cfg.mask_colours and data[24:25] == b"\x10":
-            raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
-        pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
-    except DataError as error:
-        return Defect("unreadable", str(error))
+    data = read_file(path)
+    if data and data[:8] != PNG_MAGIC:
+        raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
+    if cfg.mask_colours and data[24:25] == b"\x10":
+        raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
+    pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
     if cfg.mask_colours:
         return _painted_ids(cfg, path, pixels)
     if pixels.ndim != 2:
-        text = (
+        raise Defect(
+            "colour",
             f"mask {str(path)!r} is not a PNG with one channel ({pixels.shape[2]} channels); store ids as "
-            "grey or indexed PNG, or list its colors in data.mask_colours"
+            "grey or indexed PNG, or list its colors in data.mask_colours",
         )
-        return Defect("colour", text)
     bits, color_type = data[24], data[25]
     if color_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
         pixels = pixels // (255 // (2**bits - 1))
@@ -331,7 +310,7 @@ def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray | Defect:
     return ids
 
 
-def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray | Defect:
+def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray:
     """Color (H, W, 3) -> its position in data.mask_colours."""
     weights = np.array([1 << 16, 1 << 8, 1], np.uint32)
     packed = pixels.astype(np.uint32) @ weights  # (H, W)
@@ -341,10 +320,10 @@ def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarr
     wrong = known[nearest] != packed
     if wrong.any():
         row, column = (int(value) for value in np.argwhere(wrong)[0])
-        text = (
+        raise Defect(
+            "painted",
             f"mask {str(path)!r} has the color {pixels[row, column].tolist()} at row {row}, column {column}, "
-            "which data.mask_colours does not list; add it (data.label_map can ignore it)"
+            "which data.mask_colours does not list; add it (data.label_map can ignore it)",
         )
-        return Defect("painted", text)
     ids: np.ndarray = nearest.astype(np.uint16)
     return ids

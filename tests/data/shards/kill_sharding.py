@@ -1,8 +1,9 @@
-"""python kill_sharding.py <folder> <scratch>: end write_shards with SIGKILL at every step on the file system.
+"""python kill_sharding.py <folder> <larger folder> <scratch>: end write_shards with SIGKILL.
 
-Step k = 1, 2, ...: a forked process is killed by itself just before its k-th open, rename, removal or new
-folder below the work folder. What it left is looked at, another process continues, and the result is compared
-with an undisturbed run. Ends with the number of steps, or with an assertion.
+At every step on the file system: k = 1, 2, ...; a forked process is killed by itself just before its k-th
+open, rename, removal or new folder below the work folder. And twice with worker processes, once some shards
+of the larger folder are finished. What was left is looked at, another process continues, and the result is
+compared with an undisturbed run. Ends with the number of steps, or with an assertion.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import PIL.Image  # noqa: F401  both once, before the forks
@@ -19,13 +21,14 @@ from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
 
 EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+CONFIG = DatasetConfig(classes=["sky", "road", "tree"], splits=["train"])
 
 
-def shard(root: Path, out: Path, *, deadly_step: int = 0) -> int:
-    """write_shards in a process of its own; its exit status. deadly_step: 0 = let it live."""
+def start(root: Path, out: Path, *, workers: int = 1, deadly_step: int = 0) -> int:
+    """write_shards in a process of its own; its id. deadly_step: 0 = let it live."""
     process = os.fork()
     if process:
-        return os.waitpid(process, 0)[1]
+        return process
     step = 0
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -37,10 +40,14 @@ def shard(root: Path, out: Path, *, deadly_step: int = 0) -> int:
 
     if deadly_step:
         sys.addaudithook(count)
-    cfg = DatasetConfig(classes=["sky", "road", "tree"], drop_classes=["tree"], min_share=0.01)
     with open(os.devnull, "w") as sys.stdout:
-        write_shards(cfg, root, out, seed=1, samples_per_shard=2, workers=1)
+        write_shards(CONFIG, root, out, seed=1, samples_per_shard=2, workers=workers)
     os._exit(0)
+
+
+def end_of(process: int) -> int:
+    """Its exit status."""
+    return os.waitpid(process, 0)[1]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -51,30 +58,55 @@ def inodes(folder: Path, pattern: str = "*.tar") -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in folder.glob(pattern)}
 
 
-def main(root: Path, scratch: Path) -> None:
-    os.fsync = lambda _: None  # half of the time; the page cache outlives a killed process
-    assert shard(root, scratch / "undisturbed") == 0
-    expected = hashes(scratch / "undisturbed")
-    out, work = scratch / "killed/out", scratch / "killed/.out.tmp"
+def finished(out: Path) -> dict[str, int]:
+    """The tars of the work folder that have their note."""
+    work = out.with_name(f".{out.name}.tmp")
+    complete = {f"{path.stem}.tar" for path in work.glob("*/parts/*.json")}
+    found = {name: inode for name, inode in inodes(work, "*/set/*.tar").items() if name in complete}
+    assert set(found) == complete or out.exists()
+    return found
+
+
+def kill_at_every_step(root: Path, scratch: Path) -> int:
+    assert end_of(start(root, scratch / "undisturbed")) == 0
+    expected, out = hashes(scratch / "undisturbed"), scratch / "killed/out"
     step = 0
     while True:
         step += 1
-        ended = shard(root, out, deadly_step=step)
+        ended = end_of(start(root, out, deadly_step=step))
         if ended == 0:
             break
         assert os.WTERMSIG(ended) == signal.SIGKILL
         assert not out.exists() or hashes(out) == expected, step
-        complete = {f"{path.stem}.tar" for path in work.glob("*/parts/*.json")}
-        before = {name: inode for name, inode in inodes(work, "*/set/*.tar").items() if name in complete}
-        assert set(before) == complete or out.exists(), step
-        assert shard(root, out) == 0, step
+        before = finished(out)
+        assert end_of(start(root, out)) == 0, step
         assert hashes(out) == expected, step
         assert before.items() <= inodes(out).items(), step
         assert [path.name for path in out.parent.iterdir()] == ["out"], step
         shutil.rmtree(out.parent)
     assert hashes(out) == expected
-    print(step - 1)
+    return step - 1
+
+
+def kill_with_workers(root: Path, scratch: Path) -> None:
+    assert end_of(start(root, scratch / "undisturbed")) == 0
+    out, kept = scratch / "out", dict[str, int]()
+    for number in (1, 15):
+        process = start(root, out, workers=2)
+        while len(finished(out)) < number:
+            time.sleep(0.002)
+        os.kill(process, signal.SIGKILL)
+        end_of(process)
+        assert not out.exists()
+        assert kept.items() <= finished(out).items()
+        kept = finished(out)
+    assert end_of(start(root, out, workers=2)) == 0
+    assert kept.items() <= inodes(out).items()
+    assert hashes(out) == hashes(scratch / "undisturbed")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    os.fsync = lambda _: None  # half of the time; the page cache outlives a killed process
+    small, large, place = map(Path, sys.argv[1:])
+    print(kill_at_every_step(small, place / "steps"))
+    kill_with_workers(large, place / "workers")

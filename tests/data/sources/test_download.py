@@ -1,77 +1,45 @@
 """Downloads from a real server on loopback that breaks off and changes its files as it is told."""
 
 import hashlib
-import importlib.util
 import io
 import os
+import re
 import shutil
-import subprocess
-import sys
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from servers import FileServer, serving
 
 from segformer import files
 from segformer.data.sources.download import Download, obtain, unpack
 from segformer.errors import ConfigError, DataError
-from segformer.training.config import compose
 
 ROOT = Path(__file__).resolve().parents[3]
 DATA = bytes(range(256)) * 4000  # 1 MB
 FILES = {"set/images/a.jpg": b"a" * 3000, "set/list.txt": b"", "top.txt": b"t"}
 
 
-@dataclass
-class Site:
-    """What the server gives, and the Range header of every request."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    cut: int | None = None
-    """Bytes of the body after which the connection ends."""
-    ranges: bool = True
-    asked: list[str] = field(default_factory=list)
-    port: int = 0
-
-    def url(self, name: str = "set.bin") -> str:
-        return f"http://127.0.0.1:{self.port}/{name}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    site: Site
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        site, asked = self.site, self.headers.get("Range", "")
-        site.asked.append(asked)
-        data = site.files.get(self.path.lstrip("/"))
-        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked and site.ranges else 0
-        code = 404 if data is None else 416 if first >= len(data) else 206 if first else 200
-        body = data[first:] if data is not None and code < 400 else b""
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: site.cut])
-
-
 @pytest.fixture
-def site() -> Iterator[Site]:
-    given = Site({"set.bin": DATA, "set.zip": zipped(FILES)})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("SiteHandler", (Handler,), {"site": given}))
-    given.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield given
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileServer]:
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "set.bin").write_bytes(DATA)
+    (folder / "set.zip").write_bytes(ZIP)
+    with serving(folder) as server:
+        yield server
+
+
+def at(site: FileServer, name: str = "set.bin", **settings: Any) -> Download:
+    """A file of the server."""
+    return Download(url=f"{site.url}/{name}", **settings)
+
+
+def ranges_of(site: FileServer) -> list[str]:
+    """The Range header of every request."""
+    return [asked for _, _, asked in site.requests]
 
 
 def zipped(content: dict[str, bytes]) -> bytes:
@@ -80,6 +48,9 @@ def zipped(content: dict[str, bytes]) -> bytes:
         for name, data in content.items():
             archive.writestr(name, data)
     return buffer.getvalue()
+
+
+ZIP = zipped(FILES)
 
 
 def tarred(content: dict[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -97,64 +68,64 @@ def checksum(data: bytes, kind: str = "sha256") -> str:
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha1", "sha256"])
-def test_a_plain_file_arrives_whole(kind: str, site: Site, tmp_path: Path) -> None:
-    item = Download(url=site.url(), size=len(DATA), checksum=checksum(DATA, kind), into="there")
+def test_a_plain_file_arrives_whole(kind: str, site: FileServer, tmp_path: Path) -> None:
+    item = at(site, size=len(DATA), checksum=checksum(DATA, kind), into="there")
     assert obtain(item, tmp_path) == hashlib.sha256(DATA).hexdigest()
     assert (tmp_path / "there/set.bin").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_transfer_goes_on_where_it_was(ranges: bool, site: Site, tmp_path: Path) -> None:
-    item, site.ranges, site.cut = Download(url=site.url()), ranges, 1000
+def test_a_broken_transfer_goes_on_where_it_was(ranges: bool, site: FileServer, tmp_path: Path) -> None:
+    item, site.ranges, site.cut = at(site), ranges, 1000
     with pytest.raises(DataError, match="ended 1023000 bytes early; run this again"):
         obtain(item, tmp_path)
     site.cut = None
     assert obtain(item, tmp_path) is not None
     assert (tmp_path / "set.bin").read_bytes() == DATA
-    assert site.asked == ["", "bytes=1000-"]
+    assert ranges_of(site) == ["", "bytes=1000-"]
 
 
-def test_a_part_that_is_whole_is_taken(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("end", "asked"), [(".part", [f"bytes={len(DATA)}-"]), ("", [])])
+def test_a_file_that_lies_there_whole_is_taken(
+    end: str, asked: list[str], site: FileServer, tmp_path: Path
+) -> None:
     (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads/set.bin.part").write_bytes(DATA)
-    assert obtain(Download(url=site.url(), checksum=checksum(DATA)), tmp_path) is not None
-    assert site.asked == [f"bytes={len(DATA)}-"]
+    (tmp_path / f"downloads/set.bin{end}").write_bytes(DATA)
+    assert obtain(at(site, checksum=checksum(DATA)), tmp_path) is not None
+    assert ranges_of(site) == asked
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"checksum": "sha256:" + "0" * 64}, "sha256 .* expected 0000"),
-        ({"checksum": "md5:" + "0" * 32}, "md5 .* expected 0000"),
         ({"size": 7}, "1024000 bytes, expected 7"),
     ],
 )
 def test_another_file_than_expected_is_refused_and_not_kept(
-    settings: dict[str, object], message: str, site: Site, tmp_path: Path
+    settings: dict[str, object], message: str, site: FileServer, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message):
-        obtain(Download(url=site.url(), **settings), tmp_path)
+        obtain(at(site, **settings), tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads", ".lock"]
 
 
-def test_no_file_and_no_server_are_one_line(site: Site, tmp_path: Path) -> None:
-    for url, message in ((site.url("none.zip"), "404"), ("http://127.0.0.1:1/x.zip", "Connection refused")):
+def test_no_file_and_no_server_are_one_line(site: FileServer, tmp_path: Path) -> None:
+    nobody = Download(url="http://127.0.0.1:1/x.zip")
+    for item, message in ((at(site, "none.zip"), "404"), (nobody, "Connection refused")):
         with pytest.raises(DataError, match=message) as caught:
-            obtain(Download(url=url), tmp_path)
+            obtain(item, tmp_path)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"url": "ftp://example.org/x.zip"},
         {"url": "file:///etc/x.zip"},
         {"url": "http://example.org/"},
-        {"url": "http://example.org/.x"},
         {"url": "http://example.org/a%2F..%2Fb"},
         {"url": "http://example.org/x.zip\n"},
         {"url": "http://example.org/x.zip", "checksum": "sha256:12"},
-        {"url": "http://example.org/x.zip", "checksum": "crc32:00000000"},
         {"url": "http://example.org/x.zip", "into": "../x"},
         {"url": "http://example.org/x.zip", "into": "/x"},
     ],
@@ -174,44 +145,40 @@ def test_a_wrong_entry_is_refused(settings: dict[str, str]) -> None:
     ],
 )
 def test_an_archive_is_unpacked_once_and_a_second_call_asks_nothing(
-    name: str, data: bytes, site: Site, tmp_path: Path
+    name: str, data: bytes, site: FileServer, tmp_path: Path
 ) -> None:
-    site.files[name] = data
-    item = Download(url=site.url(name), size=len(data), into="there")
+    (site.folder / name).write_bytes(data)
+    item = at(site, name, size=len(data), into="there")
     assert obtain(item, tmp_path) == hashlib.sha256(data).hexdigest()
     found = {path.relative_to(tmp_path / "there").as_posix(): path for path in tmp_path.glob("there/**/*")}
     assert {key: path.read_bytes() for key, path in found.items() if path.is_file()} == FILES
     assert sorted(path.name for path in (tmp_path / "downloads").iterdir()) == [".lock", f"{name}.done"]
     assert obtain(item, tmp_path) is None
-    assert len(site.asked) == 1
+    assert len(ranges_of(site)) == 1
 
 
-def test_a_new_checksum_another_folder_and_removed_files_fetch_again(site: Site, tmp_path: Path) -> None:
-    item = Download(url=site.url("set.zip"))
+def test_a_new_checksum_another_folder_and_removed_files_fetch_again(
+    site: FileServer, tmp_path: Path
+) -> None:
+    item = at(site, "set.zip")
     assert obtain(item, tmp_path, keep=True) is not None
-    assert (tmp_path / "downloads/set.zip").read_bytes() == site.files["set.zip"]
+    assert (tmp_path / "downloads/set.zip").read_bytes() == ZIP
     assert obtain(Download(url=item.url, into="b"), tmp_path) is not None
     shutil.rmtree(tmp_path / "b/set")
     assert obtain(Download(url=item.url, into="b"), tmp_path) is not None
-    site.files["set.zip"] = zipped({**FILES, "top.txt": b"new"})
-    assert obtain(Download(url=item.url, checksum=checksum(site.files["set.zip"])), tmp_path) is not None
+    new = zipped({**FILES, "top.txt": b"new"})
+    (site.folder / "set.zip").write_bytes(new)
+    assert obtain(Download(url=item.url, checksum=checksum(new)), tmp_path) is not None
     assert (tmp_path / "top.txt").read_bytes() == b"new"
-    assert len(site.asked) == 4
+    assert len(ranges_of(site)) == 4
 
 
-def test_an_archive_that_lies_there_is_taken_by_its_checksum(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "downloads").mkdir()
-    (tmp_path / "downloads/set.zip").write_bytes(site.files["set.zip"])
-    assert obtain(Download(url=site.url("set.zip"), checksum=checksum(site.files["set.zip"])), tmp_path)
-    assert site.asked == []
-
-
-def test_two_downloads_into_one_folder_do_not_run_at_once(site: Site, tmp_path: Path) -> None:
+def test_two_downloads_into_one_folder_do_not_run_at_once(site: FileServer, tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     with (tmp_path / "downloads/.lock").open("w") as lock:
         assert files.lock(lock.fileno())
         with pytest.raises(DataError, match="another process downloads"):
-            obtain(Download(url=site.url()), tmp_path)
+            obtain(at(site), tmp_path)
 
 
 BAD: dict[str, tuple[str, bytes]] = {
@@ -229,11 +196,12 @@ BAD: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_hostile_or_damaged_archive_is_one_line_and_leaves_nothing(
-    name: str, site: Site, tmp_path: Path
+    name: str, site: FileServer, tmp_path: Path
 ) -> None:
-    file, site.files[file] = BAD[name][0], BAD[name][1]
+    file, data = BAD[name]
+    (site.folder / file).write_bytes(data)
     with pytest.raises(DataError) as caught:
-        obtain(Download(url=site.url(file)), tmp_path / "deep/out")
+        obtain(at(site, file), tmp_path / "deep/out")
     assert "\n" not in str(caught.value)
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert found <= {"deep", "deep/out", *(f"deep/out/downloads{end}" for end in ("", "/.lock", f"/{file}"))}
@@ -245,45 +213,31 @@ def test_a_zip_with_names_that_lead_out_stays_inside(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "deep/out").iterdir()} == {"x", "y"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "data_prep/download.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_the_command_shows_the_license_first_and_ends_with_the_next_command(
-    site: Site, tmp_path: Path
+    site: FileServer, tmp_path: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site.files["set.zip"] = zipped({f"ADEChallengeData2016/{name}": data for name, data in FILES.items()})
-    given = f"download.files=[{{url:'{site.url('set.zip')}'}}]"
-    refused = run("data=ade20k", f"output={tmp_path}", given)
-    assert (refused.returncode, site.asked, list(tmp_path.iterdir())) == (2, [], [])
-    assert "accept_license=true" in refused.stderr
-    assert refused.stdout.splitlines()[1].startswith("license: non-commercial research and education")
-    done = run("data=ade20k", f"output={tmp_path}", given, "accept_license=true")
-    assert done.returncode == 0, done.stderr
-    sha256 = hashlib.sha256(site.files["set.zip"]).hexdigest()
-    assert f"set.zip: sha256 {sha256} (nothing to compare it with)" in done.stdout.splitlines()
+    data = zipped({f"ADEChallengeData2016/{name}": data for name, data in FILES.items()})
+    (site.folder / "set.zip").write_bytes(data)
+    given = ("data=ade20k", f"output={tmp_path}", f"download.files=[{{url:'{site.url}/set.zip'}}]")
+    with pytest.raises(ConfigError, match="accept_license=true"):
+        command("download", *given)
+    assert (site.requests, list(tmp_path.iterdir())) == ([], [])
+    assert "\nlicense: non-commercial research and education" in capsys.readouterr().out
+    printed = command("download", *given, "accept_license=true")
+    assert f"set.zip: sha256 {hashlib.sha256(data).hexdigest()} (nothing to compare it with)" in printed
     root = tmp_path / "ADEChallengeData2016"
-    assert done.stdout.splitlines()[-1] == f"next: python data_prep/shard.py data=ade20k root={root}"
+    assert printed[-1] == f"next: python data_prep/shard.py data=ade20k root={root}"
     assert (root / "set/images/a.jpg").read_bytes() == FILES["set/images/a.jpg"]
 
 
-def test_a_set_behind_a_registration_is_one_line_that_says_where_to_get_it(tmp_path: Path) -> None:
-    done = run("data=cityscapes", f"output={tmp_path}", "accept_license=true")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    for part in ("gtFine_trainvaltest.zip", "https://www.cityscapes-dataset.com/downloads/", "root="):
-        assert part in done.stderr
-
-
-def test_every_data_set_says_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("download_script", ROOT / "data_prep/download.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "download_script", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    for path in sorted((ROOT / "conf/data").glob("*.yaml")):
-        cfg = compose(module.DownloadConfig, "download", [f"data={path.stem}"])
-        assert cfg.data.name == path.stem
-        assert cfg.download.page
-        assert cfg.download.files or cfg.download.missing
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "conf/data").glob("*.yaml"))])
+def test_every_data_set_says_where_it_comes_from(
+    name: str, tmp_path: Path, command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one with files the license stands before; of one behind a registration, where to get it."""
+    with pytest.raises((ConfigError, DataError)) as caught:
+        command("download", f"data={name}", f"output={tmp_path}")
+    found = re.search(r"^source: (\S.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert found
+    if isinstance(caught.value, DataError):
+        assert re.search(rf"needed: \S.*{re.escape(found[1])}.*; then python .* root=", str(caught.value))

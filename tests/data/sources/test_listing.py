@@ -21,6 +21,7 @@ from segformer.errors import DataError
 
 IDS = np.array([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1]], np.uint8)
 COLOURS = [[0, 0, 0], [200, 10, 10], [10, 200, 255]]
+GREYS = [[0, 0, 0], [7, 7, 7], [9, 9, 9]]
 CLASSES = DatasetConfig(task="classification", image_dir="{split}", image_suffix=".JPEG")
 
 
@@ -96,44 +97,34 @@ def test_the_image_bytes_are_those_of_the_file(folder: Path, config: DatasetConf
     assert loaded.raw_ids == {value: int((mask == value).sum()) for value in np.unique(mask)}
 
 
-def painted(mode: str) -> bytes:
-    """IDS in COLOURS, as a PNG of the mode."""
-    picture = Image.fromarray(np.array(COLOURS, np.uint8)[IDS])
+def painted(mode: str, colours: list[list[int]]) -> bytes:
+    """IDS in these colors, as a PNG of the mode."""
+    picture = Image.fromarray(np.array(colours, np.uint8)[IDS])
     picture = picture.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else picture.convert(mode)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize(
+    ("mode", "colours"), [*((mode, COLOURS) for mode in ("RGB", "RGBA", "P")), ("L", GREYS)]
+)
 def test_a_mask_painted_in_colours_gives_their_positions(
-    mode: str, pair: Callable[[bytes], Sample], config: DatasetConfig
+    mode: str, colours: list[list[int]], pair: Callable[[bytes], Sample], config: DatasetConfig
 ) -> None:
-    loaded = load_sample(replace(config, mask_colours=COLOURS), pair(painted(mode)))
+    loaded = load_sample(replace(config, mask_colours=colours), pair(painted(mode, colours)))
     np.testing.assert_array_equal(loaded.mask, IDS)
     assert loaded.raw_ids == {0: 4, 1: 4, 2: 4}
-
-
-def test_a_grey_mask_counts_as_colours_where_colours_are_given(pair: Callable[[bytes], Sample]) -> None:
-    cfg = DatasetConfig(
-        classes=["a", "b"], mask_colours=[[0] * 3, [7] * 3, [9] * 3], label_map={0: 1, 1: 0, 2: 255}
-    )
-    mask = load_sample(cfg, pair(png(4, 3, 8, packed(np.array([0, 7, 9], np.uint8)[IDS], 8)))).mask
-    np.testing.assert_array_equal(mask, np.array([1, 0, 255])[IDS])
 
 
 def test_a_mask_that_cannot_be_understood_is_an_error_that_says_why(
     pair: Callable[[bytes], Sample], config: DatasetConfig
 ) -> None:
-    painted_config = replace(config, mask_colours=COLOURS)
+    two, three = replace(config, mask_colours=COLOURS[:2]), replace(config, mask_colours=COLOURS)
     jpeg = cv2.imencode(".jpg", np.zeros((3, 4), np.uint8))[1].tobytes()
     for cfg, data, message in (
-        (
-            replace(config, mask_colours=COLOURS[:2]),
-            painted("RGB"),
-            r"color \[10, 200, 255\] at row 0, column 2",
-        ),
-        (painted_config, png(4, 3, 16, packed(IDS, 16)), "16 bits a channel"),
+        (two, painted("RGB", COLOURS), r"color \[10, 200, 255\] at row 0, column 2"),
+        (three, png(4, 3, 16, packed(IDS, 16)), "16 bits a channel"),
         (config, jpeg, "not a PNG"),
     ):
         with pytest.raises(DataError, match=message):
@@ -184,10 +175,10 @@ def _remove_all(root: Path) -> None:
 # Defect -> (file below the set, what happens to it, the message).
 WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing root": ("", shutil.rmtree, "is not a folder"),
-    "missing image folder": ("images/train", shutil.rmtree, "image folder .* is missing"),
-    "missing mask folder": ("masks/train", shutil.rmtree, "mask folder .* is missing"),
-    "image without mask": ("masks/train/001.png", Path.unlink, r"no mask .* \(001\)"),
-    "mask without image": ("images/train/001.jpg", Path.unlink, r"no image .* \(001\)"),
+    "missing image folder": ("images/train", shutil.rmtree, "image folder .* is not a folder"),
+    "missing mask folder": ("masks/train", shutil.rmtree, "mask folder .* is not a folder"),
+    "image without mask": ("masks/train/001.png", Path.unlink, r"no file .*masks/train/<key>.png \(001\)"),
+    "mask without image": ("images/train/001.jpg", Path.unlink, r"no file .*images/train/<key>.jpg \(001\)"),
     "unread picture": ("images/train/x.JPG", Path.touch, r"do not end in '.jpg' \(x.JPG\)"),
     "empty split": ("", _remove_all, "the split is empty"),
     "id outside the classes": ("masks/train/000.png", _paint, "holds the ids 9, 254"),
@@ -196,11 +187,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "image of 0 bytes": ("images/train/000.jpg", lambda path: path.write_bytes(b""), "0 bytes"),
     "truncated image": ("images/train/000.jpg", _halve, "truncated"),
     "truncated mask": ("masks/train/000.png", _halve, "truncated|incomplete|unrecognized"),
-    "text as image": (
-        "images/train/000.jpg",
-        lambda path: path.write_text("<html>"),
-        "not a JPEG or PNG",
-    ),
+    "text as image": ("images/train/000.jpg", lambda path: path.write_text("<html>"), "not a JPEG or PNG"),
 }
 
 
@@ -216,24 +203,20 @@ def test_wrong_input_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cut", [1, 4, 11, 12, 13, 16, 20, 500])
-def test_an_image_that_training_cannot_decode_is_refused(
-    cut: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_png_that_training_cannot_decode_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Pillow reads a PNG that lacks up to 22 bytes, OpenCV does not, and says so on standard error."""
-    path = tmp_path / "a.png"
-    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: it is truncated"):
-        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+    whole = png(40, 30, 8, packed(np.random.default_rng(0).integers(0, 256, (30, 40)), 8))
+    cfg, path = replace(CLASSES, image_suffix=".png"), tmp_path / "a.png"
+    for cut in (1, 4, 11, 12, 13, 16, 20, 500):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: it is truncated"):
+            load_sample(cfg, Sample("a", str(path), label=0))
     assert capfd.readouterr().err == ""
-
-
-def test_an_image_with_fewer_rows_than_its_header_says_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(png(4, 3, 8, packed(IDS, 8)[:-5]))
+    path.write_bytes(png(4, 3, 8, packed(IDS, 8)[:-5]))  # fewer rows than its header says
     with pytest.raises(DataError, match=r"a.png' is not a whole JPEG or PNG: image cannot be decoded"):
-        load_sample(replace(CLASSES, image_suffix=".png"), Sample("a", str(path), label=0))
+        load_sample(cfg, Sample("a", str(path), label=0))
 
 
 def test_a_jpeg_that_opencv_fills_up_is_refused(tmp_path: Path) -> None:
@@ -291,7 +274,7 @@ def test_a_list_chooses_the_samples_of_its_split(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x\nq\n", r"1 keys in 'train.txt' have no file .*JPEGImages/<key>.jpg \(q\)"),
+        ("x\nq\n", r"1 keys of 'train.txt' have no file .*JPEGImages/<key>.jpg \(q\)"),
         ("x.jpg\n", r"without folder and suffix"),
         ("../x\n", "have no file"),
         ("x\ny\nx\n", r"names x twice"),
@@ -309,35 +292,25 @@ def test_a_wrong_list_is_an_error_that_names_the_line(
 def test_linked_sub_folders_are_read_and_circles_refused(
     make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
 ) -> None:
-    root = make_folder(tmp_path / "set", {"train": 2})
-    for kind in ("images", "masks"):
-        (root / kind / "train").rename(tmp_path / kind)
-        (root / kind / "train").mkdir()
-        (root / kind / "train/more").symlink_to(tmp_path / kind)
-    assert [sample.key for sample in list_samples(config, root, "train")] == ["more/000", "more/001"]
-    (root / "images/train/again").symlink_to(root / "images")
-    with pytest.raises(DataError, match="links to a folder that it lies in"):
-        list_samples(config, root, "train")
-    (root / "images/train/again").unlink()
-    for name, other in (("a", "b"), ("b", "a")):  # a circle of two links
-        (root / "images/train" / name).mkdir()
-        (root / "images/train" / name / "onward").symlink_to(f"../{other}")
-    with pytest.raises(DataError, match=r"(a|b)/onward/onward' links to a folder that it lies in"):
-        list_samples(config, root, "train")
-
-
-def test_a_link_into_a_folder_beside_it_is_no_circle(
-    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
-) -> None:
     root = make_folder(tmp_path / "set", {"train": 1})
+    images = root / "images/train"
     for kind, end in (("images", ".jpg"), ("masks", ".png")):
         for name in ("a/deep", "ab", "c"):
             (root / kind / "train" / name).mkdir(parents=True)
         (root / kind / f"train/000{end}").rename(root / kind / f"train/a/deep/000{end}")
-        (root / kind / "train/ab/link").symlink_to("../a")
+        (root / kind / "train/ab/link").symlink_to("../a")  # a folder beside it: no circle
         (root / kind / "train/c/link").symlink_to("../ab/link")
     keys = ["a/deep/000", "ab/link/deep/000", "c/link/deep/000"]
     assert [sample.key for sample in list_samples(config, root, "train")] == keys
+    (images / "again").symlink_to(root / "images")
+    with pytest.raises(DataError, match="again' links to a folder that it lies in"):
+        list_samples(config, root, "train")
+    (images / "again").unlink()
+    for name, other in (("x", "y"), ("y", "x")):  # a circle of two links
+        (images / name).mkdir()
+        (images / name / "onward").symlink_to(f"../{other}")
+    with pytest.raises(DataError, match=r"(x|y)/onward/onward' links to a folder that it lies in"):
+        list_samples(config, root, "train")
 
 
 CLOSED = """
@@ -406,16 +379,21 @@ def test_class_folders_or_class_dirs_give_the_labels_of_all_splits_alike(class_t
     assert [(sample.key, sample.label) for sample in given] == [("ant/9", 2), ("cat/8", 0)]
 
 
-CLASS_FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
-    "folder missing": (lambda root: None, {"class_dirs": ["ant", "bee", "cat", "dog"]}, r"missing .*\(dog\)"),
-    "folder unknown": (lambda root: None, {"class_dirs": ["ant", "cat"]}, r"in no class folder \(bee/1\)"),
-    "loose image": (
-        lambda root: (root / "train/x.JPEG").touch(),
-        {},
-        r"1 images in .* are in no class folder \(x\)",
-    ),
-    "names that do not fit": (lambda root: None, {"classes": ["a", "b"]}, "has 3 class folders"),
-    "no images": (lambda root: [p.unlink() for p in root.rglob("train/*/*")], {}, "the split is empty"),
+def _nothing(root: Path) -> None:
+    """Only the settings are wrong."""
+
+
+def _empty(root: Path) -> None:
+    for path in root.rglob("train/*/*"):
+        path.unlink()
+
+
+CLASS_FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, list[str]], str]] = {
+    "folder missing": (_nothing, {"class_dirs": ["ant", "bee", "cat", "dog"]}, r"are missing in .*\(dog\)"),
+    "folder unknown": (_nothing, {"class_dirs": ["ant", "cat"]}, r"in no class folder \(bee/1\)"),
+    "loose image": (lambda root: (root / "train/x.JPEG").touch(), {}, r"are in no class folder \(x\)"),
+    "names that do not fit": (_nothing, {"classes": ["a", "b"]}, "has 3 class folders"),
+    "no images": (_empty, {}, "the split is empty"),
 }
 
 
