@@ -13,6 +13,7 @@ ends with 75). Only rank zero prints what all ranks would.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -69,10 +70,7 @@ def at_least(config: object, prefix: str, **least: float) -> None:
     Raises:
         ConfigError: it names the first one.
     """
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise ConfigError(f"{prefix}{name}={value} must be {bound} or more")
+    within(config, prefix, **{name: (low, math.inf) for name, low in least.items()})
 
 
 def within(config: object, prefix: str, **bounds: tuple[float, float]) -> None:
@@ -80,7 +78,8 @@ def within(config: object, prefix: str, **bounds: tuple[float, float]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
-            raise ConfigError(f"{prefix}{name}={value} must be from {low} to {high}")
+            limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"{prefix}{name}={value} must be {limits}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -149,13 +149,10 @@ def _queued(job: str) -> bool:
     if shutil.which("squeue") is None:
         return False  # no Slurm here: the lock has decided
     what, do = f"squeue can't say whether job {job} has ended", "try again later"
-    end = time.monotonic() + RELEASE_S
+    command, end = ["squeue", "-h", "-j", job, "-o", "%T"], time.monotonic() + RELEASE_S
     while True:
         with reraise_as(ConfigError, what, do, on=subprocess.TimeoutExpired):
-            asked = subprocess.run(
-                ["squeue", "-h", "-j", job, "-o", "%T"],
-                capture_output=True, text=True, timeout=RELEASE_S, check=False,
-            )  # fmt: skip
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=RELEASE_S, check=False)
         if asked.returncode == 0 or "Invalid job id" in asked.stderr:
             return bool(asked.stdout.strip())
         if time.monotonic() > end:

@@ -72,8 +72,6 @@ def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = 
             )
         loaded = load_checkpoint(folder, step=loaded.state.best_step, warn=warn)
         assert loaded is not None  # a step that is asked for is there, or an error
-    if unknown := sorted(loaded.ema.keys() - loaded.model.keys()):
-        raise CheckpointError(f"{run}: the EMA of the weights has {unknown[0]}, which the model has not")
     weights = loaded.model | loaded.ema
     return Run(folder=run, weights=weights, state=loaded.state, config=_read_config(run / CONFIG))
 

@@ -31,7 +31,7 @@ MAX_TASKS = 1000  # MaxArraySize is 1001 where a site has not raised it
 def evaluate(cfg: SlurmConfig, arguments: Sequence[str]) -> None:
     """Submit launch/evaluate.py on all ranks of a job."""
     folder, command = _prepare(cfg, EVALUATE, arguments)
-    job = _submit(cfg, folder.script, command_script(cfg, folder, _here(), command, ranks=True))
+    job = _submit(cfg, folder.script, command_script(cfg, folder, command, ranks=True))
     if job:
         print(f"job {job}\nlogs  {folder.logs}/{job}_0_log.out and .err")
 
@@ -48,9 +48,9 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
         raise ConfigError("part is set by the array; leave it out, and say tasks=<number of jobs>")
     folder, command = _prepare(cfg, SHARD, [*arguments, f"workers={cfg.cpus_per_task}"])
     part = f'{command} part="$SLURM_ARRAY_TASK_ID/{tasks}"'
-    job = _submit(cfg, folder.script, command_script(cfg, folder, _here(), part, tasks=tasks))
+    job = _submit(cfg, folder.script, command_script(cfg, folder, part, tasks=tasks))
     after = {"kill-on-invalid-dep": "yes", "dependency": f"afterok:{job}" if job else ""}
-    join = _submit(cfg, folder.path / "join.sh", command_script(cfg, folder, _here(), command, more=after))
+    join = _submit(cfg, folder.path / "join.sh", command_script(cfg, folder, command, more=after))
     if job:
         print(
             f"job {job}: {tasks} parts; job {join} joins them\n"
@@ -58,12 +58,9 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
         )
 
 
-def _here() -> Path:
-    return plain_path("the working directory", ".")
-
-
 def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[JobFolder, str]:
     """The folder of the job and its command; ConfigError where the script does not take the arguments."""
+    plain_path("the working directory", ".")
     for argument in arguments:
         if not argument.isprintable():
             raise ConfigError(f"{argument!r} is refused: it becomes part of a shell script")

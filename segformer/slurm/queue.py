@@ -59,10 +59,8 @@ class JobState:
         return f"{self.name}{why}{where}{times}{again}"
 
 
-def _run(
-    *command: str | Path, env: dict[str, str] | None = None
-) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run one of Slurm's commands; with it, its stderr on one line.
+def _run(*command: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands, with `text` as its input; its stderr on one line.
 
     Raises:
         ConfigError: it is not there, or doesn't answer.
@@ -71,37 +69,37 @@ def _run(
     do = "run this on a login node of a Slurm cluster whose controller is up"
     with reraise_as(ConfigError, f"{name} can't be asked", do, on=(OSError, subprocess.TimeoutExpired)):
         done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", env=env, timeout=TIMEOUT_S, check=False
+            words, input=text, capture_output=True, errors="replace", env=own_environment(), timeout=TIMEOUT_S
         )
-    printed = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
-    return done, printed
+    done.stderr = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
+    return done
 
 
-def slurm(*command: str | Path, check: bool = True, env: dict[str, str] | None = None) -> str:
+def slurm(*command: str | Path, check: bool = True) -> str:
     """Output of one of Slurm's commands; ConfigError where it is absent or (with `check`) failed."""
-    done, printed = _run(*command, env=env)
+    done = _run(*command)
     if check and done.returncode:
-        raise ConfigError(f"{command[0]} refused: {printed or f'exit code {done.returncode}'}")
+        raise ConfigError(f"{command[0]} refused: {done.stderr or f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def submit_script(script: Path) -> str:
     """Hand a batch script over; the job's id."""
-    return slurm("sbatch", "--parsable", script, env=own_environment()).strip().split(";")[0]
+    return slurm("sbatch", "--parsable", script).strip().split(";")[0]
 
 
-def would_start(script: Path) -> str:
+def would_start(script: str) -> str:
     """Ask Slurm about a script without submitting it; its answer, or why there is none.
 
     Raises:
         ConfigError: it would refuse the script.
     """
-    done, printed = _run("sbatch", "--test-only", script, env=own_environment())
-    if done.returncode and _NO_CONTROLLER.search(printed):
+    done = _run("sbatch", "--test-only", text=script)
+    if done.returncode and _NO_CONTROLLER.search(done.stderr):
         return "not asked: no Slurm controller reachable from here"
     if done.returncode:
-        raise ConfigError(f"sbatch refused: {printed}")
-    return printed
+        raise ConfigError(f"sbatch refused: {done.stderr}")
+    return done.stderr
 
 
 def own_environment() -> dict[str, str]:

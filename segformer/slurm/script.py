@@ -53,15 +53,14 @@ def training_script(cfg: SlurmConfig, name: str, folder: JobFolder, directory: P
 def command_script(
     cfg: SlurmConfig,
     folder: JobFolder,
-    directory: Path,
     command: str,
     *,
     ranks: bool = False,
     tasks: int = 0,
     more: dict[str, str] | None = None,
 ) -> str:
-    """The script of a job that runs a shell command: as all ranks, once, or in an array of `tasks` jobs."""
-    options = _options(cfg, folder.path.parent.name, folder, directory, "%A_%a" if tasks else "%j")
+    """The script of a job that runs a shell command here: as all ranks, once, or as an array of `tasks`."""
+    options = _options(cfg, folder.path.parent.name, folder, Path.cwd(), "%A_%a" if tasks else "%j")
     if ranks:
         options |= _shape(cfg)
         command = f"{_srun(cfg, folder)} {command}"

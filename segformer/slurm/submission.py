@@ -15,7 +15,6 @@ import re
 import shutil
 import stat
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -114,10 +113,7 @@ def show_script(text: str) -> None:
     """Print a script and, where there is a Slurm, what that says to it; ConfigError where it refuses."""
     print(text, end="")
     if shutil.which("sbatch"):
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-            file.write(text)
-            file.flush()
-            print(f"Slurm: {would_start(Path(file.name))}", file=sys.stderr)
+        print(f"Slurm: {would_start(text)}", file=sys.stderr)
 
 
 def make_folder(parent: Path, name: str = "slurm") -> JobFolder:

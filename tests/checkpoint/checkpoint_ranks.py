@@ -19,11 +19,8 @@ from segformer.distributed.world import init_world
 from segformer.errors import CheckpointError
 
 
-def content(world, seed, step, size=64):
-    if not world.is_main:
-        return Checkpoint({}, {}, {}, TrainState(step=step))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [{"w": torch.randn(size, size, generator=generator)} for _ in range(3)]
+def content(world, step, size=64):
+    tensors = [{"w": torch.full((size, size), step + 0.5)} for _ in range(3)] if world.is_main else [{}] * 3
     return Checkpoint(*tensors, TrainState(step=step))
 
 
@@ -42,12 +39,9 @@ def full_disk(world, folder):
     """Saves fail, the run goes on, a save with room succeeds, and the third failure in a row ends all."""
     warnings, failures = [], []
     checkpointer = make(world, folder, warn=warnings.append, failed=lambda *what: failures.append(what))
-    checkpointer.save(content(world, 1, 1))
-    checkpointer.settle()
-    assert checkpointer.last_saved == 1
-    for step, room in ((2, False), (3, False), (4, True), (5, False), (6, False)):
+    for step, room in ((1, True), (2, False), (3, False), (4, True), (5, False), (6, False)):
         allow(world, -1 if room else 8192)
-        checkpointer.save(content(world, step, step))
+        checkpointer.save(content(world, step))
         checkpointer.settle()
         assert world.gather(checkpointer.last_saved) == [4 if step >= 4 else 1] * world.size
     assert list_steps(folder) == [1, 4]
@@ -56,26 +50,23 @@ def full_disk(world, folder):
     assert [step for step, _ in failures] == ([2, 3, 5, 6] if world.is_main else [])
     assert all("File too large" in reason for _, reason in failures)
     assert len(warnings) == len(failures)
-    checkpointer.save(content(world, 7, 7))  # fails in the thread
-    try:
-        checkpointer.save(content(world, 8, 8))
-    finally:
-        assert [step for step, _ in failures] == ([2, 3, 5, 6, 7] if world.is_main else [])
+    checkpointer.save(content(world, 7))  # fails in the thread
+    checkpointer.save(content(world, 8))
 
 
 def last(world, folder):
     """The last save of a run has to succeed."""
     checkpointer = make(world, folder)
-    checkpointer.save(content(world, 1, 1), last=True)
+    checkpointer.save(content(world, 1), last=True)
     assert list_steps(folder) == [1]
     allow(world, 8192)
-    checkpointer.save(content(world, 2, 2), last=True)
+    checkpointer.save(content(world, 2), last=True)
 
 
 def not_finite(world, folder):
     """No rank goes on with weights that are not numbers, and nothing is written."""
     checkpointer = make(world, folder)
-    wrong = content(world, 1, 1)
+    wrong = content(world, 1)
     if world.is_main:
         wrong.ema["w"][3, 4] = float("inf")
     checkpointer.save(wrong)
@@ -98,7 +89,7 @@ def slow_disk(world, folder):
     os.fsync = lambda descriptor: (gate.wait(60), real(descriptor))
     rounds = []
     checkpointer = make(world, folder, progress=lambda: rounds.append(1), round_s=0.02)
-    checkpointer.save(content(world, 1, 1))
+    checkpointer.save(content(world, 1))
     for _ in range(5):
         assert world.any(world.rank == world.size - 1)
     assert not gate.is_set()
@@ -114,7 +105,7 @@ def slow_disk(world, folder):
 def memory(world, folder):
     """Saving and loading take next to no memory beside the tensors: 3 x 64 MiB of them."""
     checkpointer = make(world, folder)
-    large = content(world, 1, 1, size=4096)
+    large = content(world, 1, size=4096)
     for what, function in (
         ("save", lambda: checkpointer.save(large, last=True)),
         ("load", lambda: load_checkpoint(folder)),

@@ -13,7 +13,6 @@ from checkpoints import make_checkpointer, nobody, tensors
 
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.reader import list_steps, load_checkpoint
-from segformer.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
@@ -130,23 +129,6 @@ def test_a_save_that_is_told_to_is_on_the_disk_when_it_returns(tmp_path, backgro
     checkpointer.save(content(1), last=last)
     assert checkpointer.last_saved == 1
     assert list_steps(tmp_path) == [1]
-
-
-def test_a_run_can_not_finish_on_a_failed_save_and_can_on_a_later_good_one(tmp_path):
-    folder, warnings, failures = tmp_path / "checkpoints", [], []
-    folder.touch()  # where the folder should be
-    checkpointer = make_checkpointer(folder, warn=warnings.append, failed=lambda *what: failures.append(what))
-    checkpointer.save(content(1))
-    checkpointer.settle()
-    assert len(warnings) == len(failures) == 1
-    with pytest.raises(CheckpointError, match=r"1 of 3 failures in a row, the newest .* is the one it"):
-        checkpointer.settle(final=True)
-    folder.unlink()
-    checkpointer.save(content(2))
-    checkpointer.settle(final=True)
-    checkpointer.settle(final=True)
-    assert checkpointer.last_saved == 2
-    assert len(warnings) == len(failures) == 1
 
 
 def test_a_bug_in_the_writer_is_raised_as_it_is(tmp_path, checkpointer):

@@ -98,7 +98,7 @@ def test_a_range_of_nodes_is_refused_unless_every_number_can_share_the_batch():
 
 def test_a_command_without_ranks_runs_once_and_without_srun():
     folder = JobFolder(ROOT / "runs/slurm/shard/0001")
-    text = command_script(SlurmConfig(), folder, ROOT, "true", tasks=4)
+    text = command_script(SlurmConfig(), folder, "true", tasks=4)
     assert "srun" not in text
     assert options(text)["array"] == "0-3%4"
 
@@ -142,12 +142,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     printed = capsys.readouterr()
     assert (ended.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
     return printed.err
-
-
-@pytest.mark.parametrize("field", ["name", *TEXTS, "gpus_per_node", "signal_delay_s"])
-@pytest.mark.parametrize("value", ["a\nrm -rf x", "$(touch x)", "a;b"])
-def test_the_command_line_refuses_what_is_hostile(field, value, monkeypatch, capsys):
-    assert refused(monkeypatch, capsys, f"{field}={value}", "dry_run=true")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_dry_run_repeats_what_slurm_refuses_and_says_where_none_answers(
     (tmp_path / "sbatch").chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     if answer is None:
-        assert would_start(tmp_path / "x.sh") == "not asked: no Slurm controller reachable from here"
+        assert would_start("#!/bin/sh") == "not asked: no Slurm controller reachable from here"
     else:
         with pytest.raises(ConfigError, match=answer):
-            would_start(tmp_path / "x.sh")
+            would_start("#!/bin/sh")

@@ -86,17 +86,12 @@ class Cluster:
         self, *command: str | Path, check: bool = True, where: str = CONTROLLER, **options: object
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a node, in the working directory of the caller."""
+        command, environment = self._inside(where, command), self._environment()
         done = subprocess.run(
-            self._inside(where, command),
-            env=self._environment(),
-            capture_output=True,
-            text=True,
-            timeout=180,
-            **options,
+            command, env=environment, capture_output=True, text=True, timeout=180, **options
         )
         if check and done.returncode:
-            printed = f"{done.stdout}{done.stderr}"
-            raise RuntimeError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{printed}")
+            raise RuntimeError(f"{shlex.join(command)}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
     def cut_power(self, node: str) -> None:
@@ -109,6 +104,10 @@ class Cluster:
         self._start_namespace(node)
         self.start_slurmd(node)
 
+    def start_slurmd(self, node: str) -> None:
+        """Start the node's daemon."""
+        self._daemon(node, "slurmd", "-D", "-N", node)
+
     def nodes_of(self, job: str | int) -> list[str]:
         """The nodes that the job has now."""
         names = self.job(job).get("NodeList", "")
@@ -118,9 +117,8 @@ class Cluster:
 
     def ranks(self, node: str) -> list[str]:
         """The process ids, on the node, of the ranks that run there."""
-        return self.run(
-            "pgrep", "-f", "^[^ ]*python[^ ]* .*slurm_job.py rank", where=node, check=False
-        ).stdout.split()
+        pattern = "^[^ ]*python[^ ]* .*slurm_job.py rank"
+        return self.run("pgrep", "-f", pattern, where=node, check=False).stdout.split()
 
     def signal(self, name: str, node: str) -> bool:
         """Send a signal to the ranks on a node; False where there are none."""
@@ -135,10 +133,6 @@ class Cluster:
         ).stdout  # fmt: skip
         masks = [int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1 for line in text.splitlines()]
         return all(own | shared for own, shared in zip(masks[:-2:2], masks[1:-2:2], strict=True))
-
-    def start_slurmd(self, node: str) -> None:
-        """Start the node's daemon."""
-        self._daemon(node, "slurmd", "-D", "-N", node)
 
     def kill_slurmd(self, node: str) -> None:
         """SIGKILL the node's daemon; the steps of its jobs live on."""
@@ -206,35 +200,28 @@ class Cluster:
         ready.unlink(missing_ok=True)
         index = 254 if name == CONTROLLER else self.nodes.index(name) + 1
         bridge = "ip link add br0 type bridge; ip addr add 10.77.0.254/24 dev br0; ip link set br0 up"
-        script = INIT.format(
-            name=name,
-            hosts=self.folder / "hosts",
-            ready=ready,
-            network=bridge if name == CONTROLLER else "while ! ip link set eth0 up; do sleep 0.02; done",
-        )
+        network = bridge if name == CONTROLLER else "while ! ip link set eth0 up; do sleep 0.02; done"
+        script = INIT.format(name=name, hosts=self.folder / "hosts", ready=ready, network=network)
         flags = ["-n", "-u", "-m", "-p", "--fork", "--kill-child", "--mount-proc"]
         # The kernel ends the cluster with the process that has made it, however that ends.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "bash", "-c", script]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        self._inits[name] = process
+        self._inits[name] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         if name != CONTROLLER:
             self._connect(name, index)
         self._until(ready.exists, f"namespace {name}")
 
     def _connect(self, name: str, index: int) -> None:
         """A cable from the node to the bridge, which lies in the controller's namespace."""
-        inner = self._first_process(name)
-        outside, port = self._inside(CONTROLLER, ()), f"p{index}"
-        subprocess.run([*outside, "ip", "link", "del", port], capture_output=True)  # of before a power cut
-        for command in (
-            f"ip link add {port} type veth peer name eth0 netns {inner}",
-            f"ip link set {port} master br0 up",
-        ):
-            subprocess.run(
-                ["nsenter", "-t", str(self._first_process(CONTROLLER)), "-n", *command.split()], check=True
-            )
-        address = f"ip addr add 10.77.0.{index}/24 dev eth0"
-        subprocess.run(["nsenter", "-t", str(inner), "-n", *address.split()], check=True)
+        outer, inner, port = self._first_process(CONTROLLER), self._first_process(name), f"p{index}"
+
+        def ip(process: int, command: str, check: bool = True) -> None:
+            enter = ["nsenter", "-t", str(process), "-n", "ip", *command.split()]
+            subprocess.run(enter, check=check, capture_output=not check)
+
+        ip(outer, f"link del {port}", check=False)  # of before a power cut
+        ip(outer, f"link add {port} type veth peer name eth0 netns {inner}")
+        ip(outer, f"link set {port} master br0 up")
+        ip(inner, f"addr add 10.77.0.{index}/24 dev eth0")
 
     def _first_process(self, name: str) -> int:
         """The process that `unshare` has forked: PID 1 of the namespace."""
@@ -252,13 +239,11 @@ class Cluster:
 
     def _daemon(self, where: str, *command: str) -> None:
         name = command[0] if where == CONTROLLER else f"{command[0]}.{where}"
+        options = {"env": self._environment(), "start_new_session": True}
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._daemons.append(
-                subprocess.Popen(
-                    self._inside(where, command), env=self._environment(), stdout=log, stderr=log,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
+                subprocess.Popen(self._inside(where, command), stdout=log, stderr=log, **options)
+            )
 
     def _environment(self) -> dict[str, str]:
         own = {"SLURM_CONF": f"{self.folder}/slurm.conf", "MYSQL_UNIX_PORT": f"{self.folder}/mysql.sock"}
@@ -270,19 +255,15 @@ class Cluster:
             (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(8):  # copies of /dev/null: a plain file is refused, a count alone counts none
             os.mknod(folder / f"dev/gpu{index}", 0o666 | 0o020000, os.makedev(1, 3))
+        addresses = {CONTROLLER: "10.77.0.254"}
+        addresses |= {node: f"10.77.0.{index}" for index, node in enumerate(self.nodes, start=1)}
         files = {
             "slurm.conf": self._slurm_conf(),
             "gres.conf": f"Name=gpu File={folder}/dev/gpu[0-7]\n",
             "slurmdbd.conf": SLURMDBD.format(folder=folder, ctl=CONTROLLER, port=DBD_PORT),
             "my.cnf": MARIADB.format(folder=folder),
-            "hosts": "".join(
-                f"{address} {name}\n::ffff:{address} {name}\n"
-                for address, name in [
-                    ("10.77.0.254", CONTROLLER),
-                    *((f"10.77.0.{index}", node) for index, node in enumerate(self.nodes, start=1)),
-                ]
-            )
-            + "127.0.0.1 localhost\n",
+            "hosts": "127.0.0.1 localhost\n"
+            + "".join(f"{a} {n}\n::ffff:{a} {n}\n" for n, a in addresses.items()),
         }
         for name, text in files.items():
             (folder / name).write_text(text)
@@ -294,14 +275,9 @@ class Cluster:
             f"RealMemory={MEMORY} Gres=gpu:8\n"
             for index, node in enumerate(self.nodes, start=1)
         )
-        return SLURM.format(
-            folder=self.folder,
-            ctl=CONTROLLER,
-            ctl_port=CTL_PORT,
-            dbd_port=DBD_PORT,
-            nodes=nodes,
-            names=",".join(self.main),
-        ) + (f"PartitionName=apart Nodes={','.join(self.apart)}\n" if self.apart else "")
+        apart = f"PartitionName=apart Nodes={','.join(self.apart)}\n" if self.apart else ""
+        names = {"folder": self.folder, "ctl": CONTROLLER, "ctl_port": CTL_PORT, "dbd_port": DBD_PORT}
+        return SLURM.format(**names, nodes=nodes, names=",".join(self.main)) + apart
 
 
 def _path() -> str:

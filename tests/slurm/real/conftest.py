@@ -103,9 +103,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, _one_thread: None) -> Iter
 
 
 @pytest.fixture(scope="session")
-def overrides(tiny_in: Callable[[Path], Callable[..., list[str]]]) -> Callable[..., list[str]]:
+def overrides(
+    tiny_in: Callable[[Path], Callable[..., list[str]]], calm: list[str]
+) -> Callable[..., list[str]]:
     """A run of 4 images a step that logs every step and writes down its samples."""
-    kept = (f"steps={STEPS}", "telemetry.progress=false", "telemetry.ledger=true")
+    kept = (*calm, "optim.eps=1e-3", f"steps={STEPS}", "telemetry.progress=false", "telemetry.ledger=true")
     return lambda run_dir, *more: tiny_in(run_dir.parent)(run_dir.name, *kept, *more)
 
 
@@ -149,22 +151,15 @@ def submit(start: Callable[..., Job], tmp_path: Path) -> Iterator[Callable[..., 
 
 
 @pytest.fixture(scope="session")
-def alone(
-    overrides: Callable[..., list[str]], run_ranks: Callable[..., list[str]], _one_thread: None
-) -> Callable[..., None]:
-    """The same run on four ranks of this machine, without Slurm: (its directory, *settings)."""
-
-    def of(run_dir: Path, *settings: str) -> None:
-        run_ranks(4, "launch/train.py", *overrides(run_dir, *settings))
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def undisturbed(alone: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run without Slurm."""
+def undisturbed(
+    overrides: Callable[..., list[str]],
+    run_ranks: Callable[..., list[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+    _one_thread: None,
+) -> Path:
+    """The directory of the same run on four ranks of this machine, without Slurm."""
     run_dir = tmp_path_factory.mktemp("local") / "whole"
-    alone(run_dir)
+    run_ranks(4, "launch/train.py", *overrides(run_dir))
     return run_dir
 
 

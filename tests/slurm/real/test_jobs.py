@@ -31,11 +31,11 @@ def ledger(run_dir):
     return {step: sorted(ids) for step, (_, ids) in sorted(used.items())}
 
 
-def assert_nothing_lost(job, undisturbed, steps=STEPS):
+def assert_nothing_lost(job, undisturbed):
     """Every step had its samples of the order, none missing and none twice, on whatever ranks."""
     state = load_checkpoint(job.run_dir / "checkpoints").state
     order = SampleOrder(OrderSpec.from_dict(state.order_spec))
-    wanted = {step: sorted(order.ids(4 * step - 4, 4).tolist()) for step in range(1, steps + 1)}
+    wanted = {step: sorted(order.ids(4 * step - 4, 4).tolist()) for step in range(1, STEPS + 1)}
     assert ledger(job.run_dir) == wanted
     assert ledger(undisturbed) == wanted
 
@@ -133,9 +133,8 @@ def test_a_job_waits_for_its_worker_where_there_is_no_spare(submit, undisturbed,
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, alone, calm, cluster, metrics, tmp_path):
-    settings = (*calm, "optim.eps=1e-3", "steps=40")
-    job = submit("nodes=1-2", *settings)
+def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, undisturbed, cluster, metrics):
+    job = submit("nodes=1-2")
     job.wait_until_gone_on(0)
     command = ("-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
     taken = cluster.run("sbatch", "--parsable", *command).stdout.strip()
@@ -146,10 +145,9 @@ def test_a_run_goes_on_with_fewer_nodes_and_with_more(submit, alone, calm, clust
     job.wait_until_gone_on(2)
     assert job.end() == "COMPLETED", job.logs()
     assert [one["ranks"] for one in job.attempts] == [4, 2, 4]
-    alone(tmp_path / "whole", *settings)
-    assert_nothing_lost(job, tmp_path / "whole", steps=40)
+    assert_nothing_lost(job, undisturbed)
     losses = [line["loss"] for line in job.lines()]
-    wanted = [line["loss"] for line in metrics(tmp_path / "whole")]
+    wanted = [line["loss"] for line in metrics(undisturbed)]
     assert (torch.tensor(losses) - torch.tensor(wanted)).abs().max() < 1e-5
 
 
@@ -194,7 +192,8 @@ def test_a_second_job_on_the_same_run_is_refused(submit, overrides, launch, clus
 
 
 @pytest.mark.slow
-def test_a_time_limit_is_met_twice(limited, undisturbed, metrics):
+def test_a_time_limit_is_met_twice_or_more(limited, undisturbed, metrics):
     assert limited.end(timeout_s=300) == "COMPLETED", limited.logs()
-    assert (len(limited.attempts), redone(limited)) == (3, 0), limited.logs()
+    assert len(limited.attempts) >= 3, limited.logs()
+    assert redone(limited) == 0, limited.logs()
     assert_undisturbed(limited, undisturbed, metrics)
