@@ -60,7 +60,6 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
 
 def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[JobFolder, str]:
     """The folder of the job and its command; ConfigError where the script does not take the arguments."""
-    plain_path("the working directory", ".")
     for argument in arguments:
         if not argument.isprintable():
             raise ConfigError(f"{argument!r} is refused: it becomes part of a shell script")
