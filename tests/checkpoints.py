@@ -1,5 +1,6 @@
 """Checkpoints as a run writes them: tensors, a checkpointer, and one checkpoint written at once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState, step_name
-from segformer.distributed.world import World
 from segformer.training.config import RunConfig, compose, save_config
 
-ONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 Tensors = dict[str, Tensor]
+
+
+def alone(function: Callable[[], Any]) -> Any:
+    """`World.on_main` of a world of one."""
+    return function()
 
 
 def nobody(*what: object) -> None:
@@ -33,7 +37,7 @@ def make_checkpointer(
     folder: Path, *, warn: Any = nobody, failed: Any = nobody, fence: Any = lambda: None, **settings: Any
 ) -> Checkpointer:
     """The checkpointer of a world of one."""
-    return Checkpointer(CheckpointConfig(**settings), folder, ONE, warn=warn, failed=failed, fence=fence)
+    return Checkpointer(CheckpointConfig(**settings), folder, alone, warn=warn, failed=failed, fence=fence)
 
 
 def write_checkpoint(
@@ -45,8 +49,7 @@ def write_checkpoint(
     cfg: CheckpointConfig | None = None,
 ) -> Path:
     """Save one checkpoint into `folder` and return its place."""
-    cfg = cfg or CheckpointConfig()
-    checkpointer = Checkpointer(cfg, folder, ONE, warn=print, failed=lambda *_: None)
+    checkpointer = Checkpointer(cfg or CheckpointConfig(), folder, alone, warn=print, failed=lambda *_: None)
     checkpointer.save(Checkpoint(model, optimizer, ema or {}, state), last=True)
     return folder / step_name(state.step)
 

@@ -4,7 +4,7 @@
       step-00016000/             a committed folder (atomic.py) of the files of format.py
       step-00016500/
 
-    checkpointer = Checkpointer(cfg.checkpoint, folder, world, warn=..., failed=...)      # all ranks, always
+    checkpointer = Checkpointer(cfg.checkpoint, folder, world.on_main, warn=..., failed=...)   # all ranks
     checkpointer.settle()                      # so that memory never holds two copies
     checkpointer.save(content)                 # goes on at once
     checkpointer.save(content, last=True)      # is on the disk when it returns
@@ -25,12 +25,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from segformer.checkpoint.atomic import commit, delete
 from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
-from segformer.distributed.world import World
 from segformer.errors import CheckpointError, ConfigError, at_least
 from segformer.files import listed
 
@@ -76,6 +75,7 @@ class _Outcome(NamedTuple):
 class Checkpointer:
     """Saves a run while it goes on; one on every rank, every method called by all of them.
 
+    `on_main` runs a function on rank zero and gives its result, or its error, to all ranks (World.on_main).
     The ranks wait for a long write in rounds of `round_s` seconds, each of which begins with `progress`: one
     long collective would meet the group's timeout.
 
@@ -88,7 +88,7 @@ class Checkpointer:
         self,
         cfg: CheckpointConfig,
         folder: Path,
-        world: World,
+        on_main: Callable[[Callable[[], Any]], Any],
         *,
         warn: Callable[[str], None],
         failed: Callable[[int, str], None],
@@ -100,7 +100,7 @@ class Checkpointer:
         self.last_saved = last_saved
         "The newest committed step, as far as the ranks have learned."
         self._progress, self._round_s, self._fence = progress, round_s, fence
-        self._cfg, self._folder, self._world = cfg, folder, world
+        self._cfg, self._folder, self._on_main = cfg, folder, on_main
         self._warn, self._failed = warn, failed
         # Rank zero only. The interpreter waits for the thread also where the main thread ends with an error.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -118,7 +118,7 @@ class Checkpointer:
                 failed; with `last`, this save failed. Older checkpoints are as they were.
         """
         self.settle()
-        self._world.on_main(lambda: self._start(content))  # all ranks
+        self._on_main(lambda: self._start(content))  # all ranks
         if last or not self._cfg.background:
             self.settle(final=last)
 
@@ -133,7 +133,7 @@ class Checkpointer:
         settled = False
         while not settled:
             self._progress()
-            settled, self.last_saved = self._world.on_main(lambda: self._join(final))  # all ranks
+            settled, self.last_saved = self._on_main(lambda: self._join(final))  # all ranks
 
     def wait(self) -> None:
         """Wait for the save in flight without asking how it went: the run ends with an error; any rank."""

@@ -165,7 +165,7 @@ def set_up(
     checkpoints = Checkpointer(
         cfg.checkpoint,
         run_dir / "checkpoints",
-        world,
+        world.on_main,
         warn=telemetry.line,
         failed=lambda step, reason: telemetry.event("checkpoint_failed", step, reason=reason),
         fence=(lambda: None) if lease is None else lease.check,

@@ -26,7 +26,7 @@ def content(world, step, size=64):
 
 def make(world, folder, **callbacks):
     callbacks = {"warn": print, "failed": lambda *_: None} | callbacks
-    return Checkpointer(CheckpointConfig(max_failures=3), folder, world, **callbacks)
+    return Checkpointer(CheckpointConfig(max_failures=3), folder, world.on_main, **callbacks)
 
 
 def allow(world, bytes_):
