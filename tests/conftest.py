@@ -93,15 +93,15 @@ def calm() -> list[str]:
     return ["optim.lr=2e-5", "optim.head_lr_factor=10", "optim.warmup_steps=0", "optim.eps=1e-4"]
 
 
-def metrics(run_dir: Path, kind: str = "train") -> list[dict]:
+@pytest.fixture(scope="session")
+def metrics() -> Callable[..., list[dict]]:
     """The lines of one kind in a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
+    def read(run_dir: Path, kind: str = "train") -> list[dict]:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
 
-@pytest.fixture(scope="session", name="metrics")
-def _metrics() -> Callable[..., list[dict]]:
-    return metrics
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -110,21 +110,15 @@ def start_ranks() -> Callable[..., list[subprocess.Popen]]:
     from segformer.distributed.world import free_port
 
     def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
-        port = str(free_port())
-        shared = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""} | (env or {})
+        shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return [
             subprocess.Popen(
                 [sys.executable, *argv],
                 cwd=ROOT,
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {}),
+                **pipes,
             )
             for rank in range(ranks)
         ]

@@ -1,6 +1,5 @@
 """The batch script of launch/slurm.py: what stands in it, and that no field can bring a command into it."""
 
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import slurm
 from segformer.errors import ConfigError
 from segformer.slurm.script import JobFolder, command_script, training_script
 from segformer.slurm.settings import SlurmConfig, minutes
@@ -21,11 +21,6 @@ HOSTILE = [
 ]  # fmt: skip
 TEXTS = ["partition", "account", "qos", "constraint", "mem", "time", "nodes"]
 UNUSUAL = ["a b", "-x", "--wrap=x", "a" * 300]  # as names of folders
-
-# launch/ is a folder of scripts, so the module is loaded from its file
-_spec = importlib.util.spec_from_file_location("launch_slurm", ROOT / "launch/slurm.py")
-slurm = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(slurm)
 
 
 def script(*overrides: str, **fields: object) -> str:

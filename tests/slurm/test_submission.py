@@ -1,11 +1,11 @@
 """What submitting refuses before it writes anything, and what resubmitting keeps; no Slurm is needed."""
 
 import json
-import runpy
 from dataclasses import asdict
 
 import pytest
 
+from launch.slurm import look_after
 from segformer.errors import ConfigError
 from segformer.slurm import submission
 from segformer.slurm.queue import JobState, would_start
@@ -47,7 +47,6 @@ def resubmitted(monkeypatch, tmp_path, saved, *overrides):
     folder.record.write_text(json.dumps({"job": "17", "settings": settings, "directory": "/"}))
     found = []
     monkeypatch.setattr(submission, "resubmit", lambda run_dir, cfg: found.append(cfg))
-    look_after = runpy.run_path("launch/slurm.py")["look_after"]
     look_after("resubmit", [str(tmp_path / "run"), *overrides])
     return found[0]
 
