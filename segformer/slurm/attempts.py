@@ -33,12 +33,11 @@ def attempt_line(run_dir: Path, ranks_per_node: int) -> str:
 
 def attempts(run_dir: Path, job: str = "") -> list[dict[str, Any]]:
     """The attempts so far, of one job or of all, in order. A line that was cut short is left out."""
-    lines, found = [], []
+    found = []
     with contextlib.suppress(OSError):
-        lines = (run_dir / "slurm" / FILE).read_text().splitlines()
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+        for line in (run_dir / "slurm" / FILE).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return [one for one in found if not job or one["job"] == job]
 
 

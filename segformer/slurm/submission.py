@@ -159,10 +159,9 @@ def _submissions(run_dir: Path) -> list[JobFolder]:
 
 def _record_of(folder: JobFolder) -> dict[str, Any]:
     """What was submitted; {} where it was never written whole."""
-    found: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads(folder.record.read_text())
-    return found
+        return dict(json.loads(folder.record.read_text()))
+    return {}
 
 
 def newest(run_dir: Path) -> tuple[JobFolder, str]:
@@ -190,8 +189,7 @@ def cancel(run_dir: Path) -> None:
 
 def settings_of(run_dir: Path) -> dict[str, Any]:
     """The settings of a run's newest job, by the names of SlurmConfig."""
-    settings: dict[str, Any] = _record_of(newest(run_dir)[0])["settings"]
-    return settings
+    return dict(_record_of(newest(run_dir)[0])["settings"])
 
 
 def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:

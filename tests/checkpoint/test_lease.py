@@ -73,14 +73,17 @@ def test_a_second_take_in_one_process_is_refused_until_the_first_is_released(tmp
     assert json.loads((tmp_path / "lease.json").read_text())["owner"] is None
 
 
-def test_the_next_attempt_of_a_job_takes_over_from_a_rank_that_still_runs(tmp_path, monkeypatch):
+def test_the_next_attempt_of_a_job_takes_over_from_a_rank_that_still_runs_and_commits_nothing(
+    tmp_path, monkeypatch
+):
     attempt(monkeypatch, "17", 0)
     old = Lease.take(tmp_path)
     attempt(monkeypatch, "17", 1)
     new = Lease.take(tmp_path)
     new.check()
     with pytest.raises(RunTaken, match="taken over by Slurm job 17"):
-        old.check()
+        commit(tmp_path / "checkpoints", "step-00000001", {"a": lambda path: path.write_text("x")}, old.check)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
     old.release()
     new.check()
 
@@ -119,17 +122,6 @@ def test_squeue_is_asked_about_the_job(tmp_path, monkeypatch, says, queued):
     (tmp_path / "squeue").chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert lease._queued("17") == queued
-
-
-def test_a_replaced_process_commits_nothing(tmp_path, monkeypatch):
-    attempt(monkeypatch, "17", 0)
-    old = Lease.take(tmp_path)
-    attempt(monkeypatch, "17", 1)
-    Lease.take(tmp_path)
-    folder = tmp_path / "checkpoints"
-    with pytest.raises(RunTaken):
-        commit(folder, "step-00000001", {"a": lambda path: path.write_text("x")}, old.check)
-    assert list(folder.iterdir()) == []
 
 
 def test_a_file_that_can_t_be_read_for_a_moment_takes_nothing_away(tmp_path, monkeypatch):

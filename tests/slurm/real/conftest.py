@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from slurm.real.cluster import Cluster
+
+from segformer.slurm.attempts import attempts
+from segformer.telemetry.jsonl import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 80
@@ -31,10 +33,7 @@ class Job:
 
     def lines(self, kind: str = "train") -> list[dict]:
         """Its lines of one kind so far."""
-        path = self.run_dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        return [line for line in map(json.loads, whole) if line["kind"] == kind]
+        return list(read_metrics(self.run_dir, kind))
 
     @property
     def step(self) -> int:
@@ -44,8 +43,7 @@ class Job:
     @property
     def attempts(self) -> list[dict]:
         """Its starts."""
-        path = self.run_dir / "slurm/attempts.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return attempts(self.run_dir)
 
     def wait_for_step(self, step: int, timeout_s: float = 120) -> None:
         """Wait until a step has been logged."""
