@@ -5,6 +5,7 @@ planted violation, so that a check that can't fail is itself a failure.
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -126,8 +127,12 @@ def imports(node: ast.AST, where: str = "top") -> Iterator[Import]:
             yield from imports(child, where)
 
 
+tree = functools.cache(ast.parse)
+
+
+@functools.cache
 def imports_of(text: str) -> list[Import]:
-    return list(imports(ast.parse(text)))
+    return list(imports(tree(text)))
 
 
 def internal(name: str) -> str | None:
@@ -162,7 +167,7 @@ def check_order(module: str, text: str) -> list[str]:
 def check_owners(module: str, text: str) -> list[str]:
     names = [(i.name, i.line) for i in imports_of(text)]
     # `import torch` also opens torch.distributed as an attribute.
-    names += [(dotted(n), n.lineno) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)]
+    names += [(dotted(n), n.lineno) for n in ast.walk(tree(text)) if isinstance(n, ast.Attribute)]
     found = set()
     for name, line in names:
         owned = [p for p in OWNERS if name == p or name.startswith(p + ".")]
@@ -192,7 +197,7 @@ def check_places(module: str, text: str) -> list[str]:
 def check_sizes(module: str, text: str) -> list[str]:
     lines = len(text.splitlines())
     found = [f"{module}: {lines} lines, at most {MAX_FILE_LINES}"] if lines > MAX_FILE_LINES else []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = (node.end_lineno or node.lineno) - node.lineno + 1
             if size > MAX_FUNCTION_LINES:
@@ -203,7 +208,7 @@ def check_sizes(module: str, text: str) -> list[str]:
 def check_documented(module: str, text: str) -> list[str]:
     name = module.split(".")[-1]
     found = [f"{module}: {name} says nothing about what it owns"] if name in BANNED_NAMES else []
-    return found if ast.get_docstring(ast.parse(text)) else [*found, f"{module}: no docstring"]
+    return found if ast.get_docstring(tree(text)) else [*found, f"{module}: no docstring"]
 
 
 def check_banned(module: str, text: str) -> list[str]:
@@ -216,7 +221,7 @@ def check_banned(module: str, text: str) -> list[str]:
         or i.name == "webdataset.autodecode"
     ]
     pipelines = any(i.name.split(".")[0] == "webdataset" for i in imports_of(text))
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree(text)):
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
