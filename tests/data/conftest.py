@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,6 +64,12 @@ def shard_dir(folder: Path, config: DatasetConfig, tmp_path_factory: pytest.Temp
     out = tmp_path_factory.mktemp("shards") / "random"
     write_shards(config, folder, out, seed=3, samples_per_shard=8, workers=1)
     return out
+
+
+@pytest.fixture
+def copy(shard_dir: Path, tmp_path: Path) -> Path:
+    """The shards, to be damaged."""
+    return Path(shutil.copytree(shard_dir, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,14 @@ def test_every_read_succeeds_where_half_of_the_requests_fail_in_four_ways(
 
 
 @pytest.mark.usefixtures("no_waiting")
-def test_a_server_that_never_recovers_is_one_error(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_never_answers_well_is_one_error(folder: Path, tmp_path: Path) -> None:
     with serving(folder, fail=1.0) as server:
         source = Storage.at(server.url, quick(tmp_path, retry_seconds=1))
         with pytest.raises(DataError, match=r"a.tar' cannot be read: .*tries in \d s\); check the address"):
             source.read_range("a.tar", 0, 100)
         assert len(server.requests) > 1
-
-
-def test_a_port_that_nobody_serves_is_tried_again_and_named_as_what_it_is(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
-        url = server.url
-    source = Storage.at(url, quick(tmp_path, retry_seconds=1))
-    with pytest.raises(DataError, match=r"a.tar' cannot be read: ClientConnectorError .*2 tries"):
-        source.size("a.tar")
+    with pytest.raises(DataError, match=r"a.tar' cannot be read: ClientConnectorError .* tries"):
+        source.size("a.tar")  # nobody serves the port any more
 
 
 def test_a_missing_file_is_an_error_at_once(folder: Path, tmp_path: Path) -> None:
@@ -114,16 +109,8 @@ def test_a_server_without_ranges_is_refused(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "root",
     [
-        *(
-            "pipe:cat /etc/passwd",
-            "file:///etc",
-            "ftp://host/x",
-            "ssh://host/x",
-            "data:text/plain,x",
-            "gopen:x",
-        ),
-        *("http://a.org/a::http://a.org/b", "http://a.org/a?key=1", "http://a.org/a#b", "http:///a", "a\nb"),
-        *("https://a.org/../a", "memory://x", "github://a:b@/x", "simplecache::s3://x", "zip://a.zip"),
+        *("pipe:cat /etc/passwd", "file:///etc", "data:text/plain,x", "memory://x", "simplecache::s3://x"),
+        *("http://a.org/a?key=1", "http://a.org/a#b", "http:///a", "a\nb", "https://a.org/../a"),
     ],
 )
 def test_any_other_address_is_refused(root: str) -> None:
@@ -145,8 +132,6 @@ def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
 
 
 def test_a_remote_file_is_kept_and_verified(folder: Path, tmp_path: Path) -> None:
-    import hashlib
-
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     with serving(folder) as server:
         source = Storage.at(server.url, quick(tmp_path))

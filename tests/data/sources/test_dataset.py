@@ -1,27 +1,13 @@
-from dataclasses import replace
-
 import pytest
 
-from segformer.data.sources.dataset import DatasetConfig, class_palette, label_table
+from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import ConfigError
 
 
 def test_generated_colours_are_those_of_pascal_voc() -> None:
     palette = class_palette(DatasetConfig(classes=[str(index) for index in range(22)]))
-    known = {
-        0: [0, 0, 0],
-        1: [128, 0, 0],
-        2: [0, 128, 0],
-        3: [128, 128, 0],
-        15: [192, 128, 128],
-        20: [0, 64, 128],
-    }
+    known = {0: [0, 0, 0], 1: [128, 0, 0], 2: [0, 128, 0], 15: [192, 128, 128], 20: [0, 64, 128]}
     assert {index: palette[index].tolist() for index in known} == known
-
-
-def test_given_colours_are_used(config: DatasetConfig) -> None:
-    palette = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    assert class_palette(replace(config, palette=palette)).tolist() == palette
 
 
 @pytest.mark.parametrize(
@@ -53,16 +39,6 @@ def test_given_colours_are_used(config: DatasetConfig) -> None:
 def test_a_wrong_setting_is_refused_by_name(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DatasetConfig(**settings)
-
-
-def test_no_classes_are_an_error_only_when_they_are_needed() -> None:
-    with pytest.raises(ConfigError, match=r"data.classes is empty"):
-        label_table(DatasetConfig())
-
-
-def test_a_classification_set_may_have_more_classes_than_a_mask_holds() -> None:
-    names = [f"n{number:05d}" for number in range(1000)]
-    assert len(class_palette(DatasetConfig(task="classification", classes=names))) == 1000
 
 
 def test_a_folder_is_that_of_the_split_or_what_split_dirs_gives() -> None:
