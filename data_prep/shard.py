@@ -128,8 +128,8 @@ def split_text(shards: ShardSet) -> str:
 def class_shares(shards: ShardSet, split: str) -> list[str]:
     """Share of the labelled pixels and number of images, a line per class."""
     width = max(len(name) for name in shards.classes)
-    pixels = np.array(shards.stats[split], np.float64)
-    images = shards.content["splits"][split]["class_images"]
+    entry = shards.content["splits"][split]
+    pixels, images = np.array(entry["class_pixels"], np.float64), entry["class_images"]
     return [
         f"  {label:<{width}}  {100 * count / pixels.sum():6.2f} %  in {number} images"
         if count

@@ -29,7 +29,6 @@ from segformer.data.shards.index import NOT_AN_INDEX, is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
 from segformer.data.sources.dataset import TASKS
 from segformer.errors import DataError, reraise_as
-from segformer.files import sha256_of
 
 FORMAT = "segformer-shards"
 VERSION = 2
@@ -62,11 +61,8 @@ class Split:
         self.num_samples: int = sum(self.shard_sizes)
         self.first_ids = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
         self.class_pixels = np.array(entry["class_pixels"], np.int64)
-        self.index_file: str = entry["index"]["file"]
         self._with_label: dict[int, np.ndarray] = {}
-        self.records, self._labels, self._keys = parts = self._map(entry["index"], verify)
-        if verify and not is_sane(parts, entry, self.task):
-            raise self._damaged("contradicts itself or dataset.json")
+        self.records, self._labels, self._keys = self._map(entry, verify)
 
     @property
     def heights(self) -> np.ndarray:
@@ -112,23 +108,16 @@ class Split:
     def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Storage, str, str]]:
         return _reopen, (self.storage, self.name, self.digest)
 
-    def _map(self, index: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _map(self, entry: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
-        name = index["file"]
-        path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
-        what = f"index {self.storage.where(name)!r} cannot be read"
-        with reraise_as(DataError, what, AGAIN, on=(OSError, *NOT_AN_INDEX)):
-            if verify and sha256_of(path) != index["sha256"]:
-                raise self._damaged("is damaged (sha256 differs from dataset.json)")
-            raw = np.asarray(np.memmap(path, np.uint8, "r"))
-            records, labels, keys = parse_index(raw)
-        if len(raw) != index["bytes"] or len(records) != self.num_samples:
-            raise self._damaged("is not the one of dataset.json")
-        return records, labels, keys
-
-    def _damaged(self, what: str) -> DataError:
-        where = self.storage.where(self.index_file)
-        return DataError(f"index {where!r} {what}; {AGAIN}")
+        index, name = entry["index"], entry["index"]["file"]
+        where = f"index {self.storage.where(name)!r}"
+        with reraise_as(DataError, f"{where} cannot be read", AGAIN, on=(OSError, *NOT_AN_INDEX)):
+            path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
+            parts = parse_index(np.asarray(np.memmap(path, np.uint8, "r")))
+        if len(parts[0]) != self.num_samples or (verify and not is_sane(parts, entry, self.task)):
+            raise DataError(f"{where} contradicts itself or dataset.json; {AGAIN}")
+        return parts
 
 
 def _reopen(storage: Storage, name: str, digest: str) -> Split:
@@ -141,7 +130,7 @@ def _reopen(storage: Storage, name: str, digest: str) -> Split:
 class ShardSet:
     """A finished folder of shards: classes, palette, digest and the index of every split.
 
-    stats: class pixels by split. palette: uint8 (K, 3). content: dataset.json.
+    palette: uint8 (K, 3). content: dataset.json.
     """
 
     def __init__(self, storage: Storage, content: dict[str, Any], *, verify: bool) -> None:
@@ -152,9 +141,6 @@ class ShardSet:
         self.task: str = content["task"]
         self.classes: list[str] = content["classes"]
         self.palette = np.array(content["palette"], np.uint8).reshape(-1, 3)
-        self.stats: dict[str, list[int]] = {
-            name: entry["class_pixels"] for name, entry in content["splits"].items()
-        }
         self._verify = verify
         self._splits: dict[str, Split] = {}
 

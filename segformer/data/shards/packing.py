@@ -26,7 +26,7 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
-from segformer.errors import DataError, at_least, reraise_as, within
+from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
 from segformer.files import sha256_of, staged, write_atomic
 
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
@@ -40,25 +40,29 @@ if hasattr(cv2, "IMWRITE_PNG_FILTER"):
 
 
 @dataclass(frozen=True, slots=True)
-class Encoding:
-    """How images are stored."""
+class Settings:
+    """All that decides the bytes of a set, beside its source."""
 
+    cfg: DatasetConfig
+    seed: int
+    samples_per_shard: int
     long_side: int = 0
     """Pixels; larger images are reduced to it. 0 = none."""
     quality: int = 0
     """JPEG quality of every image; 0 = the bytes of the file."""
 
     def __post_init__(self) -> None:
-        at_least(self, "", long_side=0)
-        within(self, "", quality=(0, 100))
+        at_least(self, "", samples_per_shard=1, long_side=0)
+        within(self, "", seed=(0, 2**64 - 1), quality=(0, 100))
+        if not self.cfg.splits:
+            raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
     """One shard to write; self-contained, so that any process can do it."""
 
-    cfg: DatasetConfig
-    encoding: Encoding
+    settings: Settings
     split: str
     name: str
     samples: list[Sample]
@@ -153,6 +157,7 @@ def _write_tar(
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
+    cfg = task.settings.cfg
     raw_ids: Counter[int] = Counter()
     turned: list[tuple[str, int]] = []
     records, labels = np.zeros(len(task.samples), INDEX), []
@@ -161,12 +166,12 @@ def _write_tar(
         TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer,
     ):
         for sample, record in zip(task.samples, records, strict=True):
-            loaded = load_sample(task.cfg, sample)
+            loaded = load_sample(cfg, sample)
             raw_ids.update(loaded.raw_ids)
             if loaded.orientation != 1:
-                file = f"{task.cfg.folder('image', task.split)}/{sample.key}{task.cfg.image_suffix}"
+                file = f"{cfg.folder('image', task.split)}/{sample.key}{cfg.image_suffix}"
                 turned.append((file, loaded.orientation))
-            (suffix, image), mask = _encoded(loaded, task.encoding)
+            (suffix, image), mask = _encoded(loaded, task.settings)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)
             writer.write({"__key__": key, suffix: image})  # apart: the writer would sort the two by name
@@ -179,26 +184,26 @@ def _write_tar(
     return records, np.concatenate(labels), raw_ids, turned
 
 
-def _encoded(loaded: LoadedSample, encoding: Encoding) -> tuple[tuple[str, bytes], np.ndarray | None]:
+def _encoded(loaded: LoadedSample, settings: Settings) -> tuple[tuple[str, bytes], np.ndarray | None]:
     """((suffix, bytes) of the image, mask) as they are stored."""
     kind = image_header(loaded.image)[0]
     longest = max(loaded.height, loaded.width)
-    reduce = 0 < encoding.long_side < longest
-    if not reduce and not encoding.quality:
+    reduce = 0 < settings.long_side < longest
+    if not reduce and not settings.quality:
         return ("jpg" if kind == "jpeg" else "image.png", loaded.image), loaded.mask
     pixels, mask = decode_image(loaded.image), loaded.mask
     if reduce:
         height, width = (
-            max(1, round(side * encoding.long_side / longest)) for side in (loaded.height, loaded.width)
+            max(1, round(side * settings.long_side / longest)) for side in (loaded.height, loaded.width)
         )
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    if kind == "png" and not encoding.quality:
+    if kind == "png" and not settings.quality:
         return ("image.png", cv2.imencode(".png", bgr)[1].tobytes()), mask
-    settings = [cv2.IMWRITE_JPEG_QUALITY, encoding.quality or REDUCED_QUALITY]
-    return ("jpg", cv2.imencode(".jpg", bgr, settings)[1].tobytes()), mask
+    jpeg = [cv2.IMWRITE_JPEG_QUALITY, settings.quality or REDUCED_QUALITY]
+    return ("jpg", cv2.imencode(".jpg", bgr, jpeg)[1].tobytes()), mask
 
 
 def _target(sample: Sample, mask: np.ndarray | None) -> tuple[str, bytes, np.ndarray]:

@@ -24,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import numpy as np
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
 from segformer.data.shards.index import pack_index, parse_index
 from segformer.data.shards.packing import (
-    Encoding,
+    Settings,
     ShardTask,
     make_shard,
     member_key,
@@ -46,7 +46,7 @@ from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, list_samples
-from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
+from segformer.errors import ConfigError, DataError, reraise_as
 from segformer.files import write_atomic
 
 NOTE = ".sources.json"
@@ -54,49 +54,35 @@ NOTE = ".sources.json"
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """All that decides the bytes of a set."""
+def _description(settings: Settings) -> dict[str, Any]:
+    """The first part of dataset.json."""
+    cfg = settings.cfg
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": cfg.task,
+        "name": cfg.name,
+        "classes": list(cfg.classes),
+        "palette": class_palette(cfg).tolist(),
+        "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
+        "mask_colours": [list(color) for color in cfg.mask_colours],
+        "license": cfg.license,
+        "citation": cfg.citation,
+        "seed": settings.seed,
+        "samples_per_shard": settings.samples_per_shard,
+        "long_side": settings.long_side,
+        "quality": settings.quality,
+        "drop_classes": list(cfg.drop_classes),
+        "min_share": cfg.min_share,
+    }
 
-    cfg: DatasetConfig
-    encoding: Encoding
-    seed: int
-    samples_per_shard: int
 
-    def __post_init__(self) -> None:
-        at_least(self, "", samples_per_shard=1)
-        within(self, "", seed=(0, 2**64 - 1))
-        if not self.cfg.splits:
-            raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
-
-    def description(self) -> dict[str, Any]:
-        """The first part of dataset.json."""
-        cfg = self.cfg
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "task": cfg.task,
-            "name": cfg.name,
-            "classes": list(cfg.classes),
-            "palette": class_palette(cfg).tolist(),
-            "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
-            "mask_colours": [list(color) for color in cfg.mask_colours],
-            "license": cfg.license,
-            "citation": cfg.citation,
-            "seed": self.seed,
-            "samples_per_shard": self.samples_per_shard,
-            "long_side": self.encoding.long_side,
-            "quality": self.encoding.quality,
-            "drop_classes": list(cfg.drop_classes),
-            "min_share": cfg.min_share,
-        }
-
-    def identity(self, listing: Listing) -> str:
-        """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
-        job = replace(self, cfg=replace(self.cfg, root="", shards=""))
-        names = {split: [(s.key, s.label) for s in samples] for split, samples in listing.items()}
-        whole = [FORMAT, VERSION, asdict(job), names, cv2.__version__]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+def _identity(settings: Settings, listing: Listing) -> str:
+    """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
+    elsewhere = replace(settings, cfg=replace(settings.cfg, root="", shards=""))
+    names = {split: [(s.key, s.label) for s in samples] for split, samples in listing.items()}
+    whole = [FORMAT, VERSION, asdict(elsewhere), names, cv2.__version__]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def write_shards(
@@ -113,7 +99,7 @@ def write_shards(
 ) -> None:
     """Write every split of `cfg` from the folder `root` as shards into `out`.
 
-    workers: processes, -1 = one per core. long_side, quality: see packing.Encoding. part: (index, count), to
+    workers: processes, -1 = one per core. long_side, quality: see packing.Settings. part: (index, count), to
     make every count-th shard only, from the index-th; several processes on several nodes may do so at a time,
     and the same call without `part` then joins what they made. An `out` that already holds exactly this set
     is left as it is; one that holds anything else is refused. DataError for whatever is wrong with the
@@ -121,20 +107,20 @@ def write_shards(
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
-    job = _Job(cfg, Encoding(long_side, quality), seed, samples_per_shard)
+    settings = Settings(cfg, seed, samples_per_shard, long_side, quality)
     target = Path(os.path.realpath(out))
     if not target.name:
         raise ConfigError(f"output={str(out)!r} has no name, a set becomes one folder; give output=/<folder>")
     listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
     for samples in listing.values():
         _check_keys(samples)
-    work = WorkFolder(target, job.identity(listing))
+    work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
-    tasks = _plan(job, kept, work)
+    tasks = _plan(settings, kept, work)
     remedy = "give another output=<folder>, or make room and run this again: it keeps what is finished"
     with reraise_as(DataError, f"shards cannot be written to {str(out)!r}", remedy):
         if _occupied(target):
-            _check_finished(job, tasks, work, workers)
+            _check_finished(settings, tasks, work, workers)
             print(f"{out} already holds exactly these shards; nothing to do")
             return
         with work.hold(shared=part is not None):
@@ -142,20 +128,20 @@ def write_shards(
                 raise DataError(f"{str(out)!r} has just been written by another process; run this again")
             if part is None:
                 dropped = {split: len(listing[split]) - len(samples) for split, samples in kept.items()}
-                _write(job, tasks, dropped, work, workers)
+                _write(settings, tasks, dropped, work, workers)
             else:
                 _make(tasks[part[0] :: part[1]], workers)
 
 
 def _write(
-    job: _Job, tasks: list[ShardTask], dropped: dict[str, int], work: WorkFolder, workers: int
+    settings: Settings, tasks: list[ShardTask], dropped: dict[str, int], work: WorkFolder, workers: int
 ) -> None:
     """Make all shards, join them and publish the set. dropped: images left out, by split."""
     notes = _make(tasks, workers)
-    content = job.description() | {"splits": {}}
-    for split in job.cfg.splits:
+    content = _description(settings) | {"splits": {}}
+    for split in settings.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        content["splits"][split] = _join(job.cfg, split, own, work) | {"dropped": dropped[split]}
+        content["splits"][split] = _join(settings.cfg, split, own, work) | {"dropped": dropped[split]}
     content["digest"] = content_digest(content)
     write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
@@ -207,16 +193,17 @@ def _check_keys(samples: list[Sample]) -> None:
         seen[key] = sample.key
 
 
-def _plan(job: _Job, listing: Listing, work: WorkFolder) -> list[ShardTask]:
+def _plan(settings: Settings, listing: Listing, work: WorkFolder) -> list[ShardTask]:
     tasks = []
     for number, (split, samples) in enumerate(listing.items()):
         if is_training(split):
             # random_raw and a stable sort: NumPy does not promise to keep Generator.permutation.
-            draws = np.random.Philox(key=np.array([job.seed, number], np.uint64)).random_raw(len(samples))
+            key = np.array([settings.seed, number], np.uint64)
+            draws = np.random.Philox(key=key).random_raw(len(samples))
             samples = [samples[index] for index in np.argsort(draws, kind="stable")]
-        for shard, start in enumerate(range(0, len(samples), job.samples_per_shard)):
-            own, name = samples[start : start + job.samples_per_shard], f"{split}-{shard:06d}"
-            tasks.append(ShardTask(job.cfg, job.encoding, split, name, own, work))
+        for shard, start in enumerate(range(0, len(samples), settings.samples_per_shard)):
+            own, name = samples[start : start + settings.samples_per_shard], f"{split}-{shard:06d}"
+            tasks.append(ShardTask(settings, split, name, own, work))
     return tasks
 
 
@@ -260,13 +247,13 @@ def _occupied(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
-def _check_finished(job: _Job, tasks: list[ShardTask], work: WorkFolder, workers: int) -> None:
-    """DataError unless `out` holds, complete, what this job would write. Reads no source file that rests."""
+def _check_finished(settings: Settings, tasks: list[ShardTask], work: WorkFolder, workers: int) -> None:
+    """DataError unless `out` holds, complete, what this call would write. Reads no source file that rests."""
     what = f"{str(work.out)!r} exists and holds something else"
     refusal = "give another output=<folder> or remove it"
     with reraise_as(DataError, what, refusal, on=DataError):
         content = ShardSet.open(work.out).content
-    other = [key for key, value in job.description().items() if content.get(key) != value]
+    other = [key for key, value in _description(settings).items() if content.get(key) != value]
     if not other:
         shards = [shard for split in content["splits"].values() for shard in split["shards"]]
         sources = {shard["file"]: shard["source_sha256"] for shard in shards}

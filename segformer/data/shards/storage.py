@@ -143,23 +143,24 @@ class Storage:
     def local(self, name: str, *, size: int, sha256: str, verify: bool = True) -> Path:
         """A local path of the file: itself, or the cached copy of a remote one.
 
-        A copy is verified when it is made and, with `verify`, when it is found; a damaged one is made again.
+        With `verify` its bytes are checked, else its size only; a damaged copy is made again.
         """
-        if self.is_local:
-            return Path(self.root, name)
-        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
-            raise DataError(f"{self.where('dataset.json')!r} has no sha256 for {name}; shard the data again")
-        path = self.config.cache / "files" / sha256
-        kept = path.is_file() and path.stat().st_size == size
-        if not kept or (verify and sha256_of(path) != sha256):
-            data = self.read(name, limit=size)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise DataError(
-                    f"{self.where(name)!r} is damaged (its sha256 differs from dataset.json); "
-                    "copy it again or shard the data again"
-                )
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, data, mode=0o600, durable=False)
+        path = Path(self.root, name)
+        if not self.is_local:
+            if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
+                text = f"{self.where('dataset.json')!r} has no sha256 for {name}"
+                raise DataError(f"{text}; shard the data again")
+            path = self.config.cache / "files" / sha256
+        if path.is_file() and path.stat().st_size == size and (not verify or sha256_of(path) == sha256):
+            return path
+        data = self.read(name, limit=size)
+        if self.is_local or hashlib.sha256(data).hexdigest() != sha256:
+            raise DataError(
+                f"{self.where(name)!r} is damaged (size or sha256 differs from dataset.json); "
+                "copy it again or shard the data again"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, data, mode=0o600, durable=False)
         return path
 
     def _pread(self, name: str, start: int, length: int) -> bytes:

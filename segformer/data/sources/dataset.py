@@ -148,9 +148,9 @@ def _color_problems(key: str, colors: list[list[int]]) -> Iterator[str]:
     for color in colors:
         if len(color) != 3 or not all(0 <= value <= 255 for value in color):
             yield f"{key} holds {color}; a color is [red,green,blue], each 0 to 255"
-    counts = Counter(map(tuple, colors))
-    if key == "mask_colours" and len(counts) != len(colors):
-        yield f"{key} holds {list(counts.most_common(1)[0][0])} twice; a color stands for one id"
+    twice = [list(color) for color, count in Counter(map(tuple, colors)).items() if count > 1]
+    if key == "mask_colours" and twice:
+        yield f"{key} holds {twice[0]} twice; a color stands for one id"
     if len(colors) > MAX_RAW_ID + 1:
         yield f"{key} has {len(colors)} colors; at most {MAX_RAW_ID + 1}"
 

@@ -41,7 +41,7 @@ def test_every_defect_is_named_with_file_and_key(copy: Path) -> None:
     found = find_defects(copy, workers=1)
     for number, part in enumerate(
         (
-            "val.idx' is damaged (sha256",
+            "val.idx' is damaged (size or sha256",
             "train-000000.tar' is damaged (sha256",
             f"train-000000.tar', key {split.key(2)!r}: the image at offset",
             f"train-000000.tar', key {split.key(5)!r}: the target at offset",

@@ -74,13 +74,11 @@ LAYOUTS = {
     ),
     "ade20k_4": Layout(
         ADE,
-        {
-            0: None,
-            **dict.fromkeys((1, 3, 150), "background"),
-            **dict.fromkeys((5, 10, 18, 67, 73), "plant"),
-            **dict.fromkeys((13, 127), "person_or_animal"),
-            **dict.fromkeys((21, 77, 81, 84, 91, 103, 104, 117, 128), "vehicle"),
-        },
+        {0: None}
+        | dict.fromkeys((1, 3, 150), "background")
+        | dict.fromkeys((5, 10, 18, 67, 73), "plant")
+        | dict.fromkeys((13, 127), "person_or_animal")
+        | dict.fromkeys((21, 77, 81, 84, 91, 103, 104, 117, 128), "vehicle"),
         4,
         unknown=151,
     ),
@@ -89,27 +87,13 @@ LAYOUTS = {
             (split, f"leftImg8bit/{split}/{key}_leftImg8bit.png", f"gtFine/{split}/{key}_gtFine_labelIds.png")
             for split, key in (("train", CITY), ("val", "munster/munster_000173_000019"))
         ],
-        {
-            **dict.fromkeys((0, 3, 6, 9, 29, 30)),
-            7: "road",
-            8: "sidewalk",
-            11: "building",
-            17: "pole",
-            21: "vegetation",
-            23: "sky",
-            24: "person",
-            25: "rider",
-            26: "car",
-            31: "train",
-            33: "bicycle",
-        },
+        dict.fromkeys((0, 3, 6, 9, 29, 30))
+        | {7: "road", 8: "sidewalk", 11: "building", 17: "pole", 21: "vegetation", 23: "sky", 24: "person"}
+        | {25: "rider", 26: "car", 31: "train", 33: "bicycle"},
         19,
         unknown=34,
         extra=[
-            f"gtFine/train/{CITY}_gtFine_color.png",
-            f"gtFine/train/{CITY}_gtFine_instanceIds.png",
-            f"gtFine/train/{CITY}_gtFine_polygons.json",
-            "leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png",
+            f"gtFine/train/{CITY}_gtFine_{end}" for end in ("color.png", "instanceIds.png", "polygons.json")
         ],
     ),
     "coco_stuff164k": Layout(

@@ -1,9 +1,8 @@
+import errno
 import io
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -223,7 +222,6 @@ def test_a_jpeg_that_opencv_fills_up_is_refused(tmp_path: Path) -> None:
     """Pillow still looks at JPEGs: it sees broken data that OpenCV decodes to something."""
     path, small = tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
     data = cv2.imencode(".jpg", cv2.resize(small, (64, 48)))[1].tobytes()
-    refused = []
     for at in range(600, len(data)):
         changed = bytearray(data)
         changed[at] ^= 128
@@ -232,8 +230,9 @@ def test_a_jpeg_that_opencv_fills_up_is_refused(tmp_path: Path) -> None:
             decode_image(bytes(changed))
             load_sample(CLASSES, Sample("a", str(path), label=0))
         except DataError as error:
-            refused += ["broken data stream" in str(error)]
-    assert any(refused)
+            if "broken data stream" in str(error):
+                return
+    pytest.fail("no damage was seen by Pillow alone")
 
 
 def test_a_flipped_bit_in_a_mask_is_refused(pair: Callable[[bytes], Sample], config: DatasetConfig) -> None:
@@ -313,44 +312,15 @@ def test_linked_sub_folders_are_read_and_circles_refused(
         list_samples(config, root, "train")
 
 
-CLOSED = """
-import os
-import sys
-from pathlib import Path
-from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.listing import list_samples
-from segformer.errors import DataError
-if os.geteuid() == 0:
-    try:
-        os.setgroups([])
-        os.setgid(65534)
-        os.setuid(65534)
-    except OSError:
-        sys.exit(77)
-try:
-    list_samples(DatasetConfig(classes=["a"]), Path("."), "train")
-except DataError as error:
-    print(error)
-"""
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    folder: Path, config: DatasetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
-
-def test_a_folder_that_cannot_be_listed_is_an_error(make_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """In a process without the rights of root; it starts in a folder whose parents it may not enter."""
-    root = make_folder(tmp_path / "set", {"train": 2})
-    for path in (root, *root.rglob("*")):
-        path.chmod(0o755)
-    (root / "images/train/closed").mkdir(mode=0)
-    done = subprocess.run(
-        [sys.executable, "-c", CLOSED],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 77:
-        pytest.skip("this root cannot become another user")
-    assert "'images/train/closed' cannot be listed: Permission denied" in done.stdout, done.stderr
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match="images/train' cannot be listed: Permission denied"):
+        list_samples(config, folder, "train")
 
 
 @pytest.fixture

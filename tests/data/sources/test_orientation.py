@@ -98,14 +98,13 @@ def test_the_command_warns_of_turned_images_in_one_line(
 def test_a_mask_of_another_size_names_the_orientation(
     config: DatasetConfig, tmp_path: Path, orientation: int
 ) -> None:
-    for kind in ("images", "masks"):
-        (tmp_path / kind / "train").mkdir(parents=True)
-    image, mask = tmp_path / "images/train/a.jpg", tmp_path / "masks/train/a.png"
+    image, mask = tmp_path / "a.jpg", tmp_path / "a.png"
     image.write_bytes(encoded("JPEG", orientation))
     cv2.imwrite(str(mask), np.zeros((40, 20), np.uint8))
+    sample = Sample("a", str(image), str(mask))
     with pytest.raises(DataError, match="20 x 40 pixels, its image 40 x 20; they must agree") as error:
-        load_sample(config, Sample("a", str(image), str(mask)))
+        load_sample(config, sample)
     hint = "; the image is stored rotated (EXIF orientation 6), which is not applied: the mask must fit"
     assert (hint in str(error.value)) == (orientation == 6)
-    _, (defect,) = inspect_sample(config, Sample("a", str(image), str(mask)))
+    _, (defect,) = inspect_sample(config, sample)
     assert (defect.kind, defect.text) == ("size", str(error.value))
