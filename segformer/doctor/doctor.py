@@ -18,20 +18,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from segformer.data.loading.order import BatchShape
 from segformer.data.shards.format import ShardSet
-from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.listing import class_folders
-from segformer.distributed.engine import resolve_stage
 from segformer.doctor.judge import (
     FAIL,
     LEAST_SIDE,
@@ -44,20 +39,16 @@ from segformer.doctor.judge import (
     judge_settings,
     judge_source,
 )
-from segformer.doctor.memory import Forecast, forecast
-from segformer.doctor.scan import SplitScan, load_from_folder, load_from_shards, scan_folder, scan_shards
-from segformer.errors import ConfigError, DataError, SegformerError, at_least
+from segformer.doctor.memory import forecast
+from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
+from segformer.errors import ConfigError, DataError, at_least, reported, reraise_as
 from segformer.evaluation.drawing import beside, grid, legend, panels
 from segformer.training.config import RunConfig
-from segformer.training.optim import OPTIMIZERS
 from segformer.training.task import training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
 COLUMNS = 3  # pairs beside each other
 FONT = 18
-
-Picture = tuple[np.ndarray, np.ndarray | None]
-"""(image uint8 (H, W, 3), mask uint8 (H, W) of train ids and 255, or None)"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,12 +85,16 @@ class Report:
     classes: list[str] = dataclasses.field(default_factory=list)
     source: list[SplitScan] = dataclasses.field(default_factory=list)
     shards: list[SplitScan] = dataclasses.field(default_factory=list)
-    memory: Forecast | None = None
+    memory: dict[str, int] | None = None
     sheets: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Contact sheets, PIL images, by file name."""
 
     def add(self, level: str, about: str, text: str) -> None:
         self.findings.append(Finding(level, about, text))
+
+    def failing(self, about: str) -> contextlib.AbstractContextManager[None]:
+        """An error of the block becomes a finding."""
+        return reported(lambda error: self.add(FAIL, about, str(error)))
 
     @property
     def failures(self) -> int:
@@ -111,13 +106,11 @@ def doctor(cfg: DoctorConfig) -> None:
     """Look at everything, print it, write the files; DataError where training should not start."""
     output = Path(cfg.output)
     report = look(cfg)
-    try:
+    with reraise_as(ConfigError, f"output={output} can't be written", "choose another"):
         output.mkdir(parents=True, exist_ok=True)
         (output / "doctor.json").write_text(json.dumps(as_json(report), indent=1) + "\n")
         for name, sheet in report.sheets.items():
             sheet.save(output / f"{name}.png")
-    except OSError as error:
-        raise ConfigError(f"output={output} can't be written: {error.strerror}; choose another") from error
     print(as_text(report))
     print(f"files: {output}")
     if report.failures:
@@ -158,11 +151,7 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
         report.classes, report.source, train=cfg.train_split, evaluation=cfg.eval_split
     )
     palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
-
-    def load(scan: SplitScan, sample: Any) -> tuple[str, Picture | None]:
-        return f"{scan.name}/{sample.key}", load_from_folder(cfg.data, sample)
-
-    _draw_sheet(cfg, report, "source", load, palette)
+    _draw_sheet(cfg, report, "source", report.source, palette)
 
 
 def _open(cfg: DoctorConfig, report: Report) -> ShardSet | None:
@@ -171,28 +160,25 @@ def _open(cfg: DoctorConfig, report: Report) -> ShardSet | None:
     if "://" not in where and not Path(where).exists() and report.source:
         report.add(WARN, "shards", f"{where!r} is not there yet; write it with data_prep/shard.py")
         return None
-    try:
+    with report.failing("shards"):
         return ShardSet.open(where, cfg.loader.storage)
-    except SegformerError as error:
-        report.add(FAIL, "shards", str(error))
-        return None
+    return None
 
 
 def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None:
     folder = {scan.name: scan.samples for scan in report.source if scan.samples}
     for name, split in shards.splits.items():
-        scan = scan_shards(split, shards.content["splits"][name], read=cfg.read, seed=cfg.seed)
+        about, content = f"shards {name}", shards.content["splits"][name]
+        scan = scan_shards(split, content, read=cfg.read, seed=cfg.seed)
         report.shards.append(scan)
         for kind, places in scan.defects.items():
-            text = f"{places.count} {kind}: {'; '.join(places.examples)}; copy or shard the data again"
-            report.add(FAIL, f"shards {name}", text)
+            report.add(FAIL, about, f"{places.count} {kind}: {places}; copy or shard the data again")
         if not scan.defects:
-            read = split.num_samples if cfg.read < 0 else min(cfg.read, split.num_samples)
-            text = f"{split.num_samples} samples in {len(split.files)} shards; {read} read and decoded"
-            report.add(OK, f"shards {name}", text)
+            text = f"{scan.samples} samples in {len(split.files)} shards; {len(scan.holders[-1])} read"
+            report.add(OK, about, f"{text} and decoded")
         if folder.get(name, scan.samples) != scan.samples:
             text = f"{scan.samples} samples, the source folder has {folder[name]}; shard again"
-            report.add(WARN, f"shards {name}", f"{text} if none were left out on purpose (data.min_share)")
+            report.add(WARN, about, f"{text} if none were left out on purpose (data.min_share)")
     if report.classes and report.classes != shards.classes:
         text = (
             f"data.classes has {len(report.classes)} classes, the shards were written with "
@@ -204,74 +190,37 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
         report.findings += judge_labels(
             shards.classes, report.shards, train=cfg.train_split, evaluation=cfg.eval_split
         )
-    readers = {name: ShardReader(split) for name, split in shards.splits.items()}
-
-    def load(scan: SplitScan, sample_id: Any) -> tuple[str, Picture | None]:
-        split = shards.split(scan.name)
-        try:
-            picture = load_from_shards(split, readers[scan.name], sample_id)
-        except DataError:
-            picture = None  # a finding names it
-        return f"{scan.name}/{split.key(sample_id)}", picture
-
-    _draw_sheet(cfg, report, "shards", load, shards.palette)
+    _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
 
 def _look_at_run(cfg: DoctorConfig, shard_sizes: dict[str, list[int]], report: Report) -> None:
     samples = {scan.name: scan.samples for scan in report.shards or report.source}
     num_classes = len(report.classes)
     report.findings += judge_settings(cfg, num_classes, samples)
-    try:
+    with report.failing("batch"):
         batch = cfg.batch_shape(cfg.ranks)
-    except ConfigError as error:
-        report.add(FAIL, "batch", str(error))
-        return
-    report.findings += judge_batch(cfg, batch, samples, shard_sizes)
-    if min(training_crop(cfg)) >= LEAST_SIDE:
-        report.memory = _forecast(cfg, num_classes, batch)
-        report.findings.append(judge_memory(report.memory, cfg.gpu_gib))
-
-
-def _forecast(cfg: RunConfig, num_classes: int, batch: BatchShape) -> Forecast:
-    return forecast(
-        cfg.model,
-        num_classes,
-        crop=training_crop(cfg),
-        micro_batch=batch.micro_batch,
-        world_size=batch.world_size,
-        zero_stage=resolve_stage(cfg.engine, torch.device("cuda")),
-        precision="fp32" if cfg.engine.precision == "fp32" else "bf16",
-        loss_terms=max(1, len(cfg.loss.terms)),
-        bucket=cfg.engine.extra.get("zero_optimization", {}).get("reduce_bucket_size"),
-        offload=cfg.engine.offload_optimizer,
-        ema=cfg.optim.ema > 0,
-        moments=len(OPTIMIZERS[cfg.optim.name].states),
-        task=cfg.data.task,
-    )
+        report.findings += judge_batch(cfg, batch, samples, shard_sizes)
+        if min(training_crop(cfg)) >= LEAST_SIDE:
+            report.memory = forecast(cfg, num_classes, batch)
+            report.findings.append(judge_memory(report.memory, cfg.gpu_gib))
 
 
 def _draw_sheet(
-    cfg: DoctorConfig,
-    report: Report,
-    name: str,
-    load: Callable[[SplitScan, Any], tuple[str, Picture | None]],
-    palette: np.ndarray,
+    cfg: DoctorConfig, report: Report, name: str, scans: list[SplitScan], palette: np.ndarray
 ) -> None:
     """A contact sheet of the first split, which is trained on, and half as many samples of the others."""
-    scans = report.source if name == "source" else report.shards
     rest = cfg.pictures // (2 * (len(scans) - 1)) if len(scans) > 1 else 0
-    counts = [cfg.pictures - rest * (len(scans) - 1), *[rest] * (len(scans) - 1)]
     cells, masks = [], []
-    for scan, count in zip(scans, counts, strict=True):
-        for sample in scan.choose(count):
-            caption, picture = load(scan, sample)
+    for index, scan in enumerate(scans):
+        for sample in scan.choose(rest if index else cfg.pictures - rest * (len(scans) - 1)):
+            caption, picture = scan.load(sample)
             if picture is None:
                 continue
             image, mask = picture
-            masks += [] if mask is None else [mask]
+            shown = [] if mask is None else [mask]
+            masks += shown
             caption += " (mask not understood)" if mask is None and cfg.data.task == "segmentation" else ""
-            shown = panels(image, [] if mask is None else [mask], palette, CELL, 0.7)
-            cells.append((caption, beside(shown)))
+            cells.append((f"{scan.name}/{caption}", beside(panels(image, shown, palette, CELL, 0.7))))
     if cells:
         entries = legend(masks, report.classes, palette)
         report.sheets[name] = grid(cells, entries, columns=COLUMNS, font_size=FONT)
@@ -299,7 +248,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "classes": report.classes,
         "source": {scan.name: split(scan) for scan in report.source},
         "shards": {scan.name: split(scan) for scan in report.shards},
-        "memory_bytes": None if memory is None else memory.parts | {"total": memory.total},
+        "memory_bytes": memory and memory | {"total": sum(memory.values())},
     }
 
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ import torch
 from segformer.data.loading.loader import worker_count
 from segformer.data.loading.order import BatchShape, make_order_spec
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.doctor.memory import Forecast
 from segformer.doctor.scan import SplitScan
 from segformer.files import listed
 from segformer.training.config import RunConfig
@@ -70,9 +70,8 @@ def _files(cfg: DatasetConfig, scan: SplitScan) -> Iterator[Finding]:
             yield from (Finding(FAIL, about, text) for text in places.examples)
             continue
         what, remedy = _DEFECTS[kind]
-        more = ", ..." if places.count > len(places.examples) else ""
         remedy = remedy or _color_remedy(cfg, scan)
-        yield Finding(FAIL, about, f"{places.count} {what} ({'; '.join(places.examples)}{more}); {remedy}")
+        yield Finding(FAIL, about, f"{places.count} {what} ({places}); {remedy}")
     if not scan.defects:
         yield Finding(OK, about, f"{scan.samples} samples, every file read and decoded")
 
@@ -160,11 +159,10 @@ def judge_labels(
         yield from _seen_classes(classes, by_name[train], by_name.get(evaluation))
     for scan in by_name.values():
         if scan.twice.count:
-            text = f"{scan.twice.count} images are there more than once ({'; '.join(scan.twice.examples)})"
+            text = f"{scan.twice.count} images are there more than once ({scan.twice})"
             yield Finding(WARN, f"{scan.name}: copies", f"{text}; remove the copies")
-    names = sorted(by_name)
-    for index, first in enumerate(names):
-        yield from (_overlap(by_name[first], by_name[second]) for second in names[index + 1 :])
+    for first, second in combinations(sorted(by_name), 2):
+        yield _overlap(by_name[first], by_name[second])
 
 
 def _ignored(scan: SplitScan) -> Iterator[Finding]:
@@ -242,7 +240,7 @@ def judge_settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int])
 def judge_batch(
     cfg: RunConfig, batch: BatchShape, samples: Mapping[str, int], shard_sizes: Mapping[str, Sequence[int]]
 ) -> Iterator[Finding]:
-    """Findings on the batches of a run; samples, shard_sizes: by split, without sizes before sharding."""
+    """Findings on the batches of training; samples, shard_sizes: by split, without sizes before sharding."""
     ranks, count = batch.world_size, samples.get(cfg.train_split)
     if count is not None:
         epochs = cfg.steps * cfg.global_batch / max(1, count)
@@ -254,30 +252,26 @@ def judge_batch(
     if sizes := shard_sizes.get(cfg.train_split):
         workers = max(1, worker_count(cfg.loader, ranks))
         spec = make_order_spec(sizes, seed=cfg.seed, global_batch=cfg.global_batch)
-        chunks = sum(math.ceil(size / spec.chunk) for size in sizes)
-        readers = ranks * workers
-        text = (
-            f"{ranks} ranks x {workers} workers = {readers} readers of {chunks} chunks, {len(sizes)} shards"
-        )
+        chunks, readers = sum(math.ceil(size / spec.chunk) for size in sizes), ranks * workers
+        text = f"{ranks} ranks x {workers} workers = {readers} readers"
+        text += f" of {chunks} chunks, {len(sizes)} shards"
         if chunks < readers:
             text += ": several will read the same chunk (nothing is lost or repeated)"
             yield Finding(WARN, "readers", f"{text}; loader.workers={max(1, chunks // ranks)} is enough")
         else:
             yield Finding(OK, "readers", text)
-    if samples.get(cfg.eval_split, ranks) < ranks:
-        text = f"{samples[cfg.eval_split]} images for {ranks} ranks: some ranks will wait for the others"
-        yield Finding(WARN, "evaluation", f"{text}; nothing needs to change")
 
 
-def judge_memory(found: Forecast, gib: float | None) -> Finding:
+def judge_memory(found: Mapping[str, int], gib: float | None) -> Finding:
     """The forecast of memory against a GPU of `gib` GiB; None = the one here."""
     if gib is None and torch.cuda.is_available():
         gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.parts.items() if size)
-    text = f"forecast {_gib(found.total)} a GPU ({parts})"
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
+    total = sum(found.values())
+    text = f"forecast {_gib(total)} a GPU ({parts})"
     if gib is None:
         return Finding(OK, "memory", f"{text}; gpu_gib=<GiB of a GPU> compares it")
-    share = found.total / 2**30 / gib
+    share = total / 2**30 / gib
     text += f", {100 * share:.0f} % of {gib:.0f} GiB"
     if share <= TIGHT:
         return Finding(OK, "memory", text)

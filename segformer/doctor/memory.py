@@ -15,84 +15,47 @@ torch.compile saves. Gradients and activations are added, as with accumulation, 
 while gradients grow.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from segformer.distributed.engine import bucket_elements
+from segformer.data.loading.order import BatchShape
+from segformer.distributed.engine import bucket_elements, resolve_stage
 from segformer.models.ops.dispatch import GPU_BLOCK_BYTES
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
+from segformer.training.config import RunConfig
+from segformer.training.optim import OPTIMIZERS
+from segformer.training.task import training_crop
 
 PREFETCH = 50_000_000  # DeepSpeed's default stage3_prefetch_bucket_size, elements
 LOSS_BLOCKS = 4  # blocks of enlarged logits alive at once: logits, softmax, log-softmax, one product
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Forecast:
-    """Bytes on one GPU by purpose, and the number of parameters of the whole model."""
-
-    num_parameters: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    average: int
-    buckets: int
-    activations: int
-    loss: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by purpose."""
-        return {name: size for name, size in asdict(self).items() if name != "num_parameters"}
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts.values())
-
-
-def forecast(
-    model: ModelConfig,
-    num_classes: int,
-    *,
-    crop: tuple[int, int],
-    micro_batch: int,
-    world_size: int,
-    zero_stage: int,
-    precision: str,
-    loss_terms: int = 1,
-    bucket: int | None = None,
-    offload: bool = False,
-    ema: bool = False,
-    moments: int = 2,
-    task: str = "segmentation",
-) -> Forecast:
-    """Memory of one rank; crop in pixels, precision fp32 or bf16, bucket in elements (null: the engine's)."""
-    skeleton = _skeleton(model, num_classes, task)
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    states = state_bytes(parameters, world_size=world_size, zero_stage=zero_stage, moments=moments)
-    share = 4 * (-(-parameters // world_size) if zero_stage else parameters)
-    bucket = bucket_elements(parameters) if bucket is None else bucket
-    logits = num_classes * -(-crop[0] // 4) * -(-crop[1] // 4)
-    enlarged = 4 * num_classes * crop[0] * crop[1]
-    loss = 4 * micro_batch * logits * loss_terms + LOSS_BLOCKS * min(enlarged, GPU_BLOCK_BYTES)
-    if task == "classification":  # a row of logits an image
-        loss = 0
-    return Forecast(
-        num_parameters=parameters,
-        parameters=states["parameters"],
-        gradients=states["gradients"],
-        optimizer=0 if offload else states["optimizer"],
-        average=share if ema and not offload else 0,
-        buckets=_bucket_bytes(parameters, zero_stage, precision, bucket),
-        activations=activation_bytes(
-            model, num_classes, crop=crop, micro_batch=micro_batch, bf16=precision == "bf16", task=task
+def forecast(cfg: RunConfig, num_classes: int, batch: BatchShape) -> dict[str, int]:
+    """Bytes by purpose on each GPU of a run."""
+    crop, task, stage = training_crop(cfg), cfg.data.task, resolve_stage(cfg.engine, torch.device("cuda"))
+    bf16 = cfg.engine.precision != "fp32"
+    parameters = sum(parameter.numel() for parameter in _skeleton(cfg.model, num_classes, task).parameters())
+    ranks, moments = batch.world_size, len(OPTIMIZERS[cfg.optim.name].states)
+    states = state_bytes(parameters, world_size=ranks, zero_stage=stage, moments=moments)
+    average = 4 * (-(-parameters // ranks) if stage else parameters) if cfg.optim.ema else 0
+    if cfg.engine.offload_optimizer:
+        states["optimizer"] = average = 0
+    logits = batch.micro_batch * num_classes * -(-crop[0] // 4) * -(-crop[1] // 4)
+    block = min(4 * num_classes * crop[0] * crop[1], GPU_BLOCK_BYTES)
+    loss = 4 * logits * max(1, len(cfg.loss.terms)) + LOSS_BLOCKS * block
+    bucket = cfg.engine.extra.get("zero_optimization", {}).get("reduce_bucket_size")
+    micro_batch = batch.micro_batch
+    return states | {
+        "average": average,
+        "buckets": _bucket_bytes(parameters, stage, bf16, bucket or bucket_elements(parameters)),
+        "activations": activation_bytes(
+            cfg.model, num_classes, crop=crop, micro_batch=micro_batch, bf16=bf16, task=task
         ),
-        loss=loss,
-    )
+        "loss": 0 if task == "classification" else loss,  # there a row of logits an image
+    }
 
 
 def state_bytes(parameters: int, *, world_size: int, zero_stage: int, moments: int = 2) -> dict[str, int]:
@@ -105,13 +68,11 @@ def state_bytes(parameters: int, *, world_size: int, zero_stage: int, moments: i
     }
 
 
-def _bucket_bytes(parameters: int, zero_stage: int, precision: str, bucket: int) -> int:
+def _bucket_bytes(parameters: int, zero_stage: int, bf16: bool, bucket: int) -> int:
     """DeepSpeed 0.19: at stage 1 and 2 two buffers (overlap_comm) per type of gradients that is sent."""
-    if zero_stage == 0:
-        return 0
     if zero_stage == 3:
-        return (6 if precision == "bf16" else 4) * bucket + 4 * min(parameters, PREFETCH)
-    return 2 * 4 * bucket * (2 if precision == "bf16" else 1)
+        return (6 if bf16 else 4) * bucket + 4 * min(parameters, PREFETCH)
+    return 2 * 4 * bucket * (2 if bf16 else 1) if zero_stage else 0
 
 
 def _skeleton(model: ModelConfig, num_classes: int, task: str) -> nn.Module:
@@ -136,13 +97,17 @@ def activation_bytes(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=isinstance(tensor, nn.Parameter))
+
     skeleton = _skeleton(model, num_classes, task)
     if bf16 and norms_in_fp32:
         for module in skeleton.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     with FakeTensorMode():
-        state = {name: _fake(tensor) for name, tensor in _tensors(skeleton)}
+        tensors = dict(skeleton.named_parameters()) | dict(skeleton.named_buffers())
+        state = {name: fake(tensor) for name, tensor in tensors.items()}
         images = torch.empty(micro_batch, 3, *crop)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         kept: dict[int, torch.UntypedStorage] = {}  # holds the storages: a freed one's address is used again
@@ -160,12 +125,3 @@ def activation_bytes(
             logits = torch.func.functional_call(skeleton, state, (images,))
         keep(logits)
         return sum(storage.nbytes() for storage in kept.values())
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=isinstance(tensor, nn.Parameter))

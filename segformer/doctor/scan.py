@@ -6,14 +6,14 @@ shards the index tells sizes and labels, and a random sample of the images is re
 (data_prep/verify.py re-reads everything).
 """
 
+import contextlib
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.decode import decode_image, decode_mask, decode_pixels, read_file
 from segformer.data.sources.listing import Defect, LoadedSample, Sample, find_samples, inspect_sample
-from segformer.errors import DataError
+from segformer.errors import DataError, reported
 
-HELD = 32  # samples to choose from for a contact sheet, per class
 SHOWN = 3  # places that are named for each kind of defect
 MAX_COLORS = 64  # of one mask; more are noise of a lossy format, not a palette
 _BATCH = 1024  # files handed to the threads at a time
+
+Picture = tuple[np.ndarray, np.ndarray | None]
+"""(image uint8 (H, W, 3), mask uint8 (H, W) of train ids and 255, or None)"""
 
 
 @dataclass(slots=True)
@@ -45,6 +47,9 @@ class Places:
         if len(self.examples) < SHOWN:
             self.examples.append(text)
 
+    def __str__(self) -> str:
+        return "; ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
+
 
 @dataclass(slots=True)
 class SplitScan:
@@ -52,6 +57,8 @@ class SplitScan:
 
     name: str
     num_classes: int
+    load: Callable[[Any], tuple[str, Picture | None]] = lambda sample: ("", None)
+    """A sample of `holders` -> its key and, where it can be shown, its picture."""
     class_pixels: np.ndarray = field(init=False)
     """int64 (K,), pixels; images in classification."""
     class_images: np.ndarray = field(init=False)
@@ -70,28 +77,12 @@ class SplitScan:
     """Fingerprint of each image file -> its key."""
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
-    defects: dict[str, Places] = field(default_factory=dict)
-    holders: dict[int, list[Any]] = field(default_factory=dict)
-    """Train id -> some samples that hold it, as Sample or as sample ids; -1: any."""
-    _seen: Counter[int] = field(default_factory=Counter)
-    _strides: dict[int, int] = field(default_factory=dict)
+    defects: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(Places))
+    holders: defaultdict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    """Train id -> the samples that hold it, as Sample or as sample ids; -1: all that were read."""
 
     def __post_init__(self) -> None:
         self.class_pixels, self.class_images = np.zeros((2, self.num_classes), np.int64)
-
-    def note(self, kind: str, text: str, count: int = 1) -> None:
-        """Count a defect."""
-        self.defects.setdefault(kind, Places()).add(text, count)
-
-    def hold(self, label: int, sample: Sample | int) -> None:
-        """Remember a sample for the contact sheet; those kept are spread evenly over what was seen."""
-        known, stride = self.holders.setdefault(label, []), self._strides.setdefault(label, 1)
-        if self._seen[label] % stride == 0:
-            known.append(sample)
-        self._seen[label] += 1
-        if len(known) == 2 * HELD:
-            del known[1::2]
-            self._strides[label] = 2 * stride
 
     def fingerprint(self, digest: bytes, key: str) -> None:
         """Note the bytes of an image."""
@@ -110,32 +101,31 @@ class SplitScan:
 
     def choose(self, count: int) -> list[Any]:
         """Up to `count` samples for a contact sheet: one of each class, rarest class first, then any."""
-        chosen: list[Any] = []
         present = np.flatnonzero(self.class_images)
-        for label in present[np.argsort(self.class_images[present], kind="stable")].tolist():
-            fresh = [sample for sample in self.holders.get(label, []) if sample not in chosen]
-            chosen += fresh[len(fresh) // 2 :][:1]  # neighbors in a folder look alike
-        others = [sample for sample in self.holders.get(-1, []) if sample not in chosen]
-        missing = max(0, count - len(chosen))
-        places = np.linspace(0, len(others) - 1, min(missing, len(others))).round().astype(int)
-        return (chosen + [others[place] for place in places])[:count]
+        rarest_first = present[np.argsort(self.class_images[present], kind="stable")].tolist()
+        holders = [self.holders[label] for label in rarest_first]
+        others = self.holders[-1]
+        places = np.linspace(0, len(others) - 1, min(count, len(others))).round().astype(int)
+        # From the middle and spread evenly: neighbors in a folder look alike.
+        chosen = [known[len(known) // 2] for known in holders] + [others[place] for place in places]
+        return list(dict.fromkeys(chosen))[:count]
 
 
 def scan_folder(
     cfg: DatasetConfig, root: Path, name: str, *, num_classes: int, threads: int = -1
 ) -> SplitScan:
     """Every file of one split of a source folder; threads: -1 = one per core."""
-    scan = SplitScan(name, num_classes)
+    scan = SplitScan(name, num_classes, partial(_from_folder, cfg))
     samples, defects = find_samples(cfg, root, name)
     for defect in defects:
-        scan.note(defect.kind, defect.text, defect.count)
+        scan.defects[defect.kind].add(defect.text, defect.count)
     table = label_table(cfg) if cfg.classes and cfg.task == "segmentation" else None
     with (
         ThreadPoolExecutor(threads if threads > 0 else len(os.sched_getaffinity(0))) as pool,
         tqdm(total=len(samples), unit="image", desc=f"scan {name}", leave=False, disable=None) as bar,
     ):
-        rest = iter(samples)
-        while batch := list(islice(rest, _BATCH)):
+        for start in range(0, len(samples), _BATCH):
+            batch = samples[start : start + _BATCH]
             for sample, found in zip(batch, pool.map(partial(_look, cfg), batch), strict=True):
                 _add(scan, sample, *found, table)
                 bar.update()
@@ -164,14 +154,14 @@ def _add(
 ) -> None:
     scan.samples += 1
     for defect in defects:
-        scan.note(defect.kind, str(sample.mask) if defect.kind == "colour" else defect.text)
+        scan.defects[defect.kind].add(str(sample.mask) if defect.kind == "colour" else defect.text)
     scan.colors.update(colors)
     if loaded.image:
         scan.fingerprint(loaded.image, sample.key)
     if loaded.height:
         scan.heights.append(loaded.height)
         scan.widths.append(loaded.width)
-        scan.hold(-1, sample)
+        scan.holders[-1].append(sample)
     raw_ids = loaded.raw_ids if sample.label is None else {sample.label: 1}
     scan.raw_pixels.update(raw_ids)
     scan.raw_images.update(raw_ids.keys())
@@ -182,21 +172,20 @@ def _add(
     for label, pixels in known.items():
         scan.class_pixels[label] += pixels
         scan.class_images[label] += 1
-        scan.hold(label, sample)
+        scan.holders[label].append(sample)
     scan.ignored_pixels += labels[IGNORE_INDEX] if IGNORE_INDEX not in known else 0
     scan.ignored_images += bool(raw_ids) and not known
 
 
-def load_from_folder(cfg: DatasetConfig, sample: Sample) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """(image uint8 (H, W, 3), mask uint8 (H, W) of train ids or None) of files that can be shown."""
+def _from_folder(cfg: DatasetConfig, sample: Sample) -> tuple[str, Picture | None]:
     loaded, defects = inspect_sample(cfg, sample)
     if not loaded.height:
-        return None
+        return sample.key, None
     image = decode_image(loaded.image)
     if loaded.ids is None or defects or not cfg.classes:
-        return image, None
+        return sample.key, (image, None)
     mask = label_table(cfg)[loaded.ids]
-    return image, np.where(mask < 0, IGNORE_INDEX, mask).astype(np.uint8)
+    return sample.key, (image, np.where(mask < 0, IGNORE_INDEX, mask).astype(np.uint8))
 
 
 def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int = 0) -> SplitScan:
@@ -204,15 +193,15 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
 
     content: the split's entry of dataset.json.
     """
-    scan = SplitScan(split.name, len(split.class_pixels))
+    reader = ShardReader(split)
+    scan = SplitScan(split.name, len(split.class_pixels), partial(_from_shards, reader))
     scan.samples = split.num_samples
     scan.heights, scan.widths = split.heights.tolist(), split.widths.tolist()
     scan.class_pixels = split.class_pixels.copy()
     labelled = np.zeros(split.num_samples, bool)
     for label in range(scan.num_classes):
         ids = split.samples_with(label)
-        labelled[ids], scan.class_images[label] = True, len(ids)
-        scan.holders[label] = [int(sample_id) for sample_id in ids[:3]]
+        labelled[ids], scan.class_images[label], scan.holders[label] = True, len(ids), ids.tolist()
     scan.ignored_images = int((~labelled).sum())
     scan.ignored_pixels = content.get("ignored_pixels", 0)
     scan.raw_pixels.update({int(raw): int(pixels) for raw, pixels in content.get("raw_ids", {}).items()})
@@ -222,24 +211,25 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
     scan.digests = {digest: split.key(int(number)) for digest, number in scan.digests.items()}
     count = split.num_samples if read < 0 else min(read, split.num_samples)
     chosen = np.sort(np.random.default_rng(seed).choice(split.num_samples, count, replace=False)).tolist()
-    reader = ShardReader(split)
     for sample_id in tqdm(chosen, unit="image", desc=f"read {split.name}", leave=False, disable=None):
-        try:
-            image, mask = load_from_shards(split, reader, sample_id)
-        except DataError as error:
-            scan.note("unreadable", str(error))
-            continue
-        size = (int(split.heights[sample_id]), int(split.widths[sample_id]))
-        if image.shape[:2] != size or (mask is not None and mask.shape != size):
-            scan.note("size", f"{split.describe(sample_id)} is not {size[1]} x {size[0]} pixels")
-        scan.hold(-1, sample_id)
+        with reported(lambda error: scan.defects["unreadable"].add(str(error)), on=DataError):
+            image, mask = _read(reader, sample_id)
+            size = (int(split.heights[sample_id]), int(split.widths[sample_id]))
+            if image.shape[:2] != size or (mask is not None and mask.shape != size):
+                text = f"{split.describe(sample_id)} is not {size[1]} x {size[0]} pixels"
+                scan.defects["size"].add(text)
+            scan.holders[-1].append(sample_id)
     return scan
 
 
-def load_from_shards(
-    split: Split, reader: ShardReader, sample_id: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(image uint8 (H, W, 3), mask uint8 (H, W) of train ids or None) of one sample."""
+def _read(reader: ShardReader, sample_id: int) -> Picture:
     raw = reader.read(sample_id)
-    mask = decode_mask(raw.target) if split.task == "segmentation" else None
+    mask = decode_mask(raw.target) if reader.split.task == "segmentation" else None
     return decode_image(raw.image), mask
+
+
+def _from_shards(reader: ShardReader, sample_id: int) -> tuple[str, Picture | None]:
+    picture = None
+    with contextlib.suppress(DataError):  # a finding names it
+        picture = _read(reader, sample_id)
+    return reader.split.key(sample_id), picture

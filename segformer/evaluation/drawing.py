@@ -98,7 +98,7 @@ def legend(masks: Iterable[np.ndarray], classes: Sequence[str], palette: np.ndar
 def grid(
     cells: Sequence[tuple[str, np.ndarray]], entries: Legend, *, columns: int, font_size: int = FONT
 ) -> "Image.Image":
-    """Pictures uint8 (h, w, 3), each below its caption, in rows of `columns`, and the legend below all.
+    """Pictures uint8 (h, w, 3), each below its caption, in rows of `columns`, and below them the legend.
 
     A caption that is wider than PANEL and than the pictures loses its beginning.
     """
@@ -110,9 +110,9 @@ def grid(
     rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
     heights = [font_size + 2 * gap + max(picture.shape[0] for _, picture in row) for row in rows]
     width = columns * (column + gap) + gap
-    lines = _legend_lines(entries, font.getlength, font_size, width)
-    line = font_size + gap
-    canvas = Image.new("RGB", (width, sum(heights) + 2 * gap + len(lines) * line), "white")
+    entry = math.ceil(max((font.getlength(name) for name, _ in entries), default=0)) + font_size + 2 * gap
+    across, line = max(1, (width - gap) // entry), font_size + gap
+    canvas = Image.new("RGB", (width, sum(heights) + 2 * gap + -(-len(entries) // across) * line), "white")
     draw = ImageDraw.Draw(canvas)
     top = gap
     for row, height in zip(rows, heights, strict=True):
@@ -121,12 +121,11 @@ def grid(
             draw.text((middle, top), _shortened(caption, font.getlength, column), INK, font, anchor="ma")
             canvas.paste(Image.fromarray(picture), (middle - picture.shape[1] // 2, top + font_size + gap))
         top += height
-    for entries_of_line in lines:
-        for left, name, color in entries_of_line:
-            box = (left, top + 2, left + font_size - 4, top + font_size - 2)
-            draw.rounded_rectangle(box, radius=font_size // 6, fill=color, outline=FRAME, width=2)
-            draw.text((left + font_size + gap / 2, top + font_size / 2), name, INK, font, anchor="lm")
-        top += line
+    for index, (name, color) in enumerate(entries):
+        left, y = gap + index % across * entry, top + index // across * line
+        box = (left, y + 2, left + font_size - 4, y + font_size - 2)
+        draw.rounded_rectangle(box, radius=font_size // 6, fill=color, outline=FRAME, width=2)
+        draw.text((left + font_size + gap / 2, y + font_size / 2), name, INK, font, anchor="lm")
     return canvas
 
 
@@ -134,23 +133,6 @@ def _shortened(text: str, length: Callable[[str], float], width: float) -> str:
     while len(text) > 4 and length(text) > width:
         text = "..." + text[4:]
     return text
-
-
-def _legend_lines(
-    entries: Legend, length: Callable[[str], float], size: int, width: int
-) -> list[list[tuple[float, str, tuple[int, int, int]]]]:
-    """(left edge, name, color) of the entries, broken into lines no wider than `width`."""
-    lines: list[list[tuple[float, str, tuple[int, int, int]]]] = []
-    gap = size / 2
-    left = math.inf
-    for name, color in entries:
-        needed = size + gap + length(name) + gap
-        if left + needed > width:
-            lines.append([])
-            left = gap
-        lines[-1].append((left, name, color))
-        left += needed
-    return lines
 
 
 class Gallery:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from segformer.data.loading.loader import LoaderConfig, eval_batches, num_eval_b
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
-from segformer.errors import SegformerError
+from segformer.errors import SegformerError, reported
 from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
 from segformer.models.ops.backend import BACKENDS, Backend
 
@@ -47,14 +47,12 @@ def evaluate(
     """The scores of `model` on a split, the same on every rank; all ranks.
 
     Args:
-        model: (B, 3, H, W) float -> logits, (B, K, H/4, W/4) of segmentation and (B, K) of classification;
-            left in the mode it came in.
+        model: (B, 3, H, W) float -> logits, (B, K, H/4, W/4) or (B, K) of a classifier; its mode is kept.
         normalize: uint8 images -> model input, on the device.
         batch_size: images per forward and rank.
-        bf16: run the model in bf16 autocast.
         should_stop: asked before every batch and after the last, answers alike on all ranks; True ends the
             evaluation with None.
-        on_error: gets what is wrong with the data that this rank reads. It must make `should_stop` answer
+        on_error: gets what is wrong with the data that this rank reads, and must make `should_stop` answer
             True on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cropped; None for segmentation.
         ops: backend of the operation that counts the pixels of a segmentation.
@@ -65,12 +63,14 @@ def evaluate(
     training = model.training
     model.eval()
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
-    with contextlib.closing(_batches(split, loader, world, batch_size, view)) as iterator:
+    ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
+    batches = eval_batches(split, loader, batch_size=batch_size, augment=view, **ranks)
+    with contextlib.closing(iter(batches)) as iterator:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
             if should_stop():
                 break
             batch = None
-            with _reported(on_error):
+            with reported(on_error):
                 batch = next(iterator, None)
             if batch is not None:
                 batch = batch.to(world.device, non_blocking=True)
@@ -79,7 +79,7 @@ def evaluate(
             with autocast, bounded_compilation(model, images):
                 logits = model(normalize(images, None))
             if batch is not None:
-                with _reported(on_error):
+                with reported(on_error):
                     metric.update(logits, batch.targets)
                 on_batch(batch, logits)
     model.train(training)
@@ -88,29 +88,6 @@ def evaluate(
     with warnings.catch_warnings():  # a rank may have had no image: its zeros count
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         return metric.compute()
-
-
-def _batches(
-    split: Split, loader: LoaderConfig, world: World, batch_size: int, view: ClassificationAugment | None
-) -> Generator[Batch, None, None]:
-    batches = eval_batches(
-        split,
-        loader,
-        rank=world.rank,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        batch_size=batch_size,
-        augment=view,
-    )
-    return iter(batches)
-
-
-@contextlib.contextmanager
-def _reported(on_error: Callable[[SegformerError], None]) -> Iterator[None]:
-    try:
-        yield
-    except SegformerError as error:
-        on_error(error)
 
 
 def bounded_compilation(model: nn.Module, images: Tensor) -> contextlib.AbstractContextManager[object]:

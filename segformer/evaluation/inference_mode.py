@@ -57,21 +57,17 @@ class InferenceModeConfig:
     def __post_init__(self) -> None:
         at_least(self, "", short_side=0, long_side=0, size_divisor=0)
         if 0 < self.short_side < _LEAST:
-            raise ConfigError(
-                f"short_side={self.short_side} is too small; use 0 (own size), or {_LEAST} or more"
-            )
+            raise ConfigError(f"short_side={self.short_side} is too small; use 0 or {_LEAST} or more")
         if self.long_side and not 0 < self.short_side <= self.long_side:
             raise ConfigError(
                 f"long_side={self.long_side} limits short_side={self.short_side}; set both, the long side to "
                 "no less than the short one, or leave it at 0"
             )
-        wrong = [factor for factor in self.scales if not (factor > 0 and math.isfinite(factor))]
+        wrong = [factor for factor in self.scales if not 0 < factor < math.inf]
         if wrong:
             raise ConfigError(f"scales={self.scales}: {wrong[0]} is no factor; use numbers above 0")
         if self.window and (len(self.window) != 2 or min(self.window) < _LEAST):
-            raise ConfigError(
-                f"window={self.window} must be [height, width], each {_LEAST} or more, or empty"
-            )
+            raise ConfigError(f"window={self.window} must be [height, width] of {_LEAST} or more, or empty")
         fits = len(self.stride) == len(self.window) == 2 and all(
             1 <= step <= side for step, side in zip(self.stride, self.window, strict=True)
         )
@@ -89,26 +85,12 @@ class InferenceModeConfig:
 
 
 def settings(cfg: InferenceModeConfig) -> list[str]:
-    """Settings that are not at their default, as key=value; empty: whole images at their own size."""
+    """Settings that are not at their default, as key=value; empty: whole images at their own size.
+
+    They stand beside every score, ready to be given again.
+    """
     given = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
     return [f"{name}={value}" for name, value in given.items() if value]
-
-
-def describe(cfg: InferenceModeConfig) -> str:
-    """The mode in words, for the line of the scores."""
-    parts = ["whole images"]
-    if cfg.window:
-        (down, right), (height, width) = cfg.steps, cfg.window
-        parts = [f"windows of {height} x {width} every {down} x {right}"]
-    limit = f", long side at most {cfg.long_side}" if cfg.long_side else ""
-    parts.append(f"short side to {cfg.short_side}{limit}" if cfg.short_side else "original size")
-    if cfg.size_divisor:
-        parts.append(f"sides up to multiples of {cfg.size_divisor}")
-    if cfg.scales:
-        parts.append("scales " + ", ".join(f"{factor:g}" for factor in cfg.scales))
-    if cfg.flip:
-        parts.append("flipped, too")
-    return "; ".join(parts) if len(parts) > 2 or limit else ", ".join(parts)
 
 
 def resized(cfg: InferenceModeConfig, size: Size, factor: float = 1.0) -> tuple[Size, Size]:

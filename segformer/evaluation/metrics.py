@@ -141,13 +141,10 @@ class ClassificationScores(Scores):
 class CountingMetric(Metric):
     """Adds up integer counts of every class; `compute` sums them over the ranks."""
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
     counts: Tensor
 
-    def __init__(self, num_classes: int, columns: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, num_classes: int, columns: int) -> None:
+        super().__init__()
         self.num_classes = num_classes
         zeros = torch.zeros(num_classes, columns, dtype=torch.int64)
         self.add_state("counts", default=zeros, dist_reduce_fx="sum")
@@ -156,8 +153,8 @@ class CountingMetric(Metric):
 class SegmentationMetric(CountingMetric):
     """The confusion matrix of pixels."""
 
-    def __init__(self, num_classes: int, ops: Backend = BACKENDS["fused"], **kwargs: Any) -> None:
-        super().__init__(num_classes, num_classes, **kwargs)
+    def __init__(self, num_classes: int, ops: Backend = BACKENDS["fused"]) -> None:
+        super().__init__(num_classes, num_classes)
         self.ops = ops
 
     def update(self, logits: Tensor, target: Tensor) -> None:
@@ -176,8 +173,8 @@ class SegmentationMetric(CountingMetric):
 class ClassificationMetric(CountingMetric):
     """Images of each class, and where its logit ranks among theirs."""
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        super().__init__(num_classes, 3, **kwargs)
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, 3)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count where logits (B, K) rank the classes of target (B,), int64. DataError for a class beyond K.

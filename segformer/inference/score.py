@@ -20,7 +20,7 @@ from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError, at_least
 from segformer.evaluation.evaluate import evaluate
-from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, describe, in_mode, settings
+from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, in_mode, settings
 from segformer.evaluation.metrics import Scores
 from segformer.files import listed
 from segformer.inference.export import build, open_checkpoint
@@ -84,10 +84,12 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     if scores is None:  # logged once, by the rank that met it
         raise failures[0] if failures else SystemExit(SegformerError.exit_code)
     if world.is_main:
-        square = view and f"short side to {view.eval_resize}, center {view.size} x {view.size}"
+        mode = ", ".join(settings(cfg)) or "whole images"
+        if view is not None:
+            mode = f"short side to {view.eval_resize}, center {view.size} x {view.size}"
         print(
             f"{cfg.checkpoint} at step {trained.provenance.get('step')} on {split.num_samples} images of "
-            f"{cfg.split} ({square or describe(cfg)}) in {duration(time.monotonic() - start)}",
+            f"{cfg.split} ({mode}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,
         )
         print(scores.table(classes))

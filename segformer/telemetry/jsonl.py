@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import deque
@@ -58,10 +59,8 @@ def read_metrics(run_dir: Path, *kinds: str) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         for line in file:
             if line.startswith(wanted):
-                try:
+                with contextlib.suppress(ValueError):
                     yield json.loads(line)
-                except ValueError:
-                    continue
 
 
 def newest_row(run_dir: Path, *kinds: str) -> dict[str, Any] | None:

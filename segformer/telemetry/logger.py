@@ -24,7 +24,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,10 @@ from typing import Any
 import numpy as np
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, at_least
+from segformer.errors import ConfigError, at_least, reason_of, reported
 from segformer.telemetry.jsonl import LineFile
-from segformer.telemetry.progress import duration, fitting, on_terminal, open_bar, train_figures
-from segformer.telemetry.trackers import (
-    Tensorboard,
-    Wandb,
-    confusion_picture,
-    one_line,
-    without_secrets,
-)
+from segformer.telemetry.progress import duration, on_terminal, open_bar, train_figures
+from segformer.telemetry.trackers import Tensorboard, Wandb, confusion_picture, without_secrets
 
 WANDB_MODES = ("disabled", "offline", "online")
 Tracker = Wandb | Tensorboard
@@ -145,15 +139,15 @@ class Telemetry:
             with self._counted("wandb"):
                 self._trackers["wandb"] = Wandb(run_dir, self.line, cfg.wandb, cfg.wandb_timeout_s, **options)
 
-    @contextlib.contextmanager
-    def _counted(self, tracker: str) -> Iterator[None]:
+    def _counted(self, tracker: str) -> contextlib.AbstractContextManager[None]:
         """Around a call of a tracker: what it raises is counted, and logged the first time."""
-        try:
-            yield
-        except Exception as error:
+
+        def count(error: Exception) -> None:
             if not self._missed[tracker]:
-                self.line(f"{tracker}: {one_line(error)}")
+                self.line(f"{tracker}: {reason_of(error)}")
             self._missed[tracker] += 1
+
+        return reported(count, on=Exception)
 
     def __enter__(self) -> Telemetry:
         return self
@@ -167,20 +161,11 @@ class Telemetry:
             return
         text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no Unicode
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
-        with self._terminal():
+        with contextlib.suppress(OSError):  # a terminal that has gone does not take the run with it
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
             else:
                 print(text, file=sys.stderr, flush=True)
-
-    @contextlib.contextmanager
-    def _terminal(self) -> Iterator[None]:
-        """Write to a terminal, which may go away: it takes the bar with it and not the run."""
-        try:
-            yield
-        except OSError:
-            if self._bar is not None:
-                self._bar.disable = True
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
@@ -191,7 +176,7 @@ class Telemetry:
     def advance(self) -> None:
         """One optimizer step is done; rank zero."""
         if self._bar is not None:
-            with self._terminal():
+            with contextlib.suppress(OSError):
                 self._bar.update(1)
 
     def train(self, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -201,8 +186,8 @@ class Telemetry:
         self.event("train", step, **values)
         figures = train_figures(values)
         if self._bar is not None:
-            with self._terminal():
-                self._bar.set_postfix_str(fitting(figures))
+            with contextlib.suppress(OSError):
+                self._bar.set_postfix_str(", ".join(figures))
             self._log.write(f"{time.strftime('%H:%M:%S')} step {step} {'  '.join(figures)}")
         else:
             eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
@@ -258,7 +243,7 @@ class Telemetry:
     def stop_bar(self) -> None:
         """Take the bar away, so that what follows is printed plainly."""
         if self._bar is not None:
-            with self._terminal():
+            with contextlib.suppress(OSError):
                 self._bar.close()
             self._bar = None
 

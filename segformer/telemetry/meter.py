@@ -20,6 +20,7 @@ listed (a MIG slice has a name of its own), energy without NVML or on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -29,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from segformer.distributed.world import World
@@ -70,24 +72,17 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest of `values` that at least `share` of them do not exceed; None of no values."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
-
-
 def energy(device: torch.device) -> float | None:
     """Joules that the board of a device has used since its driver was loaded, by NVML; None without."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # no library, driver or counter: NVML has an error for each
+            import pynvml
 
-        pynvml.nvmlInit()
-        # By its identity: NVML does not count as CUDA_VISIBLE_DEVICES does.
-        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(board)) / 1e3
-    except Exception:  # no library, no driver, no counter on this device: NVML has an error for each
-        return None
+            pynvml.nvmlInit()
+            # By its identity: NVML does not count as CUDA_VISIBLE_DEVICES does.
+            board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(board)) / 1e3
+    return None
 
 
 class Meter:
@@ -146,11 +141,12 @@ class Meter:
         peak, used = _total(peaks), _total(energies)
         straggler, straggler_rank = _straggler(busy)
         times = self._step_times()
+        p50, p99 = np.percentile(times, (50, 99), method="inverted_cdf").tolist() if times else (None, None)
         return {
             "images_per_s": images_per_s,
             "step_s": elapsed / max(1, self._steps),
-            "step_p50_s": percentile(times, 0.5),
-            "step_p99_s": percentile(times, 0.99),
+            "step_p50_s": p50,
+            "step_p99_s": p99,
             "data_wait": max(waited) / elapsed,
             "mfu": self._flops_per_image * images_per_s / peak if peak and self._flops_per_image else None,
             "power_w": None if used is None else used / elapsed,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, reason_of, reported
 from segformer.files import remove, write_atomic
 
 STEP = "optimizer step"  # the annotation of a whole step in trace and table
@@ -96,16 +96,18 @@ class Profiler:
         profile.stop()
         trace, table = self._folder / f"trace-rank{self._world.rank}.json.gz", self._folder / "table.txt"
         steps = f"steps {self._steps[0]} to {self._steps[-1]}"
-        try:
+
+        def failed(error: OSError) -> None:
+            remove(trace)
+            self._line(f"the profile can't be written to {self._folder}: {reason_of(error)}")
+
+        with reported(failed, on=OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(trace))
             if self._first:
                 self._line(f"profile of {steps}: {trace} (for ui.perfetto.dev)")
                 write_atomic(table, f"{steps} of rank {self._world.rank}\n{self._table(profile)}")
                 self._line(f"the slowest operations: {table}")
-        except OSError as error:
-            remove(trace)
-            self._line(f"the profile can't be written to {self._folder}: {error.strerror or error}")
 
     def _table(self, profile: Any) -> str:
         where = "device" if self._world.device.type == "cuda" else "cpu"

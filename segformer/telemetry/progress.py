@@ -9,13 +9,11 @@ steps that were skipped appear only where there are any.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 STRAGGLER, SPIKE = 1.2, 2.0  # from where on a line has them
-BAR = 42  # columns of a bar without figures
 
 
 def duration(seconds: float) -> str:
@@ -58,7 +56,7 @@ def on_terminal() -> bool:
 
 
 def open_bar(step: int, steps: int) -> Any:
-    """A progress bar on standard error, which tqdm disables where the terminal goes away."""
+    """A progress bar on standard error, which tqdm cuts at the edge and disables where the terminal ends."""
     from tqdm import tqdm
 
     return tqdm(
@@ -67,13 +65,5 @@ def open_bar(step: int, steps: int) -> Any:
         unit="step",
         dynamic_ncols=True,
         smoothing=0.1,
-        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        bar_format="{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
     )
-
-
-def fitting(figures: list[str]) -> str:
-    """As many figures as the terminal has columns for beside the bar, at least one."""
-    room = shutil.get_terminal_size().columns - BAR
-    while len(figures) > 1 and len(", ".join(figures)) > room:
-        figures = figures[:-1]
-    return ", ".join(figures)

@@ -20,13 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from segformer.errors import SegformerError, reason_of, reraise_as
+
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _DARK, _EMPTY = np.array((8, 48, 107)), 224  # blue; gray where a class has no pixels
-
-
-def one_line(error: Exception) -> str:
-    """The text of an error in one short line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +65,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self._wandb, self._log, self._timeout_s = wandb, log, timeout_s
+        self._wandb = wandb
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -91,7 +88,7 @@ class Wandb:
             self._run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
         except Exception as error:
             log(
-                f"wandb: no run at {url} ({one_line(error)}); logging offline, "
+                f"wandb: no run at {url} ({reason_of(error)}); logging offline, "
                 f"`wandb sync {run_dir}/wandb/offline-run-*` sends it later"
             )
             wandb.teardown()  # the failed run holds its id: "run ID is in use", wandb issue 9865
@@ -113,14 +110,10 @@ class Wandb:
         self._run.log({"step": step, **images})
 
     def close(self) -> None:
-        """End the run, and log where its files are when the server doesn't take them."""
-        try:
+        """End the run; the error of a server that doesn't take all of it names its files."""
+        do = f"`wandb sync {Path(self._run.dir).parent}` sends it"
+        with reraise_as(SegformerError, "not everything was sent", do, on=TimeoutError):
             self._run.finish()
-        except TimeoutError:
-            self._log(
-                f"wandb has not sent everything within {self._timeout_s:g} s; "
-                f"`wandb sync {Path(self._run.dir).parent}` sends it"
-            )
 
 
 class Tensorboard:

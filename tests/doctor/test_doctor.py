@@ -16,6 +16,7 @@ from PIL import Image
 
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
+from segformer.doctor import doctor as doctor_module
 from segformer.doctor.doctor import DoctorConfig, Report, as_json, as_text, doctor, look
 from segformer.doctor.judge import FAIL, OK, WARN, Finding
 from segformer.doctor.scan import SplitScan
@@ -23,6 +24,7 @@ from segformer.errors import ConfigError
 from segformer.training.config import compose
 
 CLASSES = ["sky", "road", "tree"]
+pytestmark = pytest.mark.usefixtures("quick")
 Masks = Callable[[int], np.ndarray]
 
 
@@ -57,6 +59,12 @@ def texts(report: Report, level: str) -> list[str]:
     return [f"{finding.about}: {finding.text}" for finding in report.findings if finding.level == level]
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast of memory that costs no forward; tests/doctor/test_memory.py is about the real one."""
+    monkeypatch.setattr(doctor_module, "forecast", lambda *_: {"parameters": 2**26})
+
+
 def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
     report = examined(write_set(tmp_path / "set"), pictures=6)
     assert not report.failures
@@ -66,25 +74,11 @@ def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
     assert train.class_pixels.sum() + train.ignored_pixels == 5 * 40 * 48
     assert train.ignored_pixels == sum(3 * (2 + number) for number in range(5))
     assert report.sheets.keys() == {"source"}
+    share = f"{100 * (5 * 640 - train.ignored_pixels) / (5 * 1920 - train.ignored_pixels):.3g} %"
+    rarest = f"all 3 seen; the rarest is 'sky', {share} of the labelled pixels, in 5 of 5 images"
+    assert f"train: classes: {rarest}" in texts(report, OK)
     assert any("10 steps are 8.0 epochs of 5" in text for text in texts(report, OK))
     assert "forecast" in texts(report, OK)[-1]
-
-
-def test_the_rarest_class_is_the_one_with_the_fewest_pixels(tmp_path: Path) -> None:
-    """Every image holds both classes; `ship` has 4 of 40 x 48 pixels, 20 of them are ignored in each."""
-
-    def masks(number: int) -> np.ndarray:
-        mask = np.zeros((40, 48), np.uint8)
-        mask[3, 4:8] = 1
-        mask[20, :20] = 255
-        return mask
-
-    report = examined(write_set(tmp_path / "set", masks), "data.classes=[background,ship]")
-    (found,) = [text for text in texts(report, OK) if text.startswith("train: classes")]
-    share = f"{100 * 4 / (40 * 48 - 20):.3g}"
-    assert found.endswith(
-        f"all 2 seen; the rarest is 'ship', {share} % of the labelled pixels, in 5 of 5 images"
-    )
 
 
 MISTAKES: list[tuple[str, Masks, list[str], str]] = [
@@ -113,12 +107,6 @@ MISTAKES: list[tuple[str, Masks, list[str], str]] = [
         r"if 0 means 'no label' \(reduce_zero_label\): '\+data\.label_map=\{0: 255, 1: 0, 2: 1, 3: 2\}",
     ),
     (
-        "an id that the map leaves out",
-        three_classes,
-        ["+data.label_map={0: 0, 1: 1}"],
-        r"ids without a class: 2 in 8 images; add them to data\.label_map",
-    ),
-    (
         "everything ignored",
         three_classes,
         ["+data.label_map={0: 255, 1: 255, 2: 255}"],
@@ -129,11 +117,9 @@ MISTAKES: list[tuple[str, Masks, list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("masks", "overrides", "message"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
-)
+@pytest.mark.parametrize(("mistake", "masks", "overrides", "message"), MISTAKES)
 def test_a_mistake_with_ids_fails_with_its_remedy(
-    masks: Masks, overrides: list[str], message: str, tmp_path: Path
+    mistake: str, masks: Masks, overrides: list[str], message: str, tmp_path: Path
 ) -> None:
     report = examined(write_set(tmp_path / "set", masks), *overrides)
     found = texts(report, FAIL)
@@ -207,10 +193,7 @@ def test_leaks_copies_and_classes_missing_in_training_are_warnings(tmp_path: Pat
 
 def test_a_map_that_reduces_labels_twice_is_a_warning(tmp_path: Path) -> None:
     report = examined(write_set(tmp_path / "set"), "+data.label_map={0: 255, 1: 0, 2: 1, 3: 2}")
-    assert any(
-        "the masks may hold" in text or "they may hold train ids already" in text
-        for text in texts(report, WARN)
-    )
+    assert any("they may hold train ids already" in text for text in texts(report, WARN))
 
 
 @pytest.fixture
@@ -241,7 +224,6 @@ def test_more_readers_than_chunks_and_a_batch_above_the_set_are_warnings(
     found = "\n".join(texts(examined("-", *overrides), WARN))
     assert "8 ranks x 4 workers = 32 readers of 3 chunks, 3 shards: several" in found
     assert "one step holds images more than once" in found
-    assert "3 images for 8 ranks" in found
 
 
 def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path: Path) -> None:
@@ -274,12 +256,8 @@ def test_what_does_not_fit_the_run_is_the_one_failure(override: str, message: st
 def test_the_command_fails_in_one_line_after_the_whole_table(tmp_path: Path, root: Path) -> None:
     write_set(tmp_path / "set", lambda number: np.full((40, 48), 9, np.uint8))
     command = [sys.executable, "launch/doctor.py", "data=folder", f"root={tmp_path / 'set'}"]
-    command += [
-        f"output={tmp_path / 'out'}",
-        f"data.classes={CLASSES}",
-        "augment.crop=[32,32]",
-        "global_batch=4",
-    ]
+    command += [f"output={tmp_path / 'out'}", f"data.classes={CLASSES}", "augment.crop=[32,32]"]
+    command.append("global_batch=4")
     done = subprocess.run(
         command, cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
     )
@@ -317,12 +295,8 @@ def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
             for number in range(count):
                 image = rng.integers(0, 256, (32, 32, 3), np.uint8)
                 cv2.imwrite(str(tmp_path / "set" / split / name / f"{number}.jpg"), image)
-    report = examined(
-        tmp_path / "set",
-        "data.task=classification",
-        "data.image_dir='{split}'",
-        "data.classes=[]",
-    )
+    overrides = ["data.task=classification", "data.image_dir='{split}'", "data.classes=[]"]
+    report = examined(tmp_path / "set", *overrides)
     assert not report.failures, texts(report, FAIL)
     assert report.source[0].class_images.tolist() == [3, 2]
     rarest = "train: classes: all 2 seen; the rarest is 'dog', 40 % of the images, in 2 of 5 images"
@@ -332,10 +306,8 @@ def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
 
 def test_the_sheet_shows_rare_classes_first() -> None:
     scan = SplitScan("train", 3)
-    scan.class_images, scan.holders = (
-        np.array([10, 1, 3]),
-        {-1: [*range(10)], 0: [0, 1], 1: [7], 2: [0, 7, 9]},
-    )
+    scan.class_images = np.array([10, 1, 3])
+    scan.holders.update({-1: [*range(10)], 0: [0, 1], 1: [7], 2: [0, 9, 7]})
     chosen = scan.choose(5)
     assert chosen[:3] == [7, 9, 1]
     assert len(chosen) == len(set(chosen)) == 5

@@ -1,12 +1,19 @@
 """The forecast of memory: closed forms by hand, and autograd's saved bytes of a real forward on the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from segformer.distributed.engine import bucket_elements
-from segformer.doctor.memory import Forecast, activation_bytes, forecast, state_bytes
+from segformer.data.loading.classification import ClassificationAugment
+from segformer.data.loading.crop import AugmentConfig
+from segformer.data.loading.order import BatchShape
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.distributed.engine import EngineConfig, bucket_elements
+from segformer.doctor.memory import activation_bytes, forecast, state_bytes
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
+from segformer.training.config import RunConfig
 from segformer.training.losses import LossConfig, SegmentationLoss
 from segformer.training.optim import OptimConfig, build_optimizer
 
@@ -46,17 +53,12 @@ def test_activations_are_what_a_real_forward_keeps(crop: tuple[int, int], batch:
     assert with_loss - real == pytest.approx(gradient, rel=0.01)
 
 
-def test_activations_grow_with_batch_and_area_and_shrink_in_bf16() -> None:
-    def measured(crop: tuple[int, int], batch: int, bf16: bool = False) -> int:
-        return activation_bytes(MODEL, CLASSES, crop=crop, micro_batch=batch, bf16=bf16)
-
-    # What does not depend on the batch (folded weights, weights in bf16) cancels in the differences.
-    batches = [measured((128, 128), batch) for batch in (1, 2, 4)]
-    assert batches[2] - batches[1] == pytest.approx(2 * (batches[1] - batches[0]), rel=1e-3)
-    assert measured((256, 256), 1) - batches[0] == pytest.approx(3 * (batches[1] - batches[0]), rel=0.05)
-    assert (
-        0.5 * batches[2] < measured((128, 128), 4, bf16=True) < 0.9 * batches[2]
-    )  # the residual stream stays fp32
+def test_norms_in_fp32_keep_a_part_of_bf16_activations_in_fp32() -> None:
+    fp32, bf16, plain = (
+        activation_bytes(MODEL, CLASSES, crop=(128, 128), micro_batch=4, bf16=bf16, norms_in_fp32=norms)
+        for bf16, norms in ((False, True), (True, True), (True, False))
+    )
+    assert plain < bf16 < 0.9 * fp32
 
 
 @pytest.mark.parametrize(
@@ -94,27 +96,35 @@ def test_states_of_one_rank_are_those_of_a_real_optimiser() -> None:
     assert (4 * count, gradients, moments) == tuple(expected.values())
 
 
-def whole(stage: int, **changes: int | str) -> Forecast:
-    options = {"micro_batch": 2, "world_size": 8, "precision": "fp32"} | changes
-    return forecast(MODEL, CLASSES, crop=(64, 64), zero_stage=stage, **options)  # type: ignore[arg-type]
+def whole(stage: int, micro: int = 2, ranks: int = 8, **changes: Any) -> dict[str, int]:
+    engine = EngineConfig(
+        zero_stage=stage,
+        precision=changes.pop("precision", "fp32"),
+        offload_optimizer=changes.pop("offload", False),
+        extra={"zero_optimization": changes.pop("zero", {})},
+    )
+    augment = AugmentConfig(crop=[64, 64])
+    cfg = RunConfig(model=MODEL, engine=engine, augment=augment, **changes)
+    return forecast(cfg, CLASSES, BatchShape(micro * ranks, micro, ranks))
 
 
-def test_a_forecast_adds_up_and_counts_what_deepspeed_allocates() -> None:
-    found = whole(1)
-    assert found.num_parameters == sum(p.numel() for p in build_model(MODEL, CLASSES).parameters())
-    assert found.total == sum(found.parts.values())
-    assert whole(0).buckets == 0
-    assert found.buckets == 2 * 4 * bucket_elements(found.num_parameters), "a small model has small buckets"
-    assert whole(1, ema=True).total - found.total == 4 * -(-found.num_parameters // 8)
-    assert whole(1, offload=True, ema=True).total == found.total - found.optimizer
-    assert whole(1, precision="bf16", bucket=1000).buckets == 2 * 2 * 4 * 1000
-    assert whole(3, bucket=1000).buckets == 4 * 1000 + 4 * found.num_parameters
+def test_a_forecast_counts_what_deepspeed_allocates() -> None:
+    count = sum(p.numel() for p in build_model(MODEL, CLASSES).parameters())
+    found, average, total = whole(1), OptimConfig(ema=0.9), sum(whole(1).values())
+    assert found["parameters"] == 4 * count
+    assert whole(0)["buckets"] == 0
+    assert found["buckets"] == 2 * 4 * bucket_elements(count), "a small model has small buckets"
+    assert sum(whole(1, optim=average).values()) - total == 4 * -(-count // 8)
+    assert sum(whole(1, offload=True, optim=average).values()) == total - found["optimizer"]
+    bucket = {"reduce_bucket_size": 1000}
+    assert whole(1, precision="bf16", zero=bucket)["buckets"] == 2 * 2 * 4 * 1000
+    assert whole(3, zero=bucket)["buckets"] == 4 * 1000 + 4 * count
 
 
 def test_a_classifier_keeps_less_than_the_segmentation_model() -> None:
-    options = {"crop": (64, 64), "micro_batch": 2, "world_size": 1, "zero_stage": 0, "precision": "fp32"}
-    found = forecast(MODEL, CLASSES, task="classification", **options)  # type: ignore[arg-type]
+    data, view = DatasetConfig(task="classification"), ClassificationAugment(size=64)
+    found = whole(0, ranks=1, data=data, classification=view)
     network = build_classifier(MODEL, CLASSES)
-    assert found.num_parameters == sum(parameter.numel() for parameter in network.parameters())
-    assert found.loss == 0
-    assert found.activations < forecast(MODEL, CLASSES, **options).activations  # type: ignore[arg-type]
+    assert found["parameters"] == 4 * sum(parameter.numel() for parameter in network.parameters())
+    assert found["loss"] == 0
+    assert found["activations"] < whole(0, ranks=1)["activations"]

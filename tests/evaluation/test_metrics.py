@@ -1,7 +1,6 @@
 """The counts and scores of both tasks against naive loops and closed forms."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,30 +83,12 @@ def test_counts_beyond_the_integers_of_float32_stay_exact():
     assert metric.compute().confusion == [[2**40 + 2, 0], [0, 3]]
 
 
-def score_one_rank(rank: int, folder: str) -> None:
-    """A process of the test below: counts batch `rank` and writes what `compute` says on this rank."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    metric = SegmentationMetric(5)
-    prediction, target = list(batches())[rank]
-    metric.update(chosen(prediction), target)
-    Path(folder, f"{rank}.json").write_text(json.dumps(metric.compute().to_dict()), encoding="utf-8")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_compute_the_scores_of_both_their_batches(tmp_path):
-    torch.multiprocessing.spawn(score_one_rank, (str(tmp_path),), nprocs=2)
-    metric = SegmentationMetric(5)
-    for prediction, target in list(batches())[:2]:
-        metric.update(chosen(prediction), target)
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == metric.compute().to_dict()
-
-
 def test_a_label_outside_the_classes_is_refused_and_named():
     target = torch.tensor([[[0, 1, 7, 255]]], dtype=torch.uint8)
     with pytest.raises(DataError, match=r"labels \[7\], but the model has 3 classes \(0 to 2, 255"):
         SegmentationMetric(3).update(chosen(torch.zeros_like(target), 3), target)
+    with pytest.raises(DataError, match=r"labels \[3\]"):
+        ClassificationMetric(3).update(torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
 def test_an_ignored_batch_counts_nothing():
@@ -129,19 +110,6 @@ def test_table_is_aligned_and_ends_with_the_means():
         "-----------------------------------",
         "mean        62.50     80.00   2,000",
     ]
-
-
-def test_scores_survive_json():
-    scores = SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
-    assert SegmentationScores(**json.loads(json.dumps(scores.to_dict()))) == scores
-
-
-def ranked(rows):
-    """Logits (B, K) in which the classes of each row come first to last."""
-    logits = torch.empty(len(rows), len(rows[0]))
-    for row, order in enumerate(rows):
-        logits[row, list(order)] = -torch.arange(len(order), dtype=torch.float32)
-    return logits
 
 
 def test_top_1_and_top_5_equal_a_sort_of_every_image():
@@ -174,7 +142,7 @@ def test_a_model_that_says_nothing_is_right_for_its_first_class_only():
 
 def test_with_fewer_than_five_classes_all_are_among_the_first_five():
     metric = ClassificationMetric(3)
-    metric.update(ranked([[2, 1, 0], [1, 2, 0]]), torch.tensor([0, 1]))
+    metric.update(torch.tensor([[1.0, 2.0, 3.0], [1.0, 3.0, 2.0]]), torch.tensor([0, 1]))
     assert (metric.compute().top1, metric.compute().top5) == (0.5, 1.0)
 
 
@@ -198,11 +166,13 @@ def test_of_many_classes_the_table_has_those_that_are_recognized_worst():
     assert lines[-1].split() == ["all", "100", "49.50", "100.00", "10,000"]
 
 
-def test_class_scores_survive_json_and_refuse_a_class_that_is_not_there():
-    scores = ClassificationScores.from_counts(torch.tensor([[2, 1, 2], [1, 1, 1]]))
-    assert ClassificationScores(**json.loads(json.dumps(scores.to_dict()))) == scores
-    with pytest.raises(DataError, match=r"labels \[3\]"):
-        ClassificationMetric(3).update(torch.zeros(2, 3), torch.tensor([0, 3]))
+@pytest.mark.parametrize(
+    ("kind", "counts"),
+    [(SegmentationScores, [[2, 1], [0, 2]]), (ClassificationScores, [[2, 1, 2], [1, 1, 1]])],
+)
+def test_scores_survive_json(kind, counts):
+    scores = kind.from_counts(torch.tensor(counts))
+    assert kind(**json.loads(json.dumps(scores.to_dict()))) == scores
 
 
 def test_pictures_are_no_part_of_the_numbers():

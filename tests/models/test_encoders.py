@@ -5,6 +5,7 @@ import torch
 from convnext import ROW, SIZE
 from torch.utils.flop_counter import FlopCounterMode
 
+from segformer.data.loading.order import BatchShape
 from segformer.doctor.memory import forecast
 from segformer.inference.export import open_checkpoint
 from segformer.inference.predict import Predictor
@@ -12,6 +13,7 @@ from segformer.models.encoders import BACKBONES
 from segformer.models.macs import macs_per_image
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.training.config import RunConfig
 from segformer.training.optim import OptimConfig, freeze_stages, parameter_groups
 
 
@@ -64,5 +66,5 @@ def test_operations_and_memory_are_known() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 90, 70, device="meta"))
     assert 2 * macs_per_image(cfg, (90, 70), 3) == counter.get_total_flops()
-    plan = {"crop": (64, 64), "micro_batch": 2, "world_size": 1, "zero_stage": 0, "precision": "fp32"}
-    assert forecast(cfg, 3, **plan).num_parameters == sum(p.numel() for p in model.parameters())
+    expected = 4 * sum(p.numel() for p in model.parameters())
+    assert forecast(RunConfig(model=cfg), 3, BatchShape(2, 2, 1))["parameters"] == expected

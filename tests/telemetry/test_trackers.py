@@ -1,7 +1,7 @@
 """wandb and TensorBoard beside a run: what they are given arrives, and nothing they do holds it up.
 
 wandb is the real client in processes of their own, against real sockets: a server that takes what it is
-sent, one that stops to answer, one that never answers, none.
+sent, one that stops to answer, one that never answers.
 """
 
 import http.server
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -149,26 +150,23 @@ class Started:
 def ran(tmp_path_factory):
     """The processes of all cases, side by side."""
     folder = tmp_path_factory.mktemp("wandb")
-    hole = socket.create_server(("127.0.0.1", 0))  # connects, and never says a word
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
     servers = {"online": Server(), "stops": Server()}
     cases = {"stops": Started(folder / "stops", "online", servers["stops"].url, pause=True)}
     assert cases["stops"].process.stdout.readline() == "half\n"
     time.sleep(1)  # some of it is on its way
     servers["stops"].hangs = True
-    silent = f"http://127.0.0.1:{hole.getsockname()[1]}"
-    urls = {"online": servers["online"].url, "silent": silent, "closed": closed}
-    for name, url in urls.items():  # two at a time
-        cases[name] = Started(folder / name, "online", url)
-        cases[list(cases)[-2]].wait()
-    cases["offline"] = Started(folder / "offline", "offline", closed)
-    cases["closed"].wait()
-    cases["offline"].wait()
+    with socket.create_server(("127.0.0.1", 0)) as hole:  # connects, and never says a word
+        silent = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        cases["silent"] = Started(folder / "silent", "online", silent)
+        cases["stops"].wait()  # two at a time
+        cases["online"] = Started(folder / "online", "online", servers["online"].url)
+        cases["silent"].wait()
+        cases["offline"] = Started(folder / "offline", "offline", silent)
+        cases["online"].wait()
+        cases["offline"].wait()
     for name, server in servers.items():
         cases[name].server = server
         server.stop()
-    hole.close()
     return cases
 
 
@@ -195,9 +193,8 @@ def test_offline_keeps_one_run_id_over_restarts(ran):
     assert [path.name for path in recorded] == [f"run-{identifier}.wandb"] * 2
 
 
-@pytest.mark.parametrize("name", ["closed", "silent"])
-def test_a_server_that_can_t_be_used_means_offline_and_one_line(name, ran):
-    case = ran[name]
+def test_a_server_that_can_t_be_used_means_offline_and_one_line(ran):
+    case = ran["silent"]
     assert len(case.lines) == 1, case.err
     assert case.lines[0].startswith(f"wandb: no run at {case.url} (")
     assert "wandb sync" in case.lines[0]
@@ -214,8 +211,9 @@ def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(r
     case = ran["stops"]
     assert case.times["close"] < TIMEOUT_S + 6
     assert case.seconds < 60, "and the interpreter exits"
-    (line,) = case.lines
-    assert line.startswith(f"wandb has not sent everything within {TIMEOUT_S} s; `wandb sync ")
+    line = case.lines[0]
+    assert line.startswith("wandb: not everything was sent: ")
+    assert f"`wandb sync {case.run_dir}" in line
     assert b"train/loss" in next(case.run_dir.glob("wandb/run-*/run-*.wandb")).read_bytes()
 
 
@@ -237,34 +235,15 @@ def test_no_machine_is_described(ran):
     assert not list(ran["online"].run_dir.rglob("requirements.txt"))
 
 
-class Weak:
-    """A tracker whose numbers never arrive; pictures do."""
-
-    def __init__(self):
-        self.got = []
-
-    def begin(self, step):
-        pass
-
-    def scalars(self, step, values):
-        raise RuntimeError("no\nspace")
-
-    def pictures(self, step, pictures):
-        self.got.append(step)
-
-    def close(self):
-        raise RuntimeError("still none")
-
-
 def test_a_tracker_that_fails_is_logged_once_and_the_next_entries_still_go_through(
     tmp_path, monkeypatch, capsys
 ):
-    weak = Weak()
+    weak = Mock(**{"scalars.side_effect": RuntimeError("no\nspace"), "close.side_effect": RuntimeError("x")})
     monkeypatch.setattr(logger, "Wandb", lambda *_, **__: weak)
     with telemetry(tmp_path, wandb="offline") as log:
         log.train(1, {"loss": 0.5})
         log.pictures(2, {"photo": np.zeros((4, 6, 3), np.uint8)})
-    assert weak.got == [2]
+    assert weak.pictures.called
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "wandb: no space"
     assert lines[2:] == ["wandb missed 2 entries; metrics.jsonl has them all"]
@@ -300,26 +279,27 @@ def telemetry(folder, **options):
     return Telemetry(cfg, folder, MAIN, name="run", steps=9, config=config)
 
 
-def tensorboard(folder, steps, start=0):
-    with telemetry(folder, tensorboard=True) as log:
-        log.start(start)
-        for step in steps:
-            log.train(step, {"loss": float(10 * start + step), "lr": 0.1})
-        scores = {"miou": 0.25, "iou": [0.5, None], "confusion": [[3, 1], [0, 0]]}
-        log.scores("eval", step, scores, ["road", "sky"])
-        log.pictures(step, {"photo": np.full((4, 6, 3), 200, np.uint8)})
-
-
 def test_tensorboard_s_own_reader_finds_values_pictures_and_no_point_twice(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tensorboard(tmp_path, [1, 2, 3, 4])
-    time.sleep(1.1)  # event files are ordered by the second in their names
-    tensorboard(tmp_path, [3, 4, 5], start=2)  # a restart from step 2
+    def log_steps(log, start, *steps):
+        time.sleep(1.1 if start else 0)  # event files are ordered by the second in their names
+        log.start(start)
+        for step in steps:
+            log.train(step, {"loss": float(10 * start + step), "lr": 0.1})
+
+    with telemetry(tmp_path, tensorboard=True) as log:
+        log_steps(log, 0, 1, 2, 3)
+        log_steps(log, 1, 2, 3, 4)  # a rollback to step 1
+    with telemetry(tmp_path, tensorboard=True) as log:
+        log_steps(log, 3, 4, 5)  # a restart from step 3
+        scores = {"miou": 0.25, "iou": [0.5, None], "confusion": [[3, 1], [0, 0]]}
+        log.scores("eval", 5, scores, ["road", "sky"])
+        log.pictures(5, {"photo": np.full((4, 6, 3), 200, np.uint8)})
     reader = EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     losses = [(event.step, event.value) for event in reader.Scalars("train/loss")]
-    assert losses == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0)]
+    assert losses == [(1, 1.0), (2, 12.0), (3, 13.0), (4, 34.0), (5, 35.0)]
     assert [(e.step, e.value) for e in reader.Scalars("eval/iou/road")] == [(5, 0.5)]
     assert "eval/iou/sky" not in reader.Tags()["scalars"]
     (picture,) = reader.Images("pictures/photo")
@@ -328,21 +308,6 @@ def test_tensorboard_s_own_reader_finds_values_pictures_and_no_point_twice(tmp_p
     for path in (tmp_path / "tensorboard").iterdir():
         assert b"| lr | 0.5 |" in path.read_bytes()
         assert CANARY.encode() not in path.read_bytes()
-
-
-def test_tensorboard_hides_what_a_rollback_makes_again(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with telemetry(tmp_path, tensorboard=True) as log:
-        log.start(0)
-        for step in (1, 2, 3):
-            log.train(step, {"loss": float(step)})
-        time.sleep(1.1)  # event files are ordered by the second in their names
-        log.start(1)
-        log.train(2, {"loss": 22.0})
-    reader = EventAccumulator(str(tmp_path / "tensorboard"))
-    reader.Reload()
-    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [(1, 1.0), (2, 22.0)]
 
 
 def test_tensorboard_without_its_package_is_refused(monkeypatch):

@@ -114,19 +114,13 @@ class WorkerStream(Generic[_T]):
     """Items computed by `workers` processes (0 = here) and handed out in turn.
 
     items: (w, W) -> the items w, w + W, ... of the whole stream; must pickle. Each `iter` starts its own
-    workers, which end with the iterator. length: what `len` says, for finite streams.
+    workers, which end with the iterator.
     """
 
     def __init__(
-        self,
-        items: Callable[[int, int], Iterator[_T]],
-        *,
-        workers: int,
-        prefetch: int,
-        timeout: int,
-        length: int | None = None,
+        self, items: Callable[[int, int], Iterator[_T]], *, workers: int, prefetch: int, timeout: int
     ) -> None:
-        self.workers, self.timeout, self.length = workers, timeout, length
+        self.timeout = timeout
         self._loader: DataLoader[Any] = DataLoader(
             _Source(items),
             batch_size=None,
@@ -138,11 +132,6 @@ class WorkerStream(Generic[_T]):
             prefetch_factor=prefetch if workers else None,
             generator=torch.Generator(),  # else every `iter` would draw from the model's random numbers
         )
-
-    def __len__(self) -> int:
-        if self.length is None:
-            raise TypeError("a training stream has no end")
-        return self.length
 
     def __iter__(self) -> Generator[_T, None, None]:
         stream = self._stream()
@@ -229,12 +218,6 @@ def train_batches(
     local_world_size: int = 1,
 ) -> WorkerStream[Batch]:
     """The endless stream of one rank's micro batches from optimizer step `start_step` on."""
-    if order.spec.shard_sizes != tuple(split.shard_sizes):
-        raise DataError(
-            f"the sample order is of {order.spec.num_samples} samples in {len(order.spec.shard_sizes)} "
-            f"shards, split {split.name!r} has {split.num_samples} in {len(split.shard_sizes)}; "
-            "continue with the shards that the run began with"
-        )
     plan = partial(_train_plan, order, batch, rank, start_step)
     make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
     return _batches(split, plan, make, loader, worker_count(loader, local_world_size))
@@ -258,7 +241,7 @@ def eval_batches(
     batches = _eval_ids(split, rank, world_size, batch_size)
     workers = min(worker_count(loader, local_world_size), len(batches))
     make = partial(Samples, augment=augment)
-    return _batches(split, partial(_eval_plan, batches), make, loader, workers, len(batches))
+    return _batches(split, partial(_eval_plan, batches), make, loader, workers)
 
 
 def _batches(
@@ -267,13 +250,12 @@ def _batches(
     make: Callable[[Split], Samples],
     cfg: LoaderConfig,
     workers: int,
-    length: int | None = None,
 ) -> WorkerStream[Batch]:
     """The batches of a plan. A worker opens the split itself: an error in unpickling would be a traceback."""
     reopen, address = split.__reduce__()
     opened = partial(reopen, *address) if workers else lambda: split
     items = partial(_items, opened, plan, make)
-    return WorkerStream(items, workers=workers, prefetch=cfg.prefetch, timeout=cfg.timeout, length=length)
+    return WorkerStream(items, workers=workers, prefetch=cfg.prefetch, timeout=cfg.timeout)
 
 
 def _items(

@@ -16,9 +16,9 @@ Permutations are the stable argsort of Philox.random_raw, which NumPy keeps acro
 promise that for Generator.permutation); golden hashes in the tests pin them. Any change of the order needs
 a new `version`."""
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,8 @@ class SampleOrder:
     def __init__(self, spec: OrderSpec) -> None:
         self.spec = spec
         self._chunk_starts, self._chunk_sizes = _chunks(spec)
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._epoch = lru_cache(2)(self._make_epoch)
+        self._block = lru_cache(2 * spec.lanes)(self._make_block)  # about one a lane is in use at a time
 
     def __reduce__(self) -> tuple[type["SampleOrder"], tuple[OrderSpec]]:
         return SampleOrder, (self.spec,)
@@ -114,29 +114,19 @@ class SampleOrder:
                 ids[part] = self._block(epoch, block)[index[part] - block_starts[block]]
         return ids
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(permuted chunk numbers, start of every block in V_e)."""
-        if epoch not in self._epochs:
-            order = _permutation(len(self._chunk_sizes), self.spec.seed, _CHUNKS, epoch, 0)
-            ends = np.cumsum(self._chunk_sizes[order])
-            starts = np.concatenate([[0], ends[self.spec.block - 1 : -1 : self.spec.block]])
-            self._epochs[epoch] = (order, starts)
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
+        order = _permutation(len(self._chunk_sizes), self.spec.seed, _CHUNKS, epoch, 0)
+        ends = np.cumsum(self._chunk_sizes[order])
+        return order, np.concatenate([[0], ends[self.spec.block - 1 : -1 : self.spec.block]])
 
-    def _block(self, epoch: int, block: int) -> np.ndarray:
+    def _make_block(self, epoch: int, block: int) -> np.ndarray:
         """Sample ids of one block of V_e, in order."""
-        key = (epoch, block)
-        if key not in self._blocks:
-            size = self.spec.block
-            chunks = self._epoch(epoch)[0][block * size : (block + 1) * size]
-            ids = np.concatenate([np.arange(self._chunk_sizes[c]) + self._chunk_starts[c] for c in chunks])
-            self._blocks[key] = ids[_permutation(len(ids), self.spec.seed, _BLOCK, epoch, block)]
-            if len(self._blocks) > 2 * self.spec.lanes:  # about one block a lane is in use at a time
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(key)
-        return self._blocks[key]
+        size = self.spec.block
+        chunks = self._epoch(epoch)[0][block * size : (block + 1) * size]
+        parts = [np.arange(self._chunk_sizes[c]) + self._chunk_starts[c] for c in chunks]
+        ids: np.ndarray = np.concatenate(parts)
+        return ids.take(_permutation(len(ids), self.spec.seed, _BLOCK, epoch, block))
 
 
 def _chunks(spec: OrderSpec) -> tuple[np.ndarray, np.ndarray]:

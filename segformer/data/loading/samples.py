@@ -9,7 +9,7 @@ trainer does the same for all ranks together. With a budget of 0 the first one i
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -75,9 +75,9 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return Batch(**values)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -155,7 +155,10 @@ class Samples:
                 picture = self._decoded(candidate)
             except CorruptSampleError as error:
                 first = first or error
-                self._count(error)
+                self._corrupt.add(candidate)
+                if (count := len(self._corrupt)) > self.budget:
+                    text = over_budget(count, self.budget, str(error)) if self.budget else str(error)
+                    raise DataError(text) from error
             else:
                 if first is not None:
                     self._replaced.append(Replacement(sample_id, str(first)))
@@ -167,13 +170,6 @@ class Samples:
         shard = self.split.shard_of(sample_id)
         begin, size = int(self.split.first_ids[shard]), self.split.shard_sizes[shard]
         return [begin + (sample_id - begin + step) % size for step in range(min(size, NEIGHBORS + 1))]
-
-    def _count(self, error: CorruptSampleError) -> None:
-        self._corrupt.add(error.sample_id)
-        if not self.budget:
-            raise DataError(str(error)) from error
-        if len(self._corrupt) > self.budget:
-            raise DataError(over_budget(len(self._corrupt), self.budget, str(error))) from error
 
     def _decoded(self, sample_id: int) -> tuple[np.ndarray, Any]:
         raw, record = self.reader.read(sample_id), self.split.records[sample_id]
@@ -192,7 +188,7 @@ class Samples:
                 raise DataError(f"image or mask is not {size[1]} x {size[0]} pixels")
         except DataError as error:
             where = self.split.describe(sample_id)
-            raise CorruptSampleError(sample_id, f"shard {where}: {error}; shard the data again") from error
+            raise CorruptSampleError(f"shard {where}: {error}; shard the data again") from error
         return image, target
 
 
@@ -228,9 +224,10 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
     Otherwise the batch would be copied there when it is sent: 0.15 ms of 2.8 an image of 512 x 512.
     """
     shape = (len(arrays), *arrays[0].shape)
-    tensor = torch.empty(0 if get_worker_info() else shape, dtype=torch.uint8)
-    if get_worker_info() is not None:
+    if get_worker_info() is None:
+        tensor = torch.empty(shape, dtype=torch.uint8)
+    else:
         storage: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-        tensor.set_(storage, 0, shape, [math.prod(shape[axis + 1 :]) for axis in range(len(shape))])
+        tensor = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
     np.stack(arrays, out=tensor.numpy())
     return tensor

@@ -28,14 +28,7 @@ CACHE_SHARE = 16  # a process looks at the size of the disk cache after writing 
 
 
 class CorruptSampleError(DataError):
-    """The bytes of one sample are not the ones that were written; `sample_id` tells which sample."""
-
-    def __init__(self, sample_id: int, message: str) -> None:
-        super().__init__(message)
-        self.sample_id = sample_id
-
-    def __reduce__(self) -> tuple[type["CorruptSampleError"], tuple[int, str]]:
-        return CorruptSampleError, (self.sample_id, str(self))
+    """The bytes of one sample are not the ones that were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +92,8 @@ class ShardReader:
             else:
                 return RawSample(self.split.key(sample_id), image, target)
         raise CorruptSampleError(
-            sample_id,
             f"shard {self.split.describe(sample_id)}: {damaged} is damaged (crc32 differs); "
-            "copy the shard again",
+            "copy the shard again"
         )
 
     def _bytes(self, sample_id: int, start: int, length: int, fresh: bool) -> bytes:

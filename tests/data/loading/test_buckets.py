@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from servers import gs_with, s3_with
+from streams import micro_batches
 
 from segformer.data.loading.crop import AugmentConfig
-from segformer.data.loading.loader import LoaderConfig, train_batches
-from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import Storage, StorageConfig
 from segformer.errors import DataError
@@ -49,24 +48,13 @@ def test_what_is_missing_is_one_error(url: str, settings: StorageConfig) -> None
 def test_an_epoch_is_that_of_the_folder(
     url: str, settings: StorageConfig, shard_dir: Path, workers: int
 ) -> None:
-    streams = []
-    for root in (url, shard_dir):
-        split = ShardSet.open(root, settings).split("train")
-        order = SampleOrder(make_order_spec(split.shard_sizes, seed=1, global_batch=3))
-        batches = iter(
-            train_batches(
-                split,
-                order,
-                AugmentConfig(crop=[32, 32], resize=[]),
-                LoaderConfig(workers=workers),
-                seed=2,
-                rank=0,
-                batch=BatchShape(3, 3, 1),
-                start_step=0,
-            )
+    augment = AugmentConfig(crop=[32, 32], resize=[])
+    streams = [
+        micro_batches(
+            ShardSet.open(root, settings).split("train"), augment, 7, global_batch=3, workers=workers
         )
-        streams.append([next(batches) for _ in range(7)])
-        batches.close()
+        for root in (url, shard_dir)
+    ]
     for remote, local in zip(*streams, strict=True):
         assert torch.equal(remote.sample_ids, local.sample_ids)
         assert torch.equal(remote.images, local.images)

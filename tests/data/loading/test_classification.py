@@ -10,7 +10,6 @@ from segformer.data.loading.classification import (
     OPERATIONS,
     ClassificationAugment,
     ClassificationGeometry,
-    cutmix_box,
     mix,
 )
 from segformer.data.loading.samples import sample_rng
@@ -36,12 +35,10 @@ def test_areas_and_ratios_stay_inside_their_bounds_and_fill_them() -> None:
     regions = np.array([geometry.region(400, 500, sample_rng(0, 0, number)) for number in range(3000)])
     top, left, height, width = regions.T
     area, ratio = height * width / 200_000, np.log(width / height)
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 400).all()
-    assert (left + width <= 500).all()
-    assert area.min() > 0.099
-    assert area.max() < 0.502
+    assert (regions >= 0).all()
+    assert (top + height).max() <= 400
+    assert (left + width).max() <= 500
+    assert 0.099 < area.min() < area.max() < 0.502
     assert np.abs(ratio).max() < math.log(2) + 0.02
     # uniform area, and uniform logarithm of the ratio: quarters of equal weight (chi square, 0.1 % = 16.3)
     for values, low, high in ((area, 0.1, 0.5), (ratio, -math.log(2), math.log(2))):
@@ -75,10 +72,8 @@ def test_a_growing_region_equals_opencvs_warp_of_it(image: np.ndarray) -> None:
         scale_x, scale_y = width / 200 * (-1 if flip else 1), height / 200
         start = left + (199.5 if flip else 0.5) * width / 200 - 0.5
         matrix = np.array([[scale_x, 0, start], [0, scale_y, top + 0.5 * scale_y - 0.5]])
-        expected = cv2.warpAffine(
-            image, matrix, (200, 200), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
+        flags, border = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE
+        expected = cv2.warpAffine(image, matrix, (200, 200), flags=flags, borderMode=border)
         inner = np.s_[4:-4, 4:-4]  # at its edge the region repeats itself, the warp of the image goes on
         assert (np.abs(ours.astype(int) - expected)[inner] <= 2).mean() > 0.99
         flipped += flip
@@ -149,13 +144,8 @@ BY_PILLOW = {
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "shift_x", "shift_y")
 
 
-def test_every_operation_has_a_reference() -> None:
-    assert OPERATIONS.keys() == BY_PILLOW.keys()
-    assert len(OPERATIONS) == 14
-
-
-@pytest.mark.parametrize("level", [-1.0, -0.55, 0.0, 0.3, 0.9, 1.0])
-@pytest.mark.parametrize("name", BY_PILLOW)
+@pytest.mark.parametrize("level", [-1.0, -0.55, 0.0, 0.3])
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_equals_pillow(name: str, level: float, image: np.ndarray) -> None:
     ours = OPERATIONS[name](image, level, FILL)
     expected = np.asarray(BY_PILLOW[name](Image.fromarray(image), level))
@@ -171,7 +161,7 @@ def test_each_operation_equals_pillow(name: str, level: float, image: np.ndarray
 
 
 @pytest.mark.parametrize("value", [0, 77, 255])
-@pytest.mark.parametrize("name", BY_PILLOW)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_a_flat_image_and_one_of_a_pixel_survive_each_operation(name: str, value: int) -> None:
     for shape in ((9, 7, 3), (1, 1, 3)):
         flat = np.full(shape, value, np.uint8)
@@ -182,6 +172,8 @@ def test_a_flat_image_and_one_of_a_pixel_survive_each_operation(name: str, value
 
 
 def test_magnitude_zero_switches_randaugment_off(image: np.ndarray) -> None:
+    image = image.copy()
+    image.setflags(write=False)  # nothing may write to it
     plain = ClassificationGeometry(ClassificationAugment(ops=0, magnitude=9.0))
     off = ClassificationGeometry(ClassificationAugment(ops=5, magnitude=0.0))
     strong = ClassificationGeometry(ClassificationAugment(ops=2, magnitude=9.0))
@@ -192,15 +184,6 @@ def test_magnitude_zero_switches_randaugment_off(image: np.ndarray) -> None:
         np.testing.assert_array_equal(crops[2], crops[3])
         different += (crops[2] != crops[0]).any()
     assert different >= 27  # the identity twice comes once in 196 times
-
-
-def test_the_image_is_not_written_to(image: np.ndarray) -> None:
-    frozen = image.copy()
-    frozen.setflags(write=False)
-    geometry = ClassificationGeometry(ClassificationAugment(ops=3, magnitude=10.0))
-    for number in range(40):
-        assert geometry(frozen, sample_rng(0, 0, number)).shape == (224, 224, 3)
-    assert geometry.eval_view(frozen).shape == (224, 224, 3)
 
 
 def batch(count: int = 6, size: tuple[int, int] = (12, 15)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,10 +248,8 @@ def test_mixing_is_a_function_of_seed_and_position() -> None:
     before = images.clone()
     places = [(seed, position) for seed in range(3) for position in range(20)]
     first = {place: mix(images, labels, 3, cfg, *place) for place in places}
-    second = {place: mix(images, labels, 3, cfg, *place) for place in places[::-1]}
-    for place in places:
-        assert torch.equal(first[place][0], second[place][0])
-        assert torch.equal(first[place][1], second[place][1])
+    for place in places[::-1]:
+        assert all(map(torch.equal, mix(images, labels, 3, cfg, *place), first[place]))
     assert len({targets.numpy().tobytes() for _, targets in first.values()}) > 50
     assert torch.equal(images, before)
 
@@ -286,31 +267,14 @@ def test_batches_are_mixed_as_often_as_configured() -> None:
     assert abs(kinds["none"] / 500 - 0.4) < 0.08  # a few boxes are empty
 
 
-def test_boxes_have_the_area_that_was_drawn_unless_the_border_cuts_them() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        kept = float(rng.uniform(0, 1))
-        top, bottom, left, right = cutmix_box(40, 60, kept, rng)
-        assert 0 <= top <= bottom <= 40
-        assert 0 <= left <= right <= 60
-        whole = round(40 * math.sqrt(1 - kept)), round(60 * math.sqrt(1 - kept))
-        assert bottom - top <= whole[0]
-        assert right - left <= whole[1]
-        if top > 0 and bottom < 40:
-            assert bottom - top == whole[0]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"size": 0}, "classification.size=0"),
         ({"eval_resize": 200}, "eval_resize=200"),
         ({"scale": [0.5, 1.5]}, "classification.scale"),
-        ({"scale": [0.0, 1.0]}, "classification.scale"),
         ({"ratio": [2.0, 1.0]}, "classification.ratio"),
         ({"magnitude": 11.0}, "classification.magnitude=11.0 must be from 0 to 10"),
-        ({"ops": -1}, "classification.ops=-1"),
-        ({"mixup": -0.1}, "classification.mixup"),
         ({"label_smoothing": 1.0}, "classification.label_smoothing"),
         ({"std": [1.0, 1.0]}, "classification.std"),
     ],

@@ -66,11 +66,6 @@ def load(split: Split) -> Load:
     return pictures.__getitem__
 
 
-def corner_and_flips(cfg: AugmentConfig, size: tuple[int, int], crop: tuple[int, int], rng) -> tuple:
-    top, left = (int(rng.integers(0, size[side] - crop[side] + 1)) for side in range(2))
-    return top, left, rng.random() < cfg.hflip, rng.random() < cfg.vflip
-
-
 def naive_part(
     picture: Picture, cfg: AugmentConfig, crop: tuple[int, int], rng: np.random.Generator
 ) -> Picture:
@@ -81,7 +76,8 @@ def naive_part(
     if size[0] < crop[0] or size[1] < crop[1]:
         factor = max(crop[0] / mask.shape[0], crop[1] / mask.shape[1])
         size = tuple(max(crop[side], int(mask.shape[side] * factor + 0.5)) for side in range(2))
-    top, left, flip_x, flip_y = corner_and_flips(cfg, size, crop, rng)
+    top, left = (int(rng.integers(0, size[side] - crop[side] + 1)) for side in range(2))
+    flip_x, flip_y = rng.random() < cfg.hflip, rng.random() < cfg.vflip
     part = np.s_[top : top + crop[0], left : left + crop[1]]
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)[part]
     mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)[part]
@@ -105,7 +101,7 @@ def augmented(cfg: AugmentConfig, split: Split, load: Load, seed: int = 0) -> Ca
 def test_a_mosaic_is_four_filled_crops_of_one_shard(split: Split, load: Load) -> None:
     cfg = AugmentConfig(crop=[50, 44], resize=[], scale=[0.3, 1.5], cat_max_ratio=1.0, mosaic=1.0, vflip=0.5)
     sample, close, total = augmented(cfg, split, load), 0, 0
-    for sample_id in list(range(split.num_samples)) * 3:
+    for sample_id in range(split.num_samples):
         image, mask, valid = sample(sample_id, total)
         rng = sample_rng(0, total, sample_id)
         rng.random()
@@ -114,13 +110,11 @@ def test_a_mosaic_is_four_filled_crops_of_one_shard(split: Split, load: Load) ->
         after = shard[shard.index(sample_id) :] + shard[: shard.index(sample_id)]
         sources = [after[step] for step in rng.integers(1, len(shard), 3)]
         sources.insert(int(rng.integers(4)), sample_id)
-        corner = [naive_part(load(sources[0]), cfg, (row, column), rng)]
-        corner.append(naive_part(load(sources[1]), cfg, (row, 44 - column), rng))
-        corner.append(naive_part(load(sources[2]), cfg, (50 - row, column), rng))
-        corner.append(naive_part(load(sources[3]), cfg, (50 - row, 44 - column), rng))
+        sizes = [(h, w) for h in (row, 50 - row) for w in (column, 44 - column)]
+        parts = [naive_part(load(i), cfg, size, rng) for i, size in zip(sources, sizes, strict=True)]
+        one, two, three, four = parts
         expected = [
-            np.vstack([np.hstack([corner[0][k], corner[1][k]]), np.hstack([corner[2][k], corner[3][k]])])
-            for k in range(2)
+            np.vstack([np.hstack([one[k], two[k]]), np.hstack([three[k], four[k]])]) for k in range(2)
         ]
         np.testing.assert_array_equal(mask, expected[1])
         assert valid == (50, 44)
@@ -146,14 +140,8 @@ def naive_paste(
     crop = (min(valid[0], mask.shape[0]), min(valid[1], mask.shape[1]))
     places = [(i, j) for i in range(mask.shape[0]) for j in range(mask.shape[1]) if mask[i, j] == label]
     held = places[int(rng.integers(len(places)))]
-    corner = [
-        int(
-            rng.integers(
-                max(0, held[side] - crop[side] + 1), min(held[side], mask.shape[side] - crop[side]) + 1
-            )
-        )
-        for side in range(2)
-    ]
+    ends = [min(held[side], mask.shape[side] - crop[side]) + 1 for side in range(2)]
+    corner = [int(rng.integers(max(0, held[side] - crop[side] + 1), ends[side])) for side in range(2)]
     flip_x, flip_y = rng.random() < cfg.hflip, rng.random() < cfg.vflip
     for i in range(crop[0]):
         for j in range(crop[1]):
@@ -226,20 +214,15 @@ def test_blur_comes_last(split: Split, load: Load) -> None:
         np.testing.assert_array_equal(ours_mask, mask)
 
 
-ALL = AugmentConfig(
-    crop=[40, 50], resize=[], rotate=45.0, blur=0.5, class_balanced_crop=0.3, mosaic=0.5, copy_paste=0.5
-)
-
-
 def test_samples_depend_on_seed_epoch_and_id_and_not_on_the_calls_before(split: Split, load: Load) -> None:
+    options = {"rotate": 45.0, "blur": 0.5, "class_balanced_crop": 0.3, "mosaic": 0.5, "copy_paste": 0.5}
+    cfg = AugmentConfig(crop=[40, 50], resize=[], **options)
     places = [(seed, epoch, i) for seed in range(2) for epoch in range(2) for i in range(split.num_samples)]
     found = []
     for order in (places, places[::-1]):
-        samples = [augmented(ALL, split, load, seed) for seed in range(2)]
+        samples = [augmented(cfg, split, load, seed) for seed in range(2)]
         crops = {(seed, epoch, i): samples[seed](i, epoch) for seed, epoch, i in order}
-        found.append(
-            {place: (crop[0].tobytes(), crop[1].tobytes(), crop[2]) for place, crop in crops.items()}
-        )
+        found.append({place: image.tobytes() + mask.tobytes() for place, (image, mask, _) in crops.items()})
     assert found[0] == found[1]
     assert len(set(found[0].values())) == len(places)
 

@@ -61,17 +61,21 @@ def naive(spec: OrderSpec, epoch: int) -> list[int]:
     return [lane[depth] for depth in range(share + 1) for lane in lanes if depth < len(lane)]
 
 
-@settings(max_examples=300, deadline=None)
-@given(specs, st.integers(0, 3) | st.just(2**40))
-@example(OrderSpec(1, (1,), 2**64 - 1, 1, 1, 1), 0)
-@example(OrderSpec(300, (300,), 0, 1000, 16, 16), 1)
-@example(OrderSpec(121, (7, 64, 16, 1, 33), 2**64 - 1, 3, 1000, 1000), 2)
-def test_the_order_is_the_one_described(spec: OrderSpec, epoch: int) -> None:
-    count = spec.num_samples
-    assert SampleOrder(spec).ids(epoch * count, count).tolist() == naive(spec, epoch)
+@settings(max_examples=150, deadline=None)
+@given(specs, st.integers(0, 3) | st.just(2**40), st.floats(0, 1), st.floats(0, 1))
+@example(OrderSpec(1, (1,), 2**64 - 1, 1, 1, 1), 0, 0.0, 1.0)
+@example(OrderSpec(300, (300,), 0, 1000, 16, 16), 1, 0.0, 1.0)
+@example(OrderSpec(121, (7, 64, 16, 1, 33), 2**64 - 1, 3, 1000, 1000), 2, 0.0, 1.0)
+def test_any_stretch_of_the_stream_is_the_order_described(
+    spec: OrderSpec, epoch: int, start: float, length: float
+) -> None:
+    first = int(start * (spec.num_samples - 1))
+    count = int(length * (2 * spec.num_samples - first))
+    found = SampleOrder(spec).ids(epoch * spec.num_samples + first, count)
+    assert found.tolist() == (naive(spec, epoch) + naive(spec, epoch + 1))[first : first + count]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(specs, st.data())
 def test_every_epoch_holds_every_sample_once(spec: OrderSpec, data: st.DataObject) -> None:
     count, epochs = spec.num_samples, 3
@@ -95,16 +99,6 @@ def test_every_epoch_holds_every_sample_once(spec: OrderSpec, data: st.DataObjec
         assert sorted(taken) == list(range(q, q + len(taken)))
         q += len(taken)
     assert (seen[:epochs] == 1).all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(specs, st.integers(0, 500), st.integers(1, 200))
-def test_any_stretch_of_the_stream_equals_its_positions_one_by_one(
-    spec: OrderSpec, start: int, count: int
-) -> None:
-    order, again = SampleOrder(spec), SampleOrder(spec)
-    one_by_one = [int(again.ids(q, 1)[0]) for q in range(start, start + count)]
-    assert order.ids(start, count).tolist() == one_by_one
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,8 @@ IDENTITY = Distortion(0.0, 1.0, 1.0, 0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
-def image() -> np.ndarray:
-    """Edges and texture at many scales, 137 x 181."""
-    rng, image = np.random.default_rng(5), np.zeros((137, 181, 3))
-    for cells in (4, 16, 64):
-        noise = rng.integers(0, 256, (cells, cells, 3), np.uint8)
-        image += cv2.resize(noise, (181, 137), interpolation=cv2.INTER_CUBIC).astype(float) / 3
-    return image.clip(0, 255).astype(np.uint8)
+def image(picture: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return picture[0]
 
 
 def planes(*images: np.ndarray) -> torch.Tensor:
@@ -61,24 +56,6 @@ def test_distortion_on_the_device_equals_opencv_within_two_grey_levels(
     assert (difference <= 2).float().mean() >= 0.99
     assert ours.min() >= 0
     assert ours.max() <= 255
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("brightness", (-20.0, 25.5)),
-        ("contrast_before", (0.6, 1.4)),
-        ("saturation", (0.5, 1.5)),
-        ("hue", (-18.0, 17.0)),
-        ("contrast_after", (0.6, 1.4)),
-    ],
-)
-def test_each_distortion_alone_equals_opencv(name: str, values: tuple, image: np.ndarray) -> None:
-    for value in values:
-        by = IDENTITY._replace(**{name: value})
-        ours = distort(planes(image).float(), torch.tensor([by]))
-        difference = (ours - planes(opencv_distortion(image, by))).abs()
-        assert (difference <= 1).float().mean() >= 0.995
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])

@@ -1,4 +1,3 @@
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,11 +128,9 @@ def test_a_flipped_bit_is_named_with_shard_key_and_offset(
     with serving(copy) as server:
         for damaged in (split, remote(server)):
             message = rf"{tar.name}.*{split.key(9)}.*{member} at offset"
-            with pytest.raises(CorruptSampleError, match=message) as caught:
+            with pytest.raises(CorruptSampleError, match=message):
                 ShardReader(damaged).read(9)
             ShardReader(damaged).read(10)
-    again = pickle.loads(pickle.dumps(caught.value))
-    assert (again.sample_id, str(again)) == (9, str(caught.value))
 
 
 def test_a_shard_cut_short_after_opening_is_an_error(copy: Path) -> None:
