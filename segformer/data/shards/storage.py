@@ -104,15 +104,15 @@ class Storage:
 
     def read(self, name: str, *, limit: int = 2**32) -> bytes:
         """A whole file of at most `limit` bytes."""
+        return b"".join(self.pieces(name, limit=limit))
+
+    def pieces(self, name: str, *, limit: int) -> Iterator[bytes]:
+        """A whole file of at most `limit` bytes, PIECE by PIECE."""
         size = self.size(name)
         if size > limit:
             raise DataError(f"{self.where(name)!r} has {size} bytes; at most {limit} are expected")
-        return b"".join(self.pieces(name))
-
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """A whole file, piece by piece."""
-        size = self.size(name)
-        return (self.read_range(name, start, min(PIECE, size - start)) for start in range(0, size, PIECE))
+        for start in range(0, size, PIECE):
+            yield self.read_range(name, start, min(PIECE, size - start))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start`; DataError when there are fewer or they cannot be fetched."""

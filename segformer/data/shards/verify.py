@@ -90,7 +90,7 @@ def _check_tar(task: _Task) -> list[str]:
     storage, split, name = task.storage, task.split, task.shard["file"]
     where = repr(storage.where(name))
     defects: list[str] = []
-    with _noting(defects, where), _open(storage, name) as stream:
+    with _noting(defects, where), _open(storage, name, task.shard["bytes"]) as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != task.shard["sha256"]:
             defects.append(f"shard {where} is damaged (sha256 differs from dataset.json); copy it again")
         if split is not None:
@@ -102,11 +102,11 @@ def _check_tar(task: _Task) -> list[str]:
     return defects
 
 
-def _open(storage: Storage, name: str) -> _Stream:
+def _open(storage: Storage, name: str, size: int) -> _Stream:
     if storage.is_local:
         return Path(storage.root, name).open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
-    stream.writelines(storage.pieces(name))
+    stream.writelines(storage.pieces(name, limit=size))
     stream.seek(0)
     return stream
 

@@ -4,12 +4,10 @@ A case damages one small set of shards, opens it and reads every sample, as trai
 opening nor reading refuses must give exactly the samples that were written, and `find_defects` must name it.
 """
 
-import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +23,17 @@ from segformer.errors import DataError
 BLOCK = 512
 
 
-@dataclass
 class Victim:
-    """A set of shards, what was written in it, and a way to break and to mend it."""
+    """A set of shards, what was written in it, and a way to break and to mend it.
 
-    folder: Path
-    other: Path
-    """The same data as shards of another seed: the same names, everything consistent in itself."""
-    rng: np.random.Generator
-    files: dict[str, bytes] = field(default_factory=dict)
-    samples: dict[str, list[RawSample]] = field(default_factory=dict)
+    other: the same data as shards of another seed: the same names, everything consistent in itself.
+    """
 
-    def __post_init__(self) -> None:
-        self.files = {path.name: path.read_bytes() for path in self.folder.iterdir() if path.name[0] != "."}
-        self.samples = epoch(self.folder)
-        self.splits = ShardSet.open(self.folder).splits
+    def __init__(self, folder: Path, other: Path, rng: np.random.Generator) -> None:
+        self.folder, self.other, self.rng = folder, other, rng
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "."}
+        self.samples = epoch(folder)
+        self.splits = ShardSet.open(folder).splits
         self.touched: set[str] = set()
 
     def write(self, name: str, data: bytes | None) -> None:
@@ -84,21 +78,6 @@ def epoch(folder: Path) -> dict[str, list[RawSample]]:
     return found
 
 
-def members(data: bytes) -> list[tuple[tarfile.TarInfo, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        return [(entry, archive.extractfile(entry).read()) for entry in archive]  # type: ignore[union-attr]
-
-
-def packed(content: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    """A good tar of these members."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for entry, data in content:
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return stream.getvalue()
-
-
 def flipped_header(victim: Victim) -> None:
     name, begin, _ = victim.member()
     victim.flip(name, begin - BLOCK, begin)
@@ -117,29 +96,8 @@ def cut_and_padded(victim: Victim) -> None:
     victim.write(name, data[: begin - BLOCK] + bytes(len(data) - begin + BLOCK))
 
 
-def missing_member(victim: Victim) -> None:
-    name = victim.pick(".tar")
-    content = members(victim.files[name])
-    del content[int(victim.rng.integers(len(content)))]
-    data = packed(content)
-    victim.write(name, data + bytes(max(0, len(victim.files[name]) - len(data))))
-
-
-def swapped_members(victim: Victim) -> None:
-    """Two members of one kind change their contents, their places, or both."""
-    name = victim.pick(".tar")
-    content = members(victim.files[name])
-    first = int(victim.rng.integers(2))
-    one, two = victim.rng.choice(range(first, len(content), 2), 2, replace=False)
-    (a, data_a), (b, data_b) = content[one], content[two]
-    if data_a == data_b:  # class ids: nothing that training reads would change
-        return swapped_members(victim)
-    swap_headers = victim.rng.random() < 0.5
-    content[one], content[two] = ((b, data_b), (a, data_a)) if swap_headers else ((a, data_b), (b, data_a))
-    return victim.write(name, packed(content))
-
-
 def tar_of_another_set(victim: Victim) -> None:
+    """A good tar with the same names; its samples are others, or lie elsewhere."""
     name = str(victim.rng.choice(sorted(path.name for path in victim.other.glob("train-*.tar"))))
     victim.write(name, (victim.other / name).read_bytes())
 
@@ -190,9 +148,7 @@ CASES: dict[str, tuple[int, Callable[[Victim], None]]] = {
     "cut tar": (140, lambda victim: cut_file(victim, victim.pick(".tar"))),
     "cut between members": (50, cut_between_members),
     "cut and padded": (30, cut_and_padded),
-    "missing member": (50, missing_member),
-    "swapped members": (60, swapped_members),
-    "tar of another set": (40, tar_of_another_set),
+    "tar of another set": (150, tar_of_another_set),
     "missing file": (20, lambda victim: victim.write(victim.pick(""), None)),
     "flipped index": (60, lambda victim: victim.flip(victim.pick(".idx"))),
     "cut index": (20, lambda victim: cut_file(victim, victim.pick(".idx"))),

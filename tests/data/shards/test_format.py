@@ -113,7 +113,7 @@ def test_shards_that_do_not_exist_are_refused_with_the_command_that_writes_them(
 def test_a_missing_or_shortened_tar_is_found_when_opening(copy: Path) -> None:
     tar = copy / "train-000001.tar"
     data = tar.read_bytes()
-    for length in (0, 512, 5000, len(data) - 1):
+    for length in (0, 5000, len(data) - 1):
         tar.write_bytes(data[:length])
         with pytest.raises(DataError, match=f"train-000001.tar' has {length} bytes instead of {len(data)}"):
             ShardSet.open(copy)

@@ -400,7 +400,7 @@ def test_a_worker_that_dies_is_one_error_and_not_a_wait() -> None:
 def test_sigkill_at_every_step_and_with_workers_loses_no_finished_shard(
     make_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    root, many = make_folder(tmp_path / "set", {"train": 3}), make_folder(tmp_path / "many", {"train": 90})
+    root, many = make_folder(tmp_path / "set", {"train": 3}), make_folder(tmp_path / "many", {"train": 40})
     script = Path(__file__).with_name("kill_sharding.py")
     command = [sys.executable, str(script), str(root), str(many), str(tmp_path / "scratch")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,5 +1,4 @@
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +147,6 @@ def test_a_remote_file_is_kept_and_verified(folder: Path, tmp_path: Path) -> Non
             source.local("a.tar", size=len(CONTENT), sha256="0" * 64)
     assert path.stat().st_mode & 0o077 == 0
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_storage_pickles_without_its_connections(folder: Path, tmp_path: Path) -> None:
-    source = Storage.at(folder, quick(tmp_path))
-    source.read_range("a.tar", 0, 1)
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.config == source.config
-    assert copy.read_range("a.tar", 5, 3) == CONTENT[5:8]
 
 
 def test_more_shards_than_descriptors_can_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
