@@ -16,7 +16,7 @@ from segformer import SegFormer
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.verify import find_defects
 from segformer.distributed.world import init_world
-from segformer.training.config import RunConfig, load_config
+from segformer.training.config import load_config
 from segformer.training.loop import train
 
 
@@ -50,7 +50,7 @@ def test_weights_are_the_average_of_the_newest_step(old, name, monkeypatch):
 def test_a_run_goes_on(old, monkeypatch, capsys):
     """Configuration, sample order, moments and EMA are restored; the last evaluation is made again."""
     monkeypatch.chdir(old)
-    cfg = load_config(Path("run/config.yaml"), RunConfig)
+    cfg = load_config(Path("run/config.yaml"))
     world = init_world()
     try:
         scores = train(cfg, world)

@@ -92,7 +92,7 @@ def report(cfg: ReportConfig) -> Path:
         raise CheckpointError(
             f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
         )
-    run_config = load_config(run / "config.yaml", RunConfig)
+    run_config = load_config(run / "config.yaml")
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
         print("report: nothing has been logged yet, so there is no curve")

@@ -195,7 +195,7 @@ def settings_of(run_dir: Path) -> dict[str, Any]:
 def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
     """Submit a run once more, with the code of now and these settings of the job; the job's id."""
     folder, _ = newest(run_dir)
-    run = load_config(folder.config, RunConfig)
+    run = load_config(folder.config)
     run.run_dir = str(run_dir)
     return submit(cfg, run, Path(_record_of(folder)["directory"]))
 
@@ -218,7 +218,7 @@ def status(run_dir: Path) -> str:
 
 def progress(run_dir: Path, folder: JobFolder) -> str:
     """Progress of a run by its newest line of metrics: step, loss, speed, time to go."""
-    total = load_config(folder.config, RunConfig).steps
+    total = load_config(folder.config).steps
     last = newest_row(run_dir, "train")
     if not last:
         return f"0 of {total}"

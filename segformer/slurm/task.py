@@ -22,7 +22,7 @@ from segformer.files import write_atomic
 from segformer.job import run_job
 from segformer.slurm.attempts import give_up
 from segformer.slurm.script import JobFolder
-from segformer.training.config import RunConfig, load_config
+from segformer.training.config import load_config
 
 RANK_ZERO_S = 60.0  # longer than Telemetry takes to close
 
@@ -43,7 +43,7 @@ def task(path: Path) -> None:
 def _run(folder: JobFolder, rank: int) -> None:
     try:
         os.environ.update(slurm_environment(os.environ))
-        cfg = load_config(folder.config, RunConfig)
+        cfg = load_config(folder.config)
         if rank == 0 and (why := give_up(Path(cfg.run_dir), Owner.current().job, begun=True)):
             raise ConfigError(f"{cfg.run_dir}: {why}")
         run_job(cfg)

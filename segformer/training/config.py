@@ -134,8 +134,8 @@ def save_config(cfg: Any, path: Path) -> None:
         write_atomic(path, text)
 
 
-def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore[assignment]
-    """Read what `save_config` wrote; ConfigError where it isn't a configuration of this schema."""
+def load_config(path: Path) -> RunConfig:
+    """Read what `save_config` wrote; ConfigError where it isn't the configuration of a run."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -144,7 +144,7 @@ def load_config(path: Path, schema: type[_T] = RunConfig) -> _T:  # type: ignore
     with reraise_as(ConfigError, f"{path} can't be read as a configuration", on=unreadable):
         loaded = OmegaConf.load(path)
         _refuse_resolvers(loaded)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), loaded))  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))  # type: ignore[return-value]
 
 
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:

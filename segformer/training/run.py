@@ -143,7 +143,7 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
 
 
 def set_up(
-    cfg: RunConfig, world: World, telemetry: Telemetry, stopping: Stopping, lease: Lease | None = None
+    cfg: RunConfig, world: World, telemetry: Telemetry, stopping: Stopping, lease: Lease | None
 ) -> tuple[Task, ModelState, Services]:
     """Make every part of the run, or continue it from its newest good checkpoint; all ranks."""
     if worker_count(cfg.loader, world.local_size):
