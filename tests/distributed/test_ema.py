@@ -14,16 +14,22 @@ STEPS, STAGES = 5, (0, 2, 3)  # 3 last: DeepSpeed then replaces F.linear, which 
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_in, calm, tmp_path_factory, train_many):
+def runs(small_in, calm, tmp_path_factory, train_many):
     """The folder of runs on two ranks: with the EMA and evaluations, without both, with accumulation."""
     folder = tmp_path_factory.mktemp("ema")
-    tiny, plan = tiny_in(folder), []
+    small, plan = small_in(folder), []
     shards = shapes.write_set(folder, {"train": 24, "val": 3})
     for name, micro_batch, stage in (("whole", 4, 0), ("parts", 2, 2)):
         plan += [
             [
-                *("data=folder", "data.task=classification", "data.name=shapes", f"data.shards={shards}"),
-                *(f"name={name}", f"run_dir={folder / name}", "steps=10", "global_batch=8"),
+                *("data=folder", "data.task=classification", "model=nano", f"data.shards={shards}"),
+                *(
+                    f"name={name}",
+                    f"run_dir={folder / name}",
+                    "steps=10",
+                    "global_batch=8",
+                    f"data.shards={shards}",
+                ),
                 *("classification.size=48", "classification.eval_resize=56", "model.drop_path_rate=0"),
                 *("model.dropout=0", "loader.workers=0", f"micro_batch={micro_batch}", *calm),
                 *(f"engine.zero_stage={stage}", "eval_every=100"),
@@ -32,7 +38,7 @@ def runs(tiny_in, calm, tmp_path_factory, train_many):
     options = ("optim.ema=0.25", "eval_every=2", "checkpoint.save_every=1", "checkpoint.keep_last=20")
     for stage in STAGES:
         common = (f"engine.zero_stage={stage}", f"steps={STEPS}")
-        plan += [tiny(f"stage-{stage}", *common, *options), tiny(f"never-{stage}", *common)]
+        plan += [small(f"stage-{stage}", *common, *options), small(f"never-{stage}", *common)]
     train_many(2, plan)
     return folder
 

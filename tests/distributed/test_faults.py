@@ -17,21 +17,21 @@ SKIPPING = {
 
 
 @pytest.fixture(scope="module")
-def faulty(tiny_in, calm, tmp_path_factory, train_many):
+def faulty(small_in, calm, tmp_path_factory, train_many):
     """(folder, outcome by name) of runs on two ranks whose losses go wrong, and of one without memory."""
     folder = tmp_path_factory.mktemp("faulty")
-    tiny, once = tiny_in(folder), {"steps": [3], "rank": 0, "once": False}
+    small, once = small_in(folder), {"steps": [3], "rank": 0, "once": False}
     options = ("optim.ema=0.9", "checkpoint.save_every=5", f"steps={STEPS}")
     plan = [
-        {"run": tiny(kind, *chosen, *calm), "wrong": {"steps": [3, 6], "kind": kind}}
+        {"run": small(kind, *chosen, *calm), "wrong": {"steps": [3, 6], "kind": kind}}
         for kind, chosen in SKIPPING.items()
     ]
-    large = tiny("large", "augment.crop=[1024,1024]", "global_batch=32", "steps=1")
+    large = small("large", "augment.crop=[1024,1024]", "global_batch=32", "steps=1")
     plan += [
-        {"run": tiny("whole", *options), "wrong": once},
+        {"run": small("whole", *options), "wrong": once},
         {"cut": str(folder / "whole"), "to": str(folder / "half"), "step": 5},
-        {"run": tiny("half", *options), "wrong": once},
-        {"run": tiny("stays", *options), "wrong": {"steps": [7, 8, 9], "once": False}},
+        {"run": small("half", *options), "wrong": once},
+        {"run": small("stays", *options), "wrong": {"steps": [7, 8, 9], "once": False}},
         {"run": large, "memory": 200},
     ]
     names = [*SKIPPING, "whole", "half", "stays", "large"]
@@ -39,7 +39,7 @@ def faulty(tiny_in, calm, tmp_path_factory, train_many):
 
 
 @pytest.mark.parametrize("kind", SKIPPING)
-def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(faulty, tiny, calm, metrics, kind):
+def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(faulty, small, calm, metrics, kind):
     run = faulty[0] / kind
     what = "the loss of rank 1" if kind == "loss" else "the gradient"
     assert f"step 3: {what} is not finite; step skipped (1 so far)" in (run / "log.txt").read_text()
@@ -48,7 +48,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_taken_by_none(faulty, tiny, ca
     lines = metrics(run, "skipped")
     assert [line["step"] for line in lines] == [3, 6]
     assert all(len(line["samples"]) == (2 if kind == "loss" else 4) for line in lines)
-    _, reference, _ = train_plainly(tiny("plain", *SKIPPING[kind], *calm), skip={2, 5})
+    _, reference, _ = train_plainly(small("plain", *SKIPPING[kind], *calm), skip={2, 5})
     for name, value in reference.items():
         if "running" in name or "num_batches" in name:
             assert torch.allclose(loaded.model[name].float(), value.float(), rtol=0, atol=1e-2), name
@@ -79,18 +79,18 @@ def test_a_micro_batch_that_does_not_fit_says_what_to_lower(faulty):
 
 
 @pytest.fixture(scope="module")
-def more(tiny_in, tmp_path_factory, train_many):
+def more(small_in, tmp_path_factory, train_many):
     """(folder, outcomes) of further runs on two ranks whose losses go wrong."""
     folder = tmp_path_factory.mktemp("more")
-    tiny, plan = tiny_in(folder), []
+    small, plan = small_in(folder), []
     options = ("micro_batch=1", "checkpoint.save_every=2", "steps=6", "checkpoint.keep_last=9")
     for stage in range(4):
-        run = tiny(f"stage-{stage}", f"engine.zero_stage={stage}", "engine.grad_clip=1", *options)
+        run = small(f"stage-{stage}", f"engine.zero_stage={stage}", "engine.grad_clip=1", *options)
         plan += [{"run": run, "wrong": {"steps": [1, 4], "accumulation": 2}}]
-    stopped = tiny("stopped", "engine.zero_stage=1", "steps=4")
+    stopped = small("stopped", "engine.zero_stage=1", "steps=4")
     plan += [{"run": stopped, "wrong": {"steps": [1, 2], "rank": 0}, "stop": [2, 0]}, {"run": stopped}]
     options = ("engine.zero_stage=2", "checkpoint.save_every=5", "loader.workers=1", "optim.ema=0.9")
-    whole, back = (tiny(name, f"steps={STEPS}", *options) for name in ("whole", "back"))
+    whole, back = (small(name, f"steps={STEPS}", *options) for name in ("whole", "back"))
     plan += [{"run": whole}, {"run": back, "wrong": {"steps": [7, 8, 9]}}]
     return folder, train_many(2, plan, failing=True)
 

@@ -19,10 +19,10 @@ STEPS, HALF = 16, 8
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_path, train_many, metrics):
+def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(small, calm, tmp_path, train_many, metrics):
     """The same samples in every step, and their losses within 1e-5."""
     options = ("global_batch=6", f"steps={STEPS}", f"checkpoint.save_every={HALF}", "optim.ema=0.99", *calm)
-    train_many(2, [tiny("start", "engine.zero_stage=3", *options)])
+    train_many(2, [small("start", "engine.zero_stage=3", *options)])
     whole = torch.tensor([line["loss"] for line in metrics(tmp_path / "start")])
     spec = load_checkpoint(tmp_path / "start" / "checkpoints", step=HALF).state.order_spec
     order = SampleOrder(OrderSpec.from_dict(spec))
@@ -32,7 +32,7 @@ def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_p
         plan = []
         for stage, run in runs.items():
             plan += [{"cut": str(tmp_path / "start"), "to": str(run), "step": HALF}]
-            plan += [tiny(run.name, f"engine.zero_stage={stage}", "telemetry.ledger=true", *options)]
+            plan += [small(run.name, f"engine.zero_stage={stage}", "telemetry.ledger=true", *options)]
         train_many(ranks, plan)
         for run in runs.values():
             ledgers = [path.read_text().splitlines() for path in (run / "ledger").iterdir()]
@@ -44,10 +44,10 @@ def test_a_checkpoint_of_two_ranks_at_stage_3_goes_on_anywhere(tiny, calm, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_twenty_stops_at_random_steps_change_no_bit(tiny, tmp_path, train_many, metrics):
+def test_twenty_stops_at_random_steps_change_no_bit(small, tmp_path, train_many, metrics):
     """The signal comes to either rank; one that comes to a process of its own: test_training.py."""
     options = ("steps=40", "optim.ema=0.99", "model.drop_path_rate=0.1", "engine.zero_stage=2")
-    whole, stopped = (tiny(name, "loader.workers=1", *options) for name in ("whole", "stopped"))
+    whole, stopped = (small(name, *options) for name in ("whole", "stopped"))
     rng = random.Random(7)
     stops = [[step, rng.randrange(2)] for step in sorted(rng.sample(range(1, 40), 20))]
     plan = [whole, *({"run": stopped, "stop": stop} for stop in stops), stopped]

@@ -47,21 +47,21 @@ def test_a_stopped_run_continues_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def damaged(tiny_in, tiny_shards, tmp_path_factory, train_many):
+def damaged(small_in, tiny_shards, tmp_path_factory, train_many):
     """(folder, outcomes by name) of runs on two ranks over shards with a flipped bit in some of the tars."""
     folder = tmp_path_factory.mktemp("damaged")
-    tiny = tiny_in(folder)
+    small = small_in(folder)
     hurt = {"one": ["train-000002.tar"], "val": ["val-000000.tar"]}
     hurt["two"] = ["train-000000.tar", "train-000001.tar"]
     for name, tars in hurt.items():
         damage(tiny_shards, folder / name, *tars)
     runs = {
-        "hit": tiny("hit", f"data.shards={folder / 'one'}", "engine.zero_stage=1"),
-        "replaced": tiny("replaced", f"data.shards={folder / 'one'}", "loader.max_corrupt=0.1", "steps=9"),
-        "eval": tiny("eval", f"data.shards={folder / 'val'}", "eval_every=2"),
-        "many": tiny("many", f"data.shards={folder / 'two'}", "loader.max_corrupt=0.1", "loader.workers=2"),
+        "hit": small("hit", f"data.shards={folder / 'one'}", "engine.zero_stage=1"),
+        "replaced": small("replaced", f"data.shards={folder / 'one'}", "loader.max_corrupt=0.1", "steps=9"),
+        "eval": small("eval", f"data.shards={folder / 'val'}", "eval_every=2"),
+        "many": small("many", f"data.shards={folder / 'two'}", "loader.max_corrupt=0.1", "loader.workers=2"),
     }
-    same = [tiny("same", "global_batch=3", "steps=2"), tiny("same", "steps=2")]
+    same = [small("same", "global_batch=3", "steps=2"), small("same", "steps=2")]
     outcomes = train_many(2, [*runs.values(), runs["many"], *same], failing=True)
     return folder, dict(zip([*runs, "repeated", "refused", "corrected"], outcomes, strict=True))
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from segformer.distributed.world import StopFlag, derive_seed, init_world, slurm_environment
+from segformer.distributed.world import SIGNALS, StopFlag, derive_seed, init_world, slurm_environment
 from segformer.errors import ConfigError
 
 
@@ -61,21 +61,15 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     assert derive_seed(0, "step", 1, 0, 0) == 8644710782108860644
 
 
-def test_a_signal_sets_the_flag_and_the_old_handler_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_the_old_handlers_come_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
     with StopFlag() as stop:
-        assert stop.signal is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_second_interrupt_stops_at_once():
-    with StopFlag() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
+        for number in SIGNALS:  # SIGINT is the last
+            os.kill(os.getpid(), number)
+            assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 STEP = {  # what srun gives to task 5 of a step of 7 tasks on 3 nodes

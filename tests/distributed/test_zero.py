@@ -18,39 +18,38 @@ FROZEN = (*CALMER, "optim.frozen_stages=2", "optim.ema=0.5", f"checkpoint.save_e
 OPTIMIZER = {
     "adamw": (),
     "sgd": ("optim.lr=0.01", "optim.head_lr_factor=1", "optim.momentum=0.9"),
-    "lion": ("optim.lr=1e-4", "optim.head_lr_factor=1", "optim.betas=[0.9,0.99]"),
+    "lion": ("optim.betas=[0.9,0.99]",),
 }
 CASES = [("adamw", 0), ("adamw", 3), *((name, stage) for name in ("sgd", "lion") for stage in STAGES)]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_in, tmp_path_factory, train_many):
+def runs(small_in, tmp_path_factory, train_many):
     """The folder of runs of every stage on two ranks, frozen ones, too, of every optimizer, and of those
     that went on from the middle: of a frozen one at another stage, of an optimizer's at its own."""
     folder = tmp_path_factory.mktemp("zero")
-    tiny, plan = tiny_in(folder), []
+    small, plan = small_in(folder), []
 
     def continued(whole, name, options):
-        return [{"cut": str(folder / whole), "to": str(folder / name), "step": HALF}, tiny(name, *options)]
+        return [{"cut": str(folder / whole), "to": str(folder / name), "step": HALF}, small(name, *options)]
 
     for stage in STAGES:
-        plan += [tiny(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER)]
-        plan += [tiny(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
+        plan += [small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER)]
+        plan += [small(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
     plan += continued("frozen-3", "again", ("engine.zero_stage=0", *FROZEN))
     for name, stage in CASES:
         options = (f"optim.name={name}", f"engine.zero_stage={stage}", f"steps={STEPS}", *OPTIMIZER[name])
         options += ("optim.warmup_steps=0", f"checkpoint.save_every={HALF}", "optim.ema=0.9")
-        options += ("model.decoder_dim=37",)  # parameters that no number of ranks divides
-        plan += [tiny(f"{name}-{stage}", *options)]
+        plan += [small(f"{name}-{stage}", *options)]
         plan += continued(f"{name}-{stage}", f"{name}-{stage}-half", options)
     train_many(2, plan)
     return folder
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_in, tmp_path_factory):
+def plain(small_in, tmp_path_factory):
     """Weights before and after, and losses of the run of one process."""
-    return train_plainly(tiny_in(tmp_path_factory.mktemp("plain"))("plain", *CALMER))
+    return train_plainly(small_in(tmp_path_factory.mktemp("plain"))("plain", *CALMER))
 
 
 def weights(run_dir):
@@ -80,8 +79,8 @@ def test_every_stage_ends_at_the_weights_of_plain_pytorch(runs, plain):
         assert_near(weights(runs / f"stage-{stage}"), reference, stage)
 
 
-def test_frozen_stages_keep_their_weights_at_every_stage_and_through_a_restart(runs, tiny):
-    before, reference, _ = train_plainly(tiny("plain", *FROZEN))
+def test_frozen_stages_keep_their_weights_at_every_stage_and_through_a_restart(runs, small):
+    before, reference, _ = train_plainly(small("plain", *FROZEN))
     frozen = {name for name in before if name[9:].startswith(("patch_embed1", "block2", "norm2"))}
     assert len(frozen) > 10
     assert f"continuing from step {HALF}" in (runs / "again" / "log.txt").read_text()
@@ -101,7 +100,7 @@ def test_a_run_of_every_optimizer_continues_equal_to_an_undisturbed_one(runs, me
     assert {key.split(".", 1)[0] for key in loaded.optimizer} == set(OPTIMIZERS[name].states)
     assert all(bool(value.any()) for key, value in loaded.optimizer.items() if key.endswith("weight"))
     losses = [line["loss"] for line in metrics(whole)]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -114,28 +113,28 @@ def test_sgd_ends_at_the_same_weights_at_every_stage(runs, stage):
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_in, calm, tmp_path_factory, train_many):
+def alone(small_in, calm, tmp_path_factory, train_many):
     """The folder of runs on one rank, at every stage, and without sync_batchnorm."""
     folder = tmp_path_factory.mktemp("alone")
-    tiny = tiny_in(folder)
+    small = small_in(folder)
     unsynced = (*calm, f"steps={STEPS}", "engine.sync_batchnorm=false", "engine.zero_stage=0")
-    plan = [tiny("whole", *unsynced), tiny("accumulated", "micro_batch=2", *unsynced)]
-    train_many(1, plan + [tiny(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER) for stage in STAGES])
+    plan = [small("whole", *unsynced), small("accumulated", "micro_batch=2", *unsynced)]
+    train_many(1, plan + [small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER) for stage in STAGES])
     return folder
 
 
 @pytest.fixture(scope="module")
-def more(tiny_in, calm, tmp_path_factory, train_many):
+def more(small_in, calm, tmp_path_factory, train_many):
     """The folder of further runs on two ranks: offloaded, in bf16, without sync_batchnorm."""
     folder = tmp_path_factory.mktemp("more")
-    tiny, common = tiny_in(folder), (*calm, f"steps={STEPS}")
-    plan = [tiny("two", "engine.sync_batchnorm=false", "engine.zero_stage=0", *common)]
+    small, common = small_in(folder), (*calm, f"steps={STEPS}")
+    plan = [small("two", "engine.sync_batchnorm=false", "engine.zero_stage=0", *common)]
     for stage in STAGES:
         options = (f"engine.zero_stage={stage}", *common)
-        plan += [tiny(f"bf16-{stage}", "engine.precision=bf16", *options)]
+        plan += [small(f"bf16-{stage}", "engine.precision=bf16", *options)]
         if stage:
             moved = ("engine.offload_optimizer=true", f"engine.offload_parameters={str(stage == 3).lower()}")
-            plan += [tiny(f"offloaded-{stage}", *moved, *options)]
+            plan += [small(f"offloaded-{stage}", *moved, *options)]
     train_many(2, plan)
     return folder
 
@@ -147,8 +146,8 @@ def test_one_rank_ends_at_the_weights_of_plain_pytorch(alone, plain):
 
 
 @pytest.mark.slow
-def test_four_ranks_end_at_the_weights_of_plain_pytorch(tiny, tmp_path, train_many, plain):
-    train_many(4, [tiny(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER) for stage in STAGES])
+def test_four_ranks_end_at_the_weights_of_plain_pytorch(small, tmp_path, train_many, plain):
+    train_many(4, [small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER) for stage in STAGES])
     for stage in STAGES:
         assert_near(weights(tmp_path / f"stage-{stage}"), plain[1], stage)
 
@@ -162,16 +161,16 @@ def test_without_sync_batchnorm_ranks_normalize_as_accumulated_micro_batches_do(
 
 
 @pytest.mark.slow
-def test_offloading_changes_nothing(more, tiny, calm):
-    _, reference, _ = train_plainly(tiny("plain", *calm, f"steps={STEPS}"))
+def test_offloading_changes_nothing(more, small, calm):
+    _, reference, _ = train_plainly(small("plain", *calm, f"steps={STEPS}"))
     for stage in (1, 2, 3):
         assert differences(weights(more / f"offloaded-{stage}"), reference)[0] < 1e-5, f"ZeRO-{stage}"
 
 
 @pytest.mark.slow
-def test_bf16_stays_near_plain_bf16(more, tiny, calm, metrics):
+def test_bf16_stays_near_plain_bf16(more, small, calm, metrics):
     """Losses within 2e-2; the way that the parameters went points in the direction of plain bf16's."""
-    before, reference, losses = train_plainly(tiny("plain", *calm, f"steps={STEPS}"), bf16=True)
+    before, reference, losses = train_plainly(small("plain", *calm, f"steps={STEPS}"), bf16=True)
     for stage in STAGES:
         found = weights(more / f"bf16-{stage}")
         curve = torch.tensor([line["loss"] for line in metrics(more / f"bf16-{stage}")])

@@ -21,12 +21,17 @@ from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1]))
+import nano
+
 import segformer.training.loop as loop
 from segformer.distributed.world import init_world
 from segformer.errors import SegformerError
+from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, compose
 from segformer.training.task import Segmentation
 
+VARIANTS.update([nano.SIZE])
 HONEST, STEP = Segmentation.loss, loop.train_step
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import convnext
 import numpy as np
 import pytest
 import shapes
@@ -19,9 +18,8 @@ from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, build, check_network, export, open_checkpoint
 from segformer.inference.predict import Predictor
 from segformer.inference.score import EvaluateConfig, _open
-from segformer.models.encoders import BACKBONES
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
-from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Metadata
 from segformer.models.weights.load import weights_of
 from segformer.models.weights.write import write_export
@@ -193,25 +191,6 @@ def test_a_classifier_starts_from_an_exported_one(exports: dict[str, Path]) -> N
     other = build_classifier(ModelConfig(pretrained=path), 5)
     assert torch.equal(other.state_dict()["backbone.norm1.weight"], state["backbone.norm1.weight"])
     assert other.pretrained.endswith("the head, which has 3 classes there, is new, for 5 classes")
-
-
-def test_a_model_with_another_backbone_is_opened_exported_and_predicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(BACKBONES, *convnext.ROW)
-    monkeypatch.setitem(VARIANTS, *convnext.SIZE)
-    model = build_model(ModelConfig(variant="pico"), 2).eval()
-    run = make_run(tmp_path / "run", {10: model.state_dict()}, "data=sample", "model.variant=pico")
-    exported = export(ExportConfig(checkpoint=str(run)))
-    model.save_pretrained(tmp_path / "saved")
-    for place in (run, exported, tmp_path / "saved"):
-        trained = build_model(ModelConfig(variant="pico", pretrained=str(place)), 2)
-        for back in (SegFormer.from_pretrained(place), trained):
-            assert all(torch.equal(back.state_dict()[name], t) for name, t in model.state_dict().items())
-    image = np.zeros((64, 96, 3), np.uint8)
-    assert Predictor.from_export(exported, "cpu")(image).shape == (64, 96)
-    with pytest.raises(CheckpointError, match="tensors that no Hugging Face SegFormer has"):
-        convert(ConvertConfig(checkpoint=str(exported), output=str(tmp_path / "hf"), to="hf"))
 
 
 @pytest.mark.parametrize(

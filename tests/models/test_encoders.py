@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segformer.data.loading.order import BatchShape
 from segformer.doctor.memory import forecast
+from segformer.errors import CheckpointError
+from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import open_checkpoint
 from segformer.inference.predict import Predictor
 from segformer.models.encoders import BACKBONES
@@ -43,6 +45,8 @@ def test_its_classifier_is_saved_and_its_encoder_starts_a_segmentation(tmp_path)
     for name, tensor in classifier.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
         assert name.startswith("head.") or torch.equal(tensor, model.state_dict()[name])
+    with pytest.raises(CheckpointError, match="tensors that no Hugging Face SegFormer has"):
+        convert(ConvertConfig(checkpoint=str(tmp_path / "saved"), output=str(tmp_path / "hf"), to="hf"))
 
 
 def test_layers_and_frozen_stages_are_those_that_it_names() -> None:

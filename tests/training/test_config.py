@@ -63,6 +63,8 @@ WRONG = {
     "model=b9": "model=b9 does not exist; use one of b0, b1, b2, b3, b4, b5",
     "model.variant=b9": "model.variant=b9 is unknown; use one of b0, b1, b2, b3, b4, b5",
     "experiment=nope": "experiment=nope does not exist; use one of ",
+    "steps=0": "steps=0 must be 1 or more",
+    "name=../x": "must be up to 64 letters",
     "name=${oc.env:HOME}": "resolvers are refused",
     "data.citation='${${data.name}.${data.license}:CANARY}'": "resolvers are refused",
     "hydra.searchpath=[file:///tmp]": "hydra's own settings are fixed",
@@ -228,7 +230,3 @@ def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change(
 def test_the_micro_batch_shares_the_global_batch_out():
     cfg = run_config("global_batch=16")
     assert [cfg.batch_shape(ranks).micro_batch for ranks in (1, 2, 4, 16)] == [16, 8, 4, 1]
-    with pytest.raises(ConfigError, match=r"use a world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
-        cfg.batch_shape(3)
-    with pytest.raises(ConfigError, match="1 x 32; use a world size of 1, 2, 4, 8, 16 or"):
-        cfg.batch_shape(32)
