@@ -81,50 +81,36 @@ def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
     assert "forecast" in texts(report, OK)[-1]
 
 
-MISTAKES: list[tuple[str, Masks, list[str], str]] = [
-    (
-        "masks of 0 and 255",
-        lambda n: np.where(three_classes(n) == 1, 255, 0).astype(np.uint8),
-        ["data.classes=[background,leaf]"],
-        r"masks hold 0 and 255 only.*'\+data\.label_map=\{0: 0, 255: 1\}",
-    ),
-    (
-        "more ids than classes",
-        lambda n: np.where(three_classes(n) == 2, 7, three_classes(n)).astype(np.uint8),
-        [],
-        r"ids without a class: 7 in 8 images; 3 classes have ids 0 to 2",
-    ),
-    (
-        "ids that start at 1",
-        lambda n: np.where(three_classes(n) < 3, three_classes(n) + 1, 255).astype(np.uint8),
-        [],
-        r"ids start at 1; shift them: '\+data\.label_map=\{1: 0, 2: 1, 3: 2\}",
-    ),
-    (
-        "0 means no label",
-        lambda n: np.repeat(np.arange(4, dtype=np.uint8), 12)[None].repeat(40, 0),
-        [],
-        r"if 0 means 'no label' \(reduce_zero_label\): '\+data\.label_map=\{0: 255, 1: 0, 2: 1, 3: 2\}",
-    ),
-    (
-        "everything ignored",
-        three_classes,
-        ["+data.label_map={0: 255, 1: 255, 2: 255}"],
-        r"every pixel is ignored",
-    ),
-    ("one class only", lambda n: np.zeros((40, 48), np.uint8), [], r"only 'sky' is ever seen"),
-    ("no class names", three_classes, ["data.classes=[]"], r"data\.classes is empty, masks hold 0 to 2, 255"),
-]
+def recoded(*ids: int) -> Masks:
+    """Masks with these ids in the place of 0, 1, 2 and 255."""
+    table = np.zeros(256, np.uint8)
+    table[[0, 1, 2, 255]] = ids
+    return lambda number: table[three_classes(number)]
 
 
-@pytest.mark.parametrize(("mistake", "masks", "overrides", "message"), MISTAKES)
+@pytest.mark.parametrize(
+    ("masks", "override", "message"),
+    [
+        (recoded(0, 255, 0, 0), "data.classes=[a,b]", r"0 and 255 only.*'\+data\.label_map=\{0: 0, 255: 1\}"),
+        (recoded(0, 1, 7, 255), "", r"ids without a class: 7 in 8 images; 3 classes have ids 0 to 2"),
+        (recoded(1, 2, 3, 255), "", r"ids start at 1; shift them: '\+data\.label_map=\{1: 0, 2: 1, 3: 2\}"),
+        (
+            recoded(1, 2, 3, 0),
+            "",
+            r"if 0 means 'no label' .*: '\+data\.label_map=\{0: 255, 1: 0, 2: 1, 3: 2\}",
+        ),
+        (three_classes, "+data.label_map={0: 0, 1: 1}", r"2 in 8 images; add them to data\.label_map"),
+        (three_classes, "+data.label_map={0: 255, 1: 255, 2: 255}", r"every pixel is ignored"),
+        (recoded(0, 0, 0, 0), "", r"only 'sky' is ever seen"),
+        (three_classes, "data.classes=[]", r"data\.classes is empty, masks hold 0 to 2, 255"),
+    ],
+)
 def test_a_mistake_with_ids_fails_with_its_remedy(
-    mistake: str, masks: Masks, overrides: list[str], message: str, tmp_path: Path
+    masks: Masks, override: str, message: str, tmp_path: Path
 ) -> None:
-    report = examined(write_set(tmp_path / "set", masks), *overrides)
+    report = examined(write_set(tmp_path / "set", masks), *filter(None, [override]))
     found = texts(report, FAIL)
     assert any(re.search(message, text) for text in found), found
-    assert report.failures
 
 
 def test_colour_masks_fail_with_their_colours_ready_to_copy(tmp_path: Path) -> None:

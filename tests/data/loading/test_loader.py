@@ -157,15 +157,14 @@ def test_evaluation_reads_every_sample_once_in_batches_of_one_size(
 
 
 @pytest.fixture
-def damaged(shard_dir: Path, tmp_path: Path) -> Callable[..., ShardSet]:
+def damaged(copy: Path) -> Callable[..., ShardSet]:
     """A copy of the shards with a flipped byte in the image of some training samples."""
 
     def make(*sample_ids: int) -> ShardSet:
-        root = Path(shutil.copytree(shard_dir, tmp_path / "damaged"))
-        shards = ShardSet.open(root)
+        shards = ShardSet.open(copy)
         split = shards.split("train")
         for sample_id in sample_ids:
-            with (root / split.files[split.shard_of(sample_id)]).open("r+b") as tar:
+            with (copy / split.files[split.shard_of(sample_id)]).open("r+b") as tar:
                 tar.seek(int(split.records[sample_id]["image_offset"]) + 30)
                 tar.write(b"\0\xff\0")
         return shards
@@ -215,7 +214,7 @@ def test_shards_that_are_gone_when_a_worker_opens_them_are_one_error(
     shards = damaged()
     shards.split("train")
     shutil.rmtree(shards.root)
-    with pytest.raises(DataError, match=r"no shards in .*damaged'|train-00000.\.tar' cannot be read"):
+    with pytest.raises(DataError, match=r"no shards in .*copy'|train-00000.\.tar' cannot be read"):
         stream(shards, workers=workers)
 
 
