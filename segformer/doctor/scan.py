@@ -57,7 +57,7 @@ class SplitScan:
 
     name: str
     num_classes: int
-    load: Callable[[Any], tuple[str, Picture | None]] = lambda sample: ("", None)
+    load: Callable[[Any], tuple[str, Picture | None]]
     """A sample of `holders` -> its key and, where it can be shown, its picture."""
     class_pixels: np.ndarray = field(init=False)
     """int64 (K,), pixels; images in classification."""

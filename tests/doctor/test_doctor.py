@@ -291,7 +291,7 @@ def test_classification_folders_are_counted_by_class(tmp_path: Path) -> None:
 
 
 def test_the_sheet_shows_rare_classes_first() -> None:
-    scan = SplitScan("train", 3)
+    scan = SplitScan("train", 3, load=lambda sample: ("", None))
     scan.class_images = np.array([10, 1, 3])
     scan.holders.update({-1: [*range(10)], 0: [0, 1], 1: [7], 2: [0, 9, 7]})
     chosen = scan.choose(5)
