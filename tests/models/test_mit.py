@@ -101,11 +101,6 @@ def copies(profile: torch.profiler.profile, least: int) -> list[list[int]]:
     ]
 
 
-def test_no_module_of_the_encoder_holds_buffers(b1):
-    assert not list(b1.buffers())
-    assert all(not isinstance(m, nn.BatchNorm2d | nn.Dropout) for m in b1.modules())
-
-
 @pytest.mark.parametrize(
     "images",
     [

@@ -72,12 +72,10 @@ def resolve_class_map(
     if not isinstance(class_map, Mapping) or not class_map:
         raise ConfigError("class_map must be a mapping: target class -> class of the file, or null")
     check_distinct(targets, "the target")
-    if all(isinstance(key, int) and not isinstance(key, bool) for key in class_map):
-        names = list(targets)
-        by_index = dict(class_map)
-    elif other := [repr(key) for key in class_map if not isinstance(key, str)]:
-        raise ConfigError(f"class_map: {listed(other)} is no class name; use names only or numbers only")
-    else:
+    names, by_index = list(targets), dict(class_map)
+    if not all(isinstance(key, int) and not isinstance(key, bool) for key in class_map):
+        if other := [repr(key) for key in class_map if not isinstance(key, str)]:
+            raise ConfigError(f"class_map: {listed(other)} is no class name; use names only or numbers only")
         names = [str(name) for name in targets or class_map]
         by_index = {_index_of(key, names, "the target"): value for key, value in class_map.items()}
     wanted = range(len(names) or len(by_index))

@@ -33,18 +33,14 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
         )
     keep_head = (arch.kind, arch.num_classes) == (kind, num_classes)
     load_weights(model, weights if keep_head else weights.encoder())
-    what = f"{arch.variant} of {cfg.pretrained} ({weights.title}): encoder"
-    if keep_head:
-        what += " and head"
-    else:
+    loaded = "encoder and head" if keep_head else "encoder"
+    said = [f"{arch.variant} of {cfg.pretrained} ({weights.title}): {loaded}"]
+    if not keep_head:
         there = f", which has {arch.num_classes} classes there," if arch.kind == kind else ""
-        what += f"; the head{there} is new, for {num_classes} classes"
-    if arch.norm_profile not in (cfg.norm_profile, None):
-        what += (
-            f"; LayerNorm epsilons are those of {cfg.norm_profile}, the weights had those of "
-            f"{arch.norm_profile}"
-        )
-    return what
+        said.append(f"the head{there} is new, for {num_classes} classes")
+    if (theirs := arch.norm_profile) not in (cfg.norm_profile, None):
+        said.append(f"LayerNorm epsilons are those of {cfg.norm_profile}, the weights had those of {theirs}")
+    return "; ".join(said)
 
 
 def classes_of(weights: Weights, num_classes: int | None) -> int:
