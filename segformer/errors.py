@@ -1,6 +1,6 @@
 """Errors that a user can cause or must act on, and how a command ends with one.
 
-    SegformerError                   one line on stderr      its exit_code: 2, and two of other numbers
+    SegformerError                   one line on stderr      2, Preempted 75, RankLost 76
     Ctrl-C                           "stopped" on stderr     130 = 128 + SIGINT, as shells count
     nobody reads stdout (| head)     nothing                 141 = 128 + SIGPIPE
     any other exception              its traceback           1: a bug of this program
@@ -27,7 +27,7 @@ STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class SegformerError(Exception):
-    """An error that is told in one line."""
+    """An error that the user gets in one line."""
 
     exit_code = 2
 

@@ -44,15 +44,6 @@ def test_a_folder_appears_whole_after_the_fence(tmp_path):
     assert (path / "b").read_text() == "c"
 
 
-def test_a_fence_that_raises_leaves_nothing(tmp_path):
-    def fence():
-        raise RuntimeError("replaced")
-
-    with pytest.raises(RuntimeError, match="replaced"), staged(tmp_path / "a", fence) as place:
-        place.mkdir()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_secret_is_its_owners(tmp_path):
     write_atomic(tmp_path / "a", "x", mode=0o600)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600

@@ -53,22 +53,20 @@ def commit(
         fence()
         if final.exists():
             final.rename(old)
+            at_end.callback(_settle, old)
 
     what, do = f"{final} can't be written", "free space, or make the folder writable"
-    with reraise_as(CheckpointError, what, do):
-        try:
-            if not folder.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                sync(folder.parent)
-            with staged(final, fence=make_room) as place:
-                place.mkdir()
-                for file, write in writers.items():
-                    write(place / file)
-                    sync(place / file)
-                (place / MANIFEST).write_bytes(_encode({file: _entry(place / file) for file in writers}))
-                sync(place / MANIFEST)
-        finally:
-            _settle(old)
+    with reraise_as(CheckpointError, what, do), contextlib.ExitStack() as at_end:
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync(folder.parent)
+        with staged(final, fence=make_room) as place:
+            place.mkdir()
+            for file, write in writers.items():
+                write(place / file)
+                sync(place / file)
+            (place / MANIFEST).write_bytes(_encode({file: _entry(place / file) for file in writers}))
+            sync(place / MANIFEST)
     return final
 
 
@@ -131,7 +129,7 @@ def _settle(old: Path) -> None:
     place = old.with_name(old.name.removeprefix(".old-"))
     if place.exists():
         delete(old)
-    elif old.exists():
+    else:
         old.rename(place)
 
 
