@@ -1,7 +1,7 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
 # make test    the tests (about 12 minutes on two cores)
-# make test-slurm   the tests on a real Slurm, which they bring up on this machine (8 minutes; needs root)
-# make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it (20 minutes more)
+# make test-slurm   the long tests on a real Slurm, which they bring up on this machine (needs root)
+# make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it
 # make faults  the tests that kill processes, fill disks or corrupt files on purpose (those of Slurm need root)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
@@ -68,7 +68,7 @@ slurm-packages:
 test: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore=tests/models/ops_triton --ignore=tests/slurm/real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/slurm/real
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" tests/models/ops_triton  # Triton must not be imported before
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests/models/ops_triton  # Triton must not be imported before
 
 # Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
 test-slow: install-dev slurm-packages
@@ -76,7 +76,7 @@ test-slow: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/models/ops_triton
 
 test-slurm: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and not faults" tests/slurm/real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and slow and not faults" tests/slurm/real
 
 # Each of them is part of test or of test-slow, too.
 faults: install-dev slurm-packages

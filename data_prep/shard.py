@@ -16,8 +16,7 @@ import numpy as np
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.errors import ConfigError
-from segformer.files import listed
+from segformer.errors import ConfigError, listed
 from segformer.training.config import cli
 
 

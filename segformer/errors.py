@@ -18,7 +18,7 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -114,6 +114,18 @@ def reported(
         to(error)
 
 
+def printable(name: str) -> str:
+    """The name as it is, or escaped where printing it would do more than show it."""
+    return name if name.isprintable() else repr(name)
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """The first few names for a message, and how many more there are: "a, b and 3 more"."""
+    found = [printable(name) for name in names]
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return ", ".join(found[:limit]) + more
+
+
 def is_main_rank() -> bool:
     """True on rank zero and where there are no ranks."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -155,7 +167,7 @@ def ending() -> Iterator[None]:
     except (SegformerError, KeyboardInterrupt, BrokenPipeError, SystemExit) as error:
         if isinstance(error, BrokenPipeError) and not _unread():
             raise
-        code = _told(error)
+        code = _ended(error)
     try:
         print(end="", flush=True)
     except BrokenPipeError:
@@ -165,7 +177,7 @@ def ending() -> Iterator[None]:
         sys.exit(code)  # type: ignore[arg-type]
 
 
-def _told(error: BaseException) -> object:
+def _ended(error: BaseException) -> object:
     """The exit code of a command that ends with `error`, of which the user gets a line."""
     if isinstance(error, SystemExit):
         return error.code

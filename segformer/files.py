@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all; locks, sums, and lists of names for messages.
+"""Files and folders written whole or not at all; locks and sums.
 
     with staged(Path("out/model")) as place:   out/.tmp-model-<hex>, a file or a folder that the block makes;
         place.mkdir(); ...                     synced and renamed to out/model where the block ends well,
@@ -91,15 +91,3 @@ def lock(descriptor: int, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
             raise
         return error.errno in _NO_LOCKS
     return True
-
-
-def printable(name: str) -> str:
-    """The name as it is, or escaped where printing it would do more than show it."""
-    return name if name.isprintable() else repr(name)
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """The first few names for a message, and how many more there are: "a, b and 3 more"."""
-    found = [printable(name) for name in names]
-    more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(found[:limit]) + more

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segformer.errors import DataError, ending, importing, reraise_as
+from segformer.errors import DataError, ending, importing, listed, reraise_as
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "slurm_job.py")
@@ -129,3 +129,11 @@ def test_reraise_as_says_what_why_and_what_to_do_on_one_line() -> None:
         raise ValueError("two\n lines")
     with pytest.raises(KeyError), reraise_as(DataError, "another kind passes"):
         raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), (list("abcd"), "a, b, c and 1 more"), (["a\x1b[2J"], "'a\\x1b[2J'")],
+)  # fmt: skip
+def test_names_are_listed(names, text):
+    assert listed(names, limit=3) == text

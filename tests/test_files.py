@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from segformer.files import listed, lock, sha256_of, staged, write_atomic
+from segformer.files import lock, sha256_of, staged, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -66,11 +66,3 @@ def test_where_a_file_system_has_no_locks_the_user_keeps_others_away(monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert lock(0)
-
-
-@pytest.mark.parametrize(
-    ("names", "text"),
-    [([], ""), (["a"], "a"), (list("abcd"), "a, b, c and 1 more"), (["a\x1b[2J"], "'a\\x1b[2J'")],
-)  # fmt: skip
-def test_names_are_listed(names, text):
-    assert listed(names, limit=3) == text

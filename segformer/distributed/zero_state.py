@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from segformer.distributed.engine import Engine
 from segformer.distributed.world import World
-from segformer.errors import CheckpointError
-from segformer.files import listed
+from segformer.errors import CheckpointError, listed
 
 
 def gather_model(engine: Engine) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from segformer.data.loading.loader import worker_count
 from segformer.data.loading.order import BatchShape, make_order_spec
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.doctor.scan import SplitScan
-from segformer.files import listed
+from segformer.errors import listed
 from segformer.training.config import RunConfig
 from segformer.training.task import training_crop
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from segformer.errors import ConfigError, reraise_as, within
-from segformer.files import listed
+from segformer.errors import ConfigError, listed, reraise_as, within
 from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights

@@ -18,11 +18,10 @@ from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
-from segformer.errors import ConfigError, SegformerError, at_least
+from segformer.errors import ConfigError, SegformerError, at_least, listed
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, in_mode, settings
 from segformer.evaluation.metrics import Scores
-from segformer.files import listed
 from segformer.inference.export import build, open_checkpoint
 from segformer.models.weights.bundle import Weights
 from segformer.telemetry.progress import duration

@@ -34,8 +34,17 @@ from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.order import BatchShape
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.engine import EngineConfig
-from segformer.errors import ConfigError, at_least, ending, is_main_rank, reason_of, reported, reraise_as
-from segformer.files import printable, write_atomic
+from segformer.errors import (
+    ConfigError,
+    at_least,
+    ending,
+    is_main_rank,
+    printable,
+    reason_of,
+    reported,
+    reraise_as,
+)
+from segformer.files import write_atomic
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
 from segformer.telemetry.profiling import ProfileConfig

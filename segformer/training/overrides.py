@@ -18,8 +18,7 @@ from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from segformer.errors import ConfigError
-from segformer.files import printable
+from segformer.errors import ConfigError, printable
 
 _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "anything"}
 _GRAMMAR = r"null|'.*'|\".*\"|.*\$\{.*|"  # texts that hydra reads: null, quoted ones, references

@@ -16,8 +16,7 @@ from segformer.data.loading.loader import corrupt_budget
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.distributed.world import World
 from segformer.distributed.zero_state import write_model
-from segformer.errors import DataError, Diverged
-from segformer.files import listed
+from segformer.errors import DataError, Diverged, listed
 from segformer.training.config import RunConfig
 from segformer.training.run import Services, newest_checkpoint
 from segformer.training.step import ModelState, Outcome

@@ -19,22 +19,12 @@ def runs(small_in, calm, tmp_path_factory, train_many):
     folder = tmp_path_factory.mktemp("ema")
     small, plan = small_in(folder), []
     shards = shapes.write_set(folder, {"train": 24, "val": 3})
+    classifier = ["data=folder", "data.task=classification", "model=nano", f"data.shards={shards}"]
+    classifier += ["classification.size=48", "classification.eval_resize=56", "steps=10", "global_batch=8"]
+    classifier += ["model.drop_path_rate=0", "model.dropout=0", "loader.workers=0", "eval_every=100", *calm]
     for name, micro_batch, stage in (("whole", 4, 0), ("parts", 2, 2)):
-        plan += [
-            [
-                *("data=folder", "data.task=classification", "model=nano", f"data.shards={shards}"),
-                *(
-                    f"name={name}",
-                    f"run_dir={folder / name}",
-                    "steps=10",
-                    "global_batch=8",
-                    f"data.shards={shards}",
-                ),
-                *("classification.size=48", "classification.eval_resize=56", "model.drop_path_rate=0"),
-                *("model.dropout=0", "loader.workers=0", f"micro_batch={micro_batch}", *calm),
-                *(f"engine.zero_stage={stage}", "eval_every=100"),
-            ]
-        ]
+        own = [f"name={name}", f"run_dir={folder / name}", f"micro_batch={micro_batch}"]
+        plan += [[*classifier, *own, f"engine.zero_stage={stage}"]]
     options = ("optim.ema=0.25", "eval_every=2", "checkpoint.save_every=1", "checkpoint.keep_last=20")
     for stage in STAGES:
         common = (f"engine.zero_stage={stage}", f"steps={STEPS}")

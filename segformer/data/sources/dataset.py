@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from segformer.errors import ConfigError
-from segformer.files import listed
+from segformer.errors import ConfigError, listed
 
 IGNORE_INDEX = 255
 MAX_CLASSES = 255  # of a segmentation set: masks are written with 8 bits

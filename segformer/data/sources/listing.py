@@ -28,8 +28,7 @@ from segformer.data.sources.decode import (
     read_file,
     whole_image,
 )
-from segformer.errors import DataError, reraise_as
-from segformer.files import listed
+from segformer.errors import DataError, listed, reraise_as
 
 SHOWN = 3  # names in the message of a defect
 

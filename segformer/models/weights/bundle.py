@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.format import is_finite
-from segformer.errors import CheckpointError, ConfigError, reraise_as
-from segformer.files import listed
+from segformer.errors import CheckpointError, ConfigError, listed, reraise_as
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.key_maps import TITLES
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from segformer.errors import ConfigError
-from segformer.files import listed
+from segformer.errors import ConfigError, listed
 from segformer.models.weights.bundle import Metadata, Weights
 
 PREDICTOR = "decode_head.linear_pred"

@@ -32,8 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from segformer.errors import CheckpointError
-from segformer.files import listed, printable
+from segformer.errors import CheckpointError, listed, printable
 
 _MAX_DEPTH = 100  # blocks of one stage that the tables hold; the deepest variant has 40
 _MAX_PREFIXES = 16  # prefixes that are tried; a file with more holds many networks and is refused

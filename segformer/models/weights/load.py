@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from segformer.errors import CheckpointError, ConfigError
-from segformer.files import listed
+from segformer.errors import CheckpointError, ConfigError, listed
 from segformer.models.backbone import Backbone
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head

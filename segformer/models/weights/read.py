@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.reader import is_run, open_run
-from segformer.errors import CheckpointError, ConfigError, is_main_rank, reraise_as
-from segformer.files import listed, sha256_of
+from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed, reraise_as
+from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
 from segformer.models.weights.key_maps import detect, foreign_head, to_ours

@@ -22,8 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from segformer.errors import CheckpointError, reraise_as
-from segformer.files import listed
+from segformer.errors import CheckpointError, listed, reraise_as
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segformer.checkpoint.format import write_tensors
-from segformer.errors import ConfigError, reraise_as
-from segformer.files import listed, sha256_of, staged, sync
+from segformer.errors import ConfigError, listed, reraise_as
+from segformer.files import sha256_of, staged, sync
 from segformer.models.variants import VARIANTS
 from segformer.models.weights.bundle import Metadata, Weights, check_tensors
 from segformer.models.weights.key_maps import TITLES, from_ours
