@@ -138,6 +138,12 @@ class ClassificationScores(Scores):
         return _aligned([("class", "top-1", "top-5", "images"), *lines, total])
 
 
+SCORES: dict[str, type[Scores]] = {
+    "segmentation": SegmentationScores,
+    "classification": ClassificationScores,
+}
+
+
 class CountingMetric(Metric):
     """Adds up integer counts of every class; `compute` sums them over the ranks."""
 

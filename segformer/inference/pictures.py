@@ -16,6 +16,7 @@ import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.evaluation.drawing import INK, grid, legend, panels
+from segformer.evaluation.metrics import SCORES
 from segformer.inference.predict import writing
 from segformer.telemetry.jsonl import read_metrics
 
@@ -101,7 +102,8 @@ def _draw_loss(axes: "Axes", steps: np.ndarray, losses: np.ndarray) -> None:
 def _draw_score(axes: "Axes", rows: list[dict[str, Any]]) -> None:
     """What models are compared by: top-1 of a classifier, else mIoU; the best value is written out."""
     axes.spines[:].set_visible(False)
-    name, key = ("top-1", "top1") if any("top1" in row for row in rows) else ("mIoU", "miou")
+    names = [next(iter(scores.NAMES.items())) for scores in SCORES.values()]
+    key, name = next((pair for pair in names if any(pair[0] in row for row in rows)), names[0])
     steps, values = series(rows, ("eval", "final"), key)
     if not len(steps):
         axes.set_yticks([])

@@ -21,6 +21,7 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported
+from segformer.evaluation.metrics import SCORES
 from segformer.files import write_atomic
 from segformer.inference.pictures import history, series, write_curve, write_overlays
 from segformer.inference.predict import Predictor, writing
@@ -29,10 +30,6 @@ from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, load_config
 from segformer.training.task import training_crop
 
-SCORES = {  # of each task: name and key in metrics.jsonl; the first one compares models
-    "segmentation": [("mIoU", "miou"), ("mean accuracy", "macc"), ("pixel accuracy", "aacc")],
-    "classification": [("top-1", "top1"), ("top-5", "top5"), ("mean accuracy", "macc")],
-}
 MANY_CLASSES = 200  # a longer table is folded away
 
 _STYLE = """
@@ -164,14 +161,14 @@ def _subtitle(cfg: RunConfig) -> str:
 
 def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: RunConfig) -> str:
     last = evaluations[-1] if evaluations else {}
-    (first, key), *others = SCORES[cfg.data.task]
+    (key, first), *others = SCORES[cfg.data.task].NAMES.items()
     _, scores = series(rows, ("eval", "final"), key)
     steps, losses = series(rows, ("train",), "loss")
     _, rates = series(rows, ("train",), "images_per_s")
     cards = {
         first: _figure(last.get(key)),
         f"best {first}": _figure(scores.max() if len(scores) else None),
-        **{name: _figure(last.get(other)) for name, other in others},
+        **{name: _figure(last.get(other)) for other, name in others},
         "last loss": f"{losses[-1]:.3f}" if len(losses) else "-",
         f"of {cfg.steps} steps": str(steps[-1]) if len(steps) else "0",
         "images/s, median": f"{np.median(rates):.1f}" if len(rates) else "-",

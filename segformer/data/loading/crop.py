@@ -12,7 +12,7 @@ and of rotated ones, only the crop is computed, by one warp. The two agree withi
     rotated about the center of the scaled image, on its canvas: the edge of the image is repeated where
             nothing of it falls, and the mask is 255 there; the mask is nearest with half-pixel centers
 
-An option that is off draws no random number. Shapes: H W image, h w crop.
+A rotation that is off draws no random number. Shapes: H W image, h w crop.
 """
 
 from collections.abc import Sequence
