@@ -164,10 +164,22 @@ def ending() -> Iterator[None]:
     code: object = 0
     try:
         yield
-    except (SegformerError, KeyboardInterrupt, BrokenPipeError, SystemExit) as error:
-        if isinstance(error, BrokenPipeError) and not _unread():
+    except SegformerError as error:
+        code = error.exit_code
+        if is_main_rank():
+            print(error_line(error), file=sys.stderr, flush=True)
+        elif not isinstance(error, Preempted):  # all ranks stop together, and rank zero says so
+            print(f"[rank {os.environ['RANK']}] {error_line(error)}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = STOPPED
+        if is_main_rank():
+            print("stopped", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        if not _unread():
             raise
-        code = _ended(error)
+        code = UNREAD
+    except SystemExit as error:
+        code = error.code
     try:
         print(end="", flush=True)
     except BrokenPipeError:
@@ -177,20 +189,10 @@ def ending() -> Iterator[None]:
         sys.exit(code)  # type: ignore[arg-type]
 
 
-def _ended(error: BaseException) -> object:
-    """The exit code of a command that ends with `error`, of which the user gets a line."""
-    if isinstance(error, SystemExit):
-        return error.code
-    if isinstance(error, BrokenPipeError):
-        return UNREAD
-    line, code = "stopped", STOPPED
-    if isinstance(error, SegformerError):
-        line, code = f"{type(error).__name__}: {error}", error.exit_code
-    if is_main_rank():
-        print(line, file=sys.stderr, flush=True)
-    elif not isinstance(error, KeyboardInterrupt | Preempted):  # these stop all ranks, and rank zero says so
-        print(f"[rank {os.environ['RANK']}] {line}", file=sys.stderr, flush=True)
-    return code
+def error_line(error: SegformerError) -> str:
+    """The line that a user reads: the kind of error, as this module names it, and its text."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return f"{kind.__name__}: {error}"
 
 
 def _unread() -> bool:

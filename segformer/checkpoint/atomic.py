@@ -52,6 +52,7 @@ def commit(
     def make_room() -> None:
         fence()
         if final.exists():
+            delete(old)  # there only where an earlier one could not be deleted
             final.rename(old)
             at_end.callback(_settle, old)
 

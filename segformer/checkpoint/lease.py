@@ -74,7 +74,7 @@ class Lease:
             descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             undo.callback(os.close, descriptor)
             free = lock(descriptor)
-            generation, _, holder = _read(path)
+            generation, _, holder = _read(path, "remove it if no job uses the directory")
             user = holder or "another process"
             taken = ConfigError(f"{run_dir} is in use by {user}; wait, stop it, or choose another name=...")
             if holder is not None and owner.job and owner.job == holder.job:
@@ -125,14 +125,14 @@ def _wait_for(descriptor: int, holder: Owner) -> bool:
     return free
 
 
-def _read(path: Path) -> tuple[int, str, Owner | None]:
+def _read(path: Path, do: str = "") -> tuple[int, str, Owner | None]:
     """(Generation, token, holder) as the file says; (0, "", None) where there is none.
 
     Raises:
         CheckpointError: it can't be read, or is none.
     """
-    what, do = f"{path} can't be read", "remove it if no job uses the directory"
-    with reraise_as(CheckpointError, what, do, on=(OSError, ValueError, KeyError, TypeError)):
+    what, none = f"{path} can't be read", (OSError, ValueError, KeyError, TypeError)
+    with reraise_as(CheckpointError, what, do, on=none):
         if not path.exists():
             return 0, "", None
         found = json.loads(path.read_text())
@@ -148,13 +148,16 @@ def _queued(job: str) -> bool:
     """
     if shutil.which("squeue") is None:
         return False  # no Slurm here: the lock has decided
-    what, do = f"squeue can't say whether job {job} has ended", "try again later"
     command, end = ["squeue", "-h", "-j", job, "-o", "%T"], time.monotonic() + RELEASE_S
     while True:
-        with reraise_as(ConfigError, what, do, on=subprocess.TimeoutExpired):
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=RELEASE_S, check=False)
-        if asked.returncode == 0 or "Invalid job id" in asked.stderr:
-            return bool(asked.stdout.strip())
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            answer = "no answer within 60 s"
+        else:
+            if asked.returncode == 0 or "Invalid job id" in asked.stderr:
+                return bool(asked.stdout.strip())
+            answer = asked.stderr.strip()
         if time.monotonic() > end:
-            raise ConfigError(f"{what}: {asked.stderr.strip()}; {do}")
+            raise ConfigError(f"squeue can't say whether job {job} has ended ({answer}); try again later")
         time.sleep(5)

@@ -143,8 +143,8 @@ def _check_headers(images: list[Path], source: str) -> None:
 
 def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
     """(image, mask to write) for a file or folder, sorted by name."""
-    if not source.exists():
-        raise DataError(f"input={source} does not exist; give an image file or a folder of images")
+    if not (source.is_dir() or source.is_file()):
+        raise DataError(f"input={source} is no file or folder; give an image file or a folder of images")
     images = [source]
     if source.is_dir():
         images = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
@@ -193,7 +193,7 @@ def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:
 
 
 def _device(name: str) -> torch.device:
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cpu", *["cuda"][:count], *(f"cuda:{index}" for index in range(count))]
     if name != "auto" and name not in known:
         raise ConfigError(f"device={name!r} is not there; use auto or one of {', '.join(known)}")

@@ -36,9 +36,10 @@ def copy_code(root: Path, target: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with reraise_as(ConfigError, f"the code can't be copied to {target}"), staged(target) as folder:
         for name in sorted(_files(root)):
-            copy, content = folder / name, (root / name).read_bytes()
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content)
+            with reraise_as(ConfigError, f"{root / name} can't be copied to {target}"):
+                copy, content = folder / name, (root / name).read_bytes()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(content)
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
         found = {
             "commit": commit.decode().strip() if commit else None,

@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from segformer.errors import ConfigError, reraise_as
+from segformer.errors import ConfigError
 
 TIMEOUT_S = 60
 _NO_CONTROLLER = re.compile(r"configuration source|contact slurm controller|Zero Bytes")
@@ -29,6 +29,10 @@ _RANKS = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE",
     "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
+
+
+class NoAnswerError(ConfigError):
+    """A command of Slurm hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,14 @@ def _run(*command: str | Path, text: str | None = None) -> subprocess.CompletedP
     """
     name, words = str(command[0]), list(map(str, command))
     do = "run this on a login node of a Slurm cluster whose controller is up"
-    with reraise_as(ConfigError, f"{name} can't be asked", do, on=(OSError, subprocess.TimeoutExpired)):
+    try:
         done = subprocess.run(
             words, input=text, capture_output=True, errors="replace", env=own_environment(), timeout=TIMEOUT_S
         )
+    except OSError as error:
+        raise ConfigError(f"{name} can't be started: {error.strerror}; {do}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswerError(f"{name} did not answer within {TIMEOUT_S} s; {do}") from error
     done.stderr = " ".join(re.sub(rf"^{name}: (?:error: )?", "", line) for line in done.stderr.splitlines())
     return done
 
@@ -94,9 +102,13 @@ def would_start(script: str) -> str:
     Raises:
         ConfigError: it would refuse the script.
     """
-    done = _run("sbatch", "--test-only", text=script)
+    nobody = "not asked: no Slurm controller reachable from here"
+    try:
+        done = _run("sbatch", "--test-only", text=script)
+    except NoAnswerError:
+        return nobody
     if done.returncode and _NO_CONTROLLER.search(done.stderr):
-        return "not asked: no Slurm controller reachable from here"
+        return nobody
     if done.returncode:
         raise ConfigError(f"sbatch refused: {done.stderr}")
     return done.stderr

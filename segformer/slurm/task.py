@@ -5,10 +5,10 @@ A rank that ends early leaves a line in JobFolder.outcomes, which after.py reads
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -17,7 +17,15 @@ from types import FrameType
 from segformer.checkpoint.lease import Owner
 from segformer.distributed.watchdog import is_lost_rank
 from segformer.distributed.world import SIGNALS, slurm_environment
-from segformer.errors import ConfigError, Preempted, RankLost, SegformerError, ending
+from segformer.errors import (
+    ConfigError,
+    Preempted,
+    RankLost,
+    SegformerError,
+    ending,
+    error_line,
+    reported,
+)
 from segformer.files import write_atomic
 from segformer.job import run_job
 from segformer.slurm.attempts import give_up
@@ -60,14 +68,16 @@ def _record(folder: JobFolder, rank: int, error: BaseException) -> None:
     """Leave the reason why this rank ends early, where the disk takes it."""
     code, message = 1, "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, SegformerError):
-        code, message = error.exit_code, f"{type(error).__name__}: {error}"
+        code, message = error.exit_code, error_line(error)
     elif isinstance(error, SystemExit):
         if not error.code:
             return
         code, message = error.code if isinstance(error.code, int) else 1, ""
     elif is_lost_rank(error):  # before the first step, too, a rank that is gone is no bug of this one
         code = RankLost.exit_code
-    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+    lost = f"the outcome can't be written to {folder.outcomes}"
+    # A full disk must not hide the error itself.
+    with reported(lambda failed: print(f"{lost}: {failed}", file=sys.stderr, flush=True), on=OSError):
         folder.outcomes.mkdir(mode=0o700, exist_ok=True)
         write_atomic(_outcome(folder, rank), json.dumps({"rank": rank, "code": code, "message": message}))
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from segformer.errors import SegformerError, reason_of, reraise_as
+from segformer.errors import reason_of, reported
 
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _DARK, _EMPTY = np.array((8, 48, 107)), 224  # blue; gray where a class has no pixels
@@ -65,7 +65,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self._wandb = wandb
+        self._wandb, self._log = wandb, log
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -110,9 +110,9 @@ class Wandb:
         self._run.log({"step": step, **images})
 
     def close(self) -> None:
-        """End the run; the error of a server that doesn't take all of it names its files."""
-        do = f"`wandb sync {Path(self._run.dir).parent}` sends it"
-        with reraise_as(SegformerError, "not everything was sent", do, on=TimeoutError):
+        """End the run, and log where its files are when the server doesn't take them."""
+        text = f"wandb: not everything was sent; `wandb sync {Path(self._run.dir).parent}` sends it"
+        with reported(lambda error: self._log(text), on=TimeoutError):
             self._run.finish()
 
 

@@ -1,5 +1,6 @@
 """Prediction of files: what is written, and the inputs that are refused."""
 
+import os
 import shutil
 
 import numpy as np
@@ -107,7 +108,8 @@ def test_a_photograph_is_turned_as_its_exif_orientation_says(tmp_path, suffix, o
 @pytest.mark.parametrize(
     ("source", "output", "error", "message"),
     [
-        ("missing.jpg", "out", DataError, "missing.jpg does not exist"),
+        ("missing.jpg", "out", DataError, "missing.jpg is no file or folder"),
+        ("pipe", "out", DataError, "pipe is no file or folder"),
         ("empty", "out", DataError, "holds no"),
         ("twins", "out", DataError, "b.JPG and b.png would both become"),
         ("photos/a.png", "photos", ConfigError, "would overwrite the input"),
@@ -120,6 +122,7 @@ def test_places_that_do_not_fit_are_refused_and_nothing_changes(
     checkpoint, photos, tmp_path, source, output, error, message
 ):
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     shutil.copytree(photos, tmp_path / "twins")
     shutil.copy(photos / "a.png", tmp_path / "twins/b.png")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -78,7 +78,7 @@ def test_without_git_everything_but_caches_is_taken(tree, tmp_path):
 
 def test_a_copy_that_fails_leaves_nothing(tree, tmp_path):
     (tree / "segformer/gone.py").symlink_to("/proc/self/mem")
-    with pytest.raises(ConfigError, match="the code can't be copied"):
+    with pytest.raises(ConfigError, match=r"gone\.py can't be copied"):
         copy_code(tree, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     assert not list(tmp_path.glob(".tmp-*"))

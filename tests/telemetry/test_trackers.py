@@ -212,7 +212,7 @@ def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(r
     assert case.times["close"] < TIMEOUT_S + 6
     assert case.seconds < 60, "and the interpreter exits"
     line = case.lines[0]
-    assert line.startswith("wandb: not everything was sent: ")
+    assert line.startswith("wandb: not everything was sent; ")
     assert f"`wandb sync {case.run_dir}" in line
     assert b"train/loss" in next(case.run_dir.glob("wandb/run-*/run-*.wandb")).read_bytes()
 

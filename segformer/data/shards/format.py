@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,7 @@ class ShardSet:
         every tar; without it only dataset.json, and the length of an index when its split is used.
         """
         storage = Storage.at(path, config)
-        with reraise_as(
-            DataError, f"{storage.where(_FILE)!r} is not complete", AGAIN, on=(AttributeError, *NOT_AN_INDEX)
-        ):
+        with _complete(storage):
             shards = cls(storage, _description(storage), verify=verify)
         if verify:
             tars = [shard for entry in shards.content["splits"].values() for shard in entry["shards"]]
@@ -179,7 +178,8 @@ class ShardSet:
                 f"{', '.join(self.content['splits'])}; choose one of these or shard it too (data.splits)"
             )
         if name not in self._splits:
-            self._splits[name] = Split(self.storage, name, self.content, self.digest, verify=self._verify)
+            with _complete(self.storage):
+                self._splits[name] = Split(self.storage, name, self.content, self.digest, verify=self._verify)
         return self._splits[name]
 
 
@@ -187,6 +187,12 @@ def content_digest(content: dict[str, Any]) -> str:
     """sha256 (hex) of dataset.json without its own digest; it covers every tar and index by theirs."""
     rest = {key: value for key, value in content.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _complete(storage: Storage) -> AbstractContextManager[None]:
+    """Around what reads dataset.json: an entry that is missing, or of another type, is one line."""
+    what, wrong = f"{storage.where(_FILE)!r} is not complete", (AttributeError, *NOT_AN_INDEX)
+    return reraise_as(DataError, what, AGAIN, on=wrong)
 
 
 def _check_size(storage: Storage, name: str, size: int) -> None:
@@ -209,11 +215,9 @@ def _description(storage: Storage) -> dict[str, Any]:
         raise _unreadable(storage, "is damaged (its digest differs)")
     for split in content["splits"].values():
         index, shards = split["index"], split["shards"]
-        if not (
-            {"class_pixels"} <= split.keys()
-            and all({"file", "bytes", "sha256"} <= entry.keys() for entry in (index, *shards))
-            and all({"samples"} <= shard.keys() for shard in shards)
-        ):
+        numbers = [*split["class_pixels"], *(shard["samples"] for shard in shards)]
+        numbers += [entry["bytes"] for entry in (index, *shards) if entry["sha256"]]
+        if not all(isinstance(number, int) for number in numbers):
             raise _unreadable(storage, "is not complete")
         names = [shard["file"] for shard in shards]
         if not (_INDEX_NAME.fullmatch(index["file"]) and all(map(_TAR_NAME.fullmatch, names))):

@@ -54,9 +54,14 @@ def run(
         pool as processes,
     ):
         found = processes.map(function, tasks) if processes else map(function, tasks)
-        for result, done in zip(found, images, strict=True):
-            results.append(result)
-            bar.update(done)
+        try:
+            for result, done in zip(found, images, strict=True):
+                results.append(result)
+                bar.update(done)
+        except BaseException:
+            if processes:  # the end of its block would wait for all tasks
+                processes.shutdown(cancel_futures=True)
+            raise
     return results
 
 

@@ -11,8 +11,8 @@ work was interrupted. A run that ends early, even by SIGKILL, leaves its finishe
 keeps them, other settings or files start over.
 
 `out/.sources.json` holds hashes of the source files' names, sizes and times: with it the same command knows
-a finished set again without reading the source. It also counts the images that EXIF would turn. It is no
-part of the set.
+a finished set again without reading the source (but for the training masks, with data.min_share). It also
+counts the images that EXIF would turn. It is no part of the set.
 
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
 the same `out`, and every defect of the source that listing.py names."""
@@ -50,6 +50,7 @@ from segformer.errors import ConfigError, DataError, reraise_as
 from segformer.files import write_atomic
 
 NOTE = ".sources.json"
+_OTHER_PLACE = "give another output=<folder> or remove it"
 
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
 
@@ -111,14 +112,18 @@ def write_shards(
     target = Path(os.path.realpath(out))
     if not target.name:
         raise ConfigError(f"output={str(out)!r} has no name, a set becomes one folder; give output=/<folder>")
+    what = f"shards cannot be written to {str(out)!r}"
+    remedy = "give another output=<folder>, or make room and run this again: it keeps what is finished"
+    with reraise_as(DataError, what, remedy):
+        if _occupied(target) and not (target / "dataset.json").is_file():
+            raise DataError(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
     listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
     for samples in listing.values():
         _check_keys(samples)
     work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
     tasks = _plan(settings, kept, work)
-    remedy = "give another output=<folder>, or make room and run this again: it keeps what is finished"
-    with reraise_as(DataError, f"shards cannot be written to {str(out)!r}", remedy):
+    with reraise_as(DataError, what, remedy):
         if _occupied(target):
             _check_finished(settings, tasks, work, workers)
             print(f"{out} already holds exactly these shards; nothing to do")
@@ -249,8 +254,7 @@ def _occupied(out: Path) -> bool:
 
 def _check_finished(settings: Settings, tasks: list[ShardTask], work: WorkFolder, workers: int) -> None:
     """DataError unless `out` holds, complete, what this call would write. Reads no source file that rests."""
-    what = f"{str(work.out)!r} exists and holds something else"
-    refusal = "give another output=<folder> or remove it"
+    what, refusal = f"{str(work.out)!r} exists and holds something else", _OTHER_PLACE
     with reraise_as(DataError, what, refusal, on=DataError):
         content = ShardSet.open(work.out).content
     other = [key for key, value in _description(settings).items() if content.get(key) != value]

@@ -13,7 +13,7 @@ Both give defects (the kinds stand at `Defect`) beside what can be used: the doc
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,6 +206,10 @@ def _find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
             found.add(path[:cut])
         elif path.lower().endswith(IMAGE_SUFFIXES):
             others.append(path)
+        elif os.path.islink(link := f"{folder}/{path}"):  # a folder that can't be looked at counts as a file
+            what, do = f"{link!r} cannot be listed", "check its permissions"
+            with reraise_as(DataError, what, do), suppress(FileNotFoundError):
+                os.stat(link)
     return found, others
 
 

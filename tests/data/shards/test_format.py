@@ -131,6 +131,8 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no shards": lambda content: content["splits"]["val"].pop("shards"),
     "no statistics": lambda content: content["splits"]["val"].pop("class_pixels"),
     "no sum": lambda content: content["splits"]["val"]["shards"][0].pop("sha256"),
+    "samples as text": lambda content: content["splits"]["val"]["shards"][0].update(samples="3"),
+    "pixels as text": lambda content: content["splits"]["val"].update(class_pixels=["x"]),
     "folder": lambda content: content["splits"]["val"]["shards"][0].update(file="../val-000000.tar"),
     "other file": lambda content: content["splits"]["val"]["shards"][0].update(file="val-000000.tar.gz"),
 }

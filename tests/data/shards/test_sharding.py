@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_a_folder_that_holds_something_else_is_refused(
         with pytest.raises(DataError, match="holds something else"):
             write(cfg, root, out, **settings)
 
+    refused(cfg, root)
     refused(replace(cfg, classes=["a", "b", "c"]), out)
     refused(cfg, out, seed=4)
     repaint(root / "masks/train/000.png")
@@ -394,6 +396,19 @@ def _end_at_the_second(number: int) -> int:
 def test_a_worker_that_dies_is_one_error_and_not_a_wait() -> None:
     with pytest.raises(DataError, match=r"a worker process died while counting: .*; if memory ran out"):
         pool.run(_end_at_the_second, range(4), images=[1] * 4, workers=2, desc="counting")
+
+
+def test_ctrl_c_leaves_what_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool.tqdm, "update", lambda *_: signal.raise_signal(signal.SIGINT))
+    tasks = [tmp_path / str(number) for number in range(40)]
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(_slow_touch, tasks, images=[1] * 40, workers=2, desc="counting")
+    assert len(list(tmp_path.iterdir())) < 20
+
+
+def _slow_touch(path: Path) -> None:
+    time.sleep(0.05)
+    path.touch()
 
 
 @pytest.mark.faults

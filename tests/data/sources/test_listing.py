@@ -312,6 +312,16 @@ def test_linked_sub_folders_are_read_and_circles_refused(
         list_samples(config, root, "train")
 
 
+def test_a_link_that_cannot_be_followed_is_an_error(
+    make_folder: Callable[..., Path], config: DatasetConfig, tmp_path: Path
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 1})
+    link = root / "images/train/more"
+    link.symlink_to(link)
+    with pytest.raises(DataError, match="more' cannot be listed: Too many levels of symbolic links"):
+        list_samples(config, root, "train")
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(
     folder: Path, config: DatasetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
