@@ -10,7 +10,7 @@ from segformer.checkpoint.reader import load_checkpoint
 from segformer.data.loading.loader import LoaderConfig
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 
-STEPS, STAGES = 5, (0, 2, 3)  # 3 last: DeepSpeed then replaces F.linear, which rounds differently
+STEPS, STAGES = 5, (0, 3)  # 3 last: DeepSpeed then replaces F.linear, which rounds differently
 
 
 @pytest.fixture(scope="module")

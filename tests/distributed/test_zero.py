@@ -20,7 +20,8 @@ OPTIMIZER = {
     "sgd": ("optim.lr=0.01", "optim.head_lr_factor=1", "optim.momentum=0.9"),
     "lion": ("optim.betas=[0.9,0.99]",),
 }
-CASES = [("adamw", 0), ("adamw", 3), *((name, stage) for name in ("sgd", "lion") for stage in STAGES)]
+CASES = [(name, stage) for name in OPTIMIZER for stage in (0, 3)]
+MIDDLE = [(name, stage) for name in ("sgd", "lion") for stage in (1, 2)]  # the slow ones
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +30,29 @@ def runs(small_in, tmp_path_factory, train_many):
     that went on from the middle: of a frozen one at another stage, of an optimizer's at its own."""
     folder = tmp_path_factory.mktemp("zero")
     small, plan = small_in(folder), []
-
-    def continued(whole, name, options):
-        return [{"cut": str(folder / whole), "to": str(folder / name), "step": HALF}, small(name, *options)]
-
     for stage in STAGES:
         plan += [small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER)]
         plan += [small(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
-    plan += continued("frozen-3", "again", ("engine.zero_stage=0", *FROZEN))
-    for name, stage in CASES:
+    plan += continued(folder, "frozen-3", small("again", "engine.zero_stage=0", *FROZEN))
+    train_many(2, plan + of_optimizers(folder, small, CASES))
+    return folder
+
+
+def continued(folder, whole, run):
+    """The entries of a plan for `run` from the middle of the run `whole` on."""
+    (name,) = (item.removeprefix("name=") for item in run if item.startswith("name="))
+    return [{"cut": str(folder / whole), "to": str(folder / name), "step": HALF}, run]
+
+
+def of_optimizers(folder, small, cases):
+    """A run of every case, and one that goes on from its middle."""
+    plan = []
+    for name, stage in cases:
         options = (f"optim.name={name}", f"engine.zero_stage={stage}", f"steps={STEPS}", *OPTIMIZER[name])
         options += ("optim.warmup_steps=0", f"checkpoint.save_every={HALF}", "optim.ema=0.9")
-        plan += [small(f"{name}-{stage}", *options)]
-        plan += continued(f"{name}-{stage}", f"{name}-{stage}-half", options)
-    train_many(2, plan)
-    return folder
+        whole = f"{name}-{stage}"
+        plan += [small(whole, *options), *continued(folder, whole, small(f"{whole}-half", *options))]
+    return plan
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +102,17 @@ def test_frozen_stages_keep_their_weights_at_every_stage_and_through_a_restart(r
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_a_run_of_every_optimizer_continues_equal_to_an_undisturbed_one(runs, metrics, name, stage):
+    assert_continues(runs, metrics, name, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), MIDDLE)
+def test_it_does_at_the_stages_between(more, metrics, name, stage):
+    assert_continues(more, metrics, name, stage)
+
+
+def assert_continues(runs, metrics, name, stage):
+    """The second half of a run, from its checkpoint, is that of the undisturbed one; and it learns."""
     whole, half = runs / f"{name}-{stage}", runs / f"{name}-{stage}-half"
     assert [line["step"] for line in metrics(half)] == list(range(HALF + 1, STEPS + 1))
     assert_identical(saved_state(half), saved_state(whole))
@@ -103,10 +123,9 @@ def test_a_run_of_every_optimizer_continues_equal_to_an_undisturbed_one(runs, me
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sgd_ends_at_the_same_weights_at_every_stage(runs, stage):
+def test_sgd_ends_at_the_same_weights_at_another_stage(runs):
     """Its step is linear in the gradients: rounding stays rounding, unlike under Lion's sign."""
-    found, reference = (weights(runs / f"sgd-{one}") for one in (stage, 0))
+    found, reference = (weights(runs / f"sgd-{stage}") for stage in (3, 0))
     assert differences(found, reference)[0] < 1e-4
     half = load_checkpoint(runs / "sgd-0/checkpoints", step=HALF).model
     assert differences(half, reference)[0] > 1e-3, "otherwise the bound means nothing"
@@ -125,7 +144,7 @@ def alone(small_in, calm, tmp_path_factory, train_many):
 
 @pytest.fixture(scope="module")
 def more(small_in, calm, tmp_path_factory, train_many):
-    """The folder of further runs on two ranks: offloaded, in bf16, without sync_batchnorm."""
+    """The folder of further runs on two ranks: offloaded, in bf16, without sync_batchnorm; of optimizers."""
     folder = tmp_path_factory.mktemp("more")
     small, common = small_in(folder), (*calm, f"steps={STEPS}")
     plan = [small("two", "engine.sync_batchnorm=false", "engine.zero_stage=0", *common)]
@@ -135,7 +154,7 @@ def more(small_in, calm, tmp_path_factory, train_many):
         if stage:
             moved = ("engine.offload_optimizer=true", f"engine.offload_parameters={str(stage == 3).lower()}")
             plan += [small(f"offloaded-{stage}", *moved, *options)]
-    train_many(2, plan)
+    train_many(2, plan + of_optimizers(folder, small, MIDDLE))
     return folder
 
 

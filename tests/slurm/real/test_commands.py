@@ -10,7 +10,7 @@ import pytest
 
 from segformer.slurm.settings import SlurmConfig
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]  # one cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 # Every option with every value in one process; it prints what is not refused.

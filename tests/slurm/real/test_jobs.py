@@ -15,7 +15,7 @@ from slurm.real.conftest import STEPS
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]  # one cluster
 
 
 def ledger(run_dir):
