@@ -41,7 +41,6 @@ from segformer.errors import (
     is_main_rank,
     printable,
     reason_of,
-    reported,
     reraise_as,
 )
 from segformer.files import write_atomic
@@ -264,8 +263,11 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
             usage = inspect.getdoc(sys.modules["__main__"]) or ""
             print(help_text(schema, values, usage, choices(config_name)))  # type: ignore[arg-type]
             return
-        # The same arguments fail alike on every rank: rank zero alone says so.
-        with reported(lambda error: sys.exit(error.exit_code), on=() if is_main_rank() else ConfigError):
+        try:
             cfg = compose(schema, config_name, overrides)
+        except ConfigError:
+            if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
+                sys.exit(ConfigError.exit_code)
+            raise
         if "--check" not in given:
             function(cfg)
