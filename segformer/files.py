@@ -1,4 +1,7 @@
-"""Files and folders written whole or not at all; locks and sums.
+"""Files read within bounds; files and folders written whole or not at all; locks and sums.
+
+    regular(path)                        of a user's folder: no pipe or device, which may never end
+    read_bytes, read_text, read_json     such a file, of at most so many bytes
 
     with staged(Path("out/model")) as place:   out/.tmp-model-<hex>, a file or a folder that the block makes;
         place.mkdir(); ...                     synced and renamed to out/model where the block ends well,
@@ -13,13 +16,73 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+MOST = 2**28  # bytes of a file that is read whole, where the caller knows nothing smaller
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class NotAFileError(OSError):
+    """A pipe, socket or device where a file is expected."""
+
+
+def regular(path: Path) -> Path:
+    """The path of a file, or of a link to one, to be opened by whoever opens it.
+
+    Raises:
+        OSError: there is none, or it is a folder, pipe, socket or device (NotAFileError).
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise NotAFileError(errno.EINVAL, "it is a pipe, socket or device, not a file", str(path))
+    return path
+
+
+def read_bytes(path: Path, *, most: int = MOST) -> bytes:
+    """A regular file of at most `most` bytes; OSError for a larger one, too."""
+    with regular(path).open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return data
+
+
+def read_text(path: Path, *, most: int = MOST) -> str:
+    """A file of UTF-8 text, without the mark (BOM) that some editors put before it.
+
+    Raises:
+        OSError: as in `read_bytes`.
+        ValueError: it is other text; the number of the line.
+    """
+    data = read_bytes(path, most=most)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        text = f"line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
+        raise ValueError(text) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """The content of JSON; ValueError for everything that is none, or is nested without end."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, *, most: int = MOST) -> Any:
+    """The content of a JSON file; OSError as in `read_bytes`, ValueError as in `parse_json`."""
+    return parse_json(read_bytes(path, most=most))
 
 
 @contextlib.contextmanager
@@ -77,7 +140,7 @@ def sync(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The sha256 sum of a file, read in a stream."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

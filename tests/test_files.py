@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from segformer.files import lock, sha256_of, staged, write_atomic
+from segformer.files import lock, read_bytes, read_json, read_text, sha256_of, staged, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -66,3 +67,39 @@ def test_where_a_file_system_has_no_locks_the_user_keeps_others_away(monkeypatch
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert lock(0)
+
+
+def test_what_is_no_file_is_refused_at_once_and_a_link_to_a_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to a pipe").symlink_to("pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "to a pipe", "zero", "folder", "absent"):
+        for read in (read_bytes, read_text, read_json, sha256_of):
+            with pytest.raises(OSError, match=re.escape(str(tmp_path / name))):
+                read(tmp_path / name)
+    (tmp_path / "a").write_text("[1]")
+    (tmp_path / "to a").symlink_to("a")
+    assert read_json(tmp_path / "to a") == [1]
+
+
+def test_a_file_is_read_up_to_a_bound(tmp_path):
+    (tmp_path / "a").write_bytes(b"abcd")
+    assert read_bytes(tmp_path / "a", most=4) == b"abcd"
+    with pytest.raises(OSError, match="more than 3 bytes"):
+        read_bytes(tmp_path / "a", most=3)
+
+
+def test_text_has_no_mark_and_what_is_not_utf_8_is_named_by_its_line(tmp_path):
+    (tmp_path / "a").write_bytes("\ufeffä\r\nb".encode())
+    assert read_text(tmp_path / "a") == "ä\r\nb"
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfa\nb\nc\xe4\n")
+    with pytest.raises(ValueError, match="line 3 is not UTF-8"):
+        read_text(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 200_000, b'{"a":' * 200_000, b"9" * 5000])
+def test_what_is_no_json_is_a_value_error(text, tmp_path):
+    (tmp_path / "a").write_bytes(text)
+    with pytest.raises(ValueError):  # noqa: PT011  any reason, one type
+        read_json(tmp_path / "a")
