@@ -16,6 +16,7 @@ import numpy as np
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.folder import left_out_text
 from segformer.errors import ConfigError, listed
 from segformer.training.config import cli
 
@@ -120,6 +121,8 @@ def split_text(shards: ShardSet) -> str:
         entry = shards.content["splits"][name]
         left_out = f" ({entry['dropped']} left out)" if entry["dropped"] else ""
         lines.append(f"{name}: {split.num_samples} images in {len(split.files)} shards{left_out}")
+        for folder, kinds in entry.get("left_out", {}).items():
+            lines.append(f"  not used of {folder}: {left_out_text(kinds)}")
         lines += class_images(shards, name) if shards.task == "classification" else class_shares(shards, name)
     return "\n".join(lines)
 

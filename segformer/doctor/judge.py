@@ -19,6 +19,7 @@ import torch
 from segformer.data.loading.loader import worker_count
 from segformer.data.loading.order import BatchShape, make_order_spec
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.folder import left_out_text
 from segformer.doctor.scan import SplitScan
 from segformer.errors import listed
 from segformer.training.config import RunConfig
@@ -74,6 +75,8 @@ def _files(cfg: DatasetConfig, scan: SplitScan) -> Iterator[Finding]:
         yield Finding(FAIL, about, f"{places.count} {what} ({places}); {remedy}")
     if not scan.defects:
         yield Finding(OK, about, f"{scan.samples} samples, every file read and decoded")
+    for folder, kinds in scan.left_out.items():
+        yield Finding(OK, about, f"not used of {folder}: {left_out_text(kinds)}")
 
 
 def _color_remedy(cfg: DatasetConfig, scan: SplitScan) -> str:

@@ -24,6 +24,7 @@ from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.decode import decode_image, decode_mask, decode_pixels, read_file
+from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Defect, LoadedSample, Sample, find_samples, inspect_sample
 from segformer.errors import DataError, reported
 
@@ -78,6 +79,8 @@ class SplitScan:
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
     defects: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(Places))
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """Folder -> what it holds that is not used."""
     holders: defaultdict[int, list[Any]] = field(default_factory=lambda: defaultdict(list))
     """Train id -> the samples that hold it, as Sample or as sample ids; -1: all that were read."""
 
@@ -116,7 +119,7 @@ def scan_folder(
 ) -> SplitScan:
     """Every file of one split of a source folder; threads: -1 = one per core."""
     scan = SplitScan(name, num_classes, partial(_from_folder, cfg))
-    samples, defects = find_samples(cfg, root, name)
+    samples, defects, scan.left_out = find_samples(cfg, root, name)
     for defect in defects:
         scan.defects[defect.kind].add(defect.text, defect.count)
     table = label_table(cfg) if cfg.classes and cfg.task == "segmentation" else None

@@ -24,7 +24,7 @@ from segformer.data.shards.index import INDEX, LABELS, pack_index
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
-from segformer.data.sources.decode import decode_image, image_header
+from segformer.data.sources.decode import decode_image, image_header, read_file
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
 from segformer.files import sha256_of, staged, write_atomic
@@ -97,7 +97,7 @@ def source_hash(samples: Iterable[Sample]) -> str:
     """sha256 over names, classes and contents of the source files."""
 
     def facts(path: Path) -> bytes:
-        data = path.read_bytes()
+        data = read_file(path)
         return len(data).to_bytes(8, "little") + data
 
     return _hash(samples, facts)
@@ -169,8 +169,8 @@ def _write_tar(
             loaded = load_sample(cfg, sample)
             raw_ids.update(loaded.raw_ids)
             if loaded.orientation != 1:
-                file = f"{cfg.folder('image', task.split)}/{sample.key}{cfg.image_suffix}"
-                turned.append((file, loaded.orientation))
+                file = Path(cfg.folder("image", task.split), sample.key).with_name(sample.image.name)
+                turned.append((str(file), loaded.orientation))
             (suffix, image), mask = _encoded(loaded, task.settings)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)

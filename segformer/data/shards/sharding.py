@@ -45,7 +45,7 @@ from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.data.sources.listing import Sample, class_folders, list_samples
+from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.errors import ConfigError, DataError, reraise_as
 from segformer.files import write_atomic
 
@@ -117,9 +117,12 @@ def write_shards(
     with reraise_as(DataError, what, remedy):
         if _occupied(target) and not (target / "dataset.json").is_file():
             raise DataError(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
-    listing = {split: list_samples(cfg, root, split) for split in cfg.splits}
-    for samples in listing.values():
-        _check_keys(samples)
+    listing, left_out = {}, {}
+    for split in cfg.splits:
+        listing[split], defects, left_out[split] = find_samples(cfg, root, split)
+        if defects:
+            raise defects[0]
+        _check_keys(listing[split])
     work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
     tasks = _plan(settings, kept, work)
@@ -132,21 +135,29 @@ def write_shards(
             if _occupied(target):
                 raise DataError(f"{str(out)!r} has just been written by another process; run this again")
             if part is None:
-                dropped = {split: len(listing[split]) - len(samples) for split, samples in kept.items()}
-                _write(settings, tasks, dropped, work, workers)
+                beside: dict[str, dict[str, Any]] = {
+                    split: {"dropped": len(listing[split]) - len(samples)}
+                    | ({"left_out": left_out[split]} if left_out[split] else {})
+                    for split, samples in kept.items()
+                }
+                _write(settings, tasks, beside, work, workers)
             else:
                 _make(tasks[part[0] :: part[1]], workers)
 
 
 def _write(
-    settings: Settings, tasks: list[ShardTask], dropped: dict[str, int], work: WorkFolder, workers: int
+    settings: Settings,
+    tasks: list[ShardTask],
+    beside: dict[str, dict[str, Any]],
+    work: WorkFolder,
+    workers: int,
 ) -> None:
-    """Make all shards, join them and publish the set. dropped: images left out, by split."""
+    """Make all shards, join them and publish the set. beside: what is known of each split's source."""
     notes = _make(tasks, workers)
     content = _description(settings) | {"splits": {}}
     for split in settings.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        content["splits"][split] = _join(settings.cfg, split, own, work) | {"dropped": dropped[split]}
+        content["splits"][split] = _join(settings.cfg, split, own, work) | beside[split]
     content["digest"] = content_digest(content)
     write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}

@@ -10,6 +10,7 @@ raw id = train id, and 255 is ignored unless the map says otherwise. `listing.py
 
 Refused: settings that contradict each other, named by their key."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -53,10 +54,10 @@ class DatasetConfig:
     """Image folder below root; of a classification set the folder that holds the class folders."""
     mask_dir: str = "masks/{split}"
     """Mask folder below root."""
-    image_suffix: str = ".jpg"
-    """End of every image file name: .jpg, .jpeg or .png, or longer (_leftImg8bit.png)."""
+    image_suffix: str = ""
+    """End of every image file name, in any case: _left.png, or _left for each of .jpg, .jpeg and .png."""
     mask_suffix: str = ".png"
-    """End of every mask file name; PNG."""
+    """End of every mask file name, in any case; PNG."""
     mask_colours: list[list[int]] = field(default_factory=list)
     """Masks that are painted in colors: [red, green, blue] of raw id 0, 1, ...; empty = masks hold ids."""
     classes: list[str] = field(default_factory=list)
@@ -83,10 +84,12 @@ class DatasetConfig:
     def _problems(self) -> Iterator[str]:
         if self.task not in TASKS:
             yield f"task={self.task!r} is unknown; use {' or '.join(TASKS)}"
-        for key, allowed in (("image_suffix", IMAGE_SUFFIXES), ("mask_suffix", (".png",))):
+        for key, allowed in (("image_suffix", ("", *IMAGE_SUFFIXES)), ("mask_suffix", (".png",))):
             suffix = getattr(self, key)
-            if not suffix.lower().endswith(allowed):
-                yield f"{key}={suffix!r} is not supported; it must end in {' or '.join(allowed)}"
+            if "/" in suffix or os.path.splitext(f"key{suffix}")[1].lower() not in allowed:
+                formats = "JPEG or PNG" if "" in allowed else "PNG: lossy formats change ids"
+                ends = " or ".join(filter(None, allowed))
+                yield f"{key}={suffix!r} must end in {ends}; convert other files to {formats}"
         for key in ("splits", "split_dirs", "split_lists"):
             for split in getattr(self, key):
                 if not _SPLIT_NAME.fullmatch(split):
@@ -141,6 +144,11 @@ class DatasetConfig:
         """`image_dir` or `mask_dir` (kind: image or mask) of a split, below root."""
         pattern = self.image_dir if kind == "image" else self.mask_dir
         return pattern.replace("{split}", self.split_dirs.get(split, split))
+
+    def ends(self, kind: str) -> tuple[str, ...]:
+        """How the names of images or masks (kind: image or mask) end, in small letters."""
+        end = (self.image_suffix if kind == "image" else self.mask_suffix).lower()
+        return (end,) if end.endswith(IMAGE_SUFFIXES) else tuple(end + suffix for suffix in IMAGE_SUFFIXES)
 
 
 def _color_problems(key: str, colors: list[list[int]]) -> Iterator[str]:

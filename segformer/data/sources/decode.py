@@ -18,6 +18,7 @@ import numpy as np
 
 from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS
 from segformer.errors import DataError, reraise_as
+from segformer.files import regular
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -98,8 +99,8 @@ def check_sums(data: bytes) -> None:
 
 def read_file(path: Path, first: int = -1) -> bytes:
     """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
-    with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
-        size = path.stat().st_size
+    with reraise_as(DataError, f"{str(path)!r} cannot be read", "replace it, or check its permissions"):
+        size = regular(path).stat().st_size
         if size > MAX_FILE_BYTES:
             raise DataError(
                 f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}; make it smaller"

@@ -9,8 +9,9 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
-from segformer.errors import listed, printable
+from segformer.errors import DataError, listed, printable, reraise_as
 
 LeftOut = dict[str, tuple[int, str]]
 """Kind -> (number of files, the first of them by name)."""
@@ -47,3 +48,53 @@ def _kind(name: str) -> str:
         return "sub-folder"
     suffix = os.path.splitext(name)[1].lower()
     return suffix if suffix[1:].isalnum() and not suffix[1:].isdigit() else "other"
+
+
+def files_below(folder: str) -> list[str]:
+    """Every file below, as sub/folder/name.
+
+    Raises:
+        DataError: a folder or link can't be followed, or links to a folder that it lies in.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename!r} cannot be listed: {error.strerror}; check its permissions"
+        ) from error
+
+    found: list[str] = []
+    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        inside = path[len(folder) + 1 :]
+        found += (f"{inside}/{name}" if inside else name for name in names)
+        for name in folders:
+            if os.path.islink(link := f"{path}/{name}"):
+                real, way = os.path.realpath(link), inside.split("/")
+                above = [os.path.realpath("/".join([folder, *way[:depth]])) for depth in range(len(way) + 1)]
+                if any(os.path.commonpath([real, place]) == real for place in above):
+                    raise DataError(f"{link!r} links to a folder that it lies in; remove the link")
+    return found
+
+
+def by_key(
+    folder: str, names: Iterable[str], ends: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """({key: file}, {key: a further file of that key}, the other files); `ends`: suffixes in small letters.
+
+    Raises:
+        DataError: one of the others is a link that can't be followed: it could be a folder of files.
+    """
+    found: dict[str, str] = {}
+    further: dict[str, str] = {}
+    others: list[str] = []
+    for name in names:
+        cut = next((len(end) for end in ends if name[-len(end) :].lower() == end), 0)
+        key = name[:-cut] if cut else ""
+        if key and key[-1] != "/" and not is_hidden(name):
+            (further if key in found else found)[key] = name
+            continue
+        others.append(name)
+        if os.path.islink(link := f"{folder}/{name}"):  # a folder that can't be looked at counts as a file
+            what, do = f"{link!r} cannot be listed", "check its permissions"
+            with reraise_as(DataError, what, do), suppress(FileNotFoundError):
+                os.stat(link)
+    return found, further, others

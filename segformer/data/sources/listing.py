@@ -13,7 +13,7 @@ Both give defects (the kinds stand at `Defect`) beside what can be used: the doc
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from segformer.data.sources.decode import (
     read_file,
     whole_image,
 )
+from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
 from segformer.errors import DataError, listed, reraise_as
+from segformer.files import read_text
 
 SHOWN = 3  # names in the message of a defect
 
@@ -101,53 +103,96 @@ class LoadedSample:
 
 def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
     """Every sample of a split, sorted by key; DataError for the first defect of its folders."""
-    samples, defects = find_samples(cfg, root, split)
+    samples, defects, _ = find_samples(cfg, root, split)
     if defects:
         raise defects[0]
     return samples
 
 
-def find_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sample], list[Defect]]:
-    """The samples of a split that can be used, sorted by key, and what does not fit."""
+@dataclass(slots=True)
+class _Side:
+    """The images or the masks of a split."""
+
+    kind: str
+    """image or mask"""
+    folder: str
+    ends: tuple[str, ...]
+    files: dict[str, str] = field(default_factory=dict)
+    """Key -> file below the folder."""
+
+    def missing(self, others: LeftOut) -> str:
+        """End of a message about files that are not there: what the folder holds in their place."""
+        if not others:
+            return ""
+        need = "image must be a JPEG or PNG: convert them"
+        if self.kind == "mask":
+            need = "mask must be a PNG, for a lossy format changes ids: save them as PNG where they were made"
+        return f"{left_out_text(others)} lie there, but each {need}, or "
+
+
+def find_samples(
+    cfg: DatasetConfig, root: Path, split: str
+) -> tuple[list[Sample], list[Defect], dict[str, LeftOut]]:
+    """The samples of a split that can be used, sorted by key; what does not fit; and what else its folders,
+    by their names below root, hold."""
     samples: list[Sample] = []
     defects: list[Defect] = []
+    left: dict[str, LeftOut] = {}
     labels: dict[str, int] = {}
     with _noting(defects, "listing"):
-        image_dir = _folder(cfg, root, "image", split)
-        images, others = _find_files(image_dir, cfg.image_suffix)
-        sides = [(image_dir, cfg.image_suffix, images)]
-        if cfg.task == "segmentation":
-            mask_dir = _folder(cfg, root, "mask", split)
-            sides.append((mask_dir, cfg.mask_suffix, _find_files(mask_dir, cfg.mask_suffix)[0]))
+        sides = [
+            _Side(kind, _folder(cfg, root, kind, split), cfg.ends(kind))
+            for kind in (("image", "mask") if cfg.task == "segmentation" else ("image",))
+        ]
+        others = {folder: files_below(folder) for folder in {side.folder for side in sides}}
+        # Where one folder holds both: the longer end first, masks before images.
+        for side in sorted(sides, key=lambda side: (min(map(len, side.ends)), side.kind), reverse=True):
+            side.files, further, others[side.folder] = by_key(side.folder, others[side.folder], side.ends)
+            twice = {f"{side.files[key]} = {name}" for key, name in further.items()}
+            defects += _about(twice, f"files in {side.folder!r} share the key of another", "keep one of each")
+        for side in sides:
+            left.setdefault(cfg.folder(side.kind, split), left_out(others[side.folder]))
         if split in cfg.split_lists:
             keys, of = _listed_keys(cfg, root, split), f" of {cfg.split_lists[split]!r}"
             remedy = "a line of the list is one key, without folder and suffix"
+            for side in sides:
+                if unlisted := side.files.keys() - keys:
+                    found = (len(unlisted), side.files[min(unlisted)])
+                    left[cfg.folder(side.kind, split)][f"unlisted {side.kind}"] = found
         else:
-            keys, of = set().union(*(there for _, _, there in sides)), ""
+            keys, of = set().union(*(side.files for side in sides)), ""
             remedy = "add what is missing or remove the others"
-            ends = tuple(end for folder, end, _ in sides if folder == image_dir)
-            defects += _about(
-                {name for name in others if not name.endswith(ends)},
-                f"pictures in {image_dir!r} do not end in {cfg.image_suffix!r}",
-                "set data.image_suffix, or convert or remove them",
-            )
+            defects += _foreign(cfg, sides[0], others[sides[0].folder])
+        for side in sides:
+            end, there = "|".join(side.ends), left_out(others[side.folder])
+            what = f"keys{of} have no file {side.folder}/<key>{end}"
+            defects += _about(keys - side.files.keys(), what, side.missing(there) + remedy)
             if not keys:
-                text = f"no file in {image_dir!r} ends in {cfg.image_suffix!r}: the split is empty"
-                remedy = "set data.image_suffix or leave the split out of data.splits"
-                defects.append(Defect("listing", f"{text}; {remedy}"))
-        for folder, end, there in sides:
-            defects += _about(keys - there, f"keys{of} have no file {folder}/<key>{end}", remedy)
-        keys = keys.intersection(*(there for _, _, there in sides))
+                text = f"no file in {side.folder!r} ends in {end}: the split is empty"
+                do = f"{side.missing(there)}set data.{side.kind}_suffix or leave the split out of data.splits"
+                defects.append(Defect("listing", f"{text}; {do}"))
+        keys = keys.intersection(*(side.files for side in sides))
         if cfg.task == "classification":
             labels = {name: label for label, name in enumerate(class_folders(cfg, root))}
             outside = {key for key in keys if "/" not in key or key.partition("/")[0] not in labels}
-            defects += _class_defects(cfg, image_dir, outside)
+            defects += _class_defects(cfg, sides[0].folder, outside)
             keys -= outside
         for key in sorted(keys):
-            image, *masks = (f"{folder}/{key}{end}" for folder, end, _ in sides)
+            image, *masks = (f"{side.folder}/{side.files[key]}" for side in sides)
             label = labels.get(key.partition("/")[0])
             samples.append(Sample(key, image, masks[0] if masks else None, label))
-    return samples, defects
+    return samples, defects, {folder: found for folder, found in left.items() if found}
+
+
+def _foreign(cfg: DatasetConfig, side: _Side, others: list[str]) -> Iterator[Defect]:
+    """Images that data.image_suffix leaves out."""
+    plain = cfg.image_suffix.lower() in IMAGE_SUFFIXES
+    do = "data.image_suffix='' reads JPEG and PNG" if plain else "set data.image_suffix"
+    yield from _about(
+        {name for name in others if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)},
+        f"pictures in {side.folder!r} do not end in {cfg.image_suffix!r}",
+        f"{do}, or remove them",
+    )
 
 
 def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
@@ -175,7 +220,7 @@ def _class_defects(cfg: DatasetConfig, folder: str, outside: set[str]) -> Iterat
 
 
 def _folders_in(folder: str) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
 
 
 def _about(names: Iterable[str], what: str, remedy: str) -> Iterator[Defect]:
@@ -196,48 +241,12 @@ def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
     return str(folder)
 
 
-def _find_files(folder: str, suffix: str) -> tuple[set[str], list[str]]:
-    """Keys of the files that end in suffix, and the names of all other pictures, below the folder."""
-    found: set[str] = set()
-    others: list[str] = []
-    cut = -len(suffix)
-    for path in _walk(folder):
-        if path.endswith(suffix) and path[:cut][-1:] not in ("", "/"):
-            found.add(path[:cut])
-        elif path.lower().endswith(IMAGE_SUFFIXES):
-            others.append(path)
-        elif os.path.islink(link := f"{folder}/{path}"):  # a folder that can't be looked at counts as a file
-            what, do = f"{link!r} cannot be listed", "check its permissions"
-            with reraise_as(DataError, what, do), suppress(FileNotFoundError):
-                os.stat(link)
-    return found, others
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """Every file below, as sub/folder/name; links are followed, circles refused."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename!r} cannot be listed: {error.strerror}; check its permissions"
-        ) from error
-
-    for path, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        inside = path[len(folder) + 1 :]
-        yield from (f"{inside}/{name}" if inside else name for name in names)
-        for name in folders:
-            if os.path.islink(link := f"{path}/{name}"):
-                real, way = os.path.realpath(link), inside.split("/")
-                above = [os.path.realpath("/".join([folder, *way[:depth]])) for depth in range(len(way) + 1)]
-                if any(os.path.commonpath([real, place]) == real for place in above):
-                    raise DataError(f"{link!r} links to a folder that it lies in; remove the link")
-
-
 def _listed_keys(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     """The keys in the list of a split."""
     path = root / cfg.split_lists[split]
     what = f"the list {str(path)!r} of the split {split}"
     with reraise_as(DataError, f"{what} cannot be read", "set data.split_lists", on=(OSError, ValueError)):
-        lines = path.read_text("utf-8").splitlines()
+        lines = read_text(path).splitlines()
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise DataError(f"{what} is empty; write one key a line")

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ from PIL import Image
 
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image
-from segformer.data.sources.listing import Sample, class_folders, list_samples, load_sample
+from segformer.data.sources.listing import Sample, class_folders, find_samples, list_samples, load_sample
 from segformer.errors import DataError
 
 IDS = np.array([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1]], np.uint8)
@@ -148,6 +149,51 @@ def test_samples_are_sorted_and_found_in_sub_folders_by_long_suffixes(tmp_path: 
     assert samples[0].mask == tmp_path / "fine/train/aachen/a.1_ids.png"
 
 
+def test_every_file_is_used_or_counted_and_suffixes_have_no_case(tmp_path: Path) -> None:
+    """One folder per kind, and one for both: what ends as a mask is one, what is left is named."""
+    files = {
+        "images/train": [
+            "a.jpg",
+            "b.JPG",
+            "sub/c.Jpeg",
+            "d.PNG",
+            "._a.jpg",
+            ".git/e.png",
+            "f.tif",
+            "g.TIF",
+            "N",
+        ],
+        "masks/train": ["a.png", "b.PNG", "sub/c.png", "d.png", "d_color.txt", "Thumbs.db"],
+        "both": ["a.png", "a_mask.PNG", "b.jpg", "b_mask.png", "b.webp", ".ipynb_checkpoints/b.jpg"],
+    }
+    for folder, names in files.items():
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).touch()
+    apart = DatasetConfig(classes=["a", "b"])
+    samples, defects, left = find_samples(apart, tmp_path, "train")
+    assert (defects, [sample.key for sample in samples]) == ([], ["a", "b", "d", "sub/c"])
+    assert [sample.image_file[len(str(tmp_path)) :] for sample in samples] == [
+        f"/images/train/{name}" for name in ("a.jpg", "b.JPG", "d.PNG", "sub/c.Jpeg")
+    ]
+    assert left == {
+        "images/train": {"hidden": (2, "._a.jpg"), "other": (1, "N"), ".tif": (2, "f.tif")},
+        "masks/train": {"hidden": (1, "Thumbs.db"), ".txt": (1, "d_color.txt")},
+    }
+    whole = sum(len(names) for folder, names in files.items() if folder != "both")
+    assert whole == 2 * len(samples) + sum(count for kinds in left.values() for count, _ in kinds.values())
+    together = replace(apart, image_dir="both", mask_dir="both", mask_suffix="_mask.png")
+    samples, defects, left = find_samples(together, tmp_path, "train")
+    assert (defects, [sample.image.name for sample in samples]) == ([], ["a.png", "b.jpg"])
+    assert left == {"both": {"hidden": (1, ".ipynb_checkpoints/b.jpg"), ".webp": (1, "b.webp")}}
+    (tmp_path / "list").write_text("a\n")
+    _, _, left = find_samples(replace(apart, split_lists={"train": "list"}), tmp_path, "train")
+    assert left["images/train"]["unlisted image"] == (3, "b.JPG")
+    assert left["masks/train"]["unlisted mask"] == (3, "b.PNG")
+    with pytest.raises(DataError, match=r"2 pictures .* \(d.PNG, .*; data.image_suffix='' reads"):
+        list_samples(replace(apart, image_suffix=".jpg"), tmp_path, "train")
+
+
 def _resize(path: Path) -> None:
     cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED)[:-1])
 
@@ -166,6 +212,11 @@ def _halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def _rename(suffix: str, folder: Path) -> None:
+    for path in folder.iterdir():
+        path.rename(path.with_suffix(suffix))
+
+
 def _remove_all(root: Path) -> None:
     for path in root.rglob("train/*"):
         path.unlink()
@@ -177,8 +228,26 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing image folder": ("images/train", shutil.rmtree, "image folder .* is not a folder"),
     "missing mask folder": ("masks/train", shutil.rmtree, "mask folder .* is not a folder"),
     "image without mask": ("masks/train/001.png", Path.unlink, r"no file .*masks/train/<key>.png \(001\)"),
-    "mask without image": ("images/train/001.jpg", Path.unlink, r"no file .*images/train/<key>.jpg \(001\)"),
-    "unread picture": ("images/train/x.JPG", Path.touch, r"do not end in '.jpg' \(x.JPG\)"),
+    "mask without image": (
+        "images/train/001.jpg",
+        Path.unlink,
+        r"no file .*images/train/<key>.jpg.* \(001\)",
+    ),
+    "two files of one key": (
+        "images/train/001.PNG",
+        Path.touch,
+        r"train' share .* \(001.\w+ = 001.\w+\)",
+    ),
+    "images of another format": (
+        "images/train",
+        partial(_rename, ".TIF"),
+        r"2 keys .*; 2 x .tif \(000.TIF, ...\) lie",
+    ),
+    "masks of a lossy format": (
+        "masks/train",
+        partial(_rename, ".jpg"),
+        r"2 x .jpg .*: save them as PNG",
+    ),
     "empty split": ("", _remove_all, "the split is empty"),
     "id outside the classes": ("masks/train/000.png", _paint, "holds the ids 9, 254"),
     "mask of another size": ("masks/train/000.png", _resize, "56 x 39 pixels"),
@@ -252,9 +321,9 @@ def listed(tmp_path: Path) -> Callable[..., DatasetConfig]:
         for key in "xyz":
             (tmp_path / kind / f"{key}{end}").touch()
 
-    def make(text: str | None) -> DatasetConfig:
+    def make(text: str | bytes | None) -> DatasetConfig:
         if text is not None:
-            (tmp_path / "train.txt").write_text(text)
+            (tmp_path / "train.txt").write_bytes(text.encode() if isinstance(text, str) else text)
         return DatasetConfig(
             image_dir="JPEGImages", mask_dir="Labels", split_lists={"train": "train.txt"}, classes=["a"]
         )
@@ -265,7 +334,7 @@ def listed(tmp_path: Path) -> Callable[..., DatasetConfig]:
 def test_a_list_chooses_the_samples_of_its_split(
     listed: Callable[..., DatasetConfig], tmp_path: Path
 ) -> None:
-    cfg = listed("z\r\n\n  x \n")
+    cfg = listed("\ufeffz\r\n\n  x \n")
     assert [sample.key for sample in list_samples(cfg, tmp_path, "train")] == ["x", "z"]
     assert [sample.key for sample in list_samples(cfg, tmp_path, "val")] == ["x", "y", "z"]
 
@@ -273,16 +342,18 @@ def test_a_list_chooses_the_samples_of_its_split(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x\nq\n", r"1 keys of 'train.txt' have no file .*JPEGImages/<key>.jpg \(q\)"),
+        ("x\nq\n", r"1 keys of 'train.txt' have no file .*JPEGImages/<key>.jpg\|.jpeg\|.png \(q\)"),
         ("x.jpg\n", r"without folder and suffix"),
         ("../x\n", "have no file"),
         ("x\ny\nx\n", r"names x twice"),
         ("\n\n", "is empty"),
         (None, r"train.txt' of the split train cannot be read: No such file"),
+        (b"x\n\ny\xe4\n", "cannot be read: line 3 is not UTF-8"),
+        ("x\n".encode("utf-16"), "cannot be read: line 1 is not UTF-8"),
     ],
 )
 def test_a_wrong_list_is_an_error_that_names_the_line(
-    text: str | None, message: str, listed: Callable[..., DatasetConfig], tmp_path: Path
+    text: str | bytes | None, message: str, listed: Callable[..., DatasetConfig], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=message):
         list_samples(listed(text), tmp_path, "train")
