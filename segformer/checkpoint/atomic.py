@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from segformer.errors import CheckpointError, reason_of, reraise_as
-from segformer.files import remove, sha256_of, staged, sync
+from segformer.files import parse_json, read_bytes, regular, remove, sha256_of, staged, sync
 
 MANIFEST = "MANIFEST.json"
 
@@ -81,10 +81,10 @@ def verify(path: Path, required: Collection[str], *, digests: bool = True) -> li
         CheckpointError: a file is missing or differs, or `required` is not all there.
     """
     try:
-        written = (path / MANIFEST).read_bytes()
+        written = read_bytes(path / MANIFEST)
         entries = _decode(written)
         found = {name: _entry(path / name) if digests else _size(path / name) for name in entries}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         file = Path(getattr(error, "filename", None) or MANIFEST).name
         raise CheckpointError(f"{path} is damaged: {file}: {reason_of(error)}") from error
     same = (
@@ -135,7 +135,7 @@ def _settle(old: Path) -> None:
 
 
 def _size(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size}
+    return {"bytes": regular(path).stat().st_size}
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _encode(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def _decode(manifest: bytes) -> dict[str, dict[str, Any]]:
-    entries = json.loads(manifest)
+    entries = parse_json(manifest)
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError("it is no table of files")
     if strange := [name for name in entries if Path(name).name != name]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from segformer.checkpoint.atomic import verify
 from segformer.errors import CheckpointError, reraise_as
+from segformer.files import parse_json, read_bytes
 
 MODEL, OPTIMIZER, STATE = FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 EMA = "ema.safetensors"
@@ -120,7 +121,7 @@ def read_files(path: Path, *, digests: bool) -> tuple[Checkpoint, bytes]:
     with reraise_as(CheckpointError, f"{path} is damaged", on=(SafetensorError, OSError)):
         model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
         ema = load_file(path / EMA) if EMA in names else {}
-        return Checkpoint(model, optimizer, ema, TrainState()), (path / STATE).read_bytes()
+        return Checkpoint(model, optimizer, ema, TrainState()), read_bytes(path / STATE)
 
 
 def decode_state(path: Path, text: bytes) -> TrainState:
@@ -129,13 +130,14 @@ def decode_state(path: Path, text: bytes) -> TrainState:
     Raises:
         CheckpointError: another version wrote it, or the folder was renamed.
     """
-    values = json.loads(text)  # as it was written: it is in the manifest
+    with reraise_as(CheckpointError, f"{path}/{STATE} is damaged", on=(ValueError, TypeError)):
+        values = dict(parse_json(text))
     if unknown := sorted(values.keys() - {field.name for field in fields(TrainState)}):
         raise CheckpointError(
             f"{path}/{STATE} has {', '.join(unknown)}, which this version does not know; continue with the "
             "version that wrote it, or choose another name=..."
         )
     state = TrainState(**values)
-    if path.name != step_name(state.step):
+    if not isinstance(state.step, int) or path.name != step_name(state.step):
         raise CheckpointError(f"{path} holds step {state.step}; name it {step_name(state.step)} again")
     return state

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from segformer.errors import CheckpointError, ConfigError, RunTaken, SegformerError, reraise_as
-from segformer.files import lock, write_atomic
+from segformer.files import lock, read_json, write_atomic
 
 FILE, LOCK = "lease.json", ".lock"
 RELEASE_S = 150  # how long a file server may keep the lock of a node that it has lost
@@ -135,7 +135,7 @@ def _read(path: Path, do: str = "") -> tuple[int, str, Owner | None]:
     with reraise_as(CheckpointError, what, do, on=none):
         if not path.exists():
             return 0, "", None
-        found = json.loads(path.read_text())
+        found = read_json(path)
         owner = None if found["owner"] is None else Owner(**found["owner"])
         return int(found["generation"]), found["token"], owner
 

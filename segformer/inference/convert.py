@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from segformer.errors import ConfigError, listed, reraise_as, within
+from segformer.files import read_text
 from segformer.inference.export import check_network, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
@@ -26,6 +27,8 @@ from segformer.models.weights.key_maps import TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
 from segformer.models.weights.tensor_files import SUFFIXES
 from segformer.models.weights.write import write_export, write_hf, write_pth
+
+MOST = 2**20  # bytes of a file of class names
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,7 +137,7 @@ def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
     unreadable = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError)
     with reraise_as(ConfigError, f"{key}={path} can't be read", "give a YAML or JSON file", on=unreadable):
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path), most=MOST)
         return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
 
 

@@ -12,7 +12,7 @@ Every byte is covered: a crc32 per member in the index, a sha256 per tar and ind
 split.
 
 Opening checks dataset.json, every index and the size of every tar, in time that hardly grows with the
-samples: the index is mapped into memory, not parsed. Each read checks the crc (reader.py); verify.py re-reads
+samples: an index is one array, not parsed. Each read checks the crc (reader.py); verify.py re-reads
 everything. Tars are never extracted."""
 
 import hashlib
@@ -30,6 +30,7 @@ from segformer.data.shards.index import NOT_AN_INDEX, is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
 from segformer.data.sources.dataset import TASKS
 from segformer.errors import DataError, reraise_as
+from segformer.files import parse_json
 
 FORMAT = "segformer-shards"
 VERSION = 2
@@ -43,7 +44,7 @@ _INDEX_NAME = re.compile(r"[A-Za-z0-9_-]+\.idx")
 
 
 class Split:
-    """The index of one split. Pickles as storage, name and digest: a worker maps the index again.
+    """The index of one split. Pickles as storage, name and digest: a worker reads the index again.
 
     records: INDEX (num_samples,), read-only. class_pixels: int64 (K,), images per class for classification.
     first_ids: int64 (shards + 1,), the sample id of each shard's first sample, then num_samples.
@@ -63,7 +64,7 @@ class Split:
         self.first_ids = np.cumsum([0, *self.shard_sizes], dtype=np.int64)
         self.class_pixels = np.array(entry["class_pixels"], np.int64)
         self._with_label: dict[int, np.ndarray] = {}
-        self.records, self._labels, self._keys = self._map(entry, verify)
+        self.records, self._labels, self._keys = self._read(entry, verify)
 
     @property
     def heights(self) -> np.ndarray:
@@ -109,13 +110,14 @@ class Split:
     def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Storage, str, str]]:
         return _reopen, (self.storage, self.name, self.digest)
 
-    def _map(self, entry: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(records, labels, keys) as views of the mapped file; DataError where it is not as promised."""
+    def _read(self, entry: dict[str, Any], verify: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(records, labels, keys) as views of the file's bytes; DataError where it is not as promised."""
         index, name = entry["index"], entry["index"]["file"]
         where = f"index {self.storage.where(name)!r}"
         with reraise_as(DataError, f"{where} cannot be read", AGAIN, on=(OSError, *NOT_AN_INDEX)):
-            path = self.storage.local(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
-            parts = parse_index(np.asarray(np.memmap(path, np.uint8, "r")))
+            # Not mapped: a file that shrinks while it is mapped ends the process (SIGBUS).
+            data = self.storage.whole(name, size=index["bytes"], sha256=index["sha256"], verify=verify)
+            parts = parse_index(np.frombuffer(data, np.uint8))
         if len(parts[0]) != self.num_samples or (verify and not is_sane(parts, entry, self.task)):
             raise DataError(f"{where} contradicts itself or dataset.json; {AGAIN}")
         return parts
@@ -191,7 +193,7 @@ def content_digest(content: dict[str, Any]) -> str:
 
 def _complete(storage: Storage) -> AbstractContextManager[None]:
     """Around what reads dataset.json: an entry that is missing, or of another type, is one line."""
-    what, wrong = f"{storage.where(_FILE)!r} is not complete", (AttributeError, *NOT_AN_INDEX)
+    what, wrong = f"{storage.where(_FILE)!r} is not complete", (AttributeError, RecursionError, *NOT_AN_INDEX)
     return reraise_as(DataError, what, AGAIN, on=wrong)
 
 
@@ -208,16 +210,20 @@ def _description(storage: Storage) -> dict[str, Any]:
             f"no shards in {storage.root!r}; "
             f"write them: python data_prep/shard.py data=<name> output={storage.root}"
         )
-    content: dict[str, Any] = json.loads(storage.read(_FILE, limit=DESCRIPTION_LIMIT))
+    content: dict[str, Any] = parse_json(storage.read(_FILE, limit=DESCRIPTION_LIMIT))
     if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
         raise _unreadable(storage, f"is not of format {FORMAT} {VERSION}")
     if content["digest"] != content_digest(content):
         raise _unreadable(storage, "is damaged (its digest differs)")
+    classes = content["classes"]
+    if not all(isinstance(name, str) for name in classes) or len(content["palette"]) != len(classes):
+        raise _unreadable(storage, "is not complete")
     for split in content["splits"].values():
         index, shards = split["index"], split["shards"]
         numbers = [*split["class_pixels"], *(shard["samples"] for shard in shards)]
         numbers += [entry["bytes"] for entry in (index, *shards) if entry["sha256"]]
-        if not all(isinstance(number, int) for number in numbers):
+        sane = all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
+        if not sane or len(split["class_pixels"]) != len(classes):
             raise _unreadable(storage, "is not complete")
         names = [shard["file"] for shard in shards]
         if not (_INDEX_NAME.fullmatch(index["file"]) and all(map(_TAR_NAME.fullmatch, names))):

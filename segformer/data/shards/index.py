@@ -6,15 +6,17 @@
                 [labels_end[i - 1], labels_end[i])
     keys        joined by newlines; key_end[i] is the end of key i
 
-Numbers are little endian and packed. The file is mapped into memory, never parsed sample by sample; all
-checks are on whole arrays."""
+Numbers are little endian and packed. The file is read, never parsed sample by sample; all checks are on whole
+arrays, and none adds numbers that it hasn't bounded."""
 
 import json
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS
+from segformer.files import parse_json
 
 INDEX = np.dtype(
     [
@@ -33,7 +35,7 @@ INDEX = np.dtype(
 )
 LABELS = np.dtype([("label", "<u2"), ("pixels", "<u4")])
 HEADER_STEP = 64  # bytes; the header is a multiple of it
-NOT_AN_INDEX = (ValueError, KeyError, TypeError)  # what parsing other bytes raises
+NOT_AN_INDEX = (ValueError, KeyError, TypeError, OverflowError)  # what parsing other bytes raises
 BLOCK = 2**16  # samples whose histograms are checked at a time
 
 
@@ -46,10 +48,10 @@ def index_header(samples: int, labels: int, key_bytes: int) -> bytes:
 def parse_index(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes of an index, uint8 -> views (INDEX, LABELS, bytes of the keys); NOT_AN_INDEX when torn."""
     line = raw[: 4 * HEADER_STEP].tobytes().partition(b"\n")[0]
-    header = json.loads(line)
+    header = parse_json(line)
     samples, labels, key_bytes = (int(header[key]) for key in ("samples", "labels", "key_bytes"))
-    ends = np.cumsum([len(line) + 1, samples * INDEX.itemsize, labels * LABELS.itemsize, key_bytes])
-    if samples < 1 or labels < 0 or len(raw) != ends[-1]:
+    ends = list(accumulate([len(line) + 1, samples * INDEX.itemsize, labels * LABELS.itemsize, key_bytes]))
+    if samples < 1 or labels < 0 or key_bytes < 1 or len(raw) != ends[-1]:
         raise ValueError("it is torn")
     return raw[ends[0] : ends[1]].view(INDEX), raw[ends[1] : ends[2]].view(LABELS), raw[ends[2] :]
 
@@ -96,6 +98,7 @@ def is_sane(parts: tuple[np.ndarray, np.ndarray, np.ndarray], entry: dict[str, A
     parts: (records, labels, keys). entry: that of the split in dataset.json.
     """
     shard_sizes, shard_bytes = ([shard[key] for shard in entry["shards"]] for key in ("samples", "bytes"))
+    tar_bytes = np.repeat(np.array(shard_bytes, np.int64), shard_sizes)
     class_pixels = np.array(entry["class_pixels"], np.int64)
     records, labels, keys = parts
     pixels = records["height"].astype(np.int64) * records["width"]
@@ -104,17 +107,19 @@ def is_sane(parts: tuple[np.ndarray, np.ndarray, np.ndarray], entry: dict[str, A
     free_from[np.cumsum([0, *shard_sizes[:-1]])] = 0  # each shard begins anew
     ends = np.concatenate([[0], records["labels_end"]])
     key_starts = np.concatenate([[0], records["key_end"][:-1] + 1])
+    places = ("image_offset", "image_size", "target_offset", "target_size")
     sane = (
-        (records["image_offset"] >= free_from).all()
+        all(((records[place] >= 0) & (records[place] <= tar_bytes)).all() for place in places)
+        and (records["image_offset"] >= free_from).all()
         and (records["image_size"] > 0).all()
         and (records["target_offset"] > records["image_offset"] + records["image_size"]).all()
         and (records["target_size"] > 0).all()
-        and (target_end <= np.repeat(shard_bytes, shard_sizes)).all()
+        and (target_end <= tar_bytes).all()
         and (target_end - records["image_offset"] <= 2 * MAX_FILE_BYTES).all()
         and (records["height"] > 0).all()
         and (records["width"] > 0).all()
         and (pixels <= MAX_PIXELS).all()
-        and (np.diff(ends) >= 0).all()
+        and (ends[1:] >= ends[:-1]).all()
         and ends[-1] == len(labels)
         and (records["key_end"] > key_starts).all()
         and records["key_end"][-1] == len(keys)

@@ -27,7 +27,7 @@ from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header, read_file
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
-from segformer.files import sha256_of, staged, write_atomic
+from segformer.files import read_json, sha256_of, staged, write_atomic
 
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
 
@@ -118,7 +118,7 @@ def _complete(task: ShardTask) -> dict[str, Any] | None:
     """The note of a shard that an earlier run has finished, None where it must be written (again)."""
     stat = stat_hash(task.samples)
     with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
-        note: dict[str, Any] = json.loads(task.work.note(task.name).read_bytes())
+        note: dict[str, Any] = read_json(task.work.note(task.name))
         if (
             sha256_of(task.work.tar(task.name)) == note["sha256"]
             and sha256_of(task.work.part(task.name)) == note["part_sha256"]

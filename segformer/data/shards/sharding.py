@@ -47,7 +47,7 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.errors import ConfigError, DataError, reraise_as
-from segformer.files import write_atomic
+from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
 _OTHER_PLACE = "give another output=<folder> or remove it"
@@ -290,6 +290,6 @@ def _is_same(check: tuple[Sequence[Sample], str | None, str | None]) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """An object, empty where there is none: what these files hold can be found out again."""
     with suppress(OSError, ValueError):
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = read_json(path)
         return content
     return {}

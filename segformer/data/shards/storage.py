@@ -19,13 +19,14 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from segformer.errors import ConfigError, DataError, at_least, reraise_as
-from segformer.files import sha256_of, write_atomic
+from segformer.files import NotAFileError, read_bytes, regular, write_atomic
 
 REMOTE = ("http", "https", "s3", "gs")
 OPEN_FILES = 64  # per process; 1,000 shards must not meet the usual limit of 1,024 descriptors
@@ -33,7 +34,7 @@ PIECE = 16 * 2**20  # a whole remote file is fetched in ranges of this many byte
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries, before jitter
 
 _NEEDED = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotAFileError)
 _T = TypeVar("_T")
 
 
@@ -95,7 +96,7 @@ class Storage:
     def size(self, name: str) -> int:
         """Bytes of a file; DataError when it is missing or cannot be reached."""
         if self.is_local:
-            return self._retry(name, lambda: Path(self.root, name).stat().st_size)
+            return self._retry(name, lambda: regular(Path(self.root, name)).stat().st_size)
         client, path = self._client(), self.where(name)
         size = self._retry(name, lambda: client.info(path)["size"])
         if size is None:
@@ -140,28 +141,33 @@ class Storage:
             )
         return data
 
-    def local(self, name: str, *, size: int, sha256: str, verify: bool = True) -> Path:
-        """A local path of the file: itself, or the cached copy of a remote one.
+    def whole(self, name: str, *, size: int, sha256: str, verify: bool = True) -> bytes:
+        """A whole file, of a remote one its copy in the cache, which is made where there is none.
 
         With `verify` its bytes are checked, else its size only; a damaged copy is made again.
         """
-        path = Path(self.root, name)
+
+        def fits(data: bytes) -> bool:
+            return len(data) == size and (not verify or hashlib.sha256(data).hexdigest() == sha256)
+
+        copy = self.config.cache / "files" / sha256
         if not self.is_local:
             if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
                 text = f"{self.where('dataset.json')!r} has no sha256 for {name}"
                 raise DataError(f"{text}; shard the data again")
-            path = self.config.cache / "files" / sha256
-        if path.is_file() and path.stat().st_size == size and (not verify or sha256_of(path) == sha256):
-            return path
-        data = self.read(name, limit=size)
-        if self.is_local or hashlib.sha256(data).hexdigest() != sha256:
+            with suppress(OSError):
+                if fits(data := read_bytes(copy, most=size)):
+                    return data
+            verify = True
+        if not fits(data := self.read(name, limit=size)):
             raise DataError(
                 f"{self.where(name)!r} is damaged (size or sha256 differs from dataset.json); "
                 "copy it again or shard the data again"
             )
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(path, data, mode=0o600, durable=False)
-        return path
+        if not self.is_local:
+            copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(copy, data, mode=0o600, durable=False)
+        return data
 
     def _pread(self, name: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`, fewer at the end of the file only."""
@@ -173,7 +179,7 @@ class Storage:
 
     def _descriptor(self, name: str) -> int:
         if name not in self._files:
-            self._files[name] = os.open(Path(self.root, name), os.O_RDONLY | os.O_CLOEXEC)
+            self._files[name] = os.open(regular(Path(self.root, name)), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._files) > OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(name)

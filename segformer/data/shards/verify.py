@@ -28,6 +28,7 @@ from segformer.data.shards.storage import Storage
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.data.sources.decode import decode_image, decode_label, decode_mask
 from segformer.errors import DataError, reason_of, reraise_as
+from segformer.files import regular
 
 _Stream = BufferedReader | BufferedRandom
 
@@ -104,7 +105,7 @@ def _check_tar(task: _Task) -> list[str]:
 
 def _open(storage: Storage, name: str, size: int) -> _Stream:
     if storage.is_local:
-        return Path(storage.root, name).open("rb")
+        return regular(Path(storage.root, name)).open("rb")
     stream = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
     stream.writelines(storage.pieces(name, limit=size))
     stream.seek(0)

@@ -11,7 +11,6 @@ that would call anything else than the builders of tensors is refused. Refuses a
 damaged (crc32 of every record), shards that lie outside the directory and entries that are no tensors.
 """
 
-import json
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from segformer import files
 from segformer.errors import CheckpointError, listed, reraise_as
 
 MODEL_FILE = "model.safetensors"
@@ -48,8 +48,11 @@ def read_json(file: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file; CheckpointError where it is damaged."""
     if not file.exists():
         return None
-    with reraise_as(CheckpointError, f"{file} is not valid JSON", on=(ValueError, RecursionError)):
-        parsed = json.loads(file.read_text(encoding="utf-8"))
+    with (
+        reraise_as(CheckpointError, f"{file} can't be read"),
+        reraise_as(CheckpointError, f"{file} is not valid JSON", on=ValueError),
+    ):
+        parsed = files.read_json(file)
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{file} holds a {type(parsed).__name__}, not an object")
     return parsed
@@ -101,7 +104,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, meta) of one file, by what its first bytes say it is."""
-    with file.open("rb") as opened:
+    with reraise_as(CheckpointError, f"{file} can't be read"), files.regular(file).open("rb") as opened:
         head = opened.read(16)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_torch(file)

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -133,6 +134,14 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no sum": lambda content: content["splits"]["val"]["shards"][0].pop("sha256"),
     "samples as text": lambda content: content["splits"]["val"]["shards"][0].update(samples="3"),
     "pixels as text": lambda content: content["splits"]["val"].update(class_pixels=["x"]),
+    "more samples than numbers": lambda content: content["splits"]["val"]["shards"][0].update(samples=2**70),
+    "fewer samples than none": lambda content: content["splits"]["val"]["shards"][0].update(samples=-5),
+    "more pixels than numbers": lambda content: content["splits"]["val"]["class_pixels"].__setitem__(
+        0, 2**70
+    ),
+    "colors of no picture": lambda content: content["palette"].append([2**70, 0, 0]),
+    "a class that is no name": lambda content: content["classes"].__setitem__(0, ["sky"]),
+    "a class too many": lambda content: content["splits"]["val"]["class_pixels"].append(0),
     "folder": lambda content: content["splits"]["val"]["shards"][0].update(file="../val-000000.tar"),
     "other file": lambda content: content["splits"]["val"]["shards"][0].update(file="val-000000.tar.gz"),
 }
@@ -152,6 +161,8 @@ def test_a_description_that_cannot_be_used_is_refused(wrong: str, copy: Path) ->
 # What is wrong -> a change of (records, labels, keys). Each would mislead a reader.
 NONSENSE: dict[str, Callable[[np.ndarray, np.ndarray, bytearray], object]] = {
     "image before the tar": lambda r, _h, _k: r["image_offset"].__setitem__(0, -1),
+    "an image without end": lambda r, _h, _k: r["image_size"].__setitem__(3, 2**63 - 1),
+    "labels that go around": lambda r, _h, _k: r["labels_end"].__setitem__([3, 4], [2**62, -(2**62) - 1]),
     "image of no bytes": lambda r, _h, _k: r["image_size"].__setitem__(3, 0),
     "target inside the image": lambda r, _h, _k: r["target_offset"].__setitem__(2, r["image_offset"][2]),
     "target past the tar": lambda r, _h, _k: r["target_size"].__setitem__(7, 10**9),
@@ -182,6 +193,16 @@ def test_an_index_that_makes_no_sense_is_refused_even_with_the_right_sum(
     reseal(copy)
     with pytest.raises(DataError, match=r"train.idx' contradicts itself"):
         ShardSet.open(copy)
+
+
+def test_an_index_that_is_cut_while_it_is_in_use_hurts_nobody(copy: Path) -> None:
+    """In a process of its own: a mapped file that shrinks would end it by SIGBUS."""
+    if not (child := os.fork()):
+        split = ShardSet.open(copy).split("train")
+        whole = split.records.tobytes(), split.keys
+        os.truncate(copy / "train.idx", 0)
+        os._exit(0 if (split.records.tobytes(), split.keys) == whole else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_large_index_opens_without_a_step_per_sample(copy: Path, reseal: Callable[..., None]) -> None:

@@ -134,17 +134,17 @@ def test_a_remote_file_is_kept_and_verified(folder: Path, tmp_path: Path) -> Non
     sha256 = hashlib.sha256(CONTENT).hexdigest()
     with serving(folder) as server:
         source = Storage.at(server.url, quick(tmp_path))
-        path = source.local("a.tar", size=len(CONTENT), sha256=sha256)
-        before = len(server.requests)
+        assert source.whole("a.tar", size=len(CONTENT), sha256=sha256) == CONTENT
+        before, path = len(server.requests), tmp_path / "cache/files" / sha256
         assert path.read_bytes() == CONTENT
-        assert source.local("a.tar", size=len(CONTENT), sha256=sha256) == path
+        assert source.whole("a.tar", size=len(CONTENT), sha256=sha256) == CONTENT
         assert len(server.requests) == before, "the second time it comes from the cache"
         path.write_bytes(bytes(len(CONTENT)))
-        assert source.local("a.tar", size=len(CONTENT), sha256=sha256).read_bytes() == CONTENT, "it heals"
+        assert source.whole("a.tar", size=len(CONTENT), sha256=sha256) == CONTENT, "it heals"
         with pytest.raises(DataError, match="has no sha256"):
-            source.local("a.tar", size=len(CONTENT), sha256="../" + "0" * 61)
+            source.whole("a.tar", size=len(CONTENT), sha256="../" + "0" * 61)
         with pytest.raises(DataError, match="sha256 differs"):
-            source.local("a.tar", size=len(CONTENT), sha256="0" * 64)
+            source.whole("a.tar", size=len(CONTENT), sha256="0" * 64)
     assert path.stat().st_mode & 0o077 == 0
     assert list(path.parent.iterdir()) == [path]
 
