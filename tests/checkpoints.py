@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState, step_name
-from segformer.training.config import RunConfig, compose, save_config
+from segformer.training.config import RunConfig, as_yaml, compose, frozen, save_config
 
 Tensors = dict[str, Tensor]
 
@@ -55,12 +55,20 @@ def write_checkpoint(
 
 
 def make_run(
-    folder: Path, weights: dict[int, Tensors], *overrides: str, ema: dict[int, Tensors] | None = None
+    folder: Path,
+    weights: dict[int, Tensors],
+    *overrides: str,
+    ema: dict[int, Tensors] | None = None,
+    old: bool = False,
 ) -> Path:
-    """A run directory with a configuration, and a checkpoint of each step: its weights, and their EMA."""
+    """A run directory with a configuration, and a checkpoint of each step: its weights, and their EMA.
+
+    old: of a version whose checkpoints did not hold the settings.
+    """
     folder.mkdir()
-    save_config(compose(RunConfig, "config", [*overrides, f"run_dir={folder}"]), folder / "config.yaml")
+    cfg = compose(RunConfig, "config", [*overrides, f"run_dir={folder}"])
+    save_config(cfg, folder / "config.yaml")
     for step, model in weights.items():
-        state = TrainState(step=step, data_digest="d")
+        state = TrainState(step=step, data_digest="d", settings="" if old else as_yaml(frozen(cfg)))
         write_checkpoint(model, {}, state, folder / "checkpoints", ema=(ema or {}).get(step))
     return folder

@@ -20,6 +20,7 @@ something is deleted.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import secrets
@@ -97,6 +98,15 @@ def verify(path: Path, required: Collection[str], *, digests: bool = True) -> li
     if missing := [name for name in required if name not in found]:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} does not list {missing[0]}")
     return list(found)
+
+
+def read_verified(path: Path, name: str) -> bytes:
+    """The content of one file of a committed folder; CheckpointError where it is not as it was written."""
+    with reraise_as(CheckpointError, f"{path} is damaged", on=(OSError, ValueError, RecursionError)):
+        content, written = (path / name).read_bytes(), _decode((path / MANIFEST).read_bytes())
+        if written.get(name, {}).get("sha256") != hashlib.sha256(content).hexdigest():
+            raise ValueError(f"{name} does not match its sha256 sum in {MANIFEST}")
+    return content
 
 
 def delete(path: Path) -> bool:

@@ -3,7 +3,7 @@
     model.safetensors        parameters and buffers by name, fp32, whole
     optimizer.safetensors    <state>.<parameter>, fp32, whole: exp_avg and exp_avg_sq of AdamW, ...
     ema.safetensors          EMA of the parameters by name, fp32, whole; only with optim.ema
-    state.json               TrainState: step, order spec, digest of the data, best score
+    state.json               TrainState: step, order spec, digest of the data, settings, best score
 
 Because tensors are stored whole and by name, a run resumes at any world size and ZeRO stage. There is no
 pickle. DeepSpeed's own checkpoints do none of this: they need the same world size, and `latest` can point to
@@ -58,6 +58,8 @@ class TrainState:
     "How many of them came last, one after the other."
     bad_step: int = 0
     "The step from which the run went back to a checkpoint and which it has not passed yet; 0 = none."
+    settings: str = ""
+    "The settings that decide what is learned (FROZEN in training/config), YAML; an older version has none."
 
 
 class Checkpoint(NamedTuple):

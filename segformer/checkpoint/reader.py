@@ -3,6 +3,9 @@
     runs/x/config.yaml               the configuration, as plain data here
     runs/x/checkpoints/step-N/       newest first (format.py has the files of each)
 
+What decides the result is taken from the checkpoint, whose sums cover it, whatever has become of it in
+config.yaml: that one decides on its own only for checkpoints of an older version, and on the rest (places).
+
 A checkpoint whose manifest, sizes or sha256 disagree is passed over with a warning and the next older one is
 tried; the folder of one checkpoint stands for that step alone. Where there are checkpoints but no good one,
 reading stops: training never restarts silently from scratch.
@@ -10,6 +13,7 @@ reading stops: training never restarts silently from scratch.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +23,20 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from segformer.checkpoint.atomic import MANIFEST, set_aside
-from segformer.checkpoint.format import MODEL, Checkpoint, TrainState, decode_state, read_files, step_name
+from segformer.checkpoint.atomic import MANIFEST, read_verified, set_aside
+from segformer.checkpoint.format import (
+    MODEL,
+    STATE,
+    Checkpoint,
+    TrainState,
+    decode_state,
+    read_files,
+    step_name,
+)
 from segformer.errors import CheckpointError, ConfigError, reraise_as
 
 CONFIG = "config.yaml"
+_MOST = 2**23  # characters of a config.yaml; 65,535 class folders take 2.5 MB
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -36,7 +49,7 @@ class Run:
     "Parameters and buffers; of a run with optim.ema the averaged parameters, and the model's own buffers."
     state: TrainState
     config: dict[str, Any]
-    "Content of config.yaml; {} without it."
+    "The configuration; {} where neither the checkpoint nor a config.yaml has one."
 
 
 def is_run(path: Path) -> bool:
@@ -73,7 +86,8 @@ def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = 
         loaded = load_checkpoint(folder, step=loaded.state.best_step, warn=warn)
         assert loaded is not None  # a step that is asked for is there, or an error
     weights = loaded.model | loaded.ema
-    return Run(folder=run, weights=weights, state=loaded.state, config=_read_config(run / CONFIG))
+    config = read_config(run / CONFIG) if (run / CONFIG).exists() else {}
+    return Run(folder=run, weights=weights, state=loaded.state, config=at_state(config, loaded.state))
 
 
 def run_folder(path: Path) -> Path:
@@ -89,15 +103,42 @@ def _step_folder(path: Path) -> Path | None:
     return folder if is_ours and _NAME.fullmatch(folder.name) else None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The plain data of a run's configuration; {} without the file."""
-    if not path.exists():
-        return {}
-    with reraise_as(CheckpointError, f"{path} can't be read", on=(OSError, ValueError, yaml.YAMLError)):
-        content = yaml.safe_load(path.read_text("utf-8"))
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no configuration of a run; restore it")
+def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:
+    """A configuration with the settings that a state of its run was trained with."""
+    for key, value in (yaml.safe_load(state.settings) if state.settings else {}).items():
+        written = config.get(key)  # of a group (data, engine) the state may have a part
+        together = isinstance(written, dict) and isinstance(value, dict)
+        config = config | {key: written | value if together else value}  # type: ignore[operator]
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The plain data of a configuration that was written as YAML.
+
+    Raises:
+        CheckpointError: it is damaged; or it repeats itself by aliases, as ours never do: ten lines of them
+            stand for gigabytes.
+    """
+    what, do = f"{path} can't be read as a configuration", "the command that began the run writes it again"
+    unreadable = (OSError, ValueError, RecursionError, yaml.YAMLError)
+    with reraise_as(CheckpointError, what, do, on=unreadable):
+        text = path.read_text("utf-8")
+        aliases = "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+        if aliases or len(text) > _MOST:
+            raise ValueError(f"it has aliases, or more than {_MOST} characters")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is no table of settings")
     return content
+
+
+def newest_state(folder: Path) -> TrainState | None:
+    """The state of the newest checkpoint in `folder` that has a whole one; the tensors are not looked at."""
+    for step in reversed(list_steps(folder)):
+        with contextlib.suppress(CheckpointError):  # who loads the checkpoint says what is wrong with it
+            path = folder / step_name(step)
+            return decode_state(path, read_verified(path, STATE))
+    return None
 
 
 def list_steps(folder: Path) -> list[int]:

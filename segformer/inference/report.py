@@ -10,12 +10,14 @@ a classifier one without overlays.
 import base64
 import contextlib
 import html
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from segformer.checkpoint.format import TrainState
+from segformer.checkpoint.reader import CONFIG, at_state, newest_state, read_config
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
@@ -27,7 +29,7 @@ from segformer.inference.pictures import history, series, write_curve, write_ove
 from segformer.inference.predict import Predictor, writing
 from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
-from segformer.training.config import RunConfig, load_config
+from segformer.training.config import RunConfig, as_yaml, to_run_config
 from segformer.training.task import training_crop
 
 MANY_CLASSES = 200  # a longer table is folded away
@@ -85,11 +87,12 @@ class ReportConfig:
 def report(cfg: ReportConfig) -> Path:
     """Draw curve and overlays of a run and write its report; returns the path of report.html."""
     run = Path(cfg.checkpoint)
-    if not (run / "config.yaml").is_file():
+    if not (run / CONFIG).is_file():
         raise CheckpointError(
             f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
         )
-    run_config = load_config(run / "config.yaml")
+    state = newest_state(run / "checkpoints") or TrainState()
+    run_config = to_run_config(at_state(read_config(run / CONFIG), state), str(run / CONFIG))
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
         print("report: nothing has been logged yet, so there is no curve")
@@ -123,7 +126,7 @@ def _page(run: Path, cfg: RunConfig) -> str:
     """The report as HTML, from config.yaml, metrics.jsonl, curve.png and overlays/."""
     rows = history(run)
     evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
-    title, config = html.escape(cfg.name), html.escape((run / "config.yaml").read_text("utf-8"))
+    title, config = html.escape(cfg.name), html.escape(as_yaml(asdict(cfg)))
     figures = [
         f"<figure>{_image(path, 'image/jpeg')}<figcaption>{html.escape(path.stem[3:])}</figcaption></figure>"
         for path in sorted((run / "overlays").glob("*.jpg"))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segformer.checkpoint.checkpointer import CheckpointConfig
+from segformer.checkpoint.reader import read_config
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig
@@ -50,7 +51,7 @@ from segformer.telemetry.profiling import ProfileConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import checked, refusal
+from segformer.training.overrides import check_values, checked, refusal
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
@@ -121,38 +122,57 @@ class RunConfig:
         return BatchShape(self.global_batch, micro_batch, world_size)
 
 
+def frozen(cfg: RunConfig) -> dict[str, Any]:
+    """The settings that FROZEN names, in their groups, but for places: the digest of the shards stands for
+    data.shards."""
+    settings, found = dataclasses.asdict(cfg), {}
+    for key in FROZEN:
+        group, _, name = key.partition(".")
+        found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
+    for place in ("root", "shards"):
+        del found["data"][place]
+    return found
+
+
 def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """`key: saved -> now` for every frozen setting in which two configurations differ."""
-    old, new = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(now))
-    frozen = tuple(f"{key}." for key in FROZEN)
-    free = ("data.root", "data.shards")  # places; the digest of the shards is compared instead
-    return [
-        f"{key}: {old.get(key)} -> {new.get(key)}"
-        for key in sorted(old.keys() | new.keys())
-        if f"{key}.".startswith(frozen) and key not in free and old.get(key) != new.get(key)
-    ]
+    old, new = _flat(frozen(saved)), _flat(frozen(now))
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
-def save_config(cfg: Any, path: Path) -> None:
-    """Write a configuration dataclass as YAML, whole or not at all."""
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings in the form of a config.yaml."""
     from omegaconf import OmegaConf
 
-    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
-    if not path.exists() or path.read_text() != text:
+    return OmegaConf.to_yaml(OmegaConf.create(settings))
+
+
+def save_config(cfg: RunConfig, path: Path) -> None:
+    """Write a configuration as YAML, whole or not at all."""
+    text = as_yaml(dataclasses.asdict(cfg))
+    if not path.exists() or path.read_bytes() != text.encode():
         write_atomic(path, text)
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read what `save_config` wrote; ConfigError where it isn't the configuration of a run."""
+    """Read what `save_config` wrote.
+
+    Raises:
+        ConfigError, CheckpointError: it isn't the configuration of a run.
+    """
+    return to_run_config(read_config(path), str(path))
+
+
+def to_run_config(settings: dict[str, Any], source: str) -> RunConfig:
+    """The configuration that `source` holds as plain data; ConfigError where it is none of a run."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    unreadable = (OSError, YAMLError, OmegaConfBaseException)
-    with reraise_as(ConfigError, f"{path} can't be read as a configuration", on=unreadable):
-        loaded = OmegaConf.load(path)
-        _refuse_resolvers(loaded)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))  # type: ignore[return-value]
+    wrong = (OmegaConfBaseException, OverflowError, ConfigError)
+    with reraise_as(ConfigError, f"{source} can't be read as a configuration", on=wrong):
+        _refuse_resolvers(OmegaConf.create(settings))
+        return _whole(RunConfig, OmegaConf.merge(OmegaConf.structured(RunConfig), settings))
 
 
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
@@ -168,6 +188,14 @@ def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
     composed = _compose(schema, config_name, overrides)
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise ConfigError(f"{missing[0]} is missing; give {missing[0]}=...")
+    return _whole(schema, composed)
+
+
+def _whole(schema: type[_T], composed: Any) -> _T:
+    """The dataclass of a configuration each of whose values is what the schema says, and finite."""
+    from omegaconf import OmegaConf
+
+    check_values(schema, OmegaConf.to_container(composed))  # type: ignore[arg-type]
     return OmegaConf.to_object(composed)  # type: ignore[return-value]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 from collections.abc import Iterable, Iterator
 from types import NoneType
@@ -88,10 +89,14 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     if sign == "~":
         return override
     if key in names and not value.startswith("{"):
-        if value.strip("'\"") not in (*names[key], "null"):
+        if (key, value) == ("experiment", "null"):  # as conf/config.yaml has it
+            return f"~{key}"
+        if value.strip("'\"") not in names[key]:
             raise ConfigError(f"{given} does not exist; use one of {', '.join(names[key])}")
         return f"{sign}{key}='{value}'" if re.fullmatch(r"[\d.]+", value) else override
     hint = type_of(schema, key)
+    if re.search(r"\d{40}", value):
+        raise ConfigError(f"{given} has a number of more digits than any setting takes")
     if hint in (str, str | None) and not re.fullmatch(_GRAMMAR, value, re.DOTALL):
         if value.startswith("~"):
             raise ConfigError(f"{given}: ~ stands for nothing here; write {key}=$HOME{value[1:]}")
@@ -104,6 +109,40 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     if parent and get_origin(type_of(schema, parent)) is dict:
         return f"++{parent}={{{name}: {value}}}"
     return f"++{key}={value}" if value.startswith("{") else override
+
+
+def check_values(schema: type[Any], values: dict[str, Any]) -> None:
+    """Hold composed values against the schema, each of them, also in lists and below Any.
+
+    Raises:
+        ConfigError: one has another type, is not finite or has more than 64 bits; it names the key.
+    """
+    for key, hint, value in _leaves(schema, values):
+        given = f"{key}={'null' if value is None else printable(str(value))}"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not (abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)):
+            raise ConfigError(f"{given} must be a finite number, a whole one of less than 64 bits")
+        if hint is not Any and not (number if hint is float else type(value) is hint):
+            raise ConfigError(refusal(schema, key, given))
+
+
+def _leaves(hint: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, type, value) of all that is no table or list of its type."""
+    inside = get_args(hint)
+    below: Iterable[tuple[str, Any, Any]]
+    if NoneType in inside:
+        below = [("", inside[0], value)] if value is not None else []
+    elif isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        below = [(f".{name}", kind, value.get(name)) for name, kind in get_type_hints(hint).items()]
+    elif isinstance(value, dict) and (hint is Any or get_origin(hint) is dict):
+        below = [(f".{name}", inside[1] if inside else Any, item) for name, item in value.items()]
+    elif isinstance(value, list) and (hint is Any or get_origin(hint) is list):
+        below = [(f"[{i}]", inside[0] if inside else Any, item) for i, item in enumerate(value)]
+    else:
+        yield key, hint, value
+        return
+    for name, kind, item in below:
+        yield from _leaves(kind, item, f"{key}{name}".removeprefix("."))
 
 
 def refusal(schema: type[Any], key: str, given: str) -> str:

@@ -7,6 +7,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +19,9 @@ from torch import nn
 
 from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.checkpointer import Checkpointer
-from segformer.checkpoint.format import Checkpoint, TrainState
+from segformer.checkpoint.format import Checkpoint, TrainState, step_name
 from segformer.checkpoint.lease import Lease
-from segformer.checkpoint.reader import list_steps, load_checkpoint
+from segformer.checkpoint.reader import at_state, list_steps, load_checkpoint, newest_state
 from segformer.data.loading.loader import (
     WorkerStream,
     corrupt_budget,
@@ -42,7 +43,7 @@ from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
-from segformer.training.config import RunConfig, frozen_difference, load_config, save_config
+from segformer.training.config import RunConfig, frozen_difference, load_config, save_config, to_run_config
 from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
@@ -98,23 +99,38 @@ def _take(cfg: RunConfig, held: contextlib.ExitStack) -> Lease:
         lease = Lease.take(run_dir)
         held.callback(lease.release)
         clean(run_dir / "checkpoints")
-        _keep_config(cfg, run_dir)
+        keep_config(cfg, run_dir)
     return lease
 
 
-def _keep_config(cfg: RunConfig, run_dir: Path) -> None:
+def keep_config(cfg: RunConfig, run_dir: Path) -> None:
     """Compare the configuration with the saved one and write it down."""
     saved = run_dir / "config.yaml"
     # Before its first checkpoint a run may still be corrected.
     if any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*")):
-        if not saved.exists():
-            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; choose another name=...")
-        if changed := frozen_difference(load_config(saved), cfg):
+        state = newest_state(run_dir / "checkpoints")
+        if state is not None and state.settings:  # whatever has become of config.yaml
+            before = to_run_config(at_state({}, state), f"{run_dir}/checkpoints/{step_name(state.step)}")
+        elif saved.exists():
+            before = load_config(saved)
+        else:
+            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; give another {_free(cfg)}")
+        if changed := frozen_difference(before, cfg):
+            export = run_dir / "export"
+            weights = export if (export / "model.safetensors").is_file() else run_dir
             raise ConfigError(
-                f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); "
-                "choose another name=..., or delete the directory"
+                f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); give what it "
+                f"has, or begin a new run from its weights: {_free(cfg)} model.pretrained={weights}"
             )
     save_config(cfg, saved)
+
+
+def _free(cfg: RunConfig) -> str:
+    """The override by which the same settings become a run of another directory."""
+    key = "name" if cfg.run_dir == f"runs/{cfg.name}" else "run_dir"
+    base = Path(str(getattr(cfg, key)))
+    places = (base.with_name(f"{base.name}_{number}") for number in itertools.count(2))
+    return f"{key}=" + str(next(p for p in places if not (Path("runs", p) if key == "name" else p).exists()))
 
 
 def config_summary(cfg: RunConfig) -> dict[str, Any]:

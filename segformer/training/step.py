@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from segformer.distributed.engine import Engine, take_step
 from segformer.distributed.world import World, derive_seed
 from segformer.distributed.zero_state import gather_model, gather_optimizer, restore_optimizer
 from segformer.errors import ConfigError
-from segformer.training.config import RunConfig
+from segformer.training.config import RunConfig, as_yaml, frozen
 from segformer.training.optim import OPTIMIZERS, set_learning_rate
 from segformer.training.task import Task, training_crop
 
@@ -49,12 +50,14 @@ class ModelState:
         self.buffers = list(engine.module.buffers())
         "BatchNorm's statistics."
         self._optimizer = OPTIMIZERS[cfg.optim.name]
+        self._settings = as_yaml(frozen(cfg))
 
     def gather(self, world: World) -> Checkpoint:
         """The content of a checkpoint, with {} for tensors off rank zero; all ranks."""
         ema = {} if self.ema is None else self.ema.gather(world)
         optimizer = gather_optimizer(self.engine, self._optimizer.states, world)
-        return Checkpoint(gather_model(self.engine), optimizer, ema, self.state)
+        state = replace(self.state, settings=self._settings)
+        return Checkpoint(gather_model(self.engine), optimizer, ema, state)
 
     def restore(self, saved: Checkpoint) -> None:
         """Take a checkpoint's optimizer, EMA and TrainState, the same on all ranks; no communication."""

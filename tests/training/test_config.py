@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 
 from segformer.doctor.doctor import DoctorConfig
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, SegformerError
 from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
 from segformer.inference.score import EvaluateConfig
@@ -203,12 +203,20 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
         ("steps: [", "can't be read"),
         ("nonsense: 3", "can't be read as a configuration: Key 'nonsense'"),
         ("steps: many", "full_key: steps"),
+        ("steps: 0", "config.yaml can't be read as a configuration: steps=0 must be 1 or more"),
         ("data:\n  citation: ${oc.env:HOME}", "resolvers are refused"),
+        ("data:", "field 'data' is not Optional"),
+        ("5", "it is no table of settings"),
+        ("optim:\n  lr: .nan", "optim.lr=nan must be a finite number"),
+        ("optim:\n  lr: 1" + 400 * "0", "too large to convert"),
+        ("a: &a [x]\nb: [*a, *a]", "it has aliases"),
+        (2000 * "[", "maximum recursion depth"),
+        ("data:\n  classes: [[a]]", "must be a list of texts"),
     ],
 )
 def test_a_damaged_configuration_is_refused(text, message, tmp_path):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SegformerError, match=message):
         load_config(tmp_path / "config.yaml")
 
 

@@ -1,8 +1,10 @@
 """Whole runs through launch/train.py: what a run leaves, what it learns, what it refuses before it starts."""
 
+import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -76,9 +78,46 @@ def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished)
 def test_evaluating_the_run_gives_the_final_table(finished, capsys):
     run_dir, _, output = finished
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
+    config = run_dir / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.partition("augment:")[0])  # mean and std are gone, and the epsilons
     evaluate_checkpoint(EvaluateConfig(checkpoint=str(run_dir), loader=LoaderConfig(workers=0), batch=2))
+    config.write_text(whole)
     printed = capsys.readouterr().out
     assert [line for line in table if line not in printed.splitlines()] == [], printed
+
+
+@pytest.mark.slow
+def test_a_damaged_config_yaml_gives_the_same_table_or_one_line(finished, tmp_path, run_ranks):
+    run_dir, _, output = finished
+    table = output[output.index("class ") : output.index("exported")].strip()
+    folder = tmp_path / "copy"
+    shutil.copytree(run_dir, folder)
+    text = (folder / "config.yaml").read_bytes()
+    arguments = ("launch/evaluate.py", f"checkpoint={folder}", "loader.workers=0")
+    for damaged in (text.partition(b"augment:")[0], text[:40], text.replace(b"data:", b"dat`:")):
+        (folder / "config.yaml").write_bytes(damaged)
+        assert table in run_ranks(1, *arguments)[0]
+    (folder / "config.yaml").write_bytes(text.replace(b"steps:", b"st\xe5ps:"))
+    (line,) = run_ranks(1, *arguments, codes=(2,))[0].splitlines()
+    assert "config.yaml can't be read" in line
+
+
+@pytest.mark.slow
+def test_a_run_of_other_settings_starts_as_its_refusal_says(
+    finished, tmp_path, monkeypatch, capsys, run_ranks
+):
+    run_dir, overrides, _ = finished
+    folder = tmp_path / "copy"
+    shutil.copytree(run_dir, folder)
+    given = [*overrides, f"run_dir={folder}", "steps=1", "telemetry.wandb=disabled", "overlays=0"]
+    for weights in ("export of this project", "run"):
+        remedy = refused(given, monkeypatch, capsys).partition("from its weights: ")[2].split()
+        assert [one.partition("=")[0] for one in remedy] == ["run_dir", "model.pretrained"]
+        run_ranks(1, "launch/train.py", *given, *remedy)
+        log = Path(remedy[0].partition("=")[2], "log.txt").read_text()
+        assert re.search(f"weights of b0 of .*{weights}", log), log
+        shutil.rmtree(folder / "export", ignore_errors=True)
 
 
 def write_boxes(folder):

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from segformer.checkpoint.reader import is_run, open_run
+from segformer.checkpoint.reader import Run, is_run, open_run
 from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed, reraise_as
 from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
@@ -70,25 +70,36 @@ def _read_run(path: Path, step: str) -> Weights:
     provenance = {"digest": run.state.data_digest, "step": run.state.step}
     if not run.config:
         return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
+    damaged = (KeyError, TypeError, ValueError, AttributeError, ConfigError)
+    with reraise_as(CheckpointError, f"{run.folder}/config.yaml is damaged", on=damaged):
+        return _described_run(run, provenance)
+
+
+def _described_run(run: Run, provenance: dict[str, Any]) -> Weights:
+    """The weights of a run, and what its configuration says of them."""
     model, data = run.config["model"], run.config["data"]
     keys = model.keys() & {"norm_profile", "dropout", "drop_path_rate", "ops"}  # an older version has fewer
     said = {"norm_profile": ModelConfig().norm_profile} | {key: model[key] for key in keys}
     arch = add_head(Arch(variant=model["variant"], kind="encoder", **said), run.weights)
     classifies = arch.kind == "classification"
     settings = run.config.get("classification" if classifies else "augment", {})
-    return Weights(
+    metadata = Metadata(
+        classes=data.get("classes") or data.get("class_dirs"),
+        palette=data.get("palette"),
+        mean=settings.get("mean"),
+        std=settings.get("std"),
+        view=[settings["size"], settings["eval_resize"]] if classifies else [],
+    )
+    metadata.check(arch.num_classes)
+    weights = Weights(
         state=run.weights,
         arch=arch,
-        metadata=Metadata(
-            classes=data.get("classes") or data.get("class_dirs"),
-            palette=data.get("palette"),
-            mean=settings.get("mean"),
-            std=settings.get("std"),
-            view=[settings["size"], settings["eval_resize"]] if classifies else [],
-        ),
+        metadata=metadata,
         format="run",
         provenance={"shards": data.get("shards", ""), **provenance},
     )
+    weights.config()  # refuses what no network has
+    return weights
 
 
 def _read_model(source: Path, encoder_only: bool) -> Weights:
