@@ -108,7 +108,7 @@ def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:
     for key, value in (yaml.safe_load(state.settings) if state.settings else {}).items():
         written = config.get(key)  # of a group (data, engine) the state may have a part
         together = isinstance(written, dict) and isinstance(value, dict)
-        config = config | {key: written | value if together else value}  # type: ignore[operator]
+        config = config | {key: written | value if together else value}
     return config
 
 

@@ -125,7 +125,8 @@ class RunConfig:
 def frozen(cfg: RunConfig) -> dict[str, Any]:
     """The settings that FROZEN names, in their groups, but for places: the digest of the shards stands for
     data.shards."""
-    settings, found = dataclasses.asdict(cfg), {}
+    settings = dataclasses.asdict(cfg)
+    found: dict[str, Any] = {}
     for key in FROZEN:
         group, _, name = key.partition(".")
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
