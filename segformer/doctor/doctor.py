@@ -25,14 +25,11 @@ from typing import Any
 import numpy as np
 
 from segformer.data.shards.format import ShardSet
+from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.listing import class_folders
 from segformer.doctor.judge import (
-    FAIL,
     LEAST_SIDE,
-    OK,
-    WARN,
-    Finding,
     judge_batch,
     judge_labels,
     judge_memory,
@@ -147,9 +144,8 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
         for name in cfg.data.splits
     ]
     report.findings += judge_source(cfg.data, report.source)
-    report.findings += judge_labels(
-        report.classes, report.source, train=cfg.train_split, evaluation=cfg.eval_split
-    )
+    labels = Labels.configured(cfg.data, report.classes)
+    report.findings += judge_labels(labels, report.source, train=cfg.train_split, evaluation=cfg.eval_split)
     palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
     _draw_sheet(cfg, report, "source", report.source, palette)
 
@@ -180,16 +176,12 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
             text = f"{scan.samples} samples, the source folder has {folder[name]}; shard again"
             report.add(WARN, about, f"{text} if none were left out on purpose (data.min_share)")
     if report.classes and report.classes != shards.classes:
-        text = (
-            f"data.classes has {len(report.classes)} classes, the shards were written with "
-            f"{len(shards.classes)} ({', '.join(shards.classes[:4])}, ...); shard again or change data"
-        )
+        text = other_classes(report.classes, shards.classes, cfg.data.shards)
         report.add(FAIL, "shards: classes", text)
     report.classes = list(shards.classes)
-    if not report.source:  # the same findings as on the source, which the shards were made of
-        report.findings += judge_labels(
-            shards.classes, report.shards, train=cfg.train_split, evaluation=cfg.eval_split
-        )
+    labels = Labels.of(shards.content, cfg.data.allow_unseen)
+    judged = judge_labels(labels, report.shards, train=cfg.train_split, evaluation=cfg.eval_split)
+    report.findings += [finding for finding in judged if finding not in report.findings]
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
 

@@ -123,15 +123,15 @@ class RunConfig:
 
 
 def frozen(cfg: RunConfig) -> dict[str, Any]:
-    """The settings that FROZEN names, in their groups, but for places: the digest of the shards stands for
-    data.shards."""
+    """The settings that FROZEN names, in their groups, but for places and what is allowed of the data: the digest
+    of the shards stands for data.shards."""
     settings = dataclasses.asdict(cfg)
     found: dict[str, Any] = {}
     for key in FROZEN:
         group, _, name = key.partition(".")
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
-    for place in ("root", "shards"):
-        del found["data"][place]
+    for free in ("root", "shards", "allow_unseen"):
+        del found["data"][free]
     return found
 
 

@@ -32,6 +32,7 @@ from segformer.data.loading.loader import (
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
+from segformer.data.sources.content import Histogram, Labels, check_content, other_classes
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
@@ -144,10 +145,7 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
     """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
     shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
     if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
-        raise ConfigError(
-            f"data.classes has {len(cfg.data.classes)} classes, but {cfg.data.shards} was sharded with "
-            f"{len(shards.classes)} ({', '.join(shards.classes[:4])} ...); shard it again or change data"
-        )
+        raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
     if cfg.model.num_classes not in (None, len(shards.classes)):
         raise ConfigError(
             f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
@@ -234,7 +232,12 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
 def _check(cfg: RunConfig, world_size: int) -> BatchShape:
     """Find what is wrong with batch and data; rank zero, so that it is reported once."""
     batch = cfg.batch_shape(world_size)
-    check_task(cfg, open_shards(cfg))
+    shards = open_shards(cfg)
+    check_task(cfg, shards)
+    splits = {
+        name: Histogram.of(shards.content["splits"][name]) for name in (cfg.train_split, cfg.eval_split)
+    }
+    check_content(Labels.of(shards.content, cfg.data.allow_unseen), splits, [cfg.train_split])
     return batch
 
 

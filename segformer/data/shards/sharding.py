@@ -15,7 +15,8 @@ a finished set again without reading the source (but for the training masks, wit
 counts the images that EXIF would turn. It is no part of the set.
 
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
-the same `out`, and every defect of the source that listing.py names."""
+the same `out`, every defect of the source that listing.py names, and a set from which nothing, or not what is
+meant, would be learnt (content.py)."""
 
 import hashlib
 import json
@@ -44,12 +45,14 @@ from segformer.data.shards.packing import (
 from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
+from segformer.data.sources.content import Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.errors import ConfigError, DataError, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
+ALLOWANCES = ("allow_unseen",)  # settings that change no shard
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
@@ -80,9 +83,10 @@ def _description(settings: Settings) -> dict[str, Any]:
 
 def _identity(settings: Settings, listing: Listing) -> str:
     """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
-    elsewhere = replace(settings, cfg=replace(settings.cfg, root="", shards=""))
+    free: dict[str, Any] = {"root": "", "shards": ""} | {key: [] for key in ALLOWANCES}
+    deciding = replace(settings, cfg=replace(settings.cfg, **free))
     names = {split: [(s.key, s.label) for s in samples] for split, samples in listing.items()}
-    whole = [FORMAT, VERSION, asdict(elsewhere), names, cv2.__version__]
+    whole = [FORMAT, VERSION, asdict(deciding), names, cv2.__version__]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,6 +112,7 @@ def write_shards(
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
+    check_content(Labels.configured(cfg, cfg.classes), {}, ())
     settings = Settings(cfg, seed, samples_per_shard, long_side, quality)
     target = Path(os.path.realpath(out))
     if not target.name:
@@ -158,6 +163,9 @@ def _write(
     for split in settings.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
         content["splits"][split] = _join(settings.cfg, split, own, work) | beside[split]
+    _check(settings.cfg, content)
+    # Only what was allowed is written, so that all other sets keep their digest.
+    content |= {key: allowed for key in ALLOWANCES if (allowed := list(getattr(settings.cfg, key)))}
     content["digest"] = content_digest(content)
     write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
@@ -166,6 +174,12 @@ def _write(
     write_atomic(work.set / NOTE, json.dumps(known))
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
+
+
+def _check(cfg: DatasetConfig, content: dict[str, Any]) -> None:
+    """Refuse a set that nothing, or not what is meant, would be learnt from."""
+    splits = {name: Histogram.of(entry) for name, entry in content["splits"].items()}
+    check_content(Labels.configured(cfg, cfg.classes), splits, [*filter(is_training, splits)])
 
 
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:

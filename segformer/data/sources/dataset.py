@@ -28,6 +28,7 @@ MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header 
 MAX_FILE_BYTES = 64 * 2**20
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TASKS = ("segmentation", "classification")
+ANY = "*"  # in a list of names: all
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
 
@@ -72,6 +73,8 @@ class DatasetConfig:
     """Classes that min_share counts together."""
     min_share: float = 0.0
     """Training images in which drop_classes have less than this share of all pixels are left out; 0: none."""
+    allow_unseen: list[str] = field(default_factory=list)
+    """Classes that training images need not hold; [*] = any."""
     license: str = ""
     """License of the data, copied into the shards."""
     citation: str = ""
@@ -113,8 +116,10 @@ class DatasetConfig:
             yield f"min_share={self.min_share}; use a share of the pixels, 0 to below 1"
         if self.min_share and not self.drop_classes:
             yield f"min_share={self.min_share} needs data.drop_classes, the classes that are counted"
-        if unknown := [name for name in self.drop_classes if name not in self.classes]:
-            yield f"drop_classes names {listed(unknown)}, which data.classes does not have"
+        for key, known in (("drop_classes", self.classes), ("allow_unseen", [*self.classes, ANY])):
+            unknown = [name for name in getattr(self, key) if name not in known]
+            if unknown and (self.classes or key == "drop_classes"):
+                yield f"{key} names {listed(unknown)}, which data.classes does not have"
 
     def _class_problems(self) -> Iterator[str]:
         count, limit = len(self.classes), MAX_IMAGE_CLASSES

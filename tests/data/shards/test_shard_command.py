@@ -47,14 +47,14 @@ def test_the_command_says_what_was_seen_of_the_label_map_and_where_the_shards_ar
     for name in (".DS_Store", "x.tif", "y.tif"):
         (root / "images/train" / name).touch()
     settings = ["data=folder", f"root={root}", f"output={out}", "workers=1", "quality=80"]
-    settings += ["samples_per_shard=3", "data.classes=[land,ship]"]
-    printed = command("shard", *settings, "+data.label_map={0: 0, 1: 255, 2: 0, 7: 1, 255: 255}")
+    settings += ["samples_per_shard=3", "data.classes=[land,ship,sea]", "data.allow_unseen=[ship]"]
+    printed = command("shard", *settings, "+data.label_map={0: 0, 1: 255, 2: 2, 7: 1, 255: 255}")
     masks = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (root / "masks").rglob("*.png")]
     pixels = np.bincount(np.concatenate([mask.reshape(-1) for mask in masks]), minlength=256)
     share = [f"{100 * count / pixels.sum():.2f} %" for count in pixels]
     lines = [" ".join(line.split()) for line in printed]
     assert lines[0].startswith("label map")
-    assert {f"0 -> 0 land {share[0]}", f"2 -> 0 land {share[2]}", "7 -> 1 ship NEVER SEEN"} < set(lines)
+    assert {f"0 -> 0 land {share[0]}", f"2 -> 2 sea {share[2]}", "7 -> 1 ship NEVER SEEN"} < set(lines)
     assert f"ignored (-> 255): 1 ({share[1]}), 255 ({share[255]})" in lines
     assert {"train: 4 images in 2 shards", "val: 2 images in 1 shards"} < set(lines)
     assert "not used of images/train: 1 x hidden (.DS_Store), 2 x .tif (x.tif, ...)" in lines

@@ -1,0 +1,255 @@
+"""What a data set contains, judged: whether it can be learnt from, for doctor, sharding and training alike.
+
+FAIL   nothing, or not what is meant, would be learnt; sharding and training refuse the set with this line
+       fewer than two classes; a split without a labelled pixel; one class only, or a class that training
+       never sees (but for those that data.allow_unseen names, or [*]); ids without a class
+WARN   training may start, and somebody should know
+OK     checked and fine
+
+Histograms are of train ids (in classification of images), raw ids are those in the masks. A remedy is an
+override that can be pasted into a shell; a label map is only proposed where it gives each class its id."""
+
+import re
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from segformer.data.sources.dataset import ANY, IGNORE_INDEX, DatasetConfig
+from segformer.errors import DataError, listed, printable
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+LISTED = 12  # ids, classes or colors in one message
+SMOOTH = "as after a smooth resize or a lossy format; export them again as PNG, resized to the nearest pixel"
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf|yes|no|on|off)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One judgement. about: what was looked at, such as `train: classes`."""
+
+    level: str
+    about: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """What a split of K classes holds."""
+
+    samples: int
+    class_pixels: np.ndarray
+    """int64 (K,); images in classification."""
+    raw_pixels: Mapping[int, int] = field(default_factory=dict)
+    """Raw id -> pixels, before the label map; empty where it is not known."""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Histogram":
+        """That of a split's entry in dataset.json."""
+        raw = {int(raw): pixels for raw, pixels in entry.get("raw_ids", {}).items()}
+        return cls(sum(s["samples"] for s in entry["shards"]), np.array(entry["class_pixels"], np.int64), raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What the labels of a set mean. allow_unseen: class names, or [*]."""
+
+    task: str
+    classes: Sequence[str]
+    label_map: Mapping[int, int] = field(default_factory=dict)
+    allow_unseen: Collection[str] = ()
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], allow_unseen: Collection[str] = ()) -> "Labels":
+        """Those of dataset.json; allow_unseen: more than sharding was told."""
+        label_map = {int(raw): train for raw, train in content.get("label_map", {}).items()}
+        allowed = {*allow_unseen, *content.get("allow_unseen", ())}
+        return cls(content["task"], content["classes"], label_map, allowed)
+
+    @classmethod
+    def configured(cls, cfg: DatasetConfig, classes: Sequence[str]) -> "Labels":
+        """Those of a set that is not sharded yet."""
+        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen)
+
+
+def judge_content(
+    labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]
+) -> Iterator[Finding]:
+    """Findings on classes and histograms. train: the splits that are trained on."""
+    found = {raw for split in splits.values() for raw in split.raw_pixels}
+    if len(labels.classes) < 2:
+        yield Finding(FAIL, "classes", _one_class(labels, found))
+    empty = [name for name, split in splits.items() if not split.class_pixels.any()]
+    if labels.task == "segmentation":
+        for name in empty:
+            if splits[name].samples:
+                rest = [other for other in splits if other not in empty] if name not in train else []
+                yield Finding(FAIL, f"{name}: ignored pixels", _ignored(name, splits[name], rest))
+    trained = [splits[name].class_pixels for name in train if name in splits]
+    if trained and len(labels.classes) > 1 and (seen := np.sum(trained, axis=0) > 0).any():
+        others = {name: split for name, split in splits.items() if name not in train and name not in empty}
+        yield from _unseen(labels, " and ".join(train), seen, others, found)
+
+
+def check_content(labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]) -> None:
+    """DataError for the first FAIL of `judge_content`."""
+    for finding in judge_content(labels, splits, train):
+        if finding.level == FAIL:
+            raise DataError(finding.text)
+
+
+def _one_class(labels: Labels, found: Collection[int]) -> str:
+    if labels.task == "classification":
+        return f"{_names(labels.classes)} is the only class: there is nothing to tell apart; add another one"
+    name = labels.classes[0] if labels.classes else "<class>"
+    rest = "background" if name != "background" else "object"
+    text = (
+        f"data.classes has one name, {name!r}: a softmax over one class learns nothing; name the "
+        f"rest, too: {override('data.classes', [rest, name])}"
+    )
+    swap = override("data.label_map", {0: 1, IGNORE_INDEX: 0})
+    if not found:
+        return f"{text} (masks of 0 for it and 255 for the rest: also {swap})"
+    return f"{text} {swap}" if set(found) == {0, IGNORE_INDEX} else text
+
+
+def _ignored(name: str, split: Histogram, rest: Sequence[str]) -> str:
+    """rest: the splits that are left without this one; none where it can't be left out."""
+    ids = set(split.raw_pixels)
+    text = f"every pixel of {name} is ignored: nothing can be learnt or scored; "
+    if ids <= {IGNORE_INDEX}:
+        text += "its masks hold 255 only: export them again"
+    else:
+        text += f"its masks hold {runs(ids)}: map these ids to classes in data.label_map"
+    return f"{text}, or leave the split out: {override('data.splits', rest)}" if rest else text
+
+
+def _unseen(
+    labels: Labels, train: str, seen: np.ndarray, others: Mapping[str, Histogram], found: set[int]
+) -> Iterator[Finding]:
+    about, classes = f"{train}: classes", np.array(labels.classes, object)
+    allowed = np.array([ANY in labels.allow_unseen or name in labels.allow_unseen for name in classes])
+    if seen.sum() == 1:
+        text = f"only {_names(classes[seen])} is ever seen in {train}: there is nothing to tell apart; "
+        yield Finding(
+            FAIL, about, (text + (_map_remedy(labels, found) or "check the masks and data.label_map"))
+        )
+    elif (lost := ~seen & ~allowed).any():
+        where = [name for name, split in others.items() if (split.class_pixels[lost] > 0).any()]
+        scored = f" but in {listed(where)}, where its IoU will be 0" if where else ""
+        text = f"{_names(classes[lost])} never seen in {train}{scored}; "
+        if remedy := _map_remedy(labels, found):
+            text += f"{remedy}; "
+        yield Finding(FAIL, about, f"{text}if that is meant: {_allowing(classes[lost])}")
+    for name, split in others.items():
+        if (missing := seen & (split.class_pixels == 0)).any():
+            text = (
+                f"{_names(classes[missing])} never seen in {name}: no score will tell how well it is learnt"
+            )
+            yield Finding(WARN, f"{name}: classes", text)
+
+
+def _allowing(names: Sequence[str]) -> str:
+    short = len(names) <= LISTED and all(name.isprintable() for name in names)
+    return override("data.allow_unseen", names if short else [ANY])
+
+
+def _map_remedy(labels: Labels, found: set[int]) -> str:
+    """A label map that gives each class its id, where the ids suggest one."""
+    if labels.task == "classification" or labels.label_map or not found:
+        return ""
+    proposed = _proposed_map(len(labels.classes), found)
+    if not proposed:
+        return ""
+    if found == {0, IGNORE_INDEX}:
+        text = "masks hold 0 and 255 only, and 255 means ignored: "
+        return f"{text}if it is {labels.classes[1]!r}, set {override('data.label_map', proposed)}"
+    return f"masks hold {runs(found)}: if these are the classes, set {override('data.label_map', proposed)}"
+
+
+def _proposed_map(count: int, found: set[int]) -> dict[int, int]:
+    """Ids of a whole set -> 0 to count - 1 in their order; empty where nothing suggests itself."""
+    inner = sorted(found - {IGNORE_INDEX})
+    if inner == list(range(count)):
+        return {}
+    if inner == list(range(count + 1)):  # "reduce zero label"
+        return {0: IGNORE_INDEX} | {raw: raw - 1 for raw in inner[1:]}
+    ids = inner if len(inner) == count else sorted(found)
+    return {raw: train for train, raw in enumerate(ids)} if len(ids) == count else {}
+
+
+def unknown_ids(labels: Labels, found: Mapping[int, int], unknown: Sequence[int]) -> str:
+    """What to say of raw ids without a class. found: raw id -> images that hold it, as far as was looked."""
+    count = len(labels.classes)
+    where = listed([f"{raw} in {found[raw]} images" for raw in unknown], LISTED)
+    text = f"ids without a class: {where}; "
+    if labels.label_map:
+        return f"{text}add them to data.label_map (id: train id, or 255 to ignore)"
+    if len(found) > 4 * max(LISTED, count):
+        return f"{text}masks of {count} classes hold {len(found)} ids, {SMOOTH}"
+    have = f"{count} classes have ids 0 to {count - 1}"
+    proposed = _proposed_map(count, set(found))
+    if not proposed:
+        add = "add the missing names to data.classes, or map every id in data.label_map (255 = ignore)"
+        return f"{text}{have}, the masks hold {runs(found)}; {add}"
+    shown = override("data.label_map", proposed)
+    if 0 not in found:
+        return f"{text}ids start at {min(found)}; shift them: {shown}"
+    if proposed[0] == IGNORE_INDEX:
+        return (
+            f"{text}{have}; if 0 means 'no label' (reduce_zero_label): {shown}; if every id is a class, "
+            "data.classes lacks one name"
+        )
+    return f"{text}masks hold {runs(found)}; if these are the {count} classes: {shown}"
+
+
+def other_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> str:
+    """What to say where data.classes is not what `where`, shards, were written with."""
+    has, had = ", ".join(map(printable, wanted[:4])), ", ".join(map(printable, found[:4]))
+    text = f"data.classes has {len(wanted)} classes ({has}{', ...' * (len(wanted) > 4)}), but {where} was "
+    text += f"sharded with {len(found)} ({had}{', ...' * (len(found) > 4)})"
+    if len(wanted) == len(found):
+        differ = [(k, a, b) for k, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b]
+        pairs = [f"class {k} is {a!r} here, {b!r} there" for k, a, b in differ]
+        text = f"data.classes differs from {where}: {'; '.join(pairs[:3])}" + ("; ..." if pairs[3:] else "")
+        text += " (the same names in another order)" if sorted(wanted) == sorted(found) else ""
+    take = f"data=folder {override('data.shards', where)} and no data.classes"
+    if len(wanted) == len(found) <= LISTED:
+        take = override("data.classes", found)
+    return f"{text}; to train with the names of the shards: {take}; else shard again"
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value` as a command of ours takes it, quoted for a shell."""
+    return shlex.quote(f"{key}={_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_text(entry)}' for key, entry in value.items())}}}"
+    if not isinstance(value, str):
+        is_list = isinstance(value, Sequence | np.ndarray)
+        return f"[{','.join(map(_text, value))}]" if is_list else str(value)
+    if _PLAIN.fullmatch(value) or value == ANY:
+        return value
+    # In hydra's quotes a backslash counts before a quote only.
+    return '"' + re.sub(r'(\\*)("|$)', lambda f: f[1] * 2 + f[2].replace('"', '\\"'), value) + '"'
+
+
+def runs(values: Collection[int]) -> str:
+    """Numbers with runs shortened: 0 to 10, 255."""
+    found: list[list[int]] = []
+    for value in sorted(values):
+        if found and value == found[-1][1] + 1:
+            found[-1][1] = value
+        else:
+            found.append([value, value])
+    return listed([str(low) if low == high else f"{low} to {high}" for low, high in found], LISTED)
+
+
+def _names(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]!r}"
+    return f"{len(names)} classes ({listed(names, LISTED)})"
