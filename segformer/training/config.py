@@ -123,8 +123,8 @@ class RunConfig:
 
 
 def frozen(cfg: RunConfig) -> dict[str, Any]:
-    """The settings that FROZEN names, in their groups, but for places and what is allowed of the data: the digest
-    of the shards stands for data.shards."""
+    """The settings that FROZEN names, in their groups, but for places and what is allowed of the data: the
+    digest of the shards stands for data.shards."""
     settings = dataclasses.asdict(cfg)
     found: dict[str, Any] = {}
     for key in FROZEN:
