@@ -17,7 +17,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.folder import left_out_text
-from segformer.errors import ConfigError, listed
+from segformer.errors import ConfigError, listed, printable
 from segformer.training.config import cli
 
 
@@ -111,7 +111,7 @@ def label_map_text(data: DatasetConfig, seen: Counter[int]) -> str:
         lines.append(f"{raw:>6} -> {table[raw]:>3} {data.classes[table[raw]]:<{width}}  {share(raw):>10}")
     ignored = [int(raw) for raw in np.flatnonzero(table == IGNORE_INDEX)]
     lines.append("ignored (-> 255): " + ", ".join(f"{raw} ({share(raw)})" for raw in ignored))
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def split_text(shards: ShardSet) -> str:
@@ -124,7 +124,7 @@ def split_text(shards: ShardSet) -> str:
         for folder, kinds in entry.get("left_out", {}).items():
             lines.append(f"  not used of {folder}: {left_out_text(kinds)}")
         lines += class_images(shards, name) if shards.task == "classification" else class_shares(shards, name)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def class_shares(shards: ShardSet, split: str) -> list[str]:

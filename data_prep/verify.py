@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.verify import find_defects
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, say
 from segformer.training.config import cli
 
 SHOWN = 20  # defects that are printed
@@ -40,7 +40,7 @@ def verify(cfg: VerifyConfig) -> None:
     if len(defects) == 1:
         raise DataError(defects[0])
     for defect in defects[:SHOWN]:
-        print(defect)
+        say(defect)
     if defects:
         shown = f"the first {SHOWN} are above" if len(defects) > SHOWN else "see above"
         raise DataError(f"{len(defects)} defects in {shards!r} ({shown}); copy or write these files again")

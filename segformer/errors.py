@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -114,9 +114,20 @@ def reported(
         to(error)
 
 
-def printable(name: str) -> str:
-    """The name as it is, or escaped where printing it would do more than show it."""
-    return name if name.isprintable() else repr(name)
+def printable(text: str) -> str:
+    """The text as it is, on one line, with an escape for every sign that would do more than show itself.
+
+    Names of files and classes come from elsewhere: control characters move a terminal's cursor or write lines
+    of their own, bidi marks reorder what stands beside them, and half of a Unicode pair can't be printed.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print one line, whatever is in it; on stdout unless `file` is given."""
+    print(printable(text), file=file, flush=True)
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
@@ -192,7 +203,7 @@ def ending() -> Iterator[None]:
 def error_line(error: SegformerError) -> str:
     """The line that a user reads: the kind of error, as this module names it, and its text."""
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
-    return f"{kind.__name__}: {error}"
+    return printable(f"{kind.__name__}: {error}")
 
 
 def _unread() -> bool:

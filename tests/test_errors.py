@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from segformer.errors import DataError, ending, importing, listed, reraise_as
+from segformer.errors import DataError, ending, error_line, importing, listed, printable, reraise_as, say
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.py") if path.name != "slurm_job.py")
@@ -133,7 +133,27 @@ def test_reraise_as_says_what_why_and_what_to_do_on_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("names", "text"),
-    [([], ""), (["a"], "a"), (list("abcd"), "a, b, c and 1 more"), (["a\x1b[2J"], "'a\\x1b[2J'")],
+    [([], ""), (["a"], "a"), (list("abcd"), "a, b, c and 1 more"), (["a\x1b[2J"], "a\\x1b[2J")],
 )  # fmt: skip
 def test_names_are_listed(names, text):
     assert listed(names, limit=3) == text
+
+
+# Text that does more than show itself: erases, overwrites, forges a line, reorders, is no text, ...
+HOSTILE = ["\x1b[2J", "a\rb", "a\nDone", "\u202egnp.exe", "\x9b31m", "\udcff", "\u2028", "\x7f", "\0"]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_foreign_text_is_shown_and_does_nothing(text, capsys):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert shown.encode("ascii").decode("unicode_escape") == text, "nothing is lost"
+    assert printable(shown) == shown
+    say(f"class {text}: 1")
+    assert capsys.readouterr().out == f"class {shown}: 1\n"
+    assert error_line(DataError(f"file {text} is bad")) == f"DataError: file {shown} is bad"
+
+
+def test_text_of_any_script_is_left_as_it_is():
+    text = "\u00e9cole \u6811 \u0434\u0435\u0440\u0435\u0432\u043e \u05e2\u05e5 C:\\a 'b'"
+    assert printable(text) is text

@@ -31,7 +31,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.errors import DataError
+from segformer.errors import DataError, printable
 from segformer.models.ops.backend import BACKENDS, Backend
 
 _TOP = 5
@@ -226,6 +226,7 @@ def _percent(value: float | None) -> str:
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows as text, names at the left and numbers at the right, a rule below the first, above the last."""
+    rows = [(printable(name), *figures) for name, *figures in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     rule = "-" * len(lines[0])

@@ -18,7 +18,7 @@ from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
-from segformer.errors import ConfigError, SegformerError, at_least, listed
+from segformer.errors import ConfigError, SegformerError, at_least, listed, say
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, in_mode, settings
 from segformer.evaluation.metrics import Scores
@@ -86,7 +86,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         mode = ", ".join(settings(cfg)) or "whole images"
         if view is not None:
             mode = f"short side to {view.eval_resize}, center {view.size} x {view.size}"
-        print(
+        say(
             f"{cfg.checkpoint} at step {trained.provenance.get('step')} on {split.num_samples} images of "
             f"{cfg.split} ({mode}) in {duration(time.monotonic() - start)}",
             file=sys.stderr,

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, at_least, reason_of, reported
+from segformer.errors import ConfigError, at_least, printable, reason_of, reported
 from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import duration, on_terminal, open_bar, train_figures
 from segformer.telemetry.trackers import Tensorboard, Wandb, confusion_picture, without_secrets
@@ -159,7 +159,7 @@ class Telemetry:
         """Print a line (above the bar) and keep it in log.txt; rank zero."""
         if not self.world.is_main:
             return
-        text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no Unicode
+        text = printable(text)
         self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
         with contextlib.suppress(OSError):  # a terminal that has gone does not take the run with it
             if self._bar is not None:

@@ -100,7 +100,8 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
     telemetry.stop_bar()
     if scores is None:
         raise stopping.reason(model.state.step, Path(cfg.run_dir) / "checkpoints")
-    telemetry.line(scores.table(task.shards.classes))
+    for row in scores.table(task.shards.classes).splitlines():
+        telemetry.line(row)
     return scores
 
 

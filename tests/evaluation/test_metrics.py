@@ -146,6 +146,13 @@ def test_with_fewer_than_five_classes_all_are_among_the_first_five():
     assert (metric.compute().top1, metric.compute().top5) == (0.5, 1.0)
 
 
+def test_a_class_name_takes_one_line_of_a_table_whatever_is_in_it():
+    counts = torch.tensor([[4, 1], [0, 5]])
+    lines = SegmentationScores.from_counts(counts).table(["a\n\x1b[2Jmean  99.99", "b"]).split("\n")
+    assert len(lines) == 6
+    assert lines[2].startswith("a\\n\\x1b[2Jmean  99.99  80.00")
+
+
 def test_the_table_of_classes_ends_with_all_images():
     scores = ClassificationScores.from_counts(torch.tensor([[1200, 900, 1140], [300, 60, 150], [0, 0, 0]]))
     assert scores.table(["cat", "dog", "owl"]).split("\n") == [

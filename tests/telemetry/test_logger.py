@@ -45,6 +45,15 @@ def test_a_line_has_loss_lr_speed_wait_and_the_time_that_is_left(tmp_path, capsy
     assert (tmp_path / "log.txt").read_text().split(" ", 1)[1] == line + "\n"
 
 
+def test_a_line_stays_one_line_whatever_is_in_it(tmp_path, capsys):
+    with telemetry(tmp_path, progress=False) as log:
+        log.replaced(3, 7, "key 'a\x1b[2J\n09:00:00 step 4/4\r\u202e\udcff'")
+    line = "replaced by its neighbor: key 'a\\x1b[2J\\n09:00:00 step 4/4\\r\\u202e\\udcff'"
+    assert capsys.readouterr().err == line + "\n"
+    assert (tmp_path / "log.txt").read_text().split(" ", 1)[1] == line + "\n"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["reason"].startswith("key 'a\x1b[2J\n09")
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "figures"),
     [(24, 140, "data wait 25%]"), (24, 60, "loss 0.5000, lr"), (0, 0, "step 40/100  loss 0.5000")],

@@ -48,7 +48,7 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.data.sources.listing import Sample, class_folders, find_samples
-from segformer.errors import ConfigError, DataError, reraise_as
+from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
@@ -112,6 +112,8 @@ def write_shards(
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
+    if unfit := [name for name in cfg.classes if not name.isprintable()]:
+        raise ConfigError(f"data.classes: {listed(unfit)} hold signs that can't be shown; use printable ones")
     check_content(Labels.configured(cfg, cfg.classes), {}, ())
     settings = Settings(cfg, seed, samples_per_shard, long_side, quality)
     target = Path(os.path.realpath(out))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from segformer.checkpoint.reader import Run, is_run, open_run
-from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed, reraise_as
+from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed, reraise_as, say
 from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
@@ -66,7 +66,7 @@ def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool =
 
 
 def _read_run(path: Path, step: str) -> Weights:
-    run = open_run(path, step, warn=print if is_main_rank() else lambda line: None)
+    run = open_run(path, step, warn=say if is_main_rank() else lambda line: None)
     provenance = {"digest": run.state.data_digest, "step": run.state.step}
     if not run.config:
         return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
