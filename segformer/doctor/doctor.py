@@ -38,8 +38,9 @@ from segformer.doctor.judge import (
 )
 from segformer.doctor.memory import forecast
 from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
-from segformer.errors import ConfigError, DataError, at_least, reported, reraise_as
-from segformer.evaluation.drawing import beside, grid, legend, panels
+from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as
+from segformer.evaluation.drawing import beside, grid, legend, panels, write_picture
+from segformer.files import write_atomic
 from segformer.training.config import RunConfig
 from segformer.training.task import training_crop
 
@@ -105,9 +106,9 @@ def doctor(cfg: DoctorConfig) -> None:
     report = look(cfg)
     with reraise_as(ConfigError, f"output={output} can't be written", "choose another"):
         output.mkdir(parents=True, exist_ok=True)
-        (output / "doctor.json").write_text(json.dumps(as_json(report), indent=1) + "\n")
+        write_atomic(output / "doctor.json", json.dumps(as_json(report), indent=1) + "\n")
         for name, sheet in report.sheets.items():
-            sheet.save(output / f"{name}.png")
+            write_picture(output / f"{name}.png", sheet)
     print(as_text(report))
     print(f"files: {output}")
     if report.failures:
@@ -255,7 +256,7 @@ def as_text(report: Report) -> str:
     width = max((len(finding.about) for finding in report.findings), default=0)
     for finding in sorted(report.findings, key=lambda finding: (OK, WARN, FAIL).index(finding.level)):
         lines.append(f"{finding.level:<4}  {finding.about:<{width}}  {finding.text}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _class_table(report: Report) -> list[str]:

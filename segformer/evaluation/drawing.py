@@ -7,14 +7,16 @@
     grid       captioned pictures in rows, the legend below
     Gallery    the panels of the first images of an evaluation, as validation pictures
 
-OpenCV finds the outlines, PIL resizes and writes.
+OpenCV finds the outlines, PIL resizes and writes; a file appears whole or not at all.
 
 Shapes: B batch, H W image, K classes.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from segformer.data.loading.samples import Batch
 from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.errors import printable
+from segformer.files import write_atomic
 from segformer.models.ops.argmax import upsample_argmax
 
 if TYPE_CHECKING:
@@ -104,6 +108,8 @@ def grid(
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    cells = [(printable(caption), picture) for caption, picture in cells]
+    entries = [(printable(name), color) for name, color in entries]
     font, gap = ImageFont.load_default(font_size), font_size // 2
     captions = max((math.ceil(font.getlength(caption)) for caption, _ in cells), default=0)
     column = max(min(captions, PANEL), *(picture.shape[1] for _, picture in cells), 1)
@@ -133,6 +139,16 @@ def _shortened(text: str, length: Callable[[str], float], width: float) -> str:
     while len(text) > 4 and length(text) > width:
         text = "..." + text[4:]
     return text
+
+
+def write_picture(path: Path, picture: "Image.Image", **options: Any) -> None:
+    """Write a picture as PNG or, to a .jpg, JPEG; OSError where the disk doesn't take it.
+
+    PIL itself leaves a part of a JPEG on a full disk, and may not say so.
+    """
+    data = io.BytesIO()
+    picture.save(data, "JPEG" if path.suffix == ".jpg" else "PNG", **options)
+    write_atomic(path, data.getvalue(), durable=False)
 
 
 class Gallery:

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 import yaml
 
-from segformer.errors import ConfigError, listed, reraise_as, within
+from segformer.errors import ConfigError, listed, reraise_as, say, within
 from segformer.files import read_text
-from segformer.inference.export import check_network, complete
+from segformer.inference.export import check_network, check_output, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
 from segformer.models.weights.key_maps import TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
-from segformer.models.weights.tensor_files import SUFFIXES
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
 MOST = 2**20  # bytes of a file of class names
@@ -59,11 +58,8 @@ class ConvertConfig:
         within(self, "", seed=(0, 2**63 - 1))
         if self.to not in ("ours", *WRITTEN):
             raise ConfigError(f"to={self.to} is unknown; use one of ours, {', '.join(WRITTEN)}")
-        if self.to in ("ours", "hf") and Path(self.output).suffix.lower() in SUFFIXES:
-            raise ConfigError(
-                f"output={self.output} is the name of a file, but to={self.to} writes a directory; give a "
-                "directory, or one of to=nvlabs, smp, mmseg for a .pth file"
-            )
+        if self.to in ("ours", "hf"):
+            check_output(self.output, f"to={self.to} writes a folder (to=nvlabs, smp and mmseg a .pth file)")
         if self.norm_profile is not None and self.norm_profile not in NORM_PROFILES:
             raise ConfigError(
                 f"norm_profile={self.norm_profile} is unknown; use one of {', '.join(NORM_PROFILES)}, or null"
@@ -92,11 +88,11 @@ def convert(cfg: ConvertConfig) -> list[Path]:
         generator = torch.Generator().manual_seed(cfg.seed)
         before = weights.arch.num_classes
         weights = map_classes(weights, class_map, target_classes=classes, generator=generator)
-        print(f"class map  {before} -> {weights.arch.num_classes} classes: {_few(weights.metadata.classes)}")
+        say(f"class map  {before} -> {weights.arch.num_classes} classes: {_few(weights.metadata.classes)}")
     elif classes:
         if len(classes) != (count := weights.arch.num_classes):
             raise ConfigError(f"classes has {len(classes)} names, but the model has {count or 'no'} classes")
-        print(f"named      {_few(classes)}")
+        say(f"named      {_few(classes)}")
         weights.metadata.classes = classes
     weights.metadata.palette = target.palette or weights.metadata.palette
     check_network(weights)
@@ -148,31 +144,31 @@ def _report(weights: Weights) -> None:
         "classification": f"image classifier, {arch.num_classes} classes",
         "encoder": "encoder without a head",
     }[arch.kind]
-    print(f"source     {weights.source}: {weights.title}")
-    print(f"model      {arch.variant}, {head}, {weights.parameters:,} parameters")
+    say(f"source     {weights.source}: {weights.title}")
+    say(f"model      {arch.variant}, {head}, {weights.parameters:,} parameters")
     profile = weights.config().norm_profile
     block, embed = NORM_PROFILES[profile]
-    print(f"epsilons   {profile}: {block:g} in blocks, {embed:g} after embedding and reduction")
+    say(f"epsilons   {profile}: {block:g} in blocks, {embed:g} after embedding and reduction")
     if arch.num_classes:
-        print(f"classes    {_few(weights.metadata.classes)}")
+        say(f"classes    {_few(weights.metadata.classes)}")
     if weights.dropped:
-        print(f"left out   {len(weights.dropped)} tensors: {listed(sorted(weights.dropped))}")
+        say(f"left out   {len(weights.dropped)} tensors: {listed(sorted(weights.dropped))}")
     for note in weights.notes:
-        print(f"note       {note}")
+        say(f"note       {note}")
 
 
 def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -> None:
     size = sum(path.stat().st_size for path in written) / 1e6
-    print(f"wrote      {', '.join(map(str, written))} ({size:.1f} MB)")
+    say(f"wrote      {', '.join(map(str, written))} ({size:.1f} MB)")
     arch = weights.arch
     profile = PROFILES.get(to, arch.norm_profile)
     if profile != arch.norm_profile:
-        print(
+        say(
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
             f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
     use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]
-    print("use        " + use.format(out=out, arch=arch))
+    say("use        " + use.format(out=out, arch=arch))
 
 
 # (format, kind) -> how the file is loaded; a kind that is not listed as the encoder is.

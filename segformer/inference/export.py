@@ -8,27 +8,36 @@
 1e-5, so its logits are those of our model only for norm_profile=hf; config.json says which case it is.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segformer.checkpoint.reader import is_run, run_folder
+from segformer.checkpoint.reader import CONFIG, is_run, run_folder
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.errors import CheckpointError, ConfigError, reraise_as
+from segformer.errors import CheckpointError, ConfigError, reraise_as, say
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
 from segformer.models.weights.read import read_weights
-from segformer.models.weights.tensor_files import CONFIG_FILE
+from segformer.models.weights.tensor_files import CONFIG_FILE, SUFFIXES
 from segformer.models.weights.write import IMAGENET_MEAN, IMAGENET_STD, write_export
 from segformer.telemetry.jsonl import read_metrics
 
 _SCORES = ("miou", "macc", "aacc", "iou", "top1", "top5")  # what an export keeps of an evaluation
+# Ends of names that people give to files: a folder of that name is a misunderstanding.
+_FILES = (
+    *SUFFIXES,
+    *(".onnx", ".engine", ".plan", ".trt", ".torchscript", ".pt2", ".tflite", ".mlmodel", ".pb", ".h5"),
+    *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".pdf", ".html", ".json", ".csv"),
+    *(".npy", ".npz", ".zip", ".tar", ".gz", ".tgz", ".mp4"),
+)
+_ONNX = (".onnx", ".engine", ".plan", ".trt")
 _UNFIT = "get the whole file again, or take the encoder alone, where that is sound, with encoder_only=true"
 
 
@@ -43,6 +52,32 @@ class ExportConfig:
     step: str = "newest"
     "Checkpoint: newest, best (by its validation score) or the number of its step."
 
+    def __post_init__(self) -> None:
+        check_output(self.output, "an export is a folder of weights and config.json", self.checkpoint)
+
+
+def check_output(output: str, what: str, checkpoint: str = "") -> None:
+    """ConfigError where `output` is no place for a new folder; `what` says what it is to be.
+
+    Raises:
+        ConfigError: it is a file or named like one, or lies among the checkpoints of a run, which are swept.
+    """
+    place = Path(output)
+    if os.path.isfile(place) or (place.suffix.lower() in _FILES and not os.path.isdir(place)):
+        way = ""
+        if checkpoint and place.suffix.lower() in _ONNX:
+            way = (
+                ", or make ONNX of it in Python, with the package onnxscript: torch.onnx.export(SegFormer."
+                f'from_pretrained("{checkpoint}", ops="reference"), torch.zeros(1, 3, 512, 512), '
+                f'"{place.with_suffix(".onnx")}"); a classifier is a MiTClassifier'
+            )
+        elif checkpoint and place.suffix.lower() in (".pth", ".pt"):
+            way = f", or python launch/convert.py checkpoint={checkpoint} output={output} to=nvlabs"
+        raise ConfigError(f"output={output} is the name of a file, but {what}; give a folder{way}")
+    for folder in (whole := Path(os.path.realpath(place)), *whole.parents):
+        if folder.name == "checkpoints" and (folder.parent / CONFIG).is_file():
+            raise ConfigError(f"output={output} lies among the checkpoints of a run; choose another folder")
+
 
 def export(cfg: ExportConfig) -> Path:
     """Write the checkpoint of a run that `cfg.step` names as an export; returns its folder."""
@@ -56,7 +91,7 @@ def export(cfg: ExportConfig) -> Path:
     weights = open_checkpoint(path, cfg.step)
     check_network(weights)
     write_export(weights, out)
-    print(f"exported step {weights.provenance['step']} of {run} to {out}")
+    say(f"exported step {weights.provenance['step']} of {run} to {out}")
     return out
 
 

@@ -6,6 +6,7 @@
 Both are drawn for a phone as well: text is at least 1/45 of a picture's width.
 """
 
+import io
 import math
 import re
 from collections.abc import Iterable
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.evaluation.drawing import INK, grid, legend, panels
+from segformer.evaluation.drawing import INK, grid, legend, panels, write_picture
 from segformer.evaluation.metrics import SCORES
+from segformer.files import write_atomic
 from segformer.inference.predict import writing
 from segformer.telemetry.jsonl import read_metrics
 
@@ -80,9 +82,10 @@ def write_curve(run_dir: Path) -> Path | None:
         axes.margins(x=0.02)
         axes.spines[:].set_visible(False)
         axes.tick_params(colors=INK, labelsize=12, length=0)
-    path = run_dir / "curve.png"
+    path, drawn = run_dir / "curve.png", io.BytesIO()
+    figure.savefig(drawn, format="png")
     with writing(path):
-        figure.savefig(path)
+        write_atomic(path, drawn.getvalue())
     return path
 
 
@@ -150,7 +153,7 @@ def write_overlays(
         for index, (key, image, target, prediction) in enumerate(samples):
             path = out / f"{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[-80:]}.jpg"
             picture = comparison(image, target, prediction, classes=classes, palette=palette)
-            picture.save(path, quality=90, subsampling=0)
+            write_picture(path, picture, quality=90, subsampling=0)
 
 
 def comparison(

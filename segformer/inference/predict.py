@@ -2,37 +2,60 @@
 
     Predictor(image (H, W, 3) uint8 RGB) -> mask (H, W) uint8, class ids, at the size of the image
 
-`predict` reads one JPEG or PNG file, or those of a folder (not of its sub-folders), and writes for each
+`predict` reads one picture, or those of a folder (not of its sub-folders), and writes for each, whole or not
+at all,
     <output>/<stem>.png           indexed PNG: pixel values are class ids, colors are the palette
     <output>/<stem>_overlay.jpg   the photograph under the colors of its classes
 
-Photographs are decoded as in training, then turned upright as their EXIF orientation says (training leaves
-them as they are stored): masks and overlays are upright, and of the size of the upright picture.
+JPEG and PNG are decoded as in training, TIFF, WebP, BMP and GIF by Pillow; then they are turned upright as
+their EXIF orientation says (training leaves them as they are stored): masks and overlays are upright, and of
+the size of the upright picture.
 
-Refuses files that are no whole JPEG or PNG or are larger than MAX_PIXELS or MAX_FILE_BYTES, two inputs with
+Refuses damaged files, several pictures in one file, more than MAX_PIXELS or MAX_FILE_BYTES, two inputs with
 one output name, an output that would overwrite an input, and the folder of the inputs as output. The
-headers of all files are checked before the first is predicted.
+headers of all files are checked before the first is predicted. What else a folder holds is counted and named;
+where there are pictures of other formats among it, the command ends with an error once all others are done.
 
 Shapes: H W image, K classes.
 """
 
-from contextlib import AbstractContextManager
+import mimetypes
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from segformer.data.loading.photometric import Normalize
-from segformer.data.sources.dataset import IMAGE_SUFFIXES
-from segformer.data.sources.decode import image_header, image_orientation, read_file, upright, whole_image
-from segformer.errors import ConfigError, DataError, reported, reraise_as, within
-from segformer.evaluation.drawing import overlay
-from segformer.inference.export import build, open_checkpoint
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.sources.decode import (
+    PNG_MAGIC,
+    image_header,
+    image_orientation,
+    read_file,
+    upright,
+    whole_image,
+)
+from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
+from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
+from segformer.evaluation.drawing import overlay, write_picture
+from segformer.inference.export import build, check_output, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.weights.bundle import Weights
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
+SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the size of most JPEGs
 MIN_SIDE = 32  # smaller images are padded with their edge pixels: the encoder reduces by 32
 
@@ -46,7 +69,7 @@ class PredictConfig:
     step: str = "newest"
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     input: str = "???"
-    "A JPEG or PNG file, or a folder of them."
+    "A picture (JPEG, PNG, TIFF, WebP, BMP, GIF), or a folder of them."
     output: str = "???"
     "Folder to write to, not that of the input; made if it does not exist."
     device: str = "auto"
@@ -56,6 +79,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         within(self, "", alpha=(0, 1))
+        check_output(self.output, "a mask and an overlay of each picture are written into a folder")
 
 
 class Predictor:
@@ -101,10 +125,16 @@ def writing(place: object) -> AbstractContextManager[None]:
 
 
 def predict(cfg: PredictConfig) -> list[Path]:
-    """Write mask and overlay of every input image; returns the masks' paths."""
+    """Write mask and overlay of every input image; returns the masks' paths.
+
+    DataError also where pictures of other formats were left out, once all others are done.
+    """
     output = Path(cfg.output)
-    plan = _plan(Path(cfg.input), output)
-    _check_headers([source for source, _ in plan], cfg.input)
+    images, unused = _pictures(Path(cfg.input))
+    plan = _plan(images, Path(cfg.input), output)
+    _check_headers(images, cfg.input)
+    if unused:
+        say(f"not used of input={cfg.input}: {left_out_text(unused)}")
     predictor = Predictor.from_export(cfg.checkpoint, cfg.device, cfg.step)
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
@@ -113,7 +143,13 @@ def predict(cfg: PredictConfig) -> list[Path]:
         mask = predictor(image)
         with writing(target):
             _write(target, mask, predictor.palette, overlay(image, mask, predictor.palette, cfg.alpha))
-        print(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
+        say(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
+    pictures = {kind: found for kind, found in unused.items() if _is_picture(kind)}
+    if pictures:
+        raise DataError(
+            f"input={cfg.input} holds pictures that can't be read, {left_out_text(pictures)}; all others are "
+            "done: save these as PNG or JPEG, or take them away"
+        )
     return [target for _, target in plan]
 
 
@@ -121,19 +157,55 @@ def read_image(path: Path) -> np.ndarray:
     """A photograph as (H, W, 3) uint8 RGB: decoded as in training, then turned as its EXIF orientation says.
 
     Raises:
-        DataError: not a whole JPEG or PNG file, or above MAX_PIXELS or MAX_FILE_BYTES.
+        DataError: not one whole picture of a format that is read, or above MAX_PIXELS or MAX_FILE_BYTES.
     """
+    from PIL import ImageOps
+
     data = read_file(path)
-    return upright(whole_image(path, data), image_orientation(data))
+    if _trained_on(data):
+        return upright(whole_image(path, data), image_orientation(data))
+    with _still(path) as picture:
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+def _trained_on(data: bytes) -> bool:
+    """The file begins as JPEG or PNG, or with nothing."""
+    return data[:8] == PNG_MAGIC or data[:2] == b"\xff\xd8" or not data
+
+
+@contextmanager
+def _still(path: Path) -> Iterator["Image.Image"]:
+    """A picture of one of STILLS, opened; DataError for all else, and for what the block can't decode."""
+    from PIL import Image
+
+    damaged = (OSError, ValueError, SyntaxError, TypeError, LookupError, struct.error)  # as Image.open has
+    unread = (*damaged, Image.DecompressionBombError)
+    what = f"{str(path)!r} is not a whole picture of a format that is read (JPEG, PNG, {', '.join(STILLS)})"
+    with (
+        reraise_as(DataError, what, "replace, shrink or remove it", on=unread),
+        warnings.catch_warnings(action="ignore"),  # of odd entries beside the pixels
+        Image.open(path, formats=STILLS) as picture,
+    ):
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS}")
+        if getattr(picture, "is_animated", False):
+            raise ValueError("it holds several pictures")
+        if picture.mode not in _MODES:
+            raise ValueError(f"its pixels ({picture.mode}) are not of 8 bits a channel")
+        yield picture
 
 
 def _check_headers(images: list[Path], source: str) -> None:
-    """DataError where a file is no JPEG or PNG within the limits, as far as its first bytes show."""
+    """DataError where a file is no picture within the limits, as far as its first bytes show."""
     errors: list[DataError] = []
     for path in images:
         with reported(errors.append, on=DataError):
+            first = read_file(path, HEADER_BYTES)
+            if not _trained_on(first):
+                with _still(path):
+                    continue
             try:
-                image_header(read_file(path, HEADER_BYTES))
+                image_header(first)
             except ValueError:  # it is no image, or its size comes later
                 read_image(path)
     if errors:
@@ -141,19 +213,33 @@ def _check_headers(images: list[Path], source: str) -> None:
         raise DataError(f"{what if len(images) > 1 else ''}{errors[0]}")
 
 
-def _plan(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """(image, mask to write) for a file or folder, sorted by name."""
+def _pictures(source: Path) -> tuple[list[Path], LeftOut]:
+    """The pictures of a file or folder, sorted by name, and what else the folder holds."""
     if not (source.is_dir() or source.is_file()):
-        raise DataError(f"input={source} is no file or folder; give an image file or a folder of images")
-    images = [source]
-    if source.is_dir():
-        images = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise DataError(
-            f"input={source} holds no {', '.join(IMAGE_SUFFIXES)} file; sub-folders are not searched"
-        )
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output={output} is a file; give a folder")
+        raise DataError(f"input={source} is no file or folder; give a picture or a folder of pictures")
+    if source.is_file():
+        return [source], {}
+    with reraise_as(DataError, f"input={source} cannot be listed", "check its permissions"):
+        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(source))
+    used = [
+        name
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name) and (source / name).is_file()
+    ]
+    unused = left_out(set(names).difference(used))
+    if not used:
+        there = f", but {left_out_text(unused)}" if unused else ""
+        raise DataError(f"input={source} holds no picture ({', '.join(SUFFIXES)}){there}; give their folder")
+    return [source / name for name in used], unused
+
+
+def _is_picture(kind: str) -> bool:
+    """A kind of `left_out` is that of pictures."""
+    return (mimetypes.guess_type(f"_{kind}")[0] or "").startswith("image/")
+
+
+def _plan(images: list[Path], source: Path, output: Path) -> list[tuple[Path, Path]]:
+    """(image, mask to write) for each image of the file or folder `source`."""
     if source.is_dir() and output.resolve() == source.resolve():
         raise ConfigError(
             f"output={output} is the input folder: masks would lie among the images; choose another folder"
@@ -181,8 +267,8 @@ def _write(target: Path, mask: np.ndarray, palette: np.ndarray, picture: np.ndar
 
     indexed = Image.fromarray(mask)
     indexed.putpalette(np.pad(palette, ((0, 256 - len(palette)), (0, 0))).tobytes())  # "L" becomes "P"
-    indexed.save(target, optimize=True)
-    Image.fromarray(picture).save(_overlay_path(target), quality=90, subsampling=0)
+    write_picture(target, indexed, optimize=True)
+    write_picture(_overlay_path(target), Image.fromarray(picture), quality=90, subsampling=0)
 
 
 def _shares(mask: np.ndarray, classes: list[str], shown: int = 4) -> str:

@@ -22,7 +22,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported
+from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported, say
 from segformer.evaluation.metrics import SCORES
 from segformer.files import write_atomic
 from segformer.inference.pictures import history, series, write_curve, write_overlays
@@ -95,7 +95,7 @@ def report(cfg: ReportConfig) -> Path:
     run_config = to_run_config(at_state(read_config(run / CONFIG), state), str(run / CONFIG))
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
-        print("report: nothing has been logged yet, so there is no curve")
+        say("report: nothing has been logged yet, so there is no curve")
     if count and run_config.data.task == "segmentation":
         _draw_overlays(run, run_config, count, cfg.device)
     path = run / "report.html"
@@ -103,15 +103,15 @@ def report(cfg: ReportConfig) -> Path:
         write_atomic(path, _page(run, run_config))
     for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
         if (run / name).exists():
-            print(f"{label}: {run / name}")
-    print(f"report: {path}")
+            say(f"{label}: {run / name}")
+    say(f"report: {path}")
     return path
 
 
 def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
     """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
     # A report of what there is beats none.
-    with reported(lambda error: print(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
+    with reported(lambda error: say(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
         predictor = Predictor.from_export(run, device)
         split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
         reader = ShardReader(split)

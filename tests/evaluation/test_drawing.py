@@ -51,3 +51,9 @@ def test_a_grid_has_rows_of_pictures_and_lines_of_a_legend():
     assert tops[0][1] == tops[2][1] < tops[1][1]
     assert all(((drawn == color).all(2)).sum() > 50 for _, color in entries)
     assert grid(cells, entries[:1], columns=2, font_size=18).size < grid(cells, entries, columns=2).size
+
+
+def test_a_name_of_several_lines_is_drawn_on_one():
+    cells = [("a\nb", np.zeros((20, 20, 3), np.uint8))]
+    drawn = grid(cells, [("leaf\n\x1b[2J", (0, 200, 80))], columns=1)
+    assert drawn.size == grid([("a\\nb", cells[0][1])], [("leaf\\n\\x1b[2J", (0, 200, 80))], columns=1).size

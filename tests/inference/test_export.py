@@ -140,6 +140,38 @@ def test_a_run_exports_a_checkpoint_with_its_scores_over_an_older_export(run: Pa
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["m.onnx", "deep/M.ONNX", "m.pth", "m.safetensors", "m.engine", "mine"])
+def test_a_file_as_output_is_refused_before_the_run_is_read(tmp_path: Path, name: str) -> None:
+    if name == "mine":
+        (tmp_path / name).write_text("a file")
+    message = rf"output=\S*{name} is the name of a file, but an export is a folder"
+    for given in ([], ["step=best"]):
+        with pytest.raises(ConfigError, match=message) as caught:
+            compose(ExportConfig, "export", [f"checkpoint={tmp_path}", f"output={tmp_path / name}", *given])
+    assert ("torch.onnx.export(SegFormer.from_pretrained(" in str(caught.value)) == (
+        Path(name).suffix.lower() in (".onnx", ".engine")
+    )
+    assert ("convert.py checkpoint=" in str(caught.value)) == name.endswith(".pth")
+    ExportConfig(checkpoint="x", output="exports/b2.v1.5")
+    ConvertConfig(checkpoint="x", output="m.pth", to="nvlabs")
+
+
+def test_an_export_does_not_go_among_the_checkpoints_of_a_run(run: Path, tmp_path: Path) -> None:
+    for place in (run / "checkpoints", run / "checkpoints/x", run / "checkpoints/step-00000010"):
+        with pytest.raises(ConfigError, match="lies among the checkpoints of a run"):
+            export(ExportConfig(checkpoint=str(run), output=str(place)))
+    (tmp_path / "checkpoints").mkdir()  # no run's
+    export(ExportConfig(checkpoint=str(run), output=str(tmp_path / "checkpoints/mine")))
+
+
+@pytest.mark.slow
+def test_torch_exports_the_network_of_the_onnx_line(exports: dict[str, Path]) -> None:
+    """torch.onnx.export needs onnxscript; its first half, which fails on operations of ours, does not."""
+    model = SegFormer.from_pretrained(exports["segmentation"], ops="reference")
+    graph = torch.export.export(model, (torch.zeros(1, 3, 64, 64),)).graph
+    assert not [node for node in graph.nodes if str(node.target).startswith("segformer")]
+
+
 def test_a_classifier_exports_its_classes_view_and_scores(classifier_run: Path, tmp_path: Path) -> None:
     convert(ConvertConfig(checkpoint=str(classifier_run), output=str(tmp_path / "converted")))
     exported = export(ExportConfig(checkpoint=str(classifier_run), output=str(tmp_path / "exported")))

@@ -1,7 +1,11 @@
 """Prediction of files: what is written, and the inputs that are refused."""
 
+import contextlib
+import io
 import os
+import resource
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -105,6 +109,111 @@ def test_a_photograph_is_turned_as_its_exif_orientation_says(tmp_path, suffix, o
     assert np.abs(decoded.astype(int) - expected).max() <= (4 if suffix == "jpg" else 0)
 
 
+STILLS = {
+    "lzw.tif": {"compression": "tiff_lzw"},
+    "grey.TIFF": {"mode": "L"},
+    "cmyk.tif": {"mode": "CMYK"},
+    "index.gif": {"mode": "P"},
+    "lossless.webp": {"lossless": True},
+    "alpha.webp": {"mode": "RGBA", "lossless": True},
+    "plain.bmp": {},
+    "bits.bmp": {"mode": "1"},
+}
+
+
+def test_a_folder_is_predicted_whole_and_what_is_left_is_named(checkpoint, photos, tmp_path, capsys):
+    for name, options in STILLS.items():
+        settings = dict(options)
+        pictures()["RGB.png"].convert(settings.pop("mode", "RGB")).save(photos / name, **settings)
+    (photos / "deep").mkdir()
+    for name in ("deep/x.jpg", "phone.HEIC", "._b.JPG", "nowhere.png"):
+        (photos / name).write_bytes(b"?") if name != "nowhere.png" else (photos / name).symlink_to("gone")
+    out = tmp_path / "out"
+    with pytest.raises(
+        DataError, match=r"can't be read, 1 x \.png \(nowhere\.png\), 1 x \.heic \(phone\.HEIC\);"
+    ):
+        predict(config(checkpoint, photos, out))
+    predictor = Predictor.from_export(checkpoint, "cpu")
+    for name in STILLS:
+        with Image.open(photos / name) as picture:
+            expected = predictor(np.array(picture.convert("RGB")))
+        with Image.open((out / name).with_suffix(".png")) as mask:
+            np.testing.assert_array_equal(np.array(mask), expected)
+    assert {path.stem for path in out.glob("*.png")} == {"a", "b", *(name.split(".")[0] for name in STILLS)}
+    said = capsys.readouterr().out.splitlines()[0]
+    for kind in ("1 x sub-folder (deep/)", "1 x hidden (._b.JPG)", "1 x .heic (phone.HEIC)", "1 x .txt"):
+        assert kind in said
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("suffix", ["tif", "webp"])
+def test_other_stills_are_turned_as_well(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path, stored = tmp_path / f"turned.{suffix}", pictures()["RGB.png"]
+    stored.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    np.testing.assert_array_equal(read_image(path), np.rot90(np.array(stored), 2 if orientation == 3 else 3))
+
+
+def hostile_stills():
+    """Files that claim to be a still, and what is wrong with them."""
+    picture, buffer = pictures()["RGB.png"], io.BytesIO()
+    picture.save(buffer, "BMP")
+    bmp = buffer.getvalue()
+    yield "huge.bmp", bmp[:18] + struct.pack("<ii", 9000, 9000) + bmp[26:], "9000 x 9000 pixels, the limit"
+    yield "vast.bmp", bmp[:18] + struct.pack("<ii", 60000, 60000) + bmp[26:], "exceeds limit"
+    yield "cut.bmp", bmp[:-100], "truncated"
+    for kind, save in (("gif", "GIF"), ("tif", "TIFF"), ("webp", "WEBP")):
+        frames, moving = [picture, picture.rotate(90)], io.BytesIO()
+        frames[0].save(moving, save, save_all=True, append_images=frames[1:])
+        yield f"moving.{kind}", moving.getvalue(), "it holds several pictures"
+    deep = io.BytesIO()
+    pictures()["I;16.png"].save(deep, "TIFF")
+    yield "deep.tif", deep.getvalue(), r"its pixels \(I;16\) are not of 8 bits"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"), list(hostile_stills()), ids=lambda value: str(value)[:20]
+)
+def test_a_still_that_is_no_whole_picture_is_one_line(tmp_path, name, data, reason):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_image(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk that is full after `size` bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("size", "left"), [(100, set()), (1200, {"noise.png"})])
+def test_on_a_full_disk_an_output_is_whole_or_absent(checkpoint, tmp_path, size, left):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    out = tmp_path / "out"
+    message = r"noise\.png can't be written: File too large"
+    with files_of_at_most(size), pytest.raises(ConfigError, match=message):
+        predict(config(checkpoint, tmp_path / "noise.png", out))
+    assert {path.name for path in out.iterdir()} == left
+
+
+@pytest.mark.parametrize("output", ["mask.png", "a/masks.TIF", "b.zip", "run/checkpoints/step-00000010/x"])
+def test_an_output_that_is_no_folder_is_refused_before_anything(checkpoint, tmp_path, output):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"output=.* (is the name of a file|lies among the checkpoints)"):
+        config(checkpoint, "nowhere", tmp_path / output)
+    (tmp_path / "kept.png").mkdir()  # a folder that is there says itself what it is
+    config(checkpoint, "nowhere", tmp_path / "kept.png")
+
+
 @pytest.mark.parametrize(
     ("source", "output", "error", "message"),
     [
@@ -114,7 +223,7 @@ def test_a_photograph_is_turned_as_its_exif_orientation_says(tmp_path, suffix, o
         ("twins", "out", DataError, "b.JPG and b.png would both become"),
         ("photos/a.png", "photos", ConfigError, "would overwrite the input"),
         ("photos", "photos/../photos", ConfigError, "output=.*photos is the input folder: .*choose another"),
-        ("photos", "photos/notes.txt", ConfigError, "output=.* is a file"),
+        ("photos", "photos/notes.txt", ConfigError, "output=.* is the name of a file"),
         ("photos", "photos/notes.txt/below", ConfigError, "output=.* can't be written"),
     ],
 )

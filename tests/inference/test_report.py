@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -200,6 +201,27 @@ def test_overlays_replace_those_of_an_earlier_report_and_leave_other_files(run):
     (out / "mine.txt").touch()
     write_overlays([sample], out, classes=CLASSES, palette=PALETTE)
     assert sorted(p.name for p in out.iterdir()) == ["00_a_b_c.jpg", "mine.txt"]
+
+
+def test_on_a_full_disk_pictures_and_report_are_whole_or_absent(run):
+    write_metrics(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    blank, noise = (
+        np.zeros((90, 90), np.uint8),
+        np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8),
+    )
+    drawings = {"classes": CLASSES, "palette": PALETTE}
+    before = sorted(run.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"curve\.png can't be written: File too large"):
+            report(ReportConfig(checkpoint=str(run), overlays=0))
+        with pytest.raises(ConfigError, match=r"overlays can't be written: File too large"):
+            write_overlays([("a", noise, blank, blank)], run / "overlays", **drawings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(run.iterdir()) == sorted([*before, run / "overlays"])
+    assert not list((run / "overlays").iterdir())
 
 
 def test_what_is_no_run_or_can_not_be_written_is_refused(run, tmp_path):
