@@ -39,7 +39,8 @@ from segformer.distributed.engine import (
     resolve_precision,
     take_step,
 )
-from segformer.distributed.world import World, free_port, init_world, limit_threads
+from segformer.distributed.rendezvous import free_port
+from segformer.distributed.world import World, init_world, limit_threads
 from segformer.errors import ConfigError
 from segformer.models.segformer import build_model
 from segformer.models.variants import VARIANTS, ModelConfig

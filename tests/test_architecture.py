@@ -29,7 +29,7 @@ ROOMS: dict[str, str] = {
     "data.sources": "dataset content decode folder listing download",
     "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
     "data.loading": "order photometric crop classification mixing samples loader",
-    "distributed": "world engine zero_state ema watchdog",
+    "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",
     "models.ops": (
@@ -57,7 +57,7 @@ ORDER = [
 # Third-party package -> the modules that may import it. torch and numpy belong to everybody.
 DATA = {module for module in ORDER if module.startswith("data.")}
 OWNERS: dict[str, set[str]] = {
-    "torch.distributed": {"distributed.world"},
+    "torch.distributed": {"distributed.world", "distributed.rendezvous"},
     "deepspeed": {"distributed.engine", "distributed.zero_state"},
     "wandb": {"telemetry.trackers"},
     "torch.utils.tensorboard": {"telemetry.trackers"},

@@ -13,7 +13,7 @@ from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
-from segformer.distributed.world import free_port
+from segformer.distributed.rendezvous import free_port
 
 STEPS, HALF = 16, 8
 
