@@ -67,7 +67,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data.shards.packing"},
     "hydra": {"training.config"},
     "omegaconf": {"training.config"},
-    "yaml": {"checkpoint.reader", "training.config", "inference.convert"},
+    "yaml": {"checkpoint.reader", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA | {"evaluation.drawing"},
     "PIL": {"data.sources.decode", "evaluation.drawing", "inference.predict", "inference.pictures"},

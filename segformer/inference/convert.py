@@ -9,16 +9,15 @@ It prints what it found, what it left out and what it wrote. Refuses everything 
 to write over its source.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from segformer.checkpoint.reader import parse_yaml
 from segformer.errors import ConfigError, listed, reraise_as, say, within
-from segformer.files import read_text
+from segformer.files import parse_json, read_text
 from segformer.inference.export import check_network, check_output, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
@@ -131,10 +130,10 @@ def _named(given: Any) -> Metadata:
 
 def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
-    unreadable = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError)
+    unreadable = (OSError, ValueError)
     with reraise_as(ConfigError, f"{key}={path} can't be read", "give a YAML or JSON file", on=unreadable):
         text = read_text(Path(path), most=MOST)
-        return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        return parse_json(text.encode()) if path.endswith(".json") else parse_yaml(text)
 
 
 def _report(weights: Weights) -> None:
