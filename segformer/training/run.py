@@ -38,7 +38,10 @@ from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.ops.batch_norm import synchronize_batch_norm
+from segformer.models.ops.dispatch import take_plain
+from segformer.models.ops.trial import failing_kernels
 from segformer.models.variants import VARIANTS
 from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
@@ -59,6 +62,8 @@ class Services:
     "start_step -> this rank's micro batches from that optimizer step on."
     batches: Generator[Batch, None, None]
     checkpoints: Checkpointer
+    saved: TrainState
+    "The state as it was last handed over to be saved, or loaded."
     lease: Lease | None
     "The right to write into the run's directory; rank zero."
     telemetry: Telemetry
@@ -165,6 +170,8 @@ def set_up(
     batch = world.on_main(lambda: _check(cfg, world.size))
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     task = make_task(cfg, shards, world)
+    if BACKENDS[cfg.model.ops].fused:
+        agree_on_kernels(world, failing_kernels(world.device), telemetry.line)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     saved = newest_checkpoint(cfg, world, telemetry.line)
     state = TrainState(data_digest=shards.digest) if saved is None else saved.state
@@ -193,6 +200,7 @@ def set_up(
         stream=stream,
         batches=iter(stream(start_step=state.step)),
         checkpoints=checkpoints,
+        saved=replace(state),
         lease=lease,
         telemetry=telemetry,
         ledger=Ledger(run_dir / "ledger", world.rank, state.step) if cfg.telemetry.ledger else None,
@@ -227,6 +235,20 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     if cfg.sync_batchnorm and world.size > 1:
         synchronize_batch_norm(model, SumOverRanks.apply)
     model.to(world.device)
+
+
+def agree_on_kernels(world: World, found: dict[str, str], warn: Callable[[str], None]) -> None:
+    """Leave out the kernels that fail on any rank's GPU, where `found` says why; all ranks."""
+    reasons: dict[str, str] = {}
+    for rank, failing in enumerate(world.gather(found)):
+        reasons |= {name: f"rank {rank}: {why}" for name, why in failing.items() if name not in reasons}
+    take_plain(reasons)
+    if reasons:
+        name = min(reasons)
+        warn(
+            f"without the Triton kernels of {', '.join(sorted(reasons))}, which fail here ({name} on "
+            f"{reasons[name]}): all ranks take the plain forms, which are slower"
+        )
 
 
 def _check(cfg: RunConfig, world_size: int) -> BatchShape:
