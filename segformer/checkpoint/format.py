@@ -50,6 +50,8 @@ class TrainState:
     "Best validation score so far (mIoU or top-1); None before the first evaluation."
     best_step: int | None = None
     "Step of best_score."
+    evaluated: int = 0
+    "The step that was evaluated last; 0 before the first, and in states of older versions."
     corrupt: list[int] = field(default_factory=list)
     "Samples of the training split that were found corrupt and replaced."
     skipped: int = 0

@@ -55,7 +55,19 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on all ranks where `flag` is set on one; all ranks call it."""
-        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+        return self.begin_any(flag)()
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """`any`, exchanged while this rank goes on; calling the result waits for it. All ranks call both."""
+        count = torch.tensor([float(flag)])
+        work = dist.all_reduce(count, async_op=True) if self.size > 1 else None
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(count.item() > 0)
+
+        return answer
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on all ranks."""
