@@ -22,7 +22,7 @@ from segformer.inference.export import check_network, check_output, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
-from segformer.models.weights.key_maps import TITLES, WRITTEN
+from segformer.models.weights.key_maps import ALIGNED, TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
@@ -166,6 +166,8 @@ def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
             f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
+    if (to, arch.kind) == ("smp", "segmentation"):
+        say(f"note       {ALIGNED}")
     use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]
     say("use        " + use.format(out=out, arch=arch))
 
