@@ -8,7 +8,6 @@ Every WARN and FAIL ends in what to do, in settings that can be copied. All chec
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from segformer.data.sources.content import (
     unknown_ids,
 )
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.division import same_bytes, same_files
 from segformer.data.sources.folder import left_out_text
 from segformer.doctor.scan import SplitScan
-from segformer.errors import listed
 from segformer.training.config import RunConfig
 from segformer.training.task import training_crop
 
@@ -57,6 +56,8 @@ def judge_source(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Iterator[Fin
     """Findings on a source folder: its files, and the ids in its masks."""
     for scan in scans:
         yield from _files(cfg, scan)
+    images = {scan.name: [(s.key, s.image_file) for s in scan.holders[-1]] for scan in scans}
+    yield from (Finding(FAIL, "splits", text) for text in same_files(cfg, images))
     if cfg.task == "segmentation":
         yield _label_ids(cfg, scans)
         yield from _label_map(cfg, {raw for scan in scans for raw in scan.raw_pixels})
@@ -126,7 +127,7 @@ def _label_map(cfg: DatasetConfig, seen: set[int]) -> Iterator[Finding]:
 
 
 def judge_labels(
-    labels: Labels, scans: Sequence[SplitScan], *, train: str, evaluation: str
+    labels: Labels, scans: Sequence[SplitScan], *, train: str, sharded: bool
 ) -> Iterator[Finding]:
     """Findings on the train ids and images of a folder's or of shards' splits."""
     by_name = {scan.name: scan for scan in scans if scan.samples}
@@ -146,8 +147,13 @@ def judge_labels(
             yield Finding(WARN, f"{scan.name}: copies", f"{text}; remove the copies")
     if train in held and f"{train}: classes" not in judged and "classes" not in judged:
         yield _rarest(labels.classes, by_name[train])
-    for first, second in combinations(sorted(by_name), 2):
-        yield _overlap(by_name[first], by_name[second])
+    images = {name: scan.digests for name, scan in by_name.items()}
+    shared = list(same_bytes(labels.allow_duplicates, images))
+    for found in shared:
+        level = WARN if sharded and not found.whole else FAIL  # shards of a time when they were written
+        yield Finding(level, f"{found.first} and {found.second}", found.text)
+    if len(images) > 1 and not shared:
+        yield Finding(OK, " and ".join(images), "no image is in two, but as allowed")
 
 
 def _ignored(scan: SplitScan) -> Finding | None:
@@ -172,16 +178,6 @@ def _rarest(classes: Sequence[str], train: SplitScan) -> Finding:
         f"{text}; the rarest is {classes[rarest]!r}, {share:.3g} % of the {of}, in "
         f"{int(train.class_images[rarest])} of {train.samples} images",
     )
-
-
-def _overlap(first: SplitScan, second: SplitScan) -> Finding:
-    about = f"{first.name} and {second.name}"
-    shared = first.digests.keys() & second.digests.keys()
-    if not shared:
-        return Finding(OK, about, "no image is in both")
-    pairs = sorted(f"{first.digests[digest]} = {second.digests[digest]}" for digest in shared)
-    text = f"{len(shared)} images are in both, byte for byte ({listed(pairs, 3)}): scores would be too good"
-    return Finding(WARN, about, f"{text}; remove them from one")
 
 
 def judge_settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int]) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import cv2
 import numpy as np
 
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
-from segformer.data.shards.index import pack_index, parse_index
+from segformer.data.shards.index import image_sums, pack_index, parse_index
 from segformer.data.shards.packing import (
     Settings,
     ShardTask,
@@ -47,12 +48,15 @@ from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
+from segformer.data.sources.decode import read_file
+from segformer.data.sources.division import same_bytes, same_files
+from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
-ALLOWANCES = ("allow_unseen",)  # settings that change no shard
+ALLOWANCES = ("allow_unseen", "allow_duplicates")  # settings that change no shard
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
@@ -78,7 +82,7 @@ def _description(settings: Settings) -> dict[str, Any]:
         "quality": settings.quality,
         "drop_classes": list(cfg.drop_classes),
         "min_share": cfg.min_share,
-    }
+    } | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.val_share else {})
 
 
 def _identity(settings: Settings, listing: Listing) -> str:
@@ -124,12 +128,7 @@ def write_shards(
     with reraise_as(DataError, what, remedy):
         if _occupied(target) and not (target / "dataset.json").is_file():
             raise DataError(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
-    listing, left_out = {}, {}
-    for split in cfg.splits:
-        listing[split], defects, left_out[split] = find_samples(cfg, root, split)
-        if defects:
-            raise defects[0]
-        _check_keys(listing[split])
+    listing, left_out = _list(cfg, root)
     work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
     tasks = _plan(settings, kept, work)
@@ -152,6 +151,21 @@ def write_shards(
                 _make(tasks[part[0] :: part[1]], workers)
 
 
+def _list(cfg: DatasetConfig, root: Path) -> tuple[Listing, dict[str, dict[str, LeftOut]]]:
+    """The samples of every split, and what else its folders hold; DataError for the first defect."""
+    listing: Listing = {}
+    left_out = {}
+    for split in cfg.splits:
+        listing[split], defects, left_out[split] = find_samples(cfg, root, split)
+        if defects:
+            raise defects[0]
+        _check_keys(listing[split])
+    images = {split: [(s.key, s.image_file) for s in samples] for split, samples in listing.items()}
+    for text in same_files(cfg, images):
+        raise DataError(text)
+    return listing, left_out
+
+
 def _write(
     settings: Settings,
     tasks: list[ShardTask],
@@ -166,6 +180,7 @@ def _write(
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
         content["splits"][split] = _join(settings.cfg, split, own, work) | beside[split]
     _check(settings.cfg, content)
+    _refuse_duplicates(settings.cfg, tasks, work)
     # Only what was allowed is written, so that all other sets keep their digest.
     content |= {key: allowed for key in ALLOWANCES if (allowed := list(getattr(settings.cfg, key)))}
     content["digest"] = content_digest(content)
@@ -182,6 +197,26 @@ def _check(cfg: DatasetConfig, content: dict[str, Any]) -> None:
     """Refuse a set that nothing, or not what is meant, would be learnt from."""
     splits = {name: Histogram.of(entry) for name, entry in content["splits"].items()}
     check_content(Labels.configured(cfg, cfg.classes), splits, [*filter(is_training, splits)])
+
+
+def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFolder) -> None:
+    """Refuse images that two splits share, byte for byte; files are read where sizes and sums agree."""
+    samples: dict[str, list[Sample]] = {split: [] for split in cfg.splits}
+    for task in tasks:
+        samples[task.split] += task.samples
+    found = {
+        split: image_sums(parse_index(np.fromfile(work.set / f"{split}.idx", np.uint8))[0])
+        for split in cfg.splits
+    }
+    digests: dict[str, dict[bytes, str]] = {split: {} for split in cfg.splits}
+    for first, second in combinations(cfg.splits, 2):
+        shared = np.intersect1d(found[first], found[second])
+        for split in (first, second):
+            for place in np.flatnonzero(np.isin(found[split], shared)):
+                sample = samples[split][place]
+                digests[split].setdefault(hashlib.sha256(read_file(sample.image)).digest(), sample.key)
+    for shared_by in same_bytes(cfg.allow_duplicates, digests):
+        raise DataError(shared_by.text)
 
 
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:

@@ -54,24 +54,26 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the labels of a set mean. allow_unseen: class names, or [*]."""
+    """What the labels of a set mean. allow_unseen: class names, or [*]. allow_duplicates: splits."""
 
     task: str
     classes: Sequence[str]
     label_map: Mapping[int, int] = field(default_factory=dict)
     allow_unseen: Collection[str] = ()
+    allow_duplicates: Collection[str] = ()
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], allow_unseen: Collection[str] = ()) -> "Labels":
-        """Those of dataset.json; allow_unseen: more than sharding was told."""
+    def of(cls, content: Mapping[str, Any], cfg: DatasetConfig) -> "Labels":
+        """Those of dataset.json; `cfg` may allow more than sharding was told."""
         label_map = {int(raw): train for raw, train in content.get("label_map", {}).items()}
-        allowed = {*allow_unseen, *content.get("allow_unseen", ())}
-        return cls(content["task"], content["classes"], label_map, allowed)
+        unseen = {*cfg.allow_unseen, *content.get("allow_unseen", ())}
+        duplicates = {*cfg.allow_duplicates, *content.get("allow_duplicates", ())}
+        return cls(content["task"], content["classes"], label_map, unseen, duplicates)
 
     @classmethod
     def configured(cls, cfg: DatasetConfig, classes: Sequence[str]) -> "Labels":
         """Those of a set that is not sharded yet."""
-        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen)
+        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen, cfg.allow_duplicates)
 
 
 def judge_content(

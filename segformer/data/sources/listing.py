@@ -28,6 +28,7 @@ from segformer.data.sources.decode import (
     read_file,
     whole_image,
 )
+from segformer.data.sources.division import divided
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
 from segformer.errors import DataError, listed, reraise_as
 from segformer.files import read_text
@@ -161,6 +162,7 @@ def find_samples(
                     left[cfg.folder(side.kind, split)][f"unlisted {side.kind}"] = found
         else:
             keys, of = set().union(*(side.files for side in sides)), ""
+            keys = divided(cfg, split, keys)
             remedy = "add what is missing or remove the others"
             defects += _foreign(cfg, sides[0], others[sides[0].folder])
         for side in sides:
