@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -33,9 +32,7 @@ from segformer.data.loading.loader import (
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
-from segformer.data.shards.index import image_sums
-from segformer.data.sources.content import Histogram, Labels, check_content, other_classes
-from segformer.data.sources.division import same_bytes
+from segformer.data.sources.content import other_classes
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
@@ -54,7 +51,7 @@ from segformer.training.config import RunConfig, frozen_difference, load_config,
 from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
-from segformer.training.task import Task, check_task, make_task, training_crop
+from segformer.training.task import Task, check_data, check_task, make_task, training_crop
 
 
 @dataclass(kw_only=True, slots=True)
@@ -259,23 +256,8 @@ def _check(cfg: RunConfig, world_size: int) -> BatchShape:
     batch = cfg.batch_shape(world_size)
     shards = open_shards(cfg)
     check_task(cfg, shards)
-    splits = {
-        name: Histogram.of(shards.content["splits"][name]) for name in (cfg.train_split, cfg.eval_split)
-    }
-    check_content(Labels.of(shards.content, cfg.data), splits, [cfg.train_split])
+    check_data(cfg, shards)
     return batch
-
-
-def _check_apart(labels: Labels, splits: list[Split]) -> None:
-    """Refuse to score on nothing but images that are trained on; sharding says where it is only some."""
-    sums = [image_sums(split.records) for split in splits]
-    if np.isin(sums[-1], sums[0]).all():
-        images = {
-            split.name: dict(zip(found.tolist(), split.keys, strict=True))
-            for split, found in zip(splits, sums, strict=True)
-        }
-        for shared in same_bytes(labels.allow_duplicates, images):
-            raise DataError(shared.text)
 
 
 def _check_resumed(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
