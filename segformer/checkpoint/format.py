@@ -136,12 +136,14 @@ def decode_state(path: Path, text: bytes) -> TrainState:
     """
     with reraise_as(CheckpointError, f"{path}/{STATE} is damaged", on=(ValueError, TypeError)):
         values = dict(parse_json(text))
+        if not isinstance(values.get("step", 0), int):
+            raise ValueError(f"its step {values['step']!r} is no number")
     if unknown := sorted(values.keys() - {field.name for field in fields(TrainState)}):
         raise CheckpointError(
             f"{path}/{STATE} has {', '.join(unknown)}, which this version does not know; continue with the "
             "version that wrote it, or choose another name=..."
         )
     state = TrainState(**values)
-    if not isinstance(state.step, int) or path.name != step_name(state.step):
+    if path.name != step_name(state.step):
         raise CheckpointError(f"{path} holds step {state.step}; name it {step_name(state.step)} again")
     return state
