@@ -52,6 +52,7 @@ from segformer.data.sources.decode import read_file
 from segformer.data.sources.division import same_bytes, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
+from segformer.data.sources.masks import Defect, explained
 from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
@@ -221,14 +222,18 @@ def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFol
 
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     """Make the shards that are not there yet; the note of each."""
-    results = run(
-        make_shard,
-        tasks,
-        images=[len(task.samples) for task in tasks],
-        workers=workers,
-        desc="sharding",
-        preload=["webdataset"],
-    )
+    try:
+        results = run(
+            make_shard,
+            tasks,
+            images=[len(task.samples) for task in tasks],
+            workers=workers,
+            desc="sharding",
+            preload=["webdataset"],
+        )
+    except Defect as defect:
+        masks = [sample.mask for task in tasks for sample in task.samples if sample.mask is not None]
+        raise explained(tasks[0].settings.cfg, defect, masks) from defect
     earlier = sum(complete for _, complete in results)
     if earlier:
         print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
