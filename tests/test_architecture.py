@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": "dataset content decode division folder masks listing download",
-    "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
+    "data.shards": "pool storage index format reader verify workfolder packing trimming joining sharding",
     "data.loading": "order photometric crop classification mixing samples loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",

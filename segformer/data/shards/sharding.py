@@ -22,11 +22,9 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ import cv2
 import numpy as np
 
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
-from segformer.data.shards.index import image_sums, pack_index, parse_index
+from segformer.data.shards.joining import check_joined, join
 from segformer.data.shards.packing import (
     Settings,
     ShardTask,
@@ -46,10 +44,9 @@ from segformer.data.shards.packing import (
 from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
-from segformer.data.sources.content import Histogram, Labels, check_content
+from segformer.data.sources.content import Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.data.sources.decode import read_file
-from segformer.data.sources.division import same_bytes, same_files
+from segformer.data.sources.division import same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained
@@ -179,9 +176,8 @@ def _write(
     content = _description(settings) | {"splits": {}}
     for split in settings.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        content["splits"][split] = _join(settings.cfg, split, own, work) | beside[split]
-    _check(settings.cfg, content)
-    _refuse_duplicates(settings.cfg, tasks, work)
+        content["splits"][split] = join(settings.cfg, split, own, work) | beside[split]
+    check_joined(settings.cfg, content, tasks, work)
     # Only what was allowed is written, so that all other sets keep their digest.
     content |= {key: allowed for key in ALLOWANCES if (allowed := list(getattr(settings.cfg, key)))}
     content["digest"] = content_digest(content)
@@ -192,32 +188,6 @@ def _write(
     write_atomic(work.set / NOTE, json.dumps(known))
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
-
-
-def _check(cfg: DatasetConfig, content: dict[str, Any]) -> None:
-    """Refuse a set that nothing, or not what is meant, would be learnt from."""
-    splits = {name: Histogram.of(entry) for name, entry in content["splits"].items()}
-    check_content(Labels.configured(cfg, cfg.classes), splits, [*filter(is_training, splits)])
-
-
-def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFolder) -> None:
-    """Refuse images that two splits share, byte for byte; files are read where sizes and sums agree."""
-    samples: dict[str, list[Sample]] = {split: [] for split in cfg.splits}
-    for task in tasks:
-        samples[task.split] += task.samples
-    found = {
-        split: image_sums(parse_index(np.fromfile(work.set / f"{split}.idx", np.uint8))[0])
-        for split in cfg.splits
-    }
-    digests: dict[str, dict[bytes, str]] = {split: {} for split in cfg.splits}
-    for first, second in combinations(cfg.splits, 2):
-        shared = np.intersect1d(found[first], found[second])
-        for split in (first, second):
-            for place in np.flatnonzero(np.isin(found[split], shared)):
-                sample = samples[split][place]
-                digests[split].setdefault(hashlib.sha256(read_file(sample.image)).digest(), sample.key)
-    for shared_by in same_bytes(cfg.allow_duplicates, digests):
-        raise DataError(shared_by.text)
 
 
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
@@ -277,42 +247,6 @@ def _plan(settings: Settings, listing: Listing, work: WorkFolder) -> list[ShardT
             own, name = samples[start : start + settings.samples_per_shard], f"{split}-{shard:06d}"
             tasks.append(ShardTask(settings, split, name, own, work))
     return tasks
-
-
-def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
-    """Write the index of a split from its parts; returns the split's entry of dataset.json."""
-    parts = [parse_index(np.fromfile(work.part(note["file"][: -len(".tar")]), np.uint8)) for note in notes]
-    records = np.concatenate([part[0] for part in parts])
-    labels = np.concatenate([part[1] for part in parts])
-    keys = b"\n".join(part[2].tobytes() for part in parts)
-    sizes = [len(part[0]) for part in parts]
-    label_starts = np.cumsum([0, *(len(part[1]) for part in parts[:-1])])
-    key_starts = np.cumsum([0, *(len(part[2]) + 1 for part in parts[:-1])])
-    records["labels_end"] += np.repeat(label_starts, sizes)
-    records["key_end"] += np.repeat(key_starts, sizes)
-    index = pack_index(records, labels, keys)
-    write_atomic(work.set / f"{split}.idx", index)
-    pixels, total = labels["pixels"].astype(np.int64), len(cfg.classes)
-    class_pixels = np.zeros(total, np.int64)
-    np.add.at(class_pixels, labels["label"], pixels)
-    area = int((records["height"].astype(np.int64) * records["width"]).sum())
-    raw_ids: Counter[int] = Counter()
-    for note in notes:
-        raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
-    shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
-    return {
-        "samples": len(records),
-        "class_pixels": class_pixels.tolist(),
-        "class_images": np.bincount(labels["label"], minlength=total).tolist(),
-        "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
-        "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
-        "index": {
-            "file": f"{split}.idx",
-            "bytes": len(index),
-            "sha256": hashlib.sha256(index).hexdigest(),
-        },
-        "shards": [{key: note[key] for key in shard_keys} for note in notes],
-    }
 
 
 def _occupied(out: Path) -> bool:
