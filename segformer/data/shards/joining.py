@@ -1,4 +1,4 @@
-"""Parts of an index -> the index of a split and its statistics; and what the joined set must and must not hold."""
+"""Parts of an index -> the index of a split and its statistics; what the joined set must hold."""
 
 import hashlib
 from collections import Counter
