@@ -31,6 +31,7 @@ with importing(__name__):
     from segformer.slurm.settings import PROFILE_ONLY, SlurmConfig
     from segformer.training.config import CONF, RunConfig, cli, compose
     from segformer.training.overrides import near
+    from segformer.training.run import check_start
 
 LOOK_AFTER = {
     "status": lambda run_dir: print(submission.status(run_dir)),
@@ -72,6 +73,7 @@ def train(arguments: list[str]) -> None:
 
     def composed(cfg: SlurmConfig) -> None:
         run = compose(RunConfig, "config", training)
+        check_start(run)
         if "--check" in arguments:
             submission.describe(cfg, run)
         elif submission.submit(cfg, run) and cfg.watch:

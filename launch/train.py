@@ -10,6 +10,7 @@ from segformer.errors import importing
 with importing(__name__):
     from segformer.job import run_job
     from segformer.training.config import RunConfig, cli
+    from segformer.training.run import check_start
 
 if __name__ == "__main__":
-    cli(RunConfig, "config", run_job)
+    cli(RunConfig, "config", run_job, check_start)

@@ -29,7 +29,6 @@ from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, othe
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.listing import class_folders
 from segformer.doctor.judge import (
-    LEAST_SIDE,
     judge_batch,
     judge_labels,
     judge_memory,
@@ -42,7 +41,7 @@ from segformer.errors import ConfigError, DataError, at_least, printable, report
 from segformer.evaluation.drawing import beside, grid, legend, panels, write_picture
 from segformer.files import write_atomic
 from segformer.training.config import RunConfig
-from segformer.training.task import training_crop
+from segformer.training.task import LEAST_SIDE, check_settings, training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
 COLUMNS = 3  # pairs beside each other
@@ -146,7 +145,7 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
     ]
     report.findings += judge_source(cfg.data, report.source)
     labels = Labels.configured(cfg.data, report.classes)
-    report.findings += judge_labels(labels, report.source, train=cfg.train_split, sharded=False)
+    report.findings += judge_labels(labels, report.source, train=cfg.train_split, evaluation=cfg.eval_split)
     palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
     _draw_sheet(cfg, report, "source", report.source, palette)
 
@@ -180,8 +179,8 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
         text = other_classes(report.classes, shards.classes, cfg.data.shards)
         report.add(FAIL, "shards: classes", text)
     report.classes = list(shards.classes)
-    labels = Labels.of(shards.content, cfg.data)
-    judged = judge_labels(labels, report.shards, train=cfg.train_split, sharded=True)
+    labels = Labels.of(shards.content, cfg.data.allow_unseen)
+    judged = judge_labels(labels, report.shards, train=cfg.train_split, evaluation=cfg.eval_split)
     report.findings += [finding for finding in judged if finding not in report.findings]
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
@@ -189,6 +188,8 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
 def _look_at_run(cfg: DoctorConfig, shard_sizes: dict[str, list[int]], report: Report) -> None:
     samples = {scan.name: scan.samples for scan in report.shards or report.source}
     num_classes = len(report.classes)
+    with report.failing("settings"):
+        check_settings(cfg)
     report.findings += judge_settings(cfg, num_classes, samples)
     with report.failing("batch"):
         batch = cfg.batch_shape(cfg.ranks)

@@ -7,7 +7,7 @@ of 64 channels, wider. Refuses unknown variants and settings with ConfigError.
 
 from dataclasses import dataclass, field
 
-from segformer.errors import ConfigError, at_least
+from segformer.errors import ConfigError, at_least, within
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,8 @@ class ModelConfig:
             )
         if wrong := sorted(set(self.checkpointing) - {1, 2, 3, 4}):
             raise ConfigError(f"model.checkpointing has {wrong}; give stages from 1 to 4, as [1,2]")
-        at_least(self, "model.", num_classes=1, decoder_dim=1)
+        at_least(self, "model.", num_classes=1)
+        within(self, "model.", decoder_dim=(1, 2**16))
         for name in ("drop_path_rate", "dropout"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 0 and below 1")

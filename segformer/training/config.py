@@ -43,6 +43,7 @@ from segformer.errors import (
     printable,
     reason_of,
     reraise_as,
+    within,
 )
 from segformer.files import write_atomic
 from segformer.models.variants import VARIANTS, ModelConfig
@@ -51,13 +52,14 @@ from segformer.telemetry.profiling import ProfileConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import check_values, checked, refusal
+from segformer.training.overrides import check_values, checked, refusal, unreadable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
     "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
     "optim", "engine.grad_clip", "engine.sync_batchnorm",
 )  # fmt: skip
+MOST_STEPS, MOST_IMAGES = 10**9, 2**20  # of a run, of a batch: above them stands a slip of the hand
 # Names of before 0.2 -> of now, where the command has the new one as a plain value.
 RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -108,7 +110,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
-        at_least(self, "", steps=1, global_batch=1, micro_batch=1, eval_every=1, eval_batch=1, max_skipped=1)
+        at_least(self, "", eval_every=1, max_skipped=1, overlays=0)
+        within(self, "", seed=(0, 2**64 - 1), steps=(1, MOST_STEPS))
+        within(self, "", **dict.fromkeys(("global_batch", "micro_batch", "eval_batch"), (1, MOST_IMAGES)))
         if self.profile.steps and self.profile.steps[0] > self.steps:
             raise ConfigError(
                 f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
@@ -130,7 +134,7 @@ def frozen(cfg: RunConfig) -> dict[str, Any]:
     for key in FROZEN:
         group, _, name = key.partition(".")
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
-    for free in ("root", "shards", "allow_unseen", "allow_duplicates"):
+    for free in ("root", "shards", "allow_unseen"):
         del found["data"][free]
     return found
 
@@ -222,10 +226,9 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
         return composed
     except (HydraException, OmegaConfBaseException) as error:
         message = f"{reason_of(error)} {reason_of(error.__cause__) if error.__cause__ else ''}".rstrip()
-        key = getattr(error.__cause__, "full_key", None) or ""
+        key = getattr(error.__cause__, "full_key", None) or getattr(error, "full_key", None) or ""
         if isinstance(error, OverrideParseException):
-            quotes = "texts with other signs than . _ - need quotes: 'key=[\"a (b)\"]'"
-            message = f"{printable(error.override)} can't be read; {quotes}"
+            message = unreadable(schema, printable(dict(zip(taken, overrides, strict=True))[error.override]))
         for given in overrides:
             name = given.partition("=")[0].lstrip("+")
             if name not in names and re.match(rf"{re.escape(name)}\b", key):
@@ -277,8 +280,13 @@ def _renamed(schema: type[Any], argument: str) -> str:
     return f"{new}={value}"
 
 
-def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> None:
-    """Compose the configuration from the command line and call `function` with it.
+def cli(
+    schema: type[_T],
+    config_name: str,
+    function: Callable[[_T], Any],
+    check: Callable[[_T], Any] = lambda cfg: None,
+) -> None:
+    """Compose the configuration from the command line and call `function` with it, or `check` for --check.
 
     How the process ends where something is wrong: segformer/errors.py.
     """
@@ -298,5 +306,4 @@ def cli(schema: type[_T], config_name: str, function: Callable[[_T], Any]) -> No
             if not is_main_rank():  # the same arguments fail alike on every rank: one line is enough
                 sys.exit(ConfigError.exit_code)
             raise
-        if "--check" not in given:
-            function(cfg)
+        (check if "--check" in given else function)(cfg)

@@ -70,7 +70,8 @@ class LossConfig:
         if any(weight < 0 for weight in [*self.class_weights, *self.terms.values()]):
             raise ConfigError("loss.terms and loss.class_weights must not hold negative weights")
         within(self, "loss.", label_smoothing=(0, 1), ohem_threshold=(0, 1), ohem_min_kept=(0, 1))
-        at_least(self, "loss.", focal_gamma=0, boundary_weight=0, boundary_radius=1)
+        within(self, "loss.", boundary_radius=(1, 1024))
+        at_least(self, "loss.", focal_gamma=0, boundary_weight=0)
 
 
 def num_pixels(target: Tensor, average: str) -> Tensor | int:
@@ -246,6 +247,13 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 }
 
 
+def check_terms(cfg: LossConfig) -> None:
+    """ConfigError where no loss has a weight."""
+    if not any(cfg.terms.values()):
+        names = ", ".join(LOSSES)
+        raise ConfigError(f"loss.terms={cfg.terms} has no loss; give one of {names}, as loss.terms.dice=1")
+
+
 class SegmentationLoss(nn.Module):
     """The weighted sum of the configured losses."""
 
@@ -254,8 +262,7 @@ class SegmentationLoss(nn.Module):
     def __init__(self, cfg: LossConfig, num_classes: int, ops: Backend = FUSED) -> None:
         """`ops`: the backend of the cross entropies; the other losses have one."""
         super().__init__()
-        if not cfg.terms:
-            raise ConfigError(f"loss.terms is empty; give one of {', '.join(LOSSES)} and its weight")
+        check_terms(cfg)
         if cfg.class_weights and len(cfg.class_weights) != num_classes:
             raise ConfigError(
                 f"loss.class_weights has {len(cfg.class_weights)} numbers for {num_classes} classes"

@@ -97,8 +97,9 @@ class OptimConfig:
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         within(self, "optim.", frozen_stages=(0, 4), min_lr_factor=(0, 1))
-        at_least(self, "optim.", head_lr_factor=0, weight_decay=0, eps=0, power=0)
-        at_least(self, "optim.", warmup_steps=0, warmup_start=0)
+        at_least(self, "optim.", weight_decay=0, eps=1e-37, power=0)  # fp32 has no smaller eps
+        at_least(self, "optim.", warmup_steps=0)
+        within(self, "optim.", head_lr_factor=(0, 1e6), warmup_start=(0, 1e6))
         if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

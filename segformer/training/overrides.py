@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -81,19 +81,21 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
         ConfigError: it has no form that we know, or there is no such key or name.
     """
     given = printable(override)
-    sign, key, equals, value = re.fullmatch(r"([+~]*)([^=]*)(=?)(.*)", override, re.DOTALL).groups()  # type: ignore[union-attr]
-    if not equals and sign != "~":
-        raise ConfigError(f"{given!r} is not an override; write key=value (all keys: --help)")
+    found = re.fullmatch(r"(\+{0,2}|~)(\w+(?:\.[\w-]+)*)(=?)(.*)", override, re.DOTALL)
+    sign, key, equals, value = found.groups() if found else ("", "", "", "")
     if key.startswith("hydra"):
-        raise ConfigError(f"{given!r} is refused: hydra's own settings are fixed")
-    if sign == "~":
-        return override
+        raise ConfigError(f"{given} is refused: hydra's own settings are fixed")
+    parent, _, name = key.rpartition(".")
+    if sign == "~" or (key, value) == ("experiment", "null"):  # which is what conf/config.yaml has
+        if key != "experiment" and not (parent and get_origin(type_of(schema, parent)) is dict):
+            raise ConfigError(f"{given} is refused: ~ takes an entry out of a table; leave {key} out instead")
+        return f"~{key}"
+    if not equals:
+        raise ConfigError(f"'{given}' is not an override; write key=value (all keys: --help)")
     if key in names and not value.startswith("{"):
-        if (key, value) == ("experiment", "null"):  # as conf/config.yaml has it
-            return f"~{key}"
         if value.strip("'\"") not in names[key]:
             raise ConfigError(f"{given} does not exist; use one of {', '.join(names[key])}")
-        return f"{sign}{key}='{value}'" if re.fullmatch(r"[\d.]+", value) else override
+        return f"{key}='{value}'" if re.fullmatch(r"[\d.]+", value) else f"{key}={value}"
     hint = type_of(schema, key)
     if re.search(r"\d{40}", value):
         raise ConfigError(f"{given} has a number of more digits than any setting takes")
@@ -103,9 +105,9 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
         # In hydra's quotes a backslash counts before a quote only.
         value = re.sub(r"(\\*)('|$)", lambda f: f[1] * 2 + f[2].replace("'", "\\'"), value)
         return f"{sign}{key}='{value}'"
-    if "," in value and value[0] not in "[{'\"":
+    # Hydra would sweep over 1,2 and range(3), and calls more functions.
+    if ("," in value and value[0] not in "[{'\"") or re.match(r"\w+\(", value):
         raise ConfigError(refusal(schema, key, given))
-    parent, _, name = key.rpartition(".")
     if parent and get_origin(type_of(schema, parent)) is dict:
         return f"++{parent}={{{name}: {value}}}"
     return f"++{key}={value}" if value.startswith("{") else override
@@ -115,13 +117,14 @@ def check_values(schema: type[Any], values: dict[str, Any]) -> None:
     """Hold composed values against the schema, each of them, also in lists and below Any.
 
     Raises:
-        ConfigError: one has another type, is not finite or has more than 64 bits; it names the key.
+        ConfigError: one has another type, is not finite or huge; it names the key.
     """
     for key, hint, value in _leaves(schema, values):
         given = f"{key}={'null' if value is None else printable(str(value))}"
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and not (abs(value) < 2**64 if isinstance(value, int) else math.isfinite(value)):
-            raise ConfigError(f"{given} must be a finite number, a whole one of less than 64 bits")
+        most = 2**64 - 1 if isinstance(value, int) else 1e30  # so that products of two stay finite
+        if number and not -most <= value <= most:
+            raise ConfigError(f"{given} must be a number from -{most:g} to {most:g}")
         if hint is not Any and not (number if hint is float else type(value) is hint):
             raise ConfigError(refusal(schema, key, given))
 
@@ -143,6 +146,16 @@ def _leaves(hint: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, An
         return
     for name, kind, item in below:
         yield from _leaves(kind, item, f"{key}{name}".removeprefix("."))
+
+
+def unreadable(schema: type[Any], given: str) -> str:
+    """Message for an override that hydra's grammar does not take."""
+    key, _, value = given.lstrip("+").partition("=")
+    if type_of(schema, key) == list[str] and re.fullmatch(r"\[.*\]", value):
+        texts = [item.strip().strip("'\"") for item in value[1:-1].split(",")]
+        fixed = ",".join(f'"{text}"' for text in texts)
+        return f"{given} can't be read; write {shlex.quote(f'{key}=[{fixed}]')}"
+    return f"{given} can't be read; texts with other signs than . _ - need quotes: 'key=[\"a (b)\"]'"
 
 
 def refusal(schema: type[Any], key: str, given: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from segformer.data.loading.classification import ClassificationAugment, mix
@@ -21,12 +20,9 @@ from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
-from segformer.data.shards.index import image_sums
-from segformer.data.sources.content import Histogram, Labels, check_content
-from segformer.data.sources.division import same_bytes
-from segformer.distributed.engine import resolve_precision
+from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, DataError, SegformerError
+from segformer.errors import ConfigError, SegformerError
 from segformer.evaluation.drawing import Gallery
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.metrics import Scores
@@ -34,7 +30,9 @@ from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.training.config import RunConfig
-from segformer.training.losses import LossConfig, SegmentationLoss, soft_cross_entropy
+from segformer.training.losses import LossConfig, SegmentationLoss, check_terms, soft_cross_entropy
+
+LEAST_SIDE = 32  # pixels of a crop that the encoder takes
 
 
 class _Task:
@@ -141,35 +139,46 @@ def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
 
 
 def check_task(cfg: RunConfig, shards: ShardSet) -> None:
-    """ConfigError where data.task is not that of the shards, or `loss` says what a classifier can't do."""
+    """ConfigError where data.task is not that of the shards."""
     if cfg.data.task != shards.task:
         raise ConfigError(
             f"data.task={cfg.data.task}, but {cfg.data.shards} was sharded for {shards.task}; give the "
             f"shards of this data set, or data.task={shards.task}"
         )
+    _check_loss(cfg)
+
+
+def _check_loss(cfg: RunConfig) -> None:
+    if cfg.data.task == "segmentation":
+        check_terms(cfg.loss)
+        return
     terms = cfg.loss.terms in ({}, {"cross_entropy": 1})
     plain = terms and not cfg.loss.class_weights and cfg.loss.label_smoothing == LossConfig().label_smoothing
-    if shards.task == "classification" and not plain:
+    if not plain:
         raise ConfigError(
             "loss has other terms, class weights or smoothing, which are of segmentation: a classifier "
             "learns by cross entropy; leave loss out, and use classification.label_smoothing"
         )
 
 
-def check_data(cfg: RunConfig, shards: ShardSet) -> None:
-    """DataError where the shards hold nothing to learn, or nothing to score but what is trained on."""
-    labels, names = Labels.of(shards.content, cfg.data), dict.fromkeys((cfg.train_split, cfg.eval_split))
-    held = {name: Histogram.of(shards.content["splits"][name]) for name in names}
-    check_content(labels, held, [cfg.train_split])
-    splits = [shards.split(name) for name in names]
-    sums = [image_sums(split.records) for split in splits]
-    if np.isin(sums[-1], sums[0]).all():
-        keys = [dict(zip(found.tolist(), s.keys, strict=True)) for found, s in zip(sums, splits, strict=True)]
-        for shared in same_bytes(labels.allow_duplicates, dict(zip(names, keys, strict=True))):
-            raise DataError(shared.text)
-
-
 def training_crop(cfg: RunConfig) -> tuple[int, int]:
     """Height and width of what the model sees in training, pixels."""
     side = cfg.classification.size
     return (side, side) if cfg.data.task == "classification" else (cfg.augment.crop[0], cfg.augment.crop[1])
+
+
+def check_settings(cfg: RunConfig) -> None:
+    """What can be said of settings without data, on this machine; doctor, --check and every start ask it.
+
+    Raises:
+        ConfigError: crops that no network takes, no loss or one that a classifier can't have, a tracker that
+            is not set up, keys that DeepSpeed refuses.
+    """
+    if min(training_crop(cfg)) < LEAST_SIDE:
+        key = "classification.size" if cfg.data.task == "classification" else "augment.crop"
+        raise ConfigError(
+            f"{key}: crops of {training_crop(cfg)}; the encoder needs {LEAST_SIDE} pixels a side"
+        )
+    _check_loss(cfg)
+    cfg.telemetry.check_trackers()
+    check_extra(cfg.engine)

@@ -260,8 +260,8 @@ def test_class_weights_move_with_the_module_and_stay_out_of_checkpoints():
         ({"label_smoothing": 2.0}, "loss.label_smoothing=2.0 must be from 0 to 1"),
         ({"focal_gamma": -1.0}, "loss.focal_gamma=-1.0 must be 0 or more"),
         ({"boundary_weight": math.nan}, "loss.boundary_weight=nan must be 0 or more"),
-        ({"boundary_radius": 0}, "loss.boundary_radius=0 must be 1 or more"),
-        ({}, "loss.terms is empty"),
+        ({"boundary_radius": 0}, "loss.boundary_radius=0 must be from 1 to 1024"),
+        ({}, "loss.terms={} has no loss"),
         ({"terms": {"dice": 1.0}, "class_weights": [1.0]}, "has 1 numbers for 4 classes"),
     ],
 )

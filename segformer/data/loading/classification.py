@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segformer.data.loading.photometric import check_lists
-from segformer.errors import ConfigError, at_least, within
+from segformer.data.loading.photometric import MOST_SIDE, check_lists
+from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10
 _GREY = np.array([[0.299, 0.587, 0.114]])  # luma of ITU-R BT.601
@@ -68,7 +68,8 @@ class ClassificationAugment:
         check_lists(self, "classification.", "scale", "ratio")
         if self.scale[1] > 1:
             raise ConfigError(f"classification.scale={list(self.scale)}; an area share is at most 1")
-        at_least(self, "classification.", size=1, eval_resize=self.size, mixup=0, cutmix=0)
+        within(self, "classification.", size=(1, MOST_SIDE), eval_resize=(self.size, MOST_SIDE))
+        within(self, "classification.", mixup=(0, 1000), cutmix=(0, 1000))
         within(self, "classification.", hflip=(0, 1), mix_prob=(0, 1), label_smoothing=(0, 0.999))
         within(self, "classification.", magnitude=(0, 10), ops=(0, 14))
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from segformer.data.loading.photometric import check_lists
+from segformer.data.loading.photometric import MOST_SIDE, check_lists
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10
 # cv2.resize takes 0.7 ns a pixel of the whole scaled image, cv2.warpAffine 3.2 ns a pixel of the crop alone.
+MOST_CROP, MOST_SCALE = 8192, 1000  # above them stands a slip of the hand: no device takes such a crop
+
 _WHOLE_UP_TO = 4
 _SHARE_GRID = 64  # the class share of a crop is judged on about 64 x 64 of its pixels
 _TURN = (cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
@@ -78,10 +80,15 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         check_lists(self, "augment.", "scale", "blur_sigma")
-        if len(self.crop) != 2 or min(self.crop) <= 0:
-            raise ConfigError(f"augment.crop={list(self.crop)}; use [height, width] above 0")
-        if len(self.resize) not in (0, 2) or (self.resize and min(self.resize) < 1):
-            raise ConfigError(f"augment.resize={list(self.resize)}; use [long side, short side] or []")
+        if len(self.crop) != 2 or not all(0 < side <= MOST_CROP for side in self.crop):
+            raise ConfigError(f"augment.crop={list(self.crop)}; use [height, width] above 0, to {MOST_CROP}")
+        for name in ("scale", "blur_sigma"):
+            if (highest := getattr(self, name)[1]) > MOST_SCALE:
+                raise ConfigError(f"augment.{name} goes to {highest}; use up to {MOST_SCALE}")
+        if len(self.resize) not in (0, 2) or not all(0 < side <= MOST_SIDE for side in self.resize):
+            raise ConfigError(
+                f"augment.resize={list(self.resize)}; use [long side, short side] of 1 to {MOST_SIDE}, or []"
+            )
         shares = ("cat_max_ratio", "class_balanced_crop", "hflip", "vflip", "rot90", "rotate_prob", "mosaic")
         within(self, "augment.", **dict.fromkeys((*shares, "copy_paste", "blur"), (0, 1)))
         within(self, "augment.", rotate=(0, 180), photometric_strength=(0, 2))

@@ -64,8 +64,8 @@ class LoaderConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        within(self, "loader.", max_corrupt=(0, 0.1))
-        at_least(self, "loader.", workers=-1, prefetch=1, timeout=1)
+        within(self, "loader.", max_corrupt=(0, 0.1), workers=(-1, 1024), prefetch=(1, 1024))
+        at_least(self, "loader.", timeout=1)
 
 
 def start_server() -> None:

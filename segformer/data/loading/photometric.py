@@ -34,6 +34,9 @@ class Distortion(NamedTuple, Generic[_T]):
     contrast_after: _T
 
 
+MOST_SIDE = 2**15 - 1  # pixels; OpenCV resamples no larger picture
+
+
 def check_lists(config: object, prefix: str, *ranges: str) -> None:
     """Refuse `mean` or `std` of other than 3 values, and ranges other than [smallest, largest] above 0."""
     for name, length in {**dict.fromkeys(ranges, 2), "mean": 3, "std": 3}.items():
