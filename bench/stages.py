@@ -18,9 +18,6 @@ Ranks: all GPUs, one each, or two on a CPU with half the cores each.
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -31,7 +28,8 @@ from typing import Any
 import torch
 
 from bench.footprint import MARKS, STATUS
-from bench.record import ROOT, conditions, spread, table, write_csv
+from bench.processes import on_ranks
+from bench.record import conditions, spread, table, write_csv
 from segformer.data.loading.order import BatchShape
 from segformer.distributed.engine import (
     EngineConfig,
@@ -39,7 +37,7 @@ from segformer.distributed.engine import (
     resolve_precision,
     take_step,
 )
-from segformer.distributed.world import World, free_port, init_world, limit_threads
+from segformer.distributed.world import World, init_world, limit_threads
 from segformer.errors import ConfigError
 from segformer.models.segformer import build_model
 from segformer.models.variants import VARIANTS, ModelConfig
@@ -55,7 +53,6 @@ STAGES = {
     "3+offload": EngineConfig(zero_stage=3, compile=False, offload_optimizer=True, offload_parameters=True),
 }
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2}  # of the stages' losses, relative
-START_S = 600  # within which the ranks of a turn must end
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +119,7 @@ def measure(cfg: StagesBench, out: Path) -> list[dict[str, Any]]:
             first = index % len(cfg.stages)
             for stage in [*cfg.stages[first:], *cfg.stages[:first]]:
                 shape = (crop, cfg.micro_batch, cfg.classes, cfg.warmup, cfg.steps)
-                turns[stage].append(start(Turn(stage, variant, *shape), ranks))
+                turns[stage].append(on_ranks("bench.stages", asdict(Turn(stage, variant, *shape)), ranks))
         here = [_row(cfg, variant, stage, ranks, crop, turns) for stage in cfg.stages]
         check_losses(variant, {row["stage"]: row["loss"] for row in here}, here[0]["precision"])
         rows += here
@@ -137,34 +134,6 @@ def check_losses(variant: str, losses: dict[str, float], precision: str) -> None
     for stage, loss in others:
         if not abs(loss - wanted) <= AGREEMENT[precision] * abs(wanted):
             raise RuntimeError(f"{variant}: stage {stage} has a loss of {loss}, stage {first} of {wanted:g}")
-
-
-def start(turn: Turn, ranks: int) -> list[dict[str, float]]:
-    """Run a turn and return what every rank measured."""
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "bench.stages", json.dumps(asdict(turn))]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate(timeout=START_S) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-    for process, (_, error) in zip(processes, said, strict=True):
-        if process.returncode != 0:
-            raise RuntimeError(f"{turn}: a rank ended with {process.returncode}: {error[-3000:]}")
-    return [json.loads(text.splitlines()[-1]) for text, _ in said]
 
 
 def run_rank(turn: Turn) -> dict[str, float]:

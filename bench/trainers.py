@@ -34,7 +34,7 @@ from torch import Tensor
 from bench.record import ROOT, conditions, table, write_csv
 from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.sharding import write_shards
-from segformer.distributed.world import free_port
+from segformer.distributed.rendezvous import free_port
 from segformer.errors import ConfigError
 from segformer.evaluation.metrics import SegmentationMetric
 from segformer.models.segformer import SegFormer

@@ -15,6 +15,7 @@ import numpy as np
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
+from segformer.data.sources.content import turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.folder import left_out_text
 from segformer.errors import ConfigError, listed, printable
@@ -75,7 +76,8 @@ def shard(cfg: ShardConfig) -> None:
         print(label_map_text(cfg.data, raw_pixels(shards)))
     print(split_text(shards))
     if (turned := find_turned(Path(out))) is not None:
-        print(turned_text(shards, *turned))
+        total = sum(split.num_samples for split in shards.splits.values())
+        print("WARNING: " + turned_text(shards.task, turned[0], total, *turned[1:]))
     print(f"shards: {out}  (digest {shards.digest[:12]})")
 
 
@@ -148,18 +150,6 @@ def class_images(shards: ShardSet, split: str) -> list[str]:
     if missing:
         lines.append(f"  never seen: {listed(missing, 20)}")
     return lines
-
-
-def turned_text(shards: ShardSet, count: int, file: str, orientation: int) -> str:
-    """The warning of images that are stored in another way than they are shown."""
-    total = sum(split.num_samples for split in shards.splits.values())
-    remedy = "training sees the stored pixels; to train on them upright, turn the files"
-    if shards.task == "segmentation":
-        remedy = "their masks must fit the stored pixels; where they fit the upright picture, turn the files"
-    return (
-        f"WARNING: {count} of {total} images are stored rotated (EXIF orientation {orientation}, first "
-        f"{file!r}), which is not applied: {remedy} (mogrify -auto-orient) and shard again"
-    )
 
 
 if __name__ == "__main__":

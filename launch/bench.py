@@ -6,6 +6,7 @@
     python launch/bench.py bench=kernels kernels.batch=8
     python launch/bench.py bench=trainers trainers.seeds=[0]
     python launch/bench.py bench=stages stages.variants=[b0]
+    python launch/bench.py bench=agreement agreement.ranks=8
     python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
 
 Tables are printed and written as CSV into `output`; bench/README.md says what
@@ -23,6 +24,8 @@ sys.path.insert(0, str(ROOT))  # this script is called bench too, and its folder
 from segformer.errors import importing  # noqa: E402
 
 with importing(__name__):
+    from bench.agreement import AgreementBench
+    from bench.agreement import measure as measure_agreement
     from bench.kernels import KernelsBench
     from bench.kernels import measure as measure_kernels
     from bench.loader import LoaderBench
@@ -52,7 +55,7 @@ class BenchConfig:
     """The measurement and its settings."""
 
     bench: str = "???"
-    """loader, order, start, memory, peers, kernels, trainers, stages, scaling or slurm."""
+    """loader, order, start, memory, peers, kernels, trainers, stages, agreement, scaling or slurm."""
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
     trainers a folder with val, too; empty = data_prep/sample."""
@@ -68,6 +71,7 @@ class BenchConfig:
     kernels: KernelsBench = field(default_factory=KernelsBench)
     trainers: TrainersBench = field(default_factory=TrainersBench)
     stages: StagesBench = field(default_factory=StagesBench)
+    agreement: AgreementBench = field(default_factory=AgreementBench)
     scaling: ScalingBench = field(default_factory=ScalingBench)
     slurm: RequeueBench = field(default_factory=RequeueBench)
 
@@ -85,6 +89,7 @@ BENCHES: dict[str, Callable[[BenchConfig, Path], object]] = {
     "kernels": lambda cfg, out: measure_kernels(cfg.kernels, out),
     "trainers": lambda cfg, out: measure_trainers(cfg.trainers, cfg.root, out),
     "stages": lambda cfg, out: measure_stages(cfg.stages, out),
+    "agreement": lambda cfg, out: measure_agreement(cfg.agreement, out),
     "scaling": lambda cfg, out: measure_scaling(cfg.scaling, out),
     "slurm": lambda cfg, out: measure_requeue(cfg.slurm, out),
 }

@@ -24,6 +24,10 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+START_ALONE = (
+    "start with `deepspeed` or `torchrun`, or "
+    "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` for a single process"
+)
 
 
 class SegformerError(Exception):
@@ -139,7 +143,8 @@ def listed(names: Iterable[str], limit: int = 6) -> str:
 
 def is_main_rank() -> bool:
     """True on rank zero and where there are no ranks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdecimal() or int(rank) == 0  # what is no number is refused later, on every rank
 
 
 @contextmanager
@@ -147,12 +152,17 @@ def importing(name: str) -> Iterator[None]:
     """Ctrl-C ends the command `name` at once while the block runs.
 
     A worker that imports the script again (its name isn't __main__ then) and a process that ignores Ctrl-C
-    keep what they have.
+    keep what they have. A rank that is no number ends the command: libraries read it as they are imported.
     """
     before = signal.getsignal(signal.SIGINT)
     if name != "__main__" or before is not signal.default_int_handler:
         yield
         return
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not (value := os.environ.get(variable, "0")).isdecimal():
+            what = f"{variable}={value!r} in the environment is no number"
+            print(error_line(ConfigError(f"{what}; {START_ALONE}")), file=sys.stderr)
+            sys.exit(ConfigError.exit_code)
     signal.signal(signal.SIGINT, _stop)
     try:
         yield

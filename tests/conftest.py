@@ -107,7 +107,7 @@ def metrics() -> Callable[..., list[dict]]:
 @pytest.fixture(scope="session")
 def start_ranks() -> Callable[..., list[subprocess.Popen]]:
     """Start `ranks` CPU processes of a script as torchrun would, one thread each; their output is piped."""
-    from segformer.distributed.world import free_port
+    from segformer.distributed.rendezvous import free_port
 
     def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
         shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}

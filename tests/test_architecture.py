@@ -26,14 +26,14 @@ MAX_ENTRIES = 13
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "dataset content decode folder listing download",
-    "data.shards": "pool storage index format reader verify workfolder packing trimming sharding",
+    "data.sources": "dataset content decode division folder masks listing download",
+    "data.shards": "pool storage index format reader verify workfolder packing trimming joining sharding",
     "data.loading": "order photometric crop classification mixing samples loader",
-    "distributed": "world engine zero_state ema watchdog",
+    "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",
     "models.ops": (
-        "dispatch linear depthwise block resize batch_norm decode cross_entropy argmax "
+        "dispatch linear depthwise block resize batch_norm decode cross_entropy argmax trial "
         "backend bilinear_triton depthwise_triton resize_triton sweep_triton "
         "cross_entropy_triton argmax_triton"
     ),
@@ -57,7 +57,7 @@ ORDER = [
 # Third-party package -> the modules that may import it. torch and numpy belong to everybody.
 DATA = {module for module in ORDER if module.startswith("data.")}
 OWNERS: dict[str, set[str]] = {
-    "torch.distributed": {"distributed.world"},
+    "torch.distributed": {"distributed.world", "distributed.rendezvous"},
     "deepspeed": {"distributed.engine", "distributed.zero_state"},
     "wandb": {"telemetry.trackers"},
     "torch.utils.tensorboard": {"telemetry.trackers"},
@@ -67,7 +67,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data.shards.packing"},
     "hydra": {"training.config"},
     "omegaconf": {"training.config"},
-    "yaml": {"checkpoint.reader", "training.config", "inference.convert"},
+    "yaml": {"checkpoint.reader", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA | {"evaluation.drawing"},
     "PIL": {"data.sources.decode", "evaluation.drawing", "inference.predict", "inference.pictures"},

@@ -94,6 +94,16 @@ def test_help_into_a_reader_that_is_gone_ends_quietly():
 DAMAGED = "from segformer.errors import DataError; raise DataError('damaged')"
 
 
+@pytest.mark.parametrize("value", ["", "x", "-1"])
+def test_a_rank_that_is_no_number_ends_a_command_before_it_imports(value, monkeypatch, capsys):
+    """torchmetrics reads LOCAL_RANK when it is imported, and would end in a traceback."""
+    monkeypatch.setenv("LOCAL_RANK", value)
+    with pytest.raises(SystemExit, match="2"), importing("__main__"):
+        pytest.fail("imported")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ConfigError: LOCAL_RANK={value!r} in the environment is no number; start with ")
+
+
 @pytest.mark.parametrize(
     ("size", "then", "wanted"),
     [

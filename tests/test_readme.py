@@ -30,7 +30,7 @@ def commands():
 def test_the_commands_run_in_the_order_they_are_written(root, tmp_path, tiny_root):
     found = commands()
     assert len(found) >= 8
-    from segformer.distributed.world import free_port
+    from segformer.distributed.rendezvous import free_port
 
     on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

@@ -102,8 +102,8 @@ def verify(path: Path, required: Collection[str], *, digests: bool = True) -> li
 
 def read_verified(path: Path, name: str) -> bytes:
     """The content of one file of a committed folder; CheckpointError where it is not as it was written."""
-    with reraise_as(CheckpointError, f"{path} is damaged", on=(OSError, ValueError, RecursionError)):
-        content, written = (path / name).read_bytes(), _decode((path / MANIFEST).read_bytes())
+    with reraise_as(CheckpointError, f"{path} is damaged", on=(OSError, ValueError)):
+        content, written = read_bytes(path / name), _decode(read_bytes(path / MANIFEST))
         if written.get(name, {}).get("sha256") != hashlib.sha256(content).hexdigest():
             raise ValueError(f"{name} does not match its sha256 sum in {MANIFEST}")
     return content

@@ -50,6 +50,8 @@ class TrainState:
     "Best validation score so far (mIoU or top-1); None before the first evaluation."
     best_step: int | None = None
     "Step of best_score."
+    evaluated: int = 0
+    "The step that was evaluated last; 0 before the first, and in states of older versions."
     corrupt: list[int] = field(default_factory=list)
     "Samples of the training split that were found corrupt and replaced."
     skipped: int = 0
@@ -134,12 +136,14 @@ def decode_state(path: Path, text: bytes) -> TrainState:
     """
     with reraise_as(CheckpointError, f"{path}/{STATE} is damaged", on=(ValueError, TypeError)):
         values = dict(parse_json(text))
+        if not isinstance(values.get("step", 0), int):
+            raise ValueError(f"its step {values['step']!r} is no number")
     if unknown := sorted(values.keys() - {field.name for field in fields(TrainState)}):
         raise CheckpointError(
             f"{path}/{STATE} has {', '.join(unknown)}, which this version does not know; continue with the "
             "version that wrote it, or choose another name=..."
         )
     state = TrainState(**values)
-    if not isinstance(state.step, int) or path.name != step_name(state.step):
+    if path.name != step_name(state.step):
         raise CheckpointError(f"{path} holds step {state.step}; name it {step_name(state.step)} again")
     return state

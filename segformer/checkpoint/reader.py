@@ -34,9 +34,10 @@ from segformer.checkpoint.format import (
     step_name,
 )
 from segformer.errors import CheckpointError, ConfigError, reraise_as
+from segformer.files import read_text
 
 CONFIG = "config.yaml"
-_MOST = 2**23  # characters of a config.yaml; 65,535 class folders take 2.5 MB
+_MOST = 2**23  # bytes of a config.yaml; 65,535 class folders take 2.5 MB
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 
@@ -103,9 +104,27 @@ def _step_folder(path: Path) -> Path | None:
     return folder if is_ours and _NAME.fullmatch(folder.name) else None
 
 
+def parse_yaml(text: str) -> Any:
+    """The plain data of YAML.
+
+    Raises:
+        ValueError: it is none; or it repeats itself by aliases, ten lines of which stand for gigabytes.
+    """
+    damaged = (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
+    with reraise_as(ValueError, "it is no plain YAML", on=damaged):  # all of them come from its constructors
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases (*), which are not read")
+        return yaml.safe_load(text)
+
+
 def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:
-    """A configuration with the settings that a state of its run was trained with."""
-    for key, value in (yaml.safe_load(state.settings) if state.settings else {}).items():
+    """A configuration with the settings that a state of its run was trained with; CheckpointError where the
+    state has none that can be read."""
+    with reraise_as(
+        CheckpointError, "the settings in the checkpoint can't be read", on=(ValueError, TypeError)
+    ):
+        settings = dict(parse_yaml(state.settings)) if state.settings else {}
+    for key, value in settings.items():
         written = config.get(key)  # of a group (data, engine) the state may have a part
         together = isinstance(written, dict) and isinstance(value, dict)
         config = config | {key: written | value if together else value}
@@ -116,17 +135,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """The plain data of a configuration that was written as YAML.
 
     Raises:
-        CheckpointError: it is damaged; or it repeats itself by aliases, as ours never do: ten lines of them
-            stand for gigabytes.
+        CheckpointError: it is damaged, or has aliases, as ours never do.
     """
     what, do = f"{path} can't be read as a configuration", "the command that began the run writes it again"
-    unreadable = (OSError, ValueError, RecursionError, yaml.YAMLError)
-    with reraise_as(CheckpointError, what, do, on=unreadable):
-        text = path.read_text("utf-8")
-        aliases = "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-        if aliases or len(text) > _MOST:
-            raise ValueError(f"it has aliases, or more than {_MOST} characters")
-        content = yaml.safe_load(text)
+    with reraise_as(CheckpointError, what, do, on=(OSError, ValueError)):
+        content = parse_yaml(read_text(path, most=_MOST))
         if not isinstance(content, dict):
             raise ValueError("it is no table of settings")
     return content

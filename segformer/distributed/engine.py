@@ -13,6 +13,9 @@ Choices, each for a reason:
 - Offloading leaves the optimizer what it is, on the CPU: DeepSpeed's own one compiles an extension, too.
 - DeepSpeed's buckets are given the size of the model, at most 2^25 elements (128 MiB): its default of 5e8
   elements takes 4 to 8 GB whatever the model is.
+- Gradients are averaged in one type, fp32 or engine.grad_dtype. Left to itself, DeepSpeed's autocast sends
+  those of modules whose class is exactly torch's Linear or Conv2d in bf16 and all others in fp32.
+- Its throughput timer, which makes the host wait for the device twice a micro batch, is off.
 - A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimizers look at the
   norm themselves, at stage 0 it is done here.
 - torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
@@ -22,11 +25,13 @@ Choices, each for a reason:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,6 +45,8 @@ from segformer.errors import ConfigError, at_least, reraise_as, within
 OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
 "Largest bucket of gradients or parameters that is sent at once, elements."
+_PRODUCTS = ["torch.nn.Linear", "torch.nn.Conv2d", "segformer.models.layers.Linear"]
+"Classes whose gradients are averaged in bf16 where that is asked for: those that autocast computes in bf16."
 OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
 # What the run logs itself, with rank and samples, and a remark on every optimizer that is not Adam.
 _SILENT = re.compile("OVERFLOW!|untested optimizer")
@@ -76,8 +83,14 @@ class EngineConfig:
     "Keep the partitioned parameters in the host's memory, too; ZeRO-3 only."
     precision: str = "auto"
     "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
+    grad_dtype: str = "fp32"
+    """Type in which gradients are averaged over the ranks: fp32, or, with precision=bf16, bf16, which sends
+    half the bytes and rounds each of them."""
     compile: bool | None = None
-    "torch.compile the model; null means on GPUs, below ZeRO-3."
+    "torch.compile the model for training steps; null means on GPUs, below ZeRO-3."
+    deterministic: bool = False
+    """Repeat a run bit for bit on the same GPUs, too: torch's operations that add in one order, and its error
+    where it has none. Slower; on a CPU runs are repeated in any case."""
     sync_batchnorm: bool = True
     "Batch norm over the micro batches of all ranks; false changes what is learned with the number of ranks."
     grad_clip: float = 0.0
@@ -92,6 +105,12 @@ class EngineConfig:
             raise ConfigError(f"engine.zero_stage={self.zero_stage} is unknown; use 0, 1, 2, 3 or null")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ConfigError(f"engine.precision={self.precision!r} is unknown; use auto, fp32 or bf16")
+        if self.grad_dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"engine.grad_dtype={self.grad_dtype!r} is unknown; use fp32 or bf16")
+        if self.grad_dtype == "bf16" and self.precision == "fp32":
+            raise ConfigError(
+                "engine.grad_dtype=bf16 needs engine.precision=bf16; with fp32 leave it at fp32"
+            )
         if self.compile and self.zero_stage == 3:
             raise ConfigError(
                 "engine.compile=true needs engine.zero_stage=2 or below: at 3 parameters are not there when "
@@ -114,8 +133,8 @@ def resolve_stage(cfg: EngineConfig, device: torch.device) -> int:
 
 
 def resolve_precision(cfg: EngineConfig, device: torch.device) -> str:
-    """fp32 or bf16; ConfigError where bf16 is asked of a GPU that lacks it."""
-    supported = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    """fp32 or bf16; ConfigError where bf16 is asked of a GPU that lacks it (and would emulate it, slowly)."""
+    supported = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.precision == "auto":
         return "bf16" if device.type == "cuda" and supported else "fp32"
     if cfg.precision == "bf16" and not supported:
@@ -151,6 +170,7 @@ def deepspeed_config(
     Raises:
         ConfigError: engine.extra sets a key that other settings decide.
     """
+    grad_dtype = cfg.grad_dtype if precision == "bf16" else "fp32"
     derived: dict[str, Any] = {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
@@ -160,7 +180,13 @@ def deepspeed_config(
         "zero_optimization": _zero_config(cfg, stage, num_parameters),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": _PRODUCTS if grad_dtype == "bf16" else [],
+        },
+        "communication_data_type": grad_dtype,
+        "timers": {"throughput": {"enabled": False}},
     }
     zero = cfg.extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -170,6 +196,23 @@ def deepspeed_config(
         names = ", ".join(sorted(taken))
         raise ConfigError(f"engine.extra sets {names}, which other settings decide; remove it there")
     return derived | cfg.extra | {"zero_optimization": derived["zero_optimization"] | zero}
+
+
+@contextlib.contextmanager
+def determinism(cfg: EngineConfig) -> Iterator[None]:
+    """Operations of torch that add in one order inside the block, if `cfg.deterministic`.
+
+    The kernels of models/ops always do. cuBLAS reads its setting at the first matrix product.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _stand_in(cfg: EngineConfig) -> dict[str, Any]:
@@ -214,6 +257,8 @@ def build_engine(
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
+    # Of Inductor: fp32 products are exact here, unless a user's own code says otherwise.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if cfg.compile or (cfg.compile is None and stage < 3 and torch.cuda.is_available()):
         engine.compile()

@@ -1,9 +1,6 @@
 """Ranks: who this process is, the few collectives that training needs, seeds.
 
-Owns torch.distributed. Launchers describe the world by environment variables (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT: `deepspeed`, `torchrun` and our Slurm entry all set them; in a job step of `srun`
-they are made from Slurm's own); with none of them set the process is a world of one. A partly set environment
-is refused.
+Owns torch.distributed, beside rendezvous.py, by which the ranks find each other.
 
 Control messages (flags, small objects) travel over gloo on the CPU also where tensors travel over NCCL, so
 that agreeing on a stop never makes the host wait for the device.
@@ -17,11 +14,9 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-import re
 import signal
-import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -30,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from segformer.errors import ConfigError, SegformerError, reraise_as
+from segformer.distributed.rendezvous import Place, find_place, meet
+from segformer.errors import ConfigError, RankLost, SegformerError, reraise_as
 
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _T = TypeVar("_T")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
@@ -60,7 +55,19 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on all ranks where `flag` is set on one; all ranks call it."""
-        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+        return self.begin_any(flag)()
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """`any`, exchanged while this rank goes on; calling the result waits for it. All ranks call both."""
+        count = torch.tensor([float(flag)])
+        work = dist.all_reduce(count, async_op=True) if self.size > 1 else None
+
+        def answer() -> bool:
+            if work is not None:
+                work.wait()
+            return bool(count.item() > 0)
+
+        return answer
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on all ranks."""
@@ -101,91 +108,51 @@ class World:
             time.sleep(0.2)
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK and the like for a task of an `srun` job step of several tasks; {} outside of one.
-
-    A batch script is no such step, although Slurm describes it by some of the same variables: it has no
-    SLURM_STEP_ID of a number. The port follows from the job and step, so that steps on one node differ.
-
-    Raises:
-        ConfigError: Slurm's variables are incomplete.
-    """
-    step, tasks = environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if not step.isdigit() or tasks == "1":
-        return {}
-    what = "this looks like a step of srun, but a variable of Slurm is missing or no number"
-    with reraise_as(ConfigError, what, on=(KeyError, ValueError)):
-        # Below the ephemeral ports; another one after a requeue, whose old one may still be taken.
-        attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
-        port = 20000 + (int(environment["SLURM_JOB_ID"]) * 131 + attempt * 17 + int(step)) % 12000
-        nodes, node = environment["SLURM_STEP_NODELIST"], int(environment.get("SLURM_NODEID", "0"))
-        first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]  # gpu[03-05,9],cpu1 -> gpu03
-        return {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": tasks,
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": _tasks_on_node(environment["SLURM_STEP_TASKS_PER_NODE"], node),
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or first,
-            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-        }
-
-
-def _tasks_on_node(text: str, node: int) -> str:
-    """The tasks of a node from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    counts = [count for count, times in found for _ in range(int(times or 1))]
-    if not counts:
-        raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE={text} can't be read")
-    return counts[min(node, len(counts) - 1)]
-
-
 def init_world(timeout_s: float = 600.0) -> World:
     """Join the process group that the environment describes; a world of one when it describes none.
 
     Raises:
-        ConfigError: some, but not all, of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set; or
-            there are GPUs, but fewer than ranks.
+        ConfigError, RankLost: the environment is wrong, or the ranks can't meet (rendezvous.py); or there are
+            GPUs, but fewer than ranks.
     """
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        alone = ("0", "1", "0", "127.0.0.1", str(free_port()))
-        os.environ.update(slurm_environment(os.environ) or zip(_ENVIRONMENT, alone, strict=True))
-    if missing := [name for name in _ENVIRONMENT if name not in os.environ]:
-        raise ConfigError(
-            f"the environment names a rank but not {', '.join(missing)}; start with `deepspeed`, `torchrun` "
-            "or plain python, or unset RANK and WORLD_SIZE"
-        )
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = find_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        of_slurm = os.environ.get("SLURM_LOCALID") == str(local_rank)
+        of_slurm = os.environ.get("SLURM_LOCALID") == str(place.local_rank)
         own_gpu_only = of_slurm and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
-        index = 0 if own_gpu_only else local_rank  # --gpus-per-task=1: every task knows its GPU as the first
+        index = 0 if own_gpu_only else place.local_rank  # --gpus-per-task=1: its GPU is the first
         if index >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank} has no GPU of its own, there are {torch.cuda.device_count()}; "
-                "start as many ranks as GPUs (or set CUDA_VISIBLE_DEVICES to nothing, for the CPU)"
+                f"local rank {place.local_rank} has no GPU of its own, there are {torch.cuda.device_count()};"
+                " start as many ranks as GPUs (or set CUDA_VISIBLE_DEVICES to nothing, for the CPU)"
             )
         device = torch.device("cuda", index)
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed chooses its device by it
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        _join(place, device, timeout_s)
     return World(
-        rank=rank,
-        local_rank=local_rank,
-        size=size,
-        # torchrun and Slurm set the first, deepspeed the second
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
+        rank=place.rank,
+        local_rank=place.local_rank,
+        size=place.size,
+        local_size=place.local_size,
         device=device,
     )
+
+
+def _join(place: Place, device: torch.device, timeout_s: float) -> None:
+    """Make the process group; all ranks."""
+    store, on_gpu = meet(place, timeout_s), device.type != "cpu"
+    what = f"the {place.size} ranks met at {place} but can't connect"
+    with reraise_as(RankLost, what, "look at the first error of the other ranks", on=dist.DistError):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,
+        )
 
 
 def limit_threads(world: World) -> None:

@@ -145,7 +145,7 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
     ]
     report.findings += judge_source(cfg.data, report.source)
     labels = Labels.configured(cfg.data, report.classes)
-    report.findings += judge_labels(labels, report.source, train=cfg.train_split, evaluation=cfg.eval_split)
+    report.findings += judge_labels(labels, report.source, train=cfg.train_split, sharded=False)
     palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
     _draw_sheet(cfg, report, "source", report.source, palette)
 
@@ -179,8 +179,8 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
         text = other_classes(report.classes, shards.classes, cfg.data.shards)
         report.add(FAIL, "shards: classes", text)
     report.classes = list(shards.classes)
-    labels = Labels.of(shards.content, cfg.data.allow_unseen)
-    judged = judge_labels(labels, report.shards, train=cfg.train_split, evaluation=cfg.eval_split)
+    labels = Labels.of(shards.content, cfg.data)
+    judged = judge_labels(labels, report.shards, train=cfg.train_split, sharded=True)
     report.findings += [finding for finding in judged if finding not in report.findings]
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 

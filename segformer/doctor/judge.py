@@ -8,7 +8,6 @@ Every WARN and FAIL ends in what to do, in settings that can be copied. All chec
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -19,16 +18,20 @@ from segformer.data.sources.content import (
     FAIL,
     LISTED,
     OK,
+    SMOOTH,
     WARN,
     Finding,
     Histogram,
     Labels,
+    id_remedy,
     judge_content,
     runs,
-    unknown_ids,
+    turned_text,
 )
-from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
+from segformer.data.sources.division import same_bytes, same_files
 from segformer.data.sources.folder import left_out_text
+from segformer.data.sources.masks import color_remedy, unknown_ids
 from segformer.doctor.scan import SplitScan
 from segformer.errors import listed
 from segformer.training.config import RunConfig
@@ -44,6 +47,7 @@ _DEFECTS = {
         "an image and its mask must have the same pixels; export the masks again",
     ),
     "colour": ("masks hold colors, not label ids", ""),
+    "blended": ("masks hold blends of the colors in data.mask_colours", SMOOTH),
     "painted": (
         "masks hold colors that data.mask_colours does not list",
         "add the colors to data.mask_colours, and map them in data.label_map (255 = ignore)",
@@ -55,6 +59,13 @@ def judge_source(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Iterator[Fin
     """Findings on a source folder: its files, and the ids in its masks."""
     for scan in scans:
         yield from _files(cfg, scan)
+    if turned := [scan.turned for scan in scans if scan.turned]:
+        text = turned_text(
+            cfg.task, sum(map(len, turned)), sum(scan.samples for scan in scans), *turned[0][0]
+        )
+        yield Finding(WARN, "EXIF", text)
+    images = {scan.name: [(s.key, s.image_file) for s in scan.holders[-1]] for scan in scans}
+    yield from (Finding(FAIL, "splits", text) for text in same_files(cfg, images))
     if cfg.task == "segmentation":
         yield _label_ids(cfg, scans)
         yield from _label_map(cfg, {raw for scan in scans for raw in scan.raw_pixels})
@@ -67,26 +78,12 @@ def _files(cfg: DatasetConfig, scan: SplitScan) -> Iterator[Finding]:
             yield from (Finding(FAIL, about, text) for text in places.examples)
             continue
         what, remedy = _DEFECTS[kind]
-        remedy = remedy or _color_remedy(cfg, scan)
+        remedy = remedy or color_remedy(scan.colors, len(cfg.classes))
         yield Finding(FAIL, about, f"{places.count} {what} ({places}); {remedy}")
     if not scan.defects:
         yield Finding(OK, about, f"{scan.samples} samples, every file read and decoded")
     for folder, kinds in scan.left_out.items():
         yield Finding(OK, about, f"not used of {folder}: {left_out_text(kinds)}")
-
-
-def _color_remedy(cfg: DatasetConfig, scan: SplitScan) -> str:
-    if len(scan.colors) > 4 * max(LISTED, len(cfg.classes)):
-        return (
-            f"the masks have {len(scan.colors)} colors or more, as after a lossy format or smooth resize; "
-            "export label ids as PNG"
-        )
-    found = [list(color) for color, _ in scan.colors.most_common(LISTED)]
-    more = ", ..." if len(scan.colors) > LISTED else ""
-    return (
-        f"give their colors in the order of the raw ids: data.mask_colours={found}{more} "
-        "(found, most frequent first)"
-    )
 
 
 def _label_ids(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Finding:
@@ -97,15 +94,18 @@ def _label_ids(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Finding:
         return Finding(FAIL, about, f"data.classes is empty, masks hold {runs(found)}; name the classes")
     if not found:
         return Finding(FAIL, about, "no mask could be read; see the findings on files")
-    table = label_table(cfg)
-    unknown = sorted(value for value in found if table[value] < 0)
+    unknown = unknown_ids(cfg, list(found))
     if not unknown:
         how = "label map" if cfg.label_map else "ids are train ids"
         return Finding(OK, about, f"{runs(found)}: all known ({how})")
     images: Counter[int] = Counter()
     for scan in scans:
         images.update(scan.raw_images)
-    return Finding(FAIL, about, unknown_ids(Labels.configured(cfg, cfg.classes), images, unknown))
+    where = listed([f"{value} in {images[value]} images" for value in unknown], LISTED)
+    count, do = len(cfg.classes), "add the missing names to data.classes, or map every id in data.label_map"
+    have = f"{count} classes have ids 0 to {count - 1}; " if not cfg.label_map else ""
+    remedy = id_remedy(Labels.configured(cfg, cfg.classes), found) or f"{do} (255 = ignore)"
+    return Finding(FAIL, about, f"ids without a class: {where}; {have}{remedy}")
 
 
 def _label_map(cfg: DatasetConfig, seen: set[int]) -> Iterator[Finding]:
@@ -124,7 +124,7 @@ def _label_map(cfg: DatasetConfig, seen: set[int]) -> Iterator[Finding]:
 
 
 def judge_labels(
-    labels: Labels, scans: Sequence[SplitScan], *, train: str, evaluation: str
+    labels: Labels, scans: Sequence[SplitScan], *, train: str, sharded: bool
 ) -> Iterator[Finding]:
     """Findings on the train ids and images of a folder's or of shards' splits."""
     by_name = {scan.name: scan for scan in scans if scan.samples}
@@ -144,8 +144,13 @@ def judge_labels(
             yield Finding(WARN, f"{scan.name}: copies", f"{text}; remove the copies")
     if train in held and f"{train}: classes" not in judged and "classes" not in judged:
         yield _rarest(labels.classes, by_name[train])
-    for first, second in combinations(sorted(by_name), 2):
-        yield _overlap(by_name[first], by_name[second])
+    images = {name: scan.digests for name, scan in by_name.items()}
+    shared = list(same_bytes(labels.allow_duplicates, images))
+    for found in shared:
+        level = WARN if sharded and not found.whole else FAIL  # shards of a time when they were written
+        yield Finding(level, f"{found.first} and {found.second}", found.text)
+    if len(images) > 1 and not shared:
+        yield Finding(OK, " and ".join(images), "no image is in two, but as allowed")
 
 
 def _ignored(scan: SplitScan) -> Finding | None:
@@ -170,16 +175,6 @@ def _rarest(classes: Sequence[str], train: SplitScan) -> Finding:
         f"{text}; the rarest is {classes[rarest]!r}, {share:.3g} % of the {of}, in "
         f"{int(train.class_images[rarest])} of {train.samples} images",
     )
-
-
-def _overlap(first: SplitScan, second: SplitScan) -> Finding:
-    about = f"{first.name} and {second.name}"
-    shared = first.digests.keys() & second.digests.keys()
-    if not shared:
-        return Finding(OK, about, "no image is in both")
-    pairs = sorted(f"{first.digests[digest]} = {second.digests[digest]}" for digest in shared)
-    text = f"{len(shared)} images are in both, byte for byte ({listed(pairs, 3)}): scores would be too good"
-    return Finding(WARN, about, f"{text}; remove them from one")
 
 
 def judge_settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int]) -> Iterator[Finding]:

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sources.decode import decode_image, decode_mask, decode_pixels, read_file
+from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.folder import LeftOut
-from segformer.data.sources.listing import Defect, LoadedSample, Sample, find_samples, inspect_sample
+from segformer.data.sources.listing import LoadedSample, Sample, find_samples, inspect_sample
+from segformer.data.sources.masks import Defect, mask_colors
 from segformer.errors import DataError, reported
 
 SHOWN = 3  # places that are named for each kind of defect
-MAX_COLORS = 64  # of one mask; more are noise of a lossy format, not a palette
 _BATCH = 1024  # files handed to the threads at a time
 
 Picture = tuple[np.ndarray, np.ndarray | None]
@@ -78,6 +78,8 @@ class SplitScan:
     """Fingerprint of each image file -> its key."""
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
+    turned: list[tuple[str, int]] = field(default_factory=list)
+    """Images that EXIF would turn: file, orientation."""
     defects: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(Places))
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     """Folder -> what it holds that is not used."""
@@ -142,8 +144,7 @@ def _look(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect
     loaded.ids = None
     colors: list[tuple[int, ...]] = []
     if sample.mask is not None and any(defect.kind == "colour" for defect in defects):
-        pixels = decode_pixels(sample.mask, read_file(sample.mask), "RGB").reshape(-1, 3)
-        colors = [tuple(color) for color in np.unique(pixels, axis=0)[:MAX_COLORS].tolist()]
+        colors = mask_colors(sample.mask)
     return loaded, defects, colors
 
 
@@ -161,6 +162,8 @@ def _add(
     scan.colors.update(colors)
     if loaded.image:
         scan.fingerprint(loaded.image, sample.key)
+    if loaded.orientation != 1:
+        scan.turned.append((sample.image_file, loaded.orientation))
     if loaded.height:
         scan.heights.append(loaded.height)
         scan.widths.append(loaded.width)

@@ -1,7 +1,8 @@
 """Evaluation: every validation image once over all ranks, one table of counts, the scores.
 
-Segmentation takes images whole and unscaled, and brings logits to the label's size in fp32, tile by tile
-(models/ops/argmax.py). Classification resizes the short side to eval_resize and cuts the center out.
+Segmentation takes images as the inference mode says, whole and unscaled by default, and brings logits to the
+label's size in fp32, tile by tile (models/ops/argmax.py). Classification resizes the short side to
+eval_resize and cuts the center out.
 
 The batches of a rank hold images of one size only; ranks may have different numbers of batches. Under ZeRO-3
 each forward is a collective, so a rank that has run out repeats a forward that doesn't count until all are
@@ -22,7 +23,8 @@ from segformer.data.loading.loader import LoaderConfig, eval_batches, num_eval_b
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
-from segformer.errors import SegformerError, reported
+from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
 from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
 from segformer.models.ops.backend import BACKENDS, Backend
 
@@ -41,6 +43,7 @@ def evaluate(
     should_stop: Callable[[], bool],
     on_error: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
+    mode: InferenceModeConfig | None = None,
     ops: Backend = BACKENDS["fused"],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
 ) -> Scores | None:
@@ -55,13 +58,14 @@ def evaluate(
         on_error: gets what is wrong with the data that this rank reads, and must make `should_stop` answer
             True on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cropped; None for segmentation.
+        mode: how images of segmentation go through the model; None for whole, at their own size.
         ops: backend of the operation that counts the pixels of a segmentation.
         on_batch: gets every batch of this rank and its logits, once they are counted.
     """
     metric = SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
-    metric = metric.to(world.device)
-    training = model.training
+    metric, training = metric.to(world.device), model.training
     model.eval()
+    network = InferenceMode(model, mode or InferenceModeConfig()) if view is None else model
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
     ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
     batches = eval_batches(split, loader, batch_size=batch_size, augment=view, **ranks)
@@ -73,13 +77,11 @@ def evaluate(
             with reported(on_error):
                 batch = next(iterator, None)
             if batch is not None:
-                batch = batch.to(world.device, non_blocking=True)
-                images = batch.images
-            autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=bf16)
-            with autocast, bounded_compilation(model, images):
-                logits = model(normalize(images, None))
+                images = (batch := batch.to(world.device, non_blocking=True)).images
+            with _eagerly(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                logits = network(normalize(images, None))
             if batch is not None:
-                with reported(on_error):
+                with reported(on_error), _naming(split, batch):
                     metric.update(logits, batch.targets)
                 on_batch(batch, logits)
     model.train(training)
@@ -90,13 +92,17 @@ def evaluate(
         return metric.compute()
 
 
-def bounded_compilation(model: nn.Module, images: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A compiled model runs without its graphs where a side is no multiple of 32.
+def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """A model that is compiled for its training crops runs without graphs, as if it weren't.
 
-    All sizes of whole 32 share two or three graphs. The others have one for every way in which the maps of
-    the stages round, and compiling each would hold up a training run for minutes.
+    Batches of an evaluation vary in all three sizes. Each new graph holds a run up for a minute, and of sizes
+    that vary Inductor (torch 2.13) makes wrong ranges and fails.
     """
-    whole = images.shape[2] % 32 == 0 and images.shape[3] % 32 == 0
-    if whole or not getattr(model, "is_compiled", False):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    if getattr(model, "is_compiled", False):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+def _naming(split: Split, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """A DataError of the block begins with the samples of the batch."""
+    return reraise_as(DataError, listed(map(split.describe, batch.sample_ids.tolist()), 3), on=DataError)

@@ -1,5 +1,7 @@
 """Inference modes of published scores: resized images, sliding windows, test-time augmentation.
 
+What evaluation and prediction send through a network goes through here:
+
     image -> resized (short_side, long_side, scales, size_divisor) -> perhaps flipped
           -> logits, of the whole or of windows, enlarged to the resized image
           -> resized to the original image -> softmax -> flipped back -> mean over all of these -> argmax
@@ -14,7 +16,8 @@ those of 0.x (short_side and long_side times the factor), without it those of 1.
 Memory: K floats for each pixel of the largest resized image of a batch; of several views, also for each pixel
 of the originals, and twice that for the image that is being added.
 
-Refuses settings that contradict each other, and images that become smaller than the network takes.
+A side of less than 32 pixels is padded for the network with the last row or column, and the logits of the
+padding are cut off again. Refuses settings that contradict each other, and images that lose all their pixels.
 
 Shapes: B batch, K classes, H W original image, h w resized image.
 """
@@ -29,8 +32,7 @@ from torch import Tensor, nn
 
 from segformer.errors import ConfigError, at_least
 
-_LEAST = 32  # shortest side that can be asked for
-_TAKEN = 29  # shortest side that a network takes: its first stage reduces a map of a quarter of it by 8
+_LEAST = 32  # shortest side that the network sees, and that can be asked for: the encoder reduces by 32
 
 Size = tuple[int, int]
 
@@ -106,15 +108,14 @@ def resized(cfg: InferenceModeConfig, size: Size, factor: float = 1.0) -> tuple[
 
 
 def check_images(cfg: InferenceModeConfig, sizes: Iterable[Size]) -> None:
-    """ConfigError where an image of one of `sizes` would become too small for the network."""
+    """ConfigError where nothing would be left of an image of one of `sizes`."""
     for size in sorted(set(sizes)):
         for factor in cfg.scales or [1.0]:
-            first, last = resized(cfg, size, factor)
-            if min(first) < 1 or min(last) < _TAKEN:
+            (height, width), _ = resized(cfg, size, factor)
+            if min(height, width) < 1:
                 raise ConfigError(
                     f"{', '.join(settings(cfg))}: an image of {size[0]} x {size[1]} (height x width) becomes "
-                    f"{last[0]} x {last[1]}, and the network needs sides of {_TAKEN}; "
-                    "use a larger short_side or larger scales"
+                    f"{height} x {width}; use a larger short_side or larger scales"
                 )
 
 
@@ -135,7 +136,7 @@ def _resize(maps: Tensor, size: Size) -> Tensor:
 
 
 class InferenceMode(nn.Module):
-    """A network with resizing, windows and test-time augmentation around it; evaluated in its place."""
+    """A network with padding, resizing, windows and test-time augmentation around it; used in its place."""
 
     def __init__(self, model: nn.Module, cfg: InferenceModeConfig) -> None:
         """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
@@ -147,9 +148,11 @@ class InferenceMode(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalized -> logits (B, K, h, w); of several views, shares (B, K, H, W).
 
-        Without gradients.
+        Whole images at their own size leave as the network's own result. Without gradients.
         """
         size = (images.shape[2], images.shape[3])
+        if not settings(self.cfg) and min(size) >= _LEAST:
+            return self.model(images)
         scales = self.cfg.scales or [1.0]
         if len(scales) == 1 and not self.cfg.flip:
             return self._logits(self._resized(images, scales[0]))
@@ -189,11 +192,10 @@ class InferenceMode(nn.Module):
         return total.div_(count)
 
     def _enlarged(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        missing = (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))
+        if any(missing):
+            images = F.pad(images, missing, mode="replicate")
         logits = self.model(images)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _resize(logits, (images.shape[2], images.shape[3]))
-
-
-def in_mode(model: nn.Module, cfg: InferenceModeConfig) -> nn.Module:
-    """`model` itself where all settings are at their defaults, else an InferenceMode around it."""
-    return InferenceMode(model, cfg) if settings(cfg) else model
+        return _resize(logits, (images.shape[2], images.shape[3]))[:, :, :height, :width]

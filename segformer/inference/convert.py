@@ -9,21 +9,20 @@ It prints what it found, what it left out and what it wrote. Refuses everything 
 to write over its source.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from segformer.checkpoint.reader import parse_yaml
 from segformer.errors import ConfigError, listed, reraise_as, say, within
-from segformer.files import read_text
+from segformer.files import parse_json, read_text
 from segformer.inference.export import check_network, check_output, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
-from segformer.models.weights.key_maps import TITLES, WRITTEN
+from segformer.models.weights.key_maps import ALIGNED, TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
@@ -131,10 +130,10 @@ def _named(given: Any) -> Metadata:
 
 def _read_file(path: str, key: str) -> Any:
     """The content of a YAML or JSON file."""
-    unreadable = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError)
+    unreadable = (OSError, ValueError)
     with reraise_as(ConfigError, f"{key}={path} can't be read", "give a YAML or JSON file", on=unreadable):
         text = read_text(Path(path), most=MOST)
-        return json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        return parse_json(text.encode()) if path.endswith(".json") else parse_yaml(text)
 
 
 def _report(weights: Weights) -> None:
@@ -167,6 +166,8 @@ def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
             f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
+    if (to, arch.kind) == ("smp", "segmentation"):
+        say(f"note       {ALIGNED}")
     use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]
     say("use        " + use.format(out=out, arch=arch))
 

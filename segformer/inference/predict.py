@@ -46,6 +46,7 @@ from segformer.data.sources.decode import (
 from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
 from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
 from segformer.evaluation.drawing import overlay, write_picture
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
 from segformer.inference.export import build, check_output, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.weights.bundle import Weights
@@ -57,7 +58,6 @@ STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
 SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the size of most JPEGs
-MIN_SIDE = 32  # smaller images are padded with their edge pixels: the encoder reduces by 32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +90,7 @@ class Predictor:
         self.classes = metadata.classes
         self.palette = np.array(metadata.palette, np.uint8)
         self.device = _device(device)
-        self.model: nn.Module = build(trained).to(self.device)
+        self.model: nn.Module = InferenceMode(build(trained).to(self.device), InferenceModeConfig())
         self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
 
     @classmethod
@@ -110,13 +110,10 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Image (H, W, 3) uint8 RGB -> class ids (H, W) uint8."""
-        height, width = image.shape[:2]
-        missing = ((0, max(0, MIN_SIDE - height)), (0, max(0, MIN_SIDE - width)), (0, 0))
-        padded = np.ascontiguousarray(np.pad(image, missing, mode="edge"))
-        pixels = torch.from_numpy(padded).to(self.device).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.array(image, order="C")).to(self.device).permute(2, 0, 1)[None]
         logits = self.model(self._normalize(pixels, None))
-        prediction = upsample_argmax(logits, (padded.shape[0], padded.shape[1]))
-        return prediction[0, :height, :width].to(torch.uint8).cpu().numpy()
+        prediction = upsample_argmax(logits, (image.shape[0], image.shape[1]))
+        return prediction[0].to(torch.uint8).cpu().numpy()
 
 
 def writing(place: object) -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError, at_least, listed, say
 from segformer.evaluation.evaluate import evaluate
-from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, in_mode, settings
+from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings
 from segformer.evaluation.metrics import Scores
 from segformer.inference.export import build, open_checkpoint
 from segformer.models.weights.bundle import Weights
@@ -66,7 +66,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         start = time.monotonic()
         failures: list[SegformerError] = []
         scores = evaluate(
-            in_mode(build(trained).to(world.device), cfg),
+            build(trained).to(world.device),
             Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
             split,
             cfg.loader,
@@ -77,6 +77,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
             should_stop=lambda: world.any(bool(failures)),
             on_error=failures.append,
             view=view,
+            mode=cfg,
         )
     finally:
         world.close()

@@ -6,6 +6,7 @@
 Shapes: B batch, K classes, H W image.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,7 @@ from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import map_classes
+from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.load import classes_of, load_pretrained, load_weights, weights_of
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export
@@ -99,6 +101,8 @@ class SegFormer(Network):
             weights = map_classes(weights, class_map)
         if weights.arch.kind == "classification":
             weights = weights.encoder()
+        if ALIGNED in weights.notes and weights.arch.kind == "segmentation":
+            warnings.warn(f"{path}: {ALIGNED}", stacklevel=2)
         cfg = weights.config(norm_profile, ops)
         return build_model(cfg, classes_of(weights, num_classes)).load(weights)
 

@@ -134,7 +134,7 @@ def frozen(cfg: RunConfig) -> dict[str, Any]:
     for key in FROZEN:
         group, _, name = key.partition(".")
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
-    for free in ("root", "shards", "allow_unseen"):
+    for free in ("root", "shards", "allow_unseen", "allow_duplicates"):
         del found["data"][free]
     return found
 

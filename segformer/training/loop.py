@@ -1,6 +1,9 @@
 """Training: one loop over the parts of a run (run.py); the optimizer step is step.py.
 
-    for every optimizer step: fetch, agree to go on, step, log, evaluate, save - in this order
+    for every optimizer step: evaluate, agree to go on, fetch ahead, step, log, save - in this order
+
+An evaluation belongs to the step before it, and what it could lose is saved by then. TrainState.evaluated
+says whether it was made; who continues from a state without it makes it first.
 
 Determinism: the weights after step t are a function of (configuration, shards, world size, device). The
 sample order and augmentation don't depend on ranks or workers; the generator that drop-out draws from is
@@ -8,7 +11,8 @@ seeded anew at every step from (seed, step, rank), so a resume needs no random s
 
 Before every step (or batch of an evaluation) all ranks agree to stop (stopping.py); they then save one
 checkpoint together and end: with Preempted (exit code 75) or with the error of the rank that has it. A second
-Ctrl-C stops at once. Steps that are not finite: recovery.py; ranks that hang: watchdog.py.
+Ctrl-C stops at once. The question is asked a step ahead, together with the batches, so that nobody waits for
+the answer. Steps that are not finite: recovery.py; ranks that hang: watchdog.py.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from segformer.checkpoint.format import TrainState
 from segformer.data.loading.samples import Batch
+from segformer.distributed.engine import determinism
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
 from segformer.errors import CheckpointError, RunTaken, reported
@@ -47,6 +54,7 @@ def train(cfg: RunConfig, world: World) -> Scores:
     limit_threads(world)
     run_dir, summary = Path(cfg.run_dir), config_summary(cfg)
     with (
+        determinism(cfg.engine),
         leased(cfg, world) as lease,
         StopFlag() as flag,
         Watchdog(run_dir / "stacks", world, cfg.engine.timeout_s) as watchdog,
@@ -61,13 +69,27 @@ def train(cfg: RunConfig, world: World) -> Scores:
 def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores:
     telemetry, meter, stopping, losses = run.telemetry, run.meter, run.stopping, LossSum(world.device)
     accumulation = cfg.batch_shape(world.size).accumulation
+    ahead: list[Batch] | None = None  # the micro batches of the next step, once they are fetched
     telemetry.start(model.state.step)
     meter.reset()
     while model.state.step < cfg.steps:
-        start = time.monotonic()
-        batches, waited = _fetch(run, accumulation)
+        if _evaluation_due(cfg, model.state):
+            if _evaluate(cfg, world, task, model, run) is None:
+                break  # it is made when the run goes on
+            if model.state.best_step == model.state.step != run.saved.step:  # the best is always on disk
+                _save(cfg, world, model, run)
+        start, waited = time.monotonic(), 0.0
+        if ahead is None:
+            ahead, waited = _fetch(run, accumulation)
+            stopping.ask()
         if stopping.agreed():
             break
+        batches, ahead = ahead, None
+        run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
+        if model.state.step + 1 < cfg.steps:
+            ahead, more = _fetch(run, accumulation)
+            stopping.ask()
+            waited += more
         with run.profiler.step(model.state.step + 1):
             outcome = train_step(cfg, world, task, model, batches, losses)
         step, state = model.state.step, model.state
@@ -81,22 +103,17 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
         if state.skipped_in_a_row >= cfg.max_skipped:
             roll_back(cfg, world, model, run)
             losses.clear()
+            ahead = None
             continue
         if step == cfg.steps or step % cfg.telemetry.log_every == 0:
             _log(world, model, run, losses, outcome.norm)
             report_replaced(cfg, world, state, run)
-        if step == cfg.steps or state.skipped_in_a_row:
-            continue
-        if step % cfg.eval_every == 0:
-            _evaluate(cfg, world, task, model, run)
-        if step % cfg.checkpoint.save_every == 0 or state.best_step == step:  # the best is always on disk
-            report_replaced(cfg, world, state, run)
-            _save(world, model, run)
+        if (step == cfg.steps or step % cfg.checkpoint.save_every == 0) and not state.skipped_in_a_row:
+            _save(cfg, world, model, run)
     scores = _evaluate(cfg, world, task, model, run) if model.state.step == cfg.steps else None
     run.checkpoints.settle()
-    if model.state.step and run.checkpoints.last_saved != model.state.step:
-        report_replaced(cfg, world, model.state, run)
-        _save(world, model, run, last=True)
+    if model.state.step and (run.checkpoints.last_saved != model.state.step or run.saved != model.state):
+        _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
     if scores is None:
         raise stopping.reason(model.state.step, Path(cfg.run_dir) / "checkpoints")
@@ -106,13 +123,12 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
 
 
 def _fetch(run: Services, count: int) -> tuple[list[Batch], float]:
-    """The micro batches of the next step, fewer where the data is damaged, and the seconds they took."""
+    """The micro batches of a step, fewer where the data is damaged, and the seconds they took."""
     start = time.monotonic()
     batches: list[Batch] = []
     with reported(run.stopping.fail):
         while len(batches) < count:
             batches.append(next(run.batches))
-    run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
     return batches, time.monotonic() - start
 
 
@@ -135,6 +151,12 @@ def _log(world: World, model: ModelState, run: Services, losses: LossSum, norm: 
             return run.stopping.fail(error)
     run.telemetry.train(model.state.step, values)
     run.meter.reset()
+
+
+def _evaluation_due(cfg: RunConfig, state: TrainState) -> bool:
+    """The evaluation of the last step is to be made; never amid skipped steps."""
+    wanted = state.step > 0 and state.step % cfg.eval_every == 0
+    return wanted and state.evaluated != state.step and not state.skipped_in_a_row
 
 
 def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores | None:
@@ -162,11 +184,14 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     telemetry.line(f"step {state.step}: validation {scores.summary()}{of} ({count} images in {took})")
     if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
         state.best_score, state.best_step = scores.score, state.step
+    state.evaluated = state.step
     return scores
 
 
-def _save(world: World, model: ModelState, run: Services, *, last: bool = False) -> None:
+def _save(cfg: RunConfig, world: World, model: ModelState, run: Services, *, last: bool = False) -> None:
     """Hand the state over to be written, or write it (last); all ranks."""
+    report_replaced(cfg, world, model.state, run)
     run.checkpoints.settle()  # never two copies of the state in the host's memory
     run.checkpoints.save(model.gather(world), last=last)
+    run.saved = replace(model.state)
     run.meter.reset()

@@ -9,6 +9,7 @@ replaced by the loader, and the run ends where there are more than loader.max_co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from segformer.checkpoint.format import TrainState
@@ -70,6 +71,7 @@ def roll_back(cfg: RunConfig, world: World, model: ModelState, run: Services) ->
     assert saved is not None
     write_model(model.engine, saved.model)
     model.restore(saved)
+    run.saved = replace(model.state)
     model.state.bad_step = step
     run.skipped.clear()
     run.checkpoints.last_saved = model.state.step

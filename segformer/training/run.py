@@ -32,13 +32,16 @@ from segformer.data.loading.loader import (
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.shards.format import ShardSet, Split
-from segformer.data.sources.content import Histogram, Labels, check_content, other_classes
+from segformer.data.sources.content import other_classes
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
+from segformer.models.ops.backend import BACKENDS
 from segformer.models.ops.batch_norm import synchronize_batch_norm
+from segformer.models.ops.dispatch import take_plain
+from segformer.models.ops.trial import failing_kernels
 from segformer.models.variants import VARIANTS
 from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
@@ -48,7 +51,7 @@ from segformer.training.config import RunConfig, frozen_difference, load_config,
 from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
-from segformer.training.task import Task, check_settings, check_task, make_task, training_crop
+from segformer.training.task import Task, check_data, check_settings, check_task, make_task, training_crop
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +62,8 @@ class Services:
     "start_step -> this rank's micro batches from that optimizer step on."
     batches: Generator[Batch, None, None]
     checkpoints: Checkpointer
+    saved: TrainState
+    "The state as it was last handed over to be saved, or loaded."
     lease: Lease | None
     "The right to write into the run's directory; rank zero."
     telemetry: Telemetry
@@ -172,6 +177,8 @@ def set_up(
     batch = world.on_main(lambda: _check(cfg, world.size))
     shards = open_shards(cfg, verify=not world.is_main and world.local_rank == 0)  # once on every node
     task = make_task(cfg, shards, world)
+    if BACKENDS[cfg.model.ops].fused:
+        agree_on_kernels(world, failing_kernels(world.device), telemetry.line)
     torch.manual_seed(derive_seed(cfg.seed, "init"))
     saved = newest_checkpoint(cfg, world, telemetry.line)
     state = TrainState(data_digest=shards.digest) if saved is None else saved.state
@@ -200,6 +207,7 @@ def set_up(
         stream=stream,
         batches=iter(stream(start_step=state.step)),
         checkpoints=checkpoints,
+        saved=replace(state),
         lease=lease,
         telemetry=telemetry,
         ledger=Ledger(run_dir / "ledger", world.rank, state.step) if cfg.telemetry.ledger else None,
@@ -236,15 +244,26 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     model.to(world.device)
 
 
+def agree_on_kernels(world: World, found: dict[str, str], warn: Callable[[str], None]) -> None:
+    """Leave out the kernels that fail on any rank's GPU, where `found` says why; all ranks."""
+    reasons: dict[str, str] = {}
+    for rank, failing in enumerate(world.gather(found)):
+        reasons |= {name: f"rank {rank}: {why}" for name, why in failing.items() if name not in reasons}
+    take_plain(reasons)
+    if reasons:
+        name = min(reasons)
+        warn(
+            f"without the Triton kernels of {', '.join(sorted(reasons))}, which fail here ({name} on "
+            f"{reasons[name]}): all ranks take the plain forms, which are slower"
+        )
+
+
 def _check(cfg: RunConfig, world_size: int) -> BatchShape:
     """Find what is wrong with batch and data; rank zero, so that it is reported once."""
     batch = cfg.batch_shape(world_size)
     shards = open_shards(cfg)
     check_task(cfg, shards)
-    splits = {
-        name: Histogram.of(shards.content["splits"][name]) for name in (cfg.train_split, cfg.eval_split)
-    }
-    check_content(Labels.of(shards.content, cfg.data.allow_unseen), splits, [cfg.train_split])
+    check_data(cfg, shards)
     return batch
 
 

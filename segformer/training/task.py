@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from segformer.data.loading.classification import ClassificationAugment, mix
@@ -20,9 +21,12 @@ from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
+from segformer.data.shards.index import image_sums
+from segformer.data.sources.content import Histogram, Labels, check_content
+from segformer.data.sources.division import same_bytes
 from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, SegformerError
+from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.evaluation.drawing import Gallery
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.metrics import Scores
@@ -159,6 +163,19 @@ def _check_loss(cfg: RunConfig) -> None:
             "loss has other terms, class weights or smoothing, which are of segmentation: a classifier "
             "learns by cross entropy; leave loss out, and use classification.label_smoothing"
         )
+
+
+def check_data(cfg: RunConfig, shards: ShardSet) -> None:
+    """DataError where the shards hold nothing to learn, or nothing to score but what is trained on."""
+    labels, names = Labels.of(shards.content, cfg.data), dict.fromkeys((cfg.train_split, cfg.eval_split))
+    held = {name: Histogram.of(shards.content["splits"][name]) for name in names}
+    check_content(labels, held, [cfg.train_split])
+    splits = [shards.split(name) for name in names]
+    sums = [image_sums(split.records) for split in splits]
+    if np.isin(sums[-1], sums[0]).all():
+        keys = [dict(zip(found.tolist(), s.keys, strict=True)) for found, s in zip(sums, splits, strict=True)]
+        for shared in same_bytes(labels.allow_duplicates, dict(zip(names, keys, strict=True))):
+            raise DataError(shared.text)
 
 
 def training_crop(cfg: RunConfig) -> tuple[int, int]:

@@ -26,7 +26,9 @@ def config(cfg=None, global_batch=16, micro_batch=2, world_size=4, precision="fp
 
 def test_bf16_is_autocast_and_never_a_whole_model_cast():
     made = config(precision="bf16")
-    assert made["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert made["torch_autocast"] == {
+        "enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []
+    }  # fmt: skip
     assert "bf16" not in made
     assert "fp16" not in made
 
@@ -55,6 +57,8 @@ def test_extra_may_not_change_a_derived_key(extra):
     [
         {"zero_stage": 4},
         {"precision": "fp8"},
+        {"grad_dtype": "fp16"},
+        {"grad_dtype": "bf16", "precision": "fp32"},
         {"grad_clip": -1.0},
         {"compile": True, "zero_stage": 3},
         {"offload_optimizer": True, "zero_stage": 0},

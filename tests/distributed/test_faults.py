@@ -26,6 +26,10 @@ def faulty(small_in, calm, tmp_path_factory, train_many):
         {"run": small(kind, *chosen, *calm), "wrong": {"steps": [3, 6], "kind": kind}}
         for kind, chosen in SKIPPING.items()
     ]
+    due, calmly = (
+        small(name, "eval_every=3", "checkpoint.save_every=3", "steps=7") for name in ("due", "calmly")
+    )
+    plan += [{"run": due, "stop": [3, 1]}, {"run": due, "stop": [7, 0]}, {"run": due}, {"run": calmly}]
     large = small("large", "augment.crop=[1024,1024]", "global_batch=32", "steps=1")
     plan += [
         {"run": small("whole", *options), "wrong": once},
@@ -34,7 +38,7 @@ def faulty(small_in, calm, tmp_path_factory, train_many):
         {"run": small("stays", *options), "wrong": {"steps": [7, 8, 9], "once": False}},
         {"run": large, "memory": 200},
     ]
-    names = [*SKIPPING, "whole", "half", "stays", "large"]
+    names = [*SKIPPING, "due", "due again", "due at last", "calmly", "whole", "half", "stays", "large"]
     return folder, dict(zip(names, train_many(2, plan, failing=True), strict=True))
 
 
@@ -72,6 +76,20 @@ def test_a_cause_that_stays_ends_the_run_with_the_samples(faulty):
     assert list_steps(folder / "stays" / "checkpoints") == [5]
 
 
+def test_an_evaluation_that_a_stop_has_left_out_is_made_when_the_run_goes_on(faulty, metrics):
+    """Stopped in the evaluation of step 3, and in the last one."""
+    folder, outcomes = faulty
+    assert outcomes["due"][0].startswith("Preempted: stopped at step 3 by SIGTERM")
+    assert outcomes["due again"][0].startswith("Preempted: stopped at step 7 by SIGTERM")
+    assert not any(outcomes["due at last"] + outcomes["calmly"])
+    for kind in ("eval", "final"):
+        assert metrics(folder / "due", kind) == metrics(folder / "calmly", kind), kind
+    assert [line["step"] for line in metrics(folder / "due", "eval")] == [3, 6]
+    left, right = (load_checkpoint(folder / name / "checkpoints") for name in ("due", "calmly"))
+    assert left.state == right.state
+    assert list_steps(folder / "calmly" / "checkpoints") == [3, 6, 7]
+
+
 @pytest.mark.faults
 def test_a_micro_batch_that_does_not_fit_says_what_to_lower(faulty):
     where = "rank 0 is out of memory in step 1 (micro_batch=16, crop 1024x1024)"
@@ -88,7 +106,7 @@ def more(small_in, tmp_path_factory, train_many):
         run = small(f"stage-{stage}", f"engine.zero_stage={stage}", "engine.grad_clip=1", *options)
         plan += [{"run": run, "wrong": {"steps": [1, 4], "accumulation": 2}}]
     stopped = small("stopped", "engine.zero_stage=1", "steps=4")
-    plan += [{"run": stopped, "wrong": {"steps": [1, 2], "rank": 0}, "stop": [2, 0]}, {"run": stopped}]
+    plan += [{"run": stopped, "wrong": {"steps": [1, 2], "rank": 0}, "stop": [1, 0]}, {"run": stopped}]
     options = ("engine.zero_stage=2", "checkpoint.save_every=5", "loader.workers=1", "optim.ema=0.9")
     whole, back = (small(name, f"steps={STEPS}", *options) for name in ("whole", "back"))
     plan += [{"run": whole}, {"run": back, "wrong": {"steps": [7, 8, 9]}}]

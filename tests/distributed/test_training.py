@@ -3,11 +3,15 @@
 import shutil
 import signal
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 
 STEPS = 12
 
@@ -114,3 +118,54 @@ def test_a_refused_start_can_be_corrected_under_the_same_name(damaged):
     assert outcomes["refused"][1] == "SystemExit: 2"
     assert not any(outcomes["corrected"])
     assert list_steps(folder / "same" / "checkpoints") == [2]
+
+
+def write_sizes(folder):
+    """Shards of eight training images of one size and of three validation images of each of ten sizes."""
+    generator = np.random.default_rng(0)
+    sizes = [
+        (64, 64),
+        (64, 96),
+        (96, 64),
+        (128, 64),
+        (40, 77),
+        (20, 64),
+        (97, 33),
+        (160, 96),
+        (32, 224),
+        (65, 64),
+    ]
+    for split, shapes in (("train", [(64, 64)] * 8), ("val", [size for size in sizes for _ in range(3)])):
+        for index, size in enumerate(shapes):
+            for kind, most in (("images", 256), ("masks", 2)):
+                (folder / kind / split).mkdir(parents=True, exist_ok=True)
+                pixels = generator.integers(0, most, size, np.uint8)
+                cv2.imwrite(str(folder / kind / split / f"{index:02}.png"), pixels)
+    cfg = DatasetConfig(name="sizes", image_suffix=".png", classes=["a", "b"])
+    write_shards(cfg, folder, folder / "shards", seed=0, samples_per_shard=40, workers=1)
+    return folder / "shards"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_compiled_by_inductor_evaluates_batches_of_all_sizes(
+    ranks, small, calm, tmp_path, train_many, metrics
+):
+    options = [
+        f"data.shards={write_sizes(tmp_path)}",
+        "data.name=sizes",
+        "data.classes=[a,b]",
+        "data.palette=[]",
+    ]
+    options += ["eval_batch=4", "eval_every=2", "steps=3", *calm]
+    names = {
+        name: small(name, f"engine.compile={name == 'compiled'}", *options) for name in ("compiled", "eager")
+    }
+    train_many(ranks, list(names.values()))
+    losses, pixels = {}, {}
+    for name in names:
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
+        pixels[name] = [np.sum(line["confusion"]) for line in metrics(tmp_path / name, "eval")]
+    assert losses["compiled"] == pytest.approx(losses["eager"], abs=1e-4)
+    assert len(losses["eager"]) == 3
+    assert pixels["compiled"] == pixels["eager"] == [pixels["eager"][0]]

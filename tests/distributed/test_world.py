@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from segformer.distributed.world import SIGNALS, StopFlag, derive_seed, init_world, slurm_environment
+from segformer.distributed.world import SIGNALS, StopFlag, derive_seed, init_world
 from segformer.errors import ConfigError
 
 
@@ -46,14 +46,6 @@ def test_ranks_agree(found):
         assert rank["main"] == 0
 
 
-def test_a_half_set_environment_is_refused(monkeypatch):
-    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ConfigError, match="not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        init_world()
-
-
 def test_seeds_depend_on_every_part_and_on_nothing_else():
     assert derive_seed(0, "step", 1) == derive_seed(0, "step", 1)
     assert len({derive_seed(seed, "step", step) for seed in range(10) for step in range(10)}) == 100
@@ -70,52 +62,6 @@ def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_the_old_han
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in SIGNALS] == before
-
-
-STEP = {  # what srun gives to task 5 of a step of 7 tasks on 3 nodes
-    "SLURM_JOB_ID": "4711",
-    "SLURM_STEP_ID": "2",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
-    "SLURM_STEP_NODELIST": "gpu[03-04,09]",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "2",
-    "SLURM_NODEID": "1",
-}
-
-
-def test_a_task_of_srun_has_its_rank_from_slurm():
-    found = slurm_environment(STEP)
-    assert {
-        "RANK": "5",
-        "WORLD_SIZE": "7",
-        "LOCAL_RANK": "2",
-        "LOCAL_WORLD_SIZE": "3",
-    }.items() <= found.items()
-    assert found["MASTER_ADDR"] == "gpu03"
-    last = slurm_environment(STEP | {"SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"})
-    assert last["LOCAL_WORLD_SIZE"] == "1"
-    assert last["MASTER_PORT"] == found["MASTER_PORT"]
-    other = slurm_environment(STEP | {"SLURM_STEP_ID": "3"})
-    assert other["MASTER_PORT"] != found["MASTER_PORT"], "two steps may share a node"
-    assert 1024 < int(found["MASTER_PORT"]) < 65536
-    single = slurm_environment(STEP | {"SLURM_STEP_NODELIST": "login-1,gpu2"})
-    assert single["MASTER_ADDR"] == "login-1"
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{"SLURM_STEP_ID": ""}, {"SLURM_STEP_ID": "batch"}, {"SLURM_STEP_NUM_TASKS": "1"}],
-)
-def test_a_batch_script_or_a_single_task_is_a_world_of_one(changed):
-    assert slurm_environment(STEP | changed) == {}
-
-
-def test_an_incomplete_step_of_srun_is_refused_by_name():
-    with pytest.raises(ConfigError, match="SLURM_PROCID"):
-        slurm_environment({name: value for name, value in STEP.items() if name != "SLURM_PROCID"})
-    with pytest.raises(ConfigError, match="TASKS_PER_NODE=many"):
-        slurm_environment(STEP | {"SLURM_STEP_TASKS_PER_NODE": "many"})
 
 
 @pytest.fixture

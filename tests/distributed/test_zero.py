@@ -1,6 +1,8 @@
 """Every ZeRO stage on 1, 2 and 4 ranks ends at the weights of one plain PyTorch process; every optimizer
 trains, saves and goes on at every stage."""
 
+import json
+
 import pytest
 import torch
 from comparing import assert_identical, saved_state
@@ -31,7 +33,7 @@ def runs(small_in, tmp_path_factory, train_many):
     folder = tmp_path_factory.mktemp("zero")
     small, plan = small_in(folder), []
     for stage in STAGES:
-        plan += [small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER)]
+        plan += [{"run": small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER), "watch": True}]
         plan += [small(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
     plan += continued(folder, "frozen-3", small("again", "engine.zero_stage=0", *FROZEN))
     train_many(2, plan + of_optimizers(folder, small, CASES))
@@ -144,13 +146,16 @@ def alone(small_in, calm, tmp_path_factory, train_many):
 
 @pytest.fixture(scope="module")
 def more(small_in, calm, tmp_path_factory, train_many):
-    """The folder of further runs on two ranks: offloaded, in bf16, without sync_batchnorm; of optimizers."""
+    """The folder of further runs on two ranks: offloaded, in bf16, with gradients averaged in it, without
+    sync_batchnorm; of optimizers."""
     folder = tmp_path_factory.mktemp("more")
     small, common = small_in(folder), (*calm, f"steps={STEPS}")
     plan = [small("two", "engine.sync_batchnorm=false", "engine.zero_stage=0", *common)]
     for stage in STAGES:
         options = (f"engine.zero_stage={stage}", *common)
-        plan += [small(f"bf16-{stage}", "engine.precision=bf16", *options)]
+        plan += [{"run": small(f"bf16-{stage}", "engine.precision=bf16", *options), "watch": True}]
+        rounded = ("engine.precision=bf16", "engine.grad_dtype=bf16", *options)
+        plan += [{"run": small(f"rounded-{stage}", *rounded), "watch": True}]
         if stage:
             moved = ("engine.offload_optimizer=true", f"engine.offload_parameters={str(stage == 3).lower()}")
             plan += [small(f"offloaded-{stage}", *moved, *options)]
@@ -184,6 +189,28 @@ def test_offloading_changes_nothing(more, small, calm):
     _, reference, _ = train_plainly(small("plain", *calm, f"steps={STEPS}"))
     for stage in (1, 2, 3):
         assert differences(weights(more / f"offloaded-{stage}"), reference)[0] < 1e-5, f"ZeRO-{stage}"
+
+
+def watched(run_dir):
+    """What train_many.py wrote down of a run: numbers that the ranks added up, by type; waits."""
+    found = json.loads((run_dir / "watched.json").read_text())
+    return found["numbers"], found["waited"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_do_not_wait_for_the_device_to_time_it(runs, stage):
+    """DeepSpeed's timer did from the third of the 10 steps on, twice a micro batch."""
+    numbers, waits = watched(runs / f"stage-{stage}")
+    assert numbers.keys() == {"torch.float32"}
+    assert waits == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_averaged_in_the_type_that_is_asked_for(more, stage):
+    assert watched(more / f"bf16-{stage}")[0].keys() == {"torch.float32"}
+    numbers, _ = watched(more / f"rounded-{stage}")
+    assert numbers["torch.bfloat16"] > 20 * numbers["torch.float32"], "norms, and statistics of batch norm"
 
 
 @pytest.mark.slow

@@ -5,19 +5,23 @@ A plan is a list of
                                  "accumulation": 1}, "stop": [3, 1], "memory": 200}
         a run; its losses go wrong where `wrong` says so (steps count from 1; of accumulated micro batches the
         first one), `stop` is a step, in which a rank gets SIGTERM, and `memory` are the MiB that a step may
-        allocate; all three may be left out
+        allocate; all three may be left out. With "watch": true the run directory gets a watched.json:
+        "numbers" that the ranks added up, by type, and how often the host "waited" for the device
     {"cut": source, "to": target, "step": 10}
         a copy of a run as it was when it had saved that step
 The last line of each rank is the outcome of each run as JSON: "" or "Error: message".
 """
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -80,6 +84,32 @@ def limited_step(mebibytes):
     return step
 
 
+@contextlib.contextmanager
+def watched(run):
+    """Write watched.json."""
+    from deepspeed.accelerator import get_accelerator
+
+    numbers, waits, names = Counter(), [], ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter")
+
+    def counted(function):
+        def call(*given, **named):
+            tensor = next(item for item in (*named.values(), *given) if isinstance(item, torch.Tensor))
+            numbers[str(tensor.dtype)] += tensor.numel()
+            return function(*given, **named)
+
+        return call
+
+    with contextlib.ExitStack() as patched:
+        for name in names:
+            honest = getattr(torch.distributed, name)
+            patched.enter_context(patch.object(torch.distributed, name, counted(honest)))
+        kind = type(get_accelerator())
+        patched.enter_context(patch.object(kind, "synchronize", lambda *_: waits.append(1)))
+        yield
+    (folder,) = (item.removeprefix("run_dir=") for item in run if item.startswith("run_dir="))
+    Path(folder, "watched.json").write_text(json.dumps({"numbers": numbers, "waited": len(waits)}))
+
+
 def cut(source, target, step):
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("metrics.jsonl", "wandb*", "stacks"))
     for path in Path(target, "checkpoints").glob("step-*"):
@@ -92,8 +122,10 @@ def outcome(world, entry):
     loop.train_step = stopped_step(entry["stop"]) if "stop" in entry else STEP
     if "memory" in entry:
         loop.train_step = limited_step(entry["memory"])
+    watching = watched(entry["run"]) if "watch" in entry else contextlib.nullcontext()
     try:
-        loop.train(compose(RunConfig, "config", entry["run"]), world)
+        with watching:
+            loop.train(compose(RunConfig, "config", entry["run"]), world)
     except (SegformerError, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
     return ""

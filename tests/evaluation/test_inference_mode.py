@@ -1,6 +1,7 @@
 """Inference modes of published scores, against loops over single images that share no code with them."""
 
 import math
+import re
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,8 @@ from torch import nn
 from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
 from segformer.distributed.world import World
 from segformer.errors import ConfigError
 from segformer.evaluation.evaluate import evaluate
@@ -22,11 +25,11 @@ from segformer.evaluation.inference_mode import (
     InferenceMode,
     InferenceModeConfig,
     check_images,
-    in_mode,
     resized,
     settings,
     windows,
 )
+from segformer.inference.predict import Predictor
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
@@ -181,8 +184,8 @@ def test_resizing_is_that_of_opencv(short):
 
 def test_the_defaults_are_the_network_itself():
     model = Lopsided()
-    assert in_mode(model, EvaluateConfig(batch=3, split="test")) is model
-    assert isinstance(in_mode(model, EvaluateConfig(flip=True)), InferenceMode)
+    images = pictures(2, 3, 33, 47)
+    assert torch.equal(InferenceMode(model, EvaluateConfig(batch=3, split="test"))(images), model(images))
     assert settings(InferenceModeConfig()) == []
 
 
@@ -228,14 +231,22 @@ def test_contradictions_are_refused(wrong, message):
         EvaluateConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_images_that_would_become_too_small_are_refused_before_the_first():
-    sizes = [(640, 480), (56, 90)]
-    check_images(InferenceModeConfig(flip=True), sizes)
-    check_images(InferenceModeConfig(scales=[0.5, 1], size_divisor=32), sizes)
-    with pytest.raises(
-        ConfigError, match=r"scales=\[0.5, 1\]: an image of 56 x 90 .* becomes 28 x 45, .* 29"
-    ):
-        check_images(InferenceModeConfig(scales=[0.5, 1]), sizes)
+@pytest.mark.parametrize("size", [(20, 64), (64, 31), (1, 1)])
+def test_a_short_side_is_padded_for_the_network_and_cut_off_again(size):
+    model, image = Lopsided(), pictures(1, 3, *size)
+    sides = [max(32, side) for side in size]
+    repeated = np.pad(
+        image[0].numpy(), ((0, 0), *((0, b - a) for a, b in zip(size, sides, strict=True))), "edge"
+    )
+    expected = whole(model, torch.from_numpy(repeated)[None])[:, :, : size[0], : size[1]]
+    torch.testing.assert_close(InferenceMode(model, InferenceModeConfig())(image), expected)
+
+
+def test_images_of_which_nothing_would_be_left_are_refused_before_the_first():
+    sizes = [(640, 480), (4, 90)]
+    check_images(InferenceModeConfig(scales=[0.5, 1]), sizes)
+    with pytest.raises(ConfigError, match=r"scales=\[0.05, 1\]: an image of 4 x 90 .* becomes 0 x 5; use a"):
+        check_images(InferenceModeConfig(scales=[0.05, 1]), sizes)
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +285,8 @@ def test_evaluate_takes_the_keys_and_prints_the_mode(exported, run_ranks):
     assert scores.confusion != plain.confusion
     assert np.sum(scores.confusion) == np.sum(plain.confusion) > 0
     assert f"{100 * scores.miou:.2f}" in printed.splitlines()[-1].split()
-    with pytest.raises(ConfigError, match=r"^scales=\[0.05\]: an image of "):
-        evaluate_checkpoint(EvaluateConfig(checkpoint=str(exported), scales=[0.05]))
+    with pytest.raises(ConfigError, match=r"^scales=\[0.0005\]: an image of "):
+        evaluate_checkpoint(EvaluateConfig(checkpoint=str(exported), scales=[0.0005]))
 
 
 def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards):
@@ -297,7 +308,7 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards):
         seen.append(size)
 
     scores = evaluate(
-        InferenceMode(network, InferenceModeConfig(short_side=72)),
+        network,
         Normalize(MEAN, STD),
         split,
         LoaderConfig(workers=0),
@@ -307,6 +318,7 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards):
         bf16=False,
         should_stop=lambda: False,
         on_error=failures.append,
+        mode=InferenceModeConfig(short_side=72),
         on_batch=count,
     )
     assert len(seen) == 3
@@ -314,6 +326,55 @@ def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards):
     assert not failures
     # Only pixels whose best two classes are equal but for rounding may move.
     assert np.abs(np.array(scores.confusion) - expected).sum() <= 2e-4 * expected.sum()
+
+
+@pytest.fixture(scope="module")
+def strips(tmp_path_factory):
+    """(pictures, folder of shards) of a validation split with sides below 32 pixels."""
+    folder, generator = tmp_path_factory.mktemp("strips"), np.random.default_rng(7)
+    found = []
+    for index, size in enumerate([(64, 64), (20, 64), (64, 31), (20, 64), (3, 5)]):
+        gray, mask = generator.integers(0, 256, size, np.uint8), generator.integers(0, 2, size, np.uint8)
+        found.append((np.stack([gray] * 3, -1), mask))
+        for kind, pixels in zip(("images", "masks"), found[-1], strict=True):
+            (folder / kind / "val").mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(folder / kind / "val" / f"{index}.png"), pixels)
+    cfg = DatasetConfig(name="strips", image_suffix=".png", classes=["a", "b"], splits=["val"])
+    write_shards(cfg, folder, folder / "shards", seed=0, samples_per_shard=8, workers=1)
+    return found, folder / "shards"
+
+
+def test_small_validation_images_are_scored_as_they_are_predicted(strips, tmp_path):
+    found, shards = strips
+    torch.manual_seed(3)
+    state = build_model(ModelConfig(), 2).state_dict()
+    model = write_model(state, ["a", "b"], tmp_path / "export", shards)
+    predictor, expected = Predictor.from_export(model, "cpu"), np.zeros((2, 2), np.int64)
+    for image, mask in found:
+        np.add.at(expected, (mask, predictor(image)), 1)
+    scores = evaluate_checkpoint(
+        EvaluateConfig(checkpoint=str(model), batch=2, loader=LoaderConfig(workers=0))
+    )
+    assert scores.confusion == expected.tolist()
+
+
+def test_an_error_in_an_evaluation_names_the_image(strips):
+    split, failures = ShardSet.open(str(strips[1])).split("val"), []
+    scores = evaluate(
+        build_model(ModelConfig(variant="b0"), 1),
+        Normalize(MEAN, STD),
+        split,
+        LoaderConfig(workers=0),
+        World(0, 0, 1, 1, torch.device("cpu")),
+        num_classes=1,
+        batch_size=1,
+        bf16=False,
+        should_stop=lambda: bool(failures),
+        on_error=failures.append,
+    )
+    assert scores is None
+    (message,) = map(str, failures)
+    assert re.match(r"'.*val-000000.tar', key '4': the target holds labels \[1\]", message), message
 
 
 def test_a_classifier_refuses_a_mode_in_one_sentence(tmp_path):

@@ -16,6 +16,7 @@ from segformer.training.losses import LossConfig, SegmentationLoss
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and torch sees none"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # fp32 is meant as it is
 ]
 
 

@@ -8,7 +8,6 @@ import torch
 import torch._dynamo.testing
 from small import cross_entropy, small
 
-from segformer.evaluation.evaluate import bounded_compilation
 from segformer.models.layers import DropPath
 from segformer.models.ops import dispatch
 
@@ -87,6 +86,8 @@ class OnGpu(NamedTuple):
 
     dtype: torch.dtype
     is_cuda: bool = True
+    device: str = "cuda:0"
+    major: int = 8
 
 
 def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch):
@@ -99,6 +100,7 @@ def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch):
 
     monkeypatch.setattr(dispatch, "use_triton", ask)
     monkeypatch.setattr(dispatch, "_TRITON", True)  # whether or not it is installed
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: OnGpu(torch.float32))
     called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
@@ -110,35 +112,11 @@ def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch):
     assert {"segformer.upsample_sum.default", "segformer.upsampled_cross_entropy.default"} <= set(called)
 
 
-def test_batches_of_one_shape_compile_once_and_all_sizes_of_whole_32_at_most_thrice():
-    """One graph per size seen first, one that is dynamic in a side, one in both; others need no compilation.
-
-    A side that is no multiple of 32 costs a graph of its own for each way in which the stages round.
-    """
+def test_batches_of_one_shape_compile_once():
     model = Step("fused").model.eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)
     with torch.no_grad():
         for _ in range(3):
             compiled(torch.randn(2, 3, 64, 96))
-        assert counter.frame_count == 1
-        for height, width in ((64, 128), (96, 96), (192, 96), (96, 224)):
-            images = torch.randn(2, 3, height, width)
-            torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
-    assert counter.frame_count <= 3
-
-
-def test_an_evaluation_runs_odd_sizes_without_graphs():
-    model = Step("fused").model.eval()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    model.compile(backend=counter)
-    model.is_compiled = True  # as DeepSpeed's engine says
-    found = []
-    with torch.no_grad():
-        for height, width in ((64, 96), (50, 96), (97, 131), (64, 75), (64, 96)):
-            images = torch.randn(1, 3, height, width)
-            with bounded_compilation(model, images):
-                found.append((model(images), model.forward(images)))
     assert counter.frame_count == 1
-    for got, expected in found:
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -33,7 +32,7 @@ import cv2
 import numpy as np
 
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
-from segformer.data.shards.index import pack_index, parse_index
+from segformer.data.shards.joining import check_joined, join
 from segformer.data.shards.packing import (
     Settings,
     ShardTask,
@@ -45,14 +44,17 @@ from segformer.data.shards.packing import (
 from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, is_training, trim
 from segformer.data.shards.workfolder import WorkFolder
-from segformer.data.sources.content import Histogram, Labels, check_content
+from segformer.data.sources.content import Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
+from segformer.data.sources.division import same_files
+from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
+from segformer.data.sources.masks import Defect, explained
 from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
-ALLOWANCES = ("allow_unseen",)  # settings that change no shard
+ALLOWANCES = ("allow_unseen", "allow_duplicates")  # settings that change no shard
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
@@ -78,7 +80,7 @@ def _description(settings: Settings) -> dict[str, Any]:
         "quality": settings.quality,
         "drop_classes": list(cfg.drop_classes),
         "min_share": cfg.min_share,
-    }
+    } | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.val_share else {})
 
 
 def _identity(settings: Settings, listing: Listing) -> str:
@@ -124,12 +126,7 @@ def write_shards(
     with reraise_as(DataError, what, remedy):
         if _occupied(target) and not (target / "dataset.json").is_file():
             raise DataError(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
-    listing, left_out = {}, {}
-    for split in cfg.splits:
-        listing[split], defects, left_out[split] = find_samples(cfg, root, split)
-        if defects:
-            raise defects[0]
-        _check_keys(listing[split])
+    listing, left_out = _list(cfg, root)
     work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
     tasks = _plan(settings, kept, work)
@@ -152,6 +149,21 @@ def write_shards(
                 _make(tasks[part[0] :: part[1]], workers)
 
 
+def _list(cfg: DatasetConfig, root: Path) -> tuple[Listing, dict[str, dict[str, LeftOut]]]:
+    """The samples of every split, and what else its folders hold; DataError for the first defect."""
+    listing: Listing = {}
+    left_out = {}
+    for split in cfg.splits:
+        listing[split], defects, left_out[split] = find_samples(cfg, root, split)
+        if defects:
+            raise defects[0]
+        _check_keys(listing[split])
+    images = {split: [(s.key, s.image_file) for s in samples] for split, samples in listing.items()}
+    for text in same_files(cfg, images):
+        raise DataError(text)
+    return listing, left_out
+
+
 def _write(
     settings: Settings,
     tasks: list[ShardTask],
@@ -164,8 +176,8 @@ def _write(
     content = _description(settings) | {"splits": {}}
     for split in settings.cfg.splits:
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
-        content["splits"][split] = _join(settings.cfg, split, own, work) | beside[split]
-    _check(settings.cfg, content)
+        content["splits"][split] = join(settings.cfg, split, own, work) | beside[split]
+    check_joined(settings.cfg, content, tasks, work)
     # Only what was allowed is written, so that all other sets keep their digest.
     content |= {key: allowed for key in ALLOWANCES if (allowed := list(getattr(settings.cfg, key)))}
     content["digest"] = content_digest(content)
@@ -178,22 +190,20 @@ def _write(
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
 
 
-def _check(cfg: DatasetConfig, content: dict[str, Any]) -> None:
-    """Refuse a set that nothing, or not what is meant, would be learnt from."""
-    splits = {name: Histogram.of(entry) for name, entry in content["splits"].items()}
-    check_content(Labels.configured(cfg, cfg.classes), splits, [*filter(is_training, splits)])
-
-
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     """Make the shards that are not there yet; the note of each."""
-    results = run(
-        make_shard,
-        tasks,
-        images=[len(task.samples) for task in tasks],
-        workers=workers,
-        desc="sharding",
-        preload=["webdataset"],
-    )
+    try:
+        results = run(
+            make_shard,
+            tasks,
+            images=[len(task.samples) for task in tasks],
+            workers=workers,
+            desc="sharding",
+            preload=["webdataset"],
+        )
+    except Defect as defect:
+        masks = [sample.mask for task in tasks for sample in task.samples if sample.mask is not None]
+        raise explained(tasks[0].settings.cfg, defect, masks) from defect
     earlier = sum(complete for _, complete in results)
     if earlier:
         print(f"{earlier} of {len(tasks)} shards were complete already and are kept")
@@ -237,42 +247,6 @@ def _plan(settings: Settings, listing: Listing, work: WorkFolder) -> list[ShardT
             own, name = samples[start : start + settings.samples_per_shard], f"{split}-{shard:06d}"
             tasks.append(ShardTask(settings, split, name, own, work))
     return tasks
-
-
-def _join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
-    """Write the index of a split from its parts; returns the split's entry of dataset.json."""
-    parts = [parse_index(np.fromfile(work.part(note["file"][: -len(".tar")]), np.uint8)) for note in notes]
-    records = np.concatenate([part[0] for part in parts])
-    labels = np.concatenate([part[1] for part in parts])
-    keys = b"\n".join(part[2].tobytes() for part in parts)
-    sizes = [len(part[0]) for part in parts]
-    label_starts = np.cumsum([0, *(len(part[1]) for part in parts[:-1])])
-    key_starts = np.cumsum([0, *(len(part[2]) + 1 for part in parts[:-1])])
-    records["labels_end"] += np.repeat(label_starts, sizes)
-    records["key_end"] += np.repeat(key_starts, sizes)
-    index = pack_index(records, labels, keys)
-    write_atomic(work.set / f"{split}.idx", index)
-    pixels, total = labels["pixels"].astype(np.int64), len(cfg.classes)
-    class_pixels = np.zeros(total, np.int64)
-    np.add.at(class_pixels, labels["label"], pixels)
-    area = int((records["height"].astype(np.int64) * records["width"]).sum())
-    raw_ids: Counter[int] = Counter()
-    for note in notes:
-        raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
-    shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
-    return {
-        "samples": len(records),
-        "class_pixels": class_pixels.tolist(),
-        "class_images": np.bincount(labels["label"], minlength=total).tolist(),
-        "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
-        "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
-        "index": {
-            "file": f"{split}.idx",
-            "bytes": len(index),
-            "sha256": hashlib.sha256(index).hexdigest(),
-        },
-        "shards": [{key: note[key] for key in shard_keys} for note in notes],
-    }
 
 
 def _occupied(out: Path) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 
 from segformer.data.shards.pool import run
 from segformer.data.sources.dataset import DatasetConfig, label_table
-from segformer.data.sources.listing import Sample, mask_ids
+from segformer.data.sources.listing import Sample
+from segformer.data.sources.masks import mask_ids
 from segformer.errors import DataError
 
 SCAN = 64  # images that one task looks at

@@ -26,7 +26,7 @@ from segformer.data.shards.format import AGAIN, ShardSet, Split
 from segformer.data.shards.pool import run
 from segformer.data.shards.storage import Storage
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.data.sources.decode import decode_image, decode_label, decode_mask
+from segformer.data.sources.decode import check_parts, decode_image, decode_label, decode_mask
 from segformer.errors import DataError, reason_of, reraise_as
 from segformer.files import regular
 
@@ -142,6 +142,8 @@ def _check_sample(split: Split, sample_id: int, stream: _Stream) -> None:
         data[member] = stream.read(int(record[f"{member}_size"]))
         if zlib.crc32(data[member]) != record[f"{member}_crc"]:
             raise DataError(f"the {member} at offset {offset} is damaged (crc32 differs)")
+    with reraise_as(DataError, "the image cannot be decoded", on=ValueError):
+        check_parts(data["image"])
     size = (int(record["height"]), int(record["width"]))
     ids, pixels = split.labels(sample_id)
     if split.task == "classification":

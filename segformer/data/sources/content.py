@@ -54,24 +54,26 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the labels of a set mean. allow_unseen: class names, or [*]."""
+    """What the labels of a set mean. allow_unseen: class names, or [*]. allow_duplicates: splits."""
 
     task: str
     classes: Sequence[str]
     label_map: Mapping[int, int] = field(default_factory=dict)
     allow_unseen: Collection[str] = ()
+    allow_duplicates: Collection[str] = ()
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], allow_unseen: Collection[str] = ()) -> "Labels":
-        """Those of dataset.json; allow_unseen: more than sharding was told."""
+    def of(cls, content: Mapping[str, Any], cfg: DatasetConfig) -> "Labels":
+        """Those of dataset.json; `cfg` may allow more than sharding was told."""
         label_map = {int(raw): train for raw, train in content.get("label_map", {}).items()}
-        allowed = {*allow_unseen, *content.get("allow_unseen", ())}
-        return cls(content["task"], content["classes"], label_map, allowed)
+        unseen = {*cfg.allow_unseen, *content.get("allow_unseen", ())}
+        duplicates = {*cfg.allow_duplicates, *content.get("allow_duplicates", ())}
+        return cls(content["task"], content["classes"], label_map, unseen, duplicates)
 
     @classmethod
     def configured(cls, cfg: DatasetConfig, classes: Sequence[str]) -> "Labels":
         """Those of a set that is not sharded yet."""
-        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen)
+        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen, cfg.allow_duplicates)
 
 
 def judge_content(
@@ -180,29 +182,21 @@ def _proposed_map(count: int, found: set[int]) -> dict[int, int]:
     return {raw: train for train, raw in enumerate(ids)} if len(ids) == count else {}
 
 
-def unknown_ids(labels: Labels, found: Mapping[int, int], unknown: Sequence[int]) -> str:
-    """What to say of raw ids without a class. found: raw id -> images that hold it, as far as was looked."""
+def id_remedy(labels: Labels, found: set[int]) -> str:
+    """What to do about raw ids without a class, in view of all that were found; "" where none is known."""
     count = len(labels.classes)
-    where = listed([f"{raw} in {found[raw]} images" for raw in unknown], LISTED)
-    text = f"ids without a class: {where}; "
     if labels.label_map:
-        return f"{text}add them to data.label_map (id: train id, or 255 to ignore)"
+        return "add them to data.label_map (id: train id, or 255 to ignore)"
     if len(found) > 4 * max(LISTED, count):
-        return f"{text}masks of {count} classes hold {len(found)} ids, {SMOOTH}"
-    have = f"{count} classes have ids 0 to {count - 1}"
-    proposed = _proposed_map(count, set(found))
-    if not proposed:
-        add = "add the missing names to data.classes, or map every id in data.label_map (255 = ignore)"
-        return f"{text}{have}, the masks hold {runs(found)}; {add}"
+        return f"masks of {count} classes hold {len(found)} ids, {SMOOTH}"
+    if not (proposed := _proposed_map(count, found)):
+        return ""
     shown = override("data.label_map", proposed)
-    if 0 not in found:
-        return f"{text}ids start at {min(found)}; shift them: {shown}"
-    if proposed[0] == IGNORE_INDEX:
-        return (
-            f"{text}{have}; if 0 means 'no label' (reduce_zero_label): {shown}; if every id is a class, "
-            "data.classes lacks one name"
-        )
-    return f"{text}masks hold {runs(found)}; if these are the {count} classes: {shown}"
+    if 0 not in found and min(found) == 1:
+        return f"ids start at 1; shift them: {shown}"
+    if proposed.get(0) == IGNORE_INDEX:
+        return f"if 0 means 'no label' (reduce_zero_label): {shown}; if it is one, data.classes lacks a name"
+    return f"masks hold {runs(found)}; if these are the {count} classes: {shown}"
 
 
 def other_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> str:
@@ -219,6 +213,17 @@ def other_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> st
     if len(wanted) == len(found) <= LISTED:
         take = override("data.classes", found)
     return f"{text}; to train with the names of the shards: {take}; else shard again"
+
+
+def turned_text(task: str, count: int, total: int, file: str, orientation: int) -> str:
+    """What to say of images that are stored in another way than they are shown; `file` is the first."""
+    remedy = "training sees the stored pixels; to train on them upright, turn the files"
+    if task == "segmentation":
+        remedy = "their masks must fit the stored pixels; where they fit the upright picture, turn the files"
+    return (
+        f"{count} of {total} images are stored rotated (EXIF orientation {orientation}, first {file!r}), "
+        f"which is not applied: {remedy} (mogrify -auto-orient) and shard again"
+    )
 
 
 def override(key: str, value: Any) -> str:

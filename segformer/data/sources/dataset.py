@@ -51,6 +51,12 @@ class DatasetConfig:
     """Split -> what {split} stands for in image_dir and mask_dir; a split that is not named: its own name."""
     split_lists: dict[str, str] = field(default_factory=dict)
     """Split -> text file below root with one key a line; a split that is not named: every file there is."""
+    val_share: float = 0.0
+    """Where two splits have one folder: the second's share of its images, by val_seed and key; 0: none."""
+    val_seed: int = 0
+    """Another seed, another division."""
+    allow_duplicates: list[str] = field(default_factory=list)
+    """Splits that may hold images of other splits."""
     image_dir: str = "images/{split}"
     """Image folder below root; of a classification set the folder that holds the class folders."""
     mask_dir: str = "masks/{split}"
@@ -112,6 +118,7 @@ class DatasetConfig:
                 yield f"label_map has the raw id {raw}; masks hold 0 to {MAX_RAW_ID}"
             if not 0 <= train <= last and train != IGNORE_INDEX:
                 yield f"label_map maps {raw} to {train}; use 0 to {last} or 255 (ignore)"
+        yield from self._division_problems()
         if not 0 <= self.min_share < 1:
             yield f"min_share={self.min_share}; use a share of the pixels, 0 to below 1"
         if self.min_share and not self.drop_classes:
@@ -120,6 +127,18 @@ class DatasetConfig:
             unknown = [name for name in getattr(self, key) if name not in known]
             if unknown and (self.classes or key == "drop_classes"):
                 yield f"{key} names {listed(unknown)}, which data.classes does not have"
+
+    def _division_problems(self) -> Iterator[str]:
+        if not 0 <= self.val_share < 1:
+            yield f"val_share={self.val_share}; use a share of the images, 0 to below 1"
+        folders = {self.folder("image", split) for split in self.splits}
+        if self.val_share and (len(self.splits) != 2 or self.split_lists or len(folders) > 1):
+            yield (
+                f"val_share={self.val_share} divides one folder into two splits, without split_lists; set "
+                "data.image_dir (and data.mask_dir) to it, without {split}, and data.splits to the two"
+            )
+        if unknown := [name for name in self.allow_duplicates if name not in self.splits]:
+            yield f"allow_duplicates names {listed(unknown)}, which data.splits does not have"
 
     def _class_problems(self) -> Iterator[str]:
         count, limit = len(self.classes), MAX_IMAGE_CLASSES

@@ -21,36 +21,18 @@ import numpy as np
 
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, label_table
 from segformer.data.sources.decode import (
-    PNG_MAGIC,
-    decode_pixels,
     image_orientation,
     orientation_text,
     read_file,
     whole_image,
 )
+from segformer.data.sources.division import divided
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
+from segformer.data.sources.masks import Defect, mask_ids, unknown_ids
 from segformer.errors import DataError, listed, reraise_as
 from segformer.files import read_text
 
 SHOWN = 3  # names in the message of a defect
-
-
-class Defect(DataError):  # noqa: N818  the doctor counts it, sharding raises it
-    """A reason why sharding refuses a set: its kind, one line, and the number of files that it is about.
-
-    listing      folders, pairs and names that do not fit
-    unreadable   files that are damaged, of another format, too large or locked
-    size         masks of another size than their image
-    colour       masks with colors where ids are expected
-    painted      painted masks with a color that data.mask_colours does not list
-    """
-
-    def __init__(self, kind: str, text: str, count: int = 1) -> None:
-        super().__init__(kind, text, count)  # all of them, so that it pickles
-        self.kind, self.text, self.count = kind, text, count
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @contextmanager
@@ -161,6 +143,7 @@ def find_samples(
                     left[cfg.folder(side.kind, split)][f"unlisted {side.kind}"] = found
         else:
             keys, of = set().union(*(side.files for side in sides)), ""
+            keys = divided(cfg, split, keys)
             remedy = "add what is missing or remove the others"
             defects += _foreign(cfg, sides[0], others[sides[0].folder])
         for side in sides:
@@ -262,11 +245,12 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
         raise defects[0]
     if loaded.ids is not None:
         table = label_table(cfg)
-        if unknown := [str(value) for value in loaded.raw_ids if table[value] < 0]:
+        if unknown := unknown_ids(cfg, list(loaded.raw_ids)):
             known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
-            raise DataError(
-                f"mask {str(sample.mask)!r} holds the ids {listed(unknown, 8)}, outside {known} and 255; "
-                "add them to data.classes or map them in data.label_map (255 = ignore)"
+            raise Defect(
+                "ids",
+                f"mask {str(sample.mask)!r} holds the ids {listed(map(str, unknown), 8)}, outside {known} "
+                "and 255; add them to data.classes or map them in data.label_map (255 = ignore)",
             )
         loaded.mask = table.astype(np.uint8)[loaded.ids]
     return loaded
@@ -294,48 +278,3 @@ def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, li
                 f"{loaded.height}; they must agree{orientation_text(loaded.orientation)}",
             )
     return loaded, defects
-
-
-def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
-    """Raw ids of a mask before the label map, uint16 (H, W); DataError says what keeps them from being read.
-
-    Grey of 1 to 16 bits, or the indices (not the colors) of an indexed PNG; with data.mask_colours colors.
-    """
-    data = read_file(path)
-    if data and data[:8] != PNG_MAGIC:
-        raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
-    if cfg.mask_colours and data[24:25] == b"\x10":
-        raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
-    pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
-    if cfg.mask_colours:
-        return _painted_ids(cfg, path, pixels)
-    if pixels.ndim != 2:
-        raise Defect(
-            "colour",
-            f"mask {str(path)!r} is not a PNG with one channel ({pixels.shape[2]} channels); store ids as "
-            "grey or indexed PNG, or list its colors in data.mask_colours",
-        )
-    bits, color_type = data[24], data[25]
-    if color_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
-        pixels = pixels // (255 // (2**bits - 1))
-    ids: np.ndarray = pixels.astype(np.uint16)
-    return ids
-
-
-def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray:
-    """Color (H, W, 3) -> its position in data.mask_colours."""
-    weights = np.array([1 << 16, 1 << 8, 1], np.uint32)
-    packed = pixels.astype(np.uint32) @ weights  # (H, W)
-    known = np.array(cfg.mask_colours, np.uint32) @ weights  # (raw ids,)
-    order = np.argsort(known)
-    nearest = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
-    wrong = known[nearest] != packed
-    if wrong.any():
-        row, column = (int(value) for value in np.argwhere(wrong)[0])
-        raise Defect(
-            "painted",
-            f"mask {str(path)!r} has the color {pixels[row, column].tolist()} at row {row}, column {column}, "
-            "which data.mask_colours does not list; add it (data.label_map can ignore it)",
-        )
-    ids: np.ndarray = nearest.astype(np.uint16)
-    return ids

@@ -13,10 +13,10 @@ a registered one runs its kernel or the operations of torch (`register`).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,14 +26,20 @@ from torch import Tensor
 CPU_BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 256 << 20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON = find_spec("triton") is not None  # asked here: torch.compile can't trace it
+# Asked here: torch.compile can't trace it. torch for AMD's GPUs calls them "cuda"; no kernel was tried there.
+_TRITON = find_spec("triton") is not None and torch.version.hip is None
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """True for a tensor on an NVIDIA GPU of a type that the kernels know, where Triton is installed."""
-    return tensor.is_cuda and tensor.dtype in FLOATS and _TRITON
+    """True for a tensor of a type that the kernels know, on an NVIDIA GPU that Triton compiles for.
+
+    That is capability 8.0 (A100) and later, where Triton is installed.
+    """
+    if not (tensor.is_cuda and tensor.dtype in FLOATS and _TRITON):
+        return False
+    return torch.cuda.get_device_properties(tensor.device).major >= 8
 
 
 def exact_on_cpu(tensor: Tensor) -> bool:
@@ -55,6 +61,29 @@ def fused(*, eager: Operation, traced: Operation) -> Operation:
     return cast(Operation, choose)
 
 
+class Registered(NamedTuple):
+    """The two forms of a registered operation."""
+
+    compute: Callable[..., Any]
+    "In operations of torch, on any device."
+    kernel: str
+    "<module>.<function> in Triton."
+
+    def triton(self) -> Callable[..., Any]:
+        """The kernel, imported now: Triton is not everywhere."""
+        module, _, function = self.kernel.partition(".")
+        return getattr(import_module(f"segformer.models.ops.{module}"), function)
+
+
+REGISTERED: dict[str, Registered] = {}
+_plain: set[str] = set()
+
+
+def take_plain(names: Iterable[str]) -> None:
+    """From now on these operations are computed without their kernels."""
+    _plain.update(names)
+
+
 def register(
     schema: str,
     compute: Callable[..., Any],
@@ -67,24 +96,26 @@ def register(
     """Register segformer::<schema> for CPU and CUDA and return it; torch.compile then calls it whole.
 
     compute: the operation; fake: its result's shape, for tracing; kernel: <module>.<function> that takes its
-    place where `use_triton` of the first argument, imported then, as Triton is not everywhere; backward and
-    setup_context: as in torch.library.register_autograd. torch.library.custom_op does the same, but imports
+    place where `use_triton` of the first argument; backward and setup_context: as in
+    torch.library.register_autograd. torch.library.custom_op does the same, but imports
     torch._dynamo at the first call, which takes a second or more.
     """
 
-    def run(tensor: Tensor, *arguments: Any) -> Any:
-        if not use_triton(tensor):
-            return compute(tensor, *arguments)
-        module, _, function = kernel.partition(".")
-        return getattr(import_module(f"segformer.models.ops.{module}"), function)(tensor, *arguments)
+    short = schema.partition("(")[0]
+    forms = REGISTERED[short] = Registered(compute, kernel)
 
-    name = "segformer::" + schema.partition("(")[0]
+    def run(tensor: Tensor, *arguments: Any) -> Any:
+        if short in _plain or not use_triton(tensor):
+            return compute(tensor, *arguments)
+        return forms.triton()(tensor, *arguments)
+
+    name = f"segformer::{short}"
     torch.library.define(name, "(" + schema.partition("(")[2], tags=(torch.Tag.needs_exact_strides,))
     torch.library.impl(name, ("cpu", "cuda"), run)
     torch.library.register_fake(name, fake)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context)
-    return getattr(torch.ops.segformer, name.partition("::")[2]).default
+    return getattr(torch.ops.segformer, short).default
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

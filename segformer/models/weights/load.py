@@ -6,6 +6,7 @@ from segformer.errors import CheckpointError, ConfigError, listed
 from segformer.models.backbone import Backbone
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head
+from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.read import read_weights, to_fp32
 
 
@@ -39,6 +40,8 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
         said.append(f"the head{there} is new, for {num_classes} classes")
     if (theirs := arch.norm_profile) not in (cfg.norm_profile, None):
         said.append(f"LayerNorm epsilons are those of {cfg.norm_profile}, the weights had those of {theirs}")
+    if keep_head and ALIGNED in weights.notes:
+        said.append(ALIGNED)
     return "; ".join(said)
 
 

@@ -31,7 +31,7 @@ from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed,
 from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
-from segformer.models.weights.key_maps import detect, foreign_head, to_ours
+from segformer.models.weights.key_maps import ALIGNED, detect, foreign_head, to_ours
 from segformer.models.weights.tensor_files import ModelFiles, read_files
 
 PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
@@ -132,9 +132,12 @@ def _renamed(theirs: Mapping[str, Tensor], encoder_only: bool) -> Weights:
     kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if kinds != {"float32"}:
         notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
+    arch = replace(find_arch(state), norm_profile=PROFILES[keys.format])
+    if (keys.format, arch.kind) == ("smp", "segmentation"):
+        notes.append(ALIGNED)
     return Weights(
         state={name: to_fp32(tensor) for name, tensor in state.items()},
-        arch=replace(find_arch(state), norm_profile=PROFILES[keys.format]),
+        arch=arch,
         format=keys.format,
         dropped=dropped,
         notes=notes,

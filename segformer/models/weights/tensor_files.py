@@ -126,6 +126,8 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if zipped:
             with zipfile.ZipFile(file) as archive:
+                if sum(record.file_size for record in archive.infolist()) > file.stat().st_size:
+                    raise ValueError("its records are compressed or overlap, as torch.save never writes them")
                 bad = archive.testzip()
         # mmap: the optimizer's state, twice the size of the weights, is then never read.
         loaded = None if bad else torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)

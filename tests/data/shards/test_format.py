@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -193,16 +192,6 @@ def test_an_index_that_makes_no_sense_is_refused_even_with_the_right_sum(
     reseal(copy)
     with pytest.raises(DataError, match=r"train.idx' contradicts itself"):
         ShardSet.open(copy)
-
-
-def test_an_index_that_is_cut_while_it_is_in_use_hurts_nobody(copy: Path) -> None:
-    """In a process of its own: a mapped file that shrinks would end it by SIGBUS."""
-    if not (child := os.fork()):
-        split = ShardSet.open(copy).split("train")
-        whole = split.records.tobytes(), split.keys
-        os.truncate(copy / "train.idx", 0)
-        os._exit(0 if (split.records.tobytes(), split.keys) == whole else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_large_index_opens_without_a_step_per_sample(copy: Path, reseal: Callable[..., None]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from segformer.data.shards.format import ShardSet, content_digest
 from segformer.data.sources.content import Histogram, Labels, check_content, override
+from segformer.data.sources.dataset import DatasetConfig
 from segformer.errors import DataError, SegformerError
 from segformer.training.config import RunConfig, compose
 from segformer.training.run import _check
@@ -106,7 +107,9 @@ def test_what_was_allowed_keeps_the_finished_shards_and_is_known_to_training(
     made = tar.stat().st_mtime_ns
     content = shard(ids, ABC, "data.allow_unseen=[c]").content
     assert (tmp_path / "out/train-000000.tar").stat().st_mtime_ns == made
-    check_content(Labels.of(content), {"train": Histogram.of(content["splits"]["train"])}, ["train"])
+    check_content(
+        Labels.of(content, DatasetConfig()), {"train": Histogram.of(content["splits"]["train"])}, ["train"]
+    )
     for more in ([], ["data.allow_unseen=[*]"]):  # a finished set stays as it is
         assert shard(ids, ABC, *more).digest == content["digest"]
 

@@ -13,7 +13,9 @@ from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import image_orientation
 from segformer.data.sources.listing import Sample, inspect_sample, load_sample
+from segformer.doctor.doctor import DoctorConfig, look
 from segformer.errors import DataError
+from segformer.training.config import compose
 
 
 def encoded(kind: str, orientation: int | None, size: tuple[int, int] = (40, 20), **options: object) -> bytes:
@@ -108,3 +110,13 @@ def test_a_mask_of_another_size_names_the_orientation(
     assert (hint in str(error.value)) == (orientation == 6)
     _, (defect,) = inspect_sample(config, sample)
     assert (defect.kind, defect.text) == ("size", str(error.value))
+
+
+def test_the_doctor_says_of_turned_images_what_sharding_says(turned_set: Path, tmp_path: Path) -> None:
+    given = ["data=folder", f"root={turned_set}", "data.classes=[sky,road,tree]", "augment.crop=[32,32]"]
+    report = look(compose(DoctorConfig, "doctor", [*given, "pictures=0"]))
+    (found,) = (finding for finding in report.findings if finding.about == "EXIF")
+    assert (found.level, found.text[:30]) == ("WARN", "3 of 8 images are stored rotat")
+    assert (
+        "images/train/001.jpg'), which is not applied: their masks must fit the stored pixels" in found.text
+    )

@@ -1,12 +1,17 @@
 """The network through the kernels against its form for CPUs: casts, strides, argument order, gradients."""
 
+from importlib import import_module
+from typing import NamedTuple
+
 import pytest
 import torch
 from comparing import REGISTERED, check_registered, distance
 from small import CLASSES, cross_entropy, small
 from torch import Tensor
 
+from segformer.models.ops import dispatch, trial
 from segformer.models.ops.argmax import upsample_argmax, upsample_confusion
+from segformer.training.run import agree_on_kernels
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -76,3 +81,63 @@ def test_an_evaluation_of_the_network_is_that_of_the_form_for_cpus(device, throu
     assert (found_confusion - confusion).abs().sum() <= 2 * (found_labels != labels).sum()
     assert called.count("depthwise.forward") == 4
     assert called[4:] == ["resize.upsample_sum", "argmax.upsample_argmax", "argmax.upsample_confusion"]
+
+
+@pytest.fixture
+def tried(device, monkeypatch):
+    """() -> what the trial of all kernels finds."""
+    if device.type == "cpu":  # no for the plain forms, which ask for tensors that are not empty
+        monkeypatch.setattr(dispatch, "use_triton", lambda tensor: tensor.numel() == 0)
+    return lambda: trial.failing_kernels(device)
+
+
+def test_every_registered_kernel_passes_its_trial(tried):
+    assert tried() == {}
+    assert trial._inputs(torch.float32).keys() == dispatch.REGISTERED.keys() == set(REGISTERED)
+
+
+def raising(*_):
+    raise RuntimeError("out of registers\nwith a second line")
+
+
+WRONG = {
+    "upsample_argmax": (lambda out: out.roll(1, 2), "differs by "),
+    "upsample_sum_backward": (lambda out: [1.01 * out[0], out[1]], "differs by 1.0e-02 in torch.float32"),
+    "depthwise_gelu": (lambda out: out * torch.nan, "differs by nan in "),
+    "upsampled_cross_entropy": (raising, "out of registers with a second line"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_found(tried, monkeypatch, name):
+    planted, why = WRONG[name]
+    module, _, function = dispatch.REGISTERED[name].kernel.partition(".")
+    module = import_module(f"segformer.models.ops.{module}")
+    honest = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *given: planted(honest(*given)))
+    found = tried()
+    assert found.keys() == {name}
+    assert why in found[name]
+
+
+class Ranks(NamedTuple):
+    """Two ranks; what the other one has found."""
+
+    other: dict[str, str]
+
+    def gather(self, mine):
+        return [mine, self.other]
+
+
+def test_a_kernel_that_fails_on_one_rank_is_left_out_on_all(through_kernels, device, monkeypatch):
+    monkeypatch.setattr(dispatch, "_plain", set())
+    lines, logits = [], torch.randn(1, 3, 2, 2).to(device)
+    agree_on_kernels(Ranks({}), {}, lines.append)
+    assert lines == []
+    agree_on_kernels(Ranks({"upsample_argmax": "differs"}), {"upsample_sum": "raised"}, lines.append)
+    (line,) = lines
+    assert "of upsample_argmax, upsample_sum, which fail here (upsample_argmax on rank 1: differs)" in line
+    called = through_kernels()
+    upsample_argmax(logits, (4, 4))
+    upsample_confusion(logits, torch.zeros(1, 4, 4, dtype=torch.uint8, device=device), IGNORE)
+    assert called == ["argmax.upsample_confusion"]

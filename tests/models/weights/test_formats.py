@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from segformer.errors import CheckpointError
-from segformer.models.segformer import MiTClassifier, build_encoder, build_model
+from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, find_arch
+from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
 
@@ -160,6 +161,14 @@ def smp_names(state: State) -> State:
     return out
 
 
+def test_weights_of_smp_with_their_head_say_that_smp_enlarges_otherwise(state: State, tmp_path: Path) -> None:
+    torch.save(smp_names(state), tmp_path / "smp.pth")
+    with pytest.warns(UserWarning, match=r"smp\.pth: .* enlarges logits with align_corners=True"):
+        SegFormer.from_pretrained(tmp_path / "smp.pth")
+    assert build_model(ModelConfig(pretrained=str(tmp_path / "smp.pth")), 3).pretrained.endswith(ALIGNED)
+    assert ALIGNED not in build_model(ModelConfig(pretrained=str(tmp_path / "smp.pth")), 4).pretrained
+
+
 def test_smp_there_and_back_is_bit_identical_from_file_and_directory(state: State, tmp_path: Path) -> None:
     torch.save(smp_names(state), tmp_path / "there.pth")
     save_file(smp_names(state), tmp_path / "model.safetensors")
@@ -169,6 +178,7 @@ def test_smp_there_and_back_is_bit_identical_from_file_and_directory(state: Stat
         weights = read_weights(place)
         assert (weights.format, weights.arch.norm_profile) == ("smp", "original")
         assert same(weights.state, state)
+        assert weights.notes == [ALIGNED]
     write_pth(weights, tmp_path / "back.pth", "smp")
     assert same(torch.load(tmp_path / "back.pth", weights_only=True), smp_names(state))
 

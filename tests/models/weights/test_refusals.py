@@ -1,8 +1,6 @@
 """Files that are refused: each is really written, and each is one clear CheckpointError."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,26 +29,8 @@ def refused(path: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-class Touch:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, int]]:
-        return os.mknod, (str(self.path), 0o600)
-
-
 class History:
     """Stands for the objects that training tools leave in their checkpoints."""
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_with_code_is_refused_and_runs_nothing(state: State, tmp_path: Path, legacy: bool) -> None:
-    content = {"state_dict": state, "meta": Touch(tmp_path / "ran")}
-    torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=not legacy)
-    refused(tmp_path / "bad.pth", r"bad\.pth is refused: it is a pickle that holds posix\.mknod")
-    assert not (tmp_path / "ran").exists()
 
 
 NEITHER = "is neither a PyTorch nor a safetensors file; download it again .a web page or a Git LFS pointer"
