@@ -78,6 +78,8 @@ class SplitScan:
     """Fingerprint of each image file -> its key."""
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
+    levels: list[int] = field(default_factory=list)
+    """Lowest and highest value of images of 16 bits."""
     turned: list[tuple[str, int]] = field(default_factory=list)
     """Images that EXIF would turn: file, orientation."""
     defects: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(Places))
@@ -162,6 +164,8 @@ def _add(
     scan.colors.update(colors)
     if loaded.image:
         scan.fingerprint(loaded.image, sample.key)
+    if values := [*scan.levels, *(loaded.levels or ())]:
+        scan.levels = [min(values), max(values)]
     if loaded.orientation != 1:
         scan.turned.append((sample.image_file, loaded.orientation))
     if loaded.height:
@@ -210,6 +214,7 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
         labelled[ids], scan.class_images[label], scan.holders[label] = True, len(ids), ids.tolist()
     scan.ignored_images = int((~labelled).sum())
     scan.ignored_pixels = content.get("ignored_pixels", 0)
+    scan.levels = content.get("levels", [])
     scan.raw_pixels.update({int(raw): int(pixels) for raw, pixels in content.get("raw_ids", {}).items()})
     members = np.stack([split.records["image_size"], split.records["image_crc"].astype(np.int64)], axis=1)
     for sample_id, member in enumerate(members):

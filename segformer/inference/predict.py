@@ -23,7 +23,7 @@ import mimetypes
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ class Predictor:
         metadata = trained.metadata
         self.classes = metadata.classes
         self.palette = np.array(metadata.palette, np.uint8)
+        self.image_range = metadata.image_range
         self.device = _device(device)
         self.model: nn.Module = InferenceMode(build(trained).to(self.device), InferenceModeConfig())
         self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
@@ -136,7 +137,7 @@ def predict(cfg: PredictConfig) -> list[Path]:
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
     for source, target in plan:
-        image = read_image(source)
+        image = read_image(source, predictor.image_range)
         mask = predictor(image)
         with writing(target):
             _write(target, mask, predictor.palette, overlay(image, mask, predictor.palette, cfg.alpha))
@@ -150,8 +151,10 @@ def predict(cfg: PredictConfig) -> list[Path]:
     return [target for _, target in plan]
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, image_range: Sequence[int] = ()) -> np.ndarray:
     """A photograph as (H, W, 3) uint8 RGB: decoded as in training, then turned as its EXIF orientation says.
+
+    image_range: as `data.image_range` of the run.
 
     Raises:
         DataError: not one whole picture of a format that is read, or above MAX_PIXELS or MAX_FILE_BYTES.
@@ -160,7 +163,7 @@ def read_image(path: Path) -> np.ndarray:
 
     data = read_file(path)
     if _trained_on(data):
-        return upright(whole_image(path, data), image_orientation(data))
+        return upright(whole_image(path, data, image_range), image_orientation(data))
     with _still(path) as picture:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 

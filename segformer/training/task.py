@@ -22,7 +22,7 @@ from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.index import image_sums
-from segformer.data.sources.content import Histogram, Labels, check_content
+from segformer.data.sources.content import Histogram, Labels, check_content, override
 from segformer.data.sources.division import same_bytes
 from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
@@ -170,6 +170,9 @@ def check_data(cfg: RunConfig, shards: ShardSet) -> None:
     labels, names = Labels.of(shards.content, cfg.data), dict.fromkeys((cfg.train_split, cfg.eval_split))
     held = {name: Histogram.of(shards.content["splits"][name]) for name in names}
     check_content(labels, held, [cfg.train_split])
+    if list(labels.image_range) != list(cfg.data.image_range):  # predict scales pictures by the run's own
+        take = override("data.image_range", labels.image_range)
+        raise ConfigError(f"{cfg.data.shards} was sharded with another data.image_range; give {take}")
     splits = [shards.split(name) for name in names]
     sums = [image_sums(split.records) for split in splits]
     if np.isin(sums[-1], sums[0]).all():

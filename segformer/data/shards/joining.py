@@ -40,6 +40,7 @@ def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Work
     raw_ids: Counter[int] = Counter()
     for note in notes:
         raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
+    levels = [value for note in notes for value in note["levels"]]
     shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
     return {
         "samples": len(records),
@@ -47,6 +48,7 @@ def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Work
         "class_images": np.bincount(labels["label"], minlength=total).tolist(),
         "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
         "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
+        **({"levels": [min(levels), max(levels)]} if levels else {}),
         "index": {
             "file": f"{split}.idx",
             "bytes": len(index),

@@ -24,7 +24,7 @@ from segformer.data.shards.index import INDEX, LABELS, pack_index
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
-from segformer.data.sources.decode import decode_image, image_header, read_file
+from segformer.data.sources.decode import decode_image, image_header, is_deep, read_file
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
 from segformer.files import read_json, sha256_of, staged, write_atomic
@@ -72,7 +72,7 @@ class ShardTask:
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
     """(note of the shard, True where it was complete already). The note: file, samples, bytes, sha256 and
     source_sha256 for dataset.json; part_sha256, stat, raw_ids, and turned: the images of an EXIF orientation
-    other than 1, as [file below root, orientation]."""
+    other than 1, as [file below root, orientation]; levels: lowest and highest value of images of 16 bits."""
     note = _complete(task)
     return (_write(task), False) if note is None else (note, True)
 
@@ -133,7 +133,7 @@ def _write(task: ShardTask) -> dict[str, Any]:
     # Before a sample is read: a later change must show.
     before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
     with staged(task.work.tar(task.name)) as tar:
-        records, labels, raw_ids, turned = _write_tar(task, tar)
+        records, labels, raw_ids, turned, levels = _write_tar(task, tar)
         part = pack_index(records, labels, _index_members(tar, records))
         note = before | {
             "file": f"{task.name}.tar",
@@ -143,6 +143,7 @@ def _write(task: ShardTask) -> dict[str, Any]:
             "part_sha256": hashlib.sha256(part).hexdigest(),
             "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
             "turned": turned,
+            "levels": levels,
         }
     write_atomic(task.work.part(task.name), part)
     write_atomic(task.work.note(task.name), json.dumps(note))
@@ -151,15 +152,16 @@ def _write(task: ShardTask) -> dict[str, Any]:
 
 def _write_tar(
     task: ShardTask, path: Path
-) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]]]:
+) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int]]:
     """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and the note's
-    turned."""
+    turned and levels."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
     cfg = task.settings.cfg
     raw_ids: Counter[int] = Counter()
     turned: list[tuple[str, int]] = []
+    levels: list[int] = []
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("xb") as stream,
@@ -168,6 +170,8 @@ def _write_tar(
         for sample, record in zip(task.samples, records, strict=True):
             loaded = load_sample(cfg, sample)
             raw_ids.update(loaded.raw_ids)
+            levels = [*levels, *(loaded.levels or ())]
+            levels = [min(levels), max(levels)] if levels else []
             if loaded.orientation != 1:
                 file = Path(cfg.folder("image", task.split), sample.key).with_name(sample.image.name)
                 turned.append((str(file), loaded.orientation))
@@ -181,7 +185,7 @@ def _write_tar(
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids, turned
+    return records, np.concatenate(labels), raw_ids, turned, levels
 
 
 def _encoded(loaded: LoadedSample, settings: Settings) -> tuple[tuple[str, bytes], np.ndarray | None]:
@@ -189,9 +193,10 @@ def _encoded(loaded: LoadedSample, settings: Settings) -> tuple[tuple[str, bytes
     kind = image_header(loaded.image)[0]
     longest = max(loaded.height, loaded.width)
     reduce = 0 < settings.long_side < longest
-    if not reduce and not settings.quality:
+    deep = settings.cfg.image_range and is_deep(loaded.image)
+    if not reduce and not settings.quality and not deep:
         return ("jpg" if kind == "jpeg" else "image.png", loaded.image), loaded.mask
-    pixels, mask = decode_image(loaded.image), loaded.mask
+    pixels, mask = decode_image(loaded.image, settings.cfg.image_range), loaded.mask
     if reduce:
         height, width = (
             max(1, round(side * settings.long_side / longest)) for side in (loaded.height, loaded.width)

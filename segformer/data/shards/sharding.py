@@ -63,24 +63,28 @@ _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdatas
 def _description(settings: Settings) -> dict[str, Any]:
     """The first part of dataset.json."""
     cfg = settings.cfg
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "task": cfg.task,
-        "name": cfg.name,
-        "classes": list(cfg.classes),
-        "palette": class_palette(cfg).tolist(),
-        "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
-        "mask_colours": [list(color) for color in cfg.mask_colours],
-        "license": cfg.license,
-        "citation": cfg.citation,
-        "seed": settings.seed,
-        "samples_per_shard": settings.samples_per_shard,
-        "long_side": settings.long_side,
-        "quality": settings.quality,
-        "drop_classes": list(cfg.drop_classes),
-        "min_share": cfg.min_share,
-    } | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.val_share else {})
+    return (
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "task": cfg.task,
+            "name": cfg.name,
+            "classes": list(cfg.classes),
+            "palette": class_palette(cfg).tolist(),
+            "label_map": {str(raw): train for raw, train in sorted(cfg.label_map.items())},
+            "mask_colours": [list(color) for color in cfg.mask_colours],
+            "license": cfg.license,
+            "citation": cfg.citation,
+            "seed": settings.seed,
+            "samples_per_shard": settings.samples_per_shard,
+            "long_side": settings.long_side,
+            "quality": settings.quality,
+            "drop_classes": list(cfg.drop_classes),
+            "min_share": cfg.min_share,
+        }
+        | ({"image_range": list(cfg.image_range)} if cfg.image_range else {})
+        | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.val_share else {})
+    )
 
 
 def _identity(settings: Settings, listing: Listing) -> str:

@@ -21,6 +21,7 @@ from segformer.data.sources.dataset import ANY, IGNORE_INDEX, DatasetConfig
 from segformer.errors import DataError, listed, printable
 
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
+LEAST_LEVELS = 128  # of 256 that images of 16 bits must keep without data.image_range
 LISTED = 12  # ids, classes or colors in one message
 SMOOTH = "as after a smooth resize or a lossy format; export them again as PNG, resized to the nearest pixel"
 _PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf|yes|no|on|off)$)[A-Za-z_][A-Za-z0-9_-]*", re.IGNORECASE)
@@ -44,23 +45,31 @@ class Histogram:
     """int64 (K,); images in classification."""
     raw_pixels: Mapping[int, int] = field(default_factory=dict)
     """Raw id -> pixels, before the label map; empty where it is not known."""
+    levels: Sequence[int] | None = None
+    """Lowest and highest value of images of 16 bits; None without any."""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Histogram":
         """That of a split's entry in dataset.json."""
         raw = {int(raw): pixels for raw, pixels in entry.get("raw_ids", {}).items()}
-        return cls(sum(s["samples"] for s in entry["shards"]), np.array(entry["class_pixels"], np.int64), raw)
+        return cls(
+            sum(s["samples"] for s in entry["shards"]),
+            np.array(entry["class_pixels"], np.int64),
+            raw,
+            entry.get("levels"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the labels of a set mean. allow_unseen: class names, or [*]. allow_duplicates: splits."""
+    """What the labels of a set mean. allow_unseen: class names, or [*]."""
 
     task: str
     classes: Sequence[str]
     label_map: Mapping[int, int] = field(default_factory=dict)
     allow_unseen: Collection[str] = ()
     allow_duplicates: Collection[str] = ()
+    image_range: Sequence[int] = ()
 
     @classmethod
     def of(cls, content: Mapping[str, Any], cfg: DatasetConfig) -> "Labels":
@@ -68,12 +77,14 @@ class Labels:
         label_map = {int(raw): train for raw, train in content.get("label_map", {}).items()}
         unseen = {*cfg.allow_unseen, *content.get("allow_unseen", ())}
         duplicates = {*cfg.allow_duplicates, *content.get("allow_duplicates", ())}
-        return cls(content["task"], content["classes"], label_map, unseen, duplicates)
+        return cls(
+            content["task"], content["classes"], label_map, unseen, duplicates, content.get("image_range", ())
+        )
 
     @classmethod
     def configured(cls, cfg: DatasetConfig, classes: Sequence[str]) -> "Labels":
         """Those of a set that is not sharded yet."""
-        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen, cfg.allow_duplicates)
+        return cls(cfg.task, classes, cfg.label_map, cfg.allow_unseen, cfg.allow_duplicates, cfg.image_range)
 
 
 def judge_content(
@@ -83,6 +94,8 @@ def judge_content(
     found = {raw for split in splits.values() for raw in split.raw_pixels}
     if len(labels.classes) < 2:
         yield Finding(FAIL, "classes", _one_class(labels, found))
+    if levels := [split.levels for split in splits.values() if split.levels]:
+        yield from _depth(labels.image_range, min(low for low, _ in levels), max(high for _, high in levels))
     empty = [name for name, split in splits.items() if not split.class_pixels.any()]
     if labels.task == "segmentation":
         for name in empty:
@@ -93,6 +106,20 @@ def judge_content(
     if trained and len(labels.classes) > 1 and (seen := np.sum(trained, axis=0) > 0).any():
         others = {name: split for name, split in splits.items() if name not in train and name not in empty}
         yield from _unseen(labels, " and ".join(train), seen, others, found)
+
+
+def _depth(image_range: Sequence[int], low: int, high: int) -> Iterator[Finding]:
+    """A crush of images of 16 bits, whose values are low to high: 12 bits in 16 become 16 levels."""
+    first, last = image_range or (0, 2**16 - 1)
+    kept = max(0, min(high, last) - max(low, first)) * 256 // (last - first + 1) + 1
+    if low < high and kept < (2 if image_range else LEAST_LEVELS):
+        whole = 2 ** high.bit_length() - 1
+        proposed = [0, whole] if high - low >= whole // 2 else [low, high]
+        text = (
+            f"images of 16 bits hold values of {low} to {high}, of which {kept} of 256 levels would be left; "
+        )
+        text += f"give what becomes black and white: {override('data.image_range', proposed)}"
+        yield Finding(FAIL, "depth", text + f" (as they are: {override('data.image_range', [0, 2**16 - 1])})")
 
 
 def check_content(labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]) -> None:

@@ -65,6 +65,8 @@ class DatasetConfig:
     """End of every image file name, in any case: _left.png, or _left for each of .jpg, .jpeg and .png."""
     mask_suffix: str = ".png"
     """End of every mask file name, in any case; PNG."""
+    image_range: list[int] = field(default_factory=list)
+    """Values of 16-bit images that become 0 and 255; empty = their upper 8 bits."""
     mask_colours: list[list[int]] = field(default_factory=list)
     """Masks that are painted in colors: [red, green, blue] of raw id 0, 1, ...; empty = masks hold ids."""
     classes: list[str] = field(default_factory=list)
@@ -110,6 +112,10 @@ class DatasetConfig:
             if getattr(self, key):
                 yield f"{key} means nothing where data.task={self.task}; leave it out"
         yield from self._class_problems()
+        if self.image_range:
+            low, high = self.image_range if len(self.image_range) == 2 else (0, 0)
+            if not 0 <= low < high <= MAX_RAW_ID:
+                yield f"image_range={self.image_range}; give [lowest,highest] of 0 to {MAX_RAW_ID}"
         yield from _color_problems("palette", self.palette)
         yield from _color_problems("mask_colours", self.mask_colours)
         last = len(self.classes) - 1

@@ -11,6 +11,7 @@ import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -55,9 +56,33 @@ def image_header(data: bytes) -> tuple[str, int, int]:
     return kind, height, width
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """JPEG or PNG bytes -> RGB uint8 (H, W, 3), not turned by EXIF: masks belong to the stored pixels."""
-    return _decode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION, 3)
+_COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def is_deep(data: bytes) -> bool:
+    """A PNG of 16 bits a channel."""
+    return data[:8] == PNG_MAGIC and data[24:25] == b"\x10"
+
+
+def decode_image(data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
+    """JPEG or PNG bytes -> RGB uint8 (H, W, 3), not turned by EXIF: masks belong to the stored pixels.
+
+    image_range: the values of 16 bits that become 0 and 255; without it their upper 8 bits are taken.
+    """
+    if not image_range or not is_deep(data):
+        return _decode(data, _COLOR, 3)
+    low, high = image_range
+    deep = _decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16).astype(np.float32)
+    scaled: np.ndarray = ((deep - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+    return scaled
+
+
+def value_range(data: bytes) -> tuple[int, int] | None:
+    """Lowest and highest value of an image of 16 bits, None for others."""
+    if not is_deep(data):
+        return None
+    deep = _decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16)
+    return int(deep.min()), int(deep.max())
 
 
 def decode_mask(data: bytes) -> np.ndarray:
@@ -72,7 +97,7 @@ def decode_label(data: bytes) -> int:
     return int(data)
 
 
-def _decode(data: bytes, flags: int, dimensions: int) -> np.ndarray:
+def _decode(data: bytes, flags: int, dimensions: int, dtype: type = np.uint8) -> np.ndarray:
     try:
         _, height, width = image_header(data)
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -80,7 +105,7 @@ def _decode(data: bytes, flags: int, dimensions: int) -> np.ndarray:
         raise DataError(f"image cannot be decoded: {error}") from error
     if (
         pixels is None
-        or pixels.dtype != np.uint8
+        or pixels.dtype != dtype
         or pixels.ndim != dimensions
         or pixels.shape[:2] != (height, width)
     ):
@@ -144,13 +169,13 @@ def read_file(path: Path, first: int = -1) -> bytes:
             return stream.read(first)
 
 
-def whole_image(path: Path, data: bytes) -> np.ndarray:
+def whole_image(path: Path, data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
     """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
     if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
         decode_pixels(path, data)
     with _unless_whole(path):
         check_parts(data)
-        return decode_image(data)
+        return decode_image(data, image_range)
 
 
 def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:

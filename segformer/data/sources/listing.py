@@ -24,6 +24,7 @@ from segformer.data.sources.decode import (
     image_orientation,
     orientation_text,
     read_file,
+    value_range,
     whole_image,
 )
 from segformer.data.sources.division import divided
@@ -73,6 +74,8 @@ class LoadedSample:
     image: bytes = b""
     height: int = 0
     width: int = 0
+    levels: tuple[int, int] | None = None
+    """Lowest and highest value of an image of 16 bits."""
     orientation: int = 1
     """EXIF orientation of the image, which is not applied."""
     ids: np.ndarray | None = None
@@ -263,6 +266,7 @@ def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, li
     with _noting(defects, "unreadable"):
         loaded.image = read_file(sample.image)
         loaded.height, loaded.width = whole_image(sample.image, loaded.image).shape[:2]
+        loaded.levels = value_range(loaded.image)
         loaded.orientation = image_orientation(loaded.image)
     if sample.mask is None:
         return loaded, defects

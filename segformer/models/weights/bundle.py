@@ -61,6 +61,8 @@ class Metadata:
     "Subtracted from each channel of an RGB image of 0 to 255."
     std: list[float] = field(default_factory=list)
     "Divides each channel after that."
+    image_range: list[int] = field(default_factory=list)
+    "Values of 16-bit images that become 0 and 255; without it their upper 8 bits are taken."
     view: list[int] = field(default_factory=list)
     "A classifier's: [side of the square it sees, short side of the image before that is cut out]."
 
@@ -109,6 +111,7 @@ _READERS: dict[str, Callable[[Any], list[Any]]] = {
     "mean": lambda mean: _list_of(mean, _number, 3),
     "std": lambda std: _list_of(std, _positive, 3),
     "view": lambda view: _list_of(view, int, 2),
+    "image_range": lambda values: _list_of(values, int, 2),
 }
 
 

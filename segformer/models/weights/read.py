@@ -88,6 +88,7 @@ def _described_run(run: Run, provenance: dict[str, Any]) -> Weights:
         palette=data.get("palette"),
         mean=settings.get("mean"),
         std=settings.get("std"),
+        image_range=data.get("image_range"),
         view=[settings["size"], settings["eval_resize"]] if classifies else [],
     )
     metadata.check(arch.num_classes)
@@ -188,7 +189,9 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
     arch, damaged = weights.arch, (KeyError, TypeError, ValueError, ConfigError)
     with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):
         entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
-        weights.metadata = Metadata(**entries, view=section.get("view") or [])
+        weights.metadata = Metadata(
+            **entries, view=section.get("view") or [], image_range=section.get("image_range") or []
+        )
         weights.metadata.check(arch.num_classes)
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
             raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")

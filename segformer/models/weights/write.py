@@ -173,7 +173,11 @@ def _section(weights: Weights) -> dict[str, Any]:
         "norm_profile": config.norm_profile,
         "decoder_dim": config.decoder_dim,
         "num_classes": weights.arch.num_classes or None,
-        **{key: value or None for key, value in asdict(metadata).items()},
+        **{
+            key: value or None
+            for key, value in asdict(metadata).items()
+            if value or key != "image_range"  # few have it
+        },
         "mean": normalization.mean,
         "std": normalization.std,
     }
