@@ -228,7 +228,8 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
         message = f"{reason_of(error)} {reason_of(error.__cause__) if error.__cause__ else ''}".rstrip()
         key = getattr(error.__cause__, "full_key", None) or getattr(error, "full_key", None) or ""
         if isinstance(error, OverrideParseException):
-            message = unreadable(schema, printable(dict(zip(taken, overrides, strict=True))[error.override]))
+            given = dict(zip(taken, overrides, strict=True))[error.override]
+            message = unreadable(schema, given.partition("=")[0].lstrip("+"), printable(given))
         for given in overrides:
             name = given.partition("=")[0].lstrip("+")
             if name not in names and re.match(rf"{re.escape(name)}\b", key):

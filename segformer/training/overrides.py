@@ -22,6 +22,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from segformer.errors import ConfigError, printable
 
 _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "anything"}
+_QUOTED = r"'[^']*'|\"[^\"]*\""
 _GRAMMAR = r"null|'.*'|\".*\"|.*\$\{.*|"  # texts that hydra reads: null, quoted ones, references
 
 
@@ -106,8 +107,9 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
         value = re.sub(r"(\\*)('|$)", lambda f: f[1] * 2 + f[2].replace("'", "\\'"), value)
         return f"{sign}{key}='{value}'"
     # Hydra would sweep over 1,2 and range(3), and calls more functions.
-    if ("," in value and value[0] not in "[{'\"") or re.match(r"\w+\(", value):
-        raise ConfigError(refusal(schema, key, given))
+    if ("," in value and value[0] not in "[{'\"") or re.search(r"\w\(", re.sub(_QUOTED, "", value)):
+        inside = hint == list[str] and value.startswith("[")
+        raise ConfigError((unreadable if inside else refusal)(schema, key, given))
     if parent and get_origin(type_of(schema, parent)) is dict:
         return f"++{parent}={{{name}: {value}}}"
     return f"++{key}={value}" if value.startswith("{") else override
@@ -148,9 +150,9 @@ def _leaves(hint: Any, value: Any, key: str = "") -> Iterator[tuple[str, Any, An
         yield from _leaves(kind, item, f"{key}{name}".removeprefix("."))
 
 
-def unreadable(schema: type[Any], given: str) -> str:
-    """Message for an override that hydra's grammar does not take."""
-    key, _, value = given.lstrip("+").partition("=")
+def unreadable(schema: type[Any], key: str, given: str) -> str:
+    """Message for the override `given`, which hydra's grammar does not take."""
+    value = given.partition("=")[2]
     if type_of(schema, key) == list[str] and re.fullmatch(r"\[.*\]", value):
         texts = [item.strip().strip("'\"") for item in value[1:-1].split(",")]
         fixed = ",".join(f'"{text}"' for text in texts)
@@ -169,7 +171,8 @@ def refusal(schema: type[Any], key: str, given: str) -> str:
     do = ""
     if get_origin(hint) is list:
         default = functools.reduce(getattr, key.split("."), schema())
-        do = f", such as {key}=[{','.join(map(str, default)) or '...,...'}]"
+        plain = re.sub(r"^\w*[\[(]|[\])]+$", "", value) or "..."
+        do = f", such as {key}=[{','.join(map(str, default)) or plain}]"
     elif re.fullmatch(r"\d+(\.\d+)?e\d+|\d+\.0", value):
         do = f"; write {key}={float(value):.0f}"
     return f"{given} must be {'' if hint is bool else 'a '}{kind(hint)}{do}"
