@@ -23,7 +23,7 @@ def left_out(names: Iterable[str]) -> LeftOut:
     """The kinds of files, given by their paths below a folder; a folder ends in a slash."""
     found: LeftOut = {}
     for name in sorted(names):
-        count, first = found.get(kind := _kind(name), (0, name))
+        count, first = found.get(kind := printable(_kind(name)), (0, printable(name)))
         found[kind] = (count + 1, first)
     return found
 
@@ -31,8 +31,7 @@ def left_out(names: Iterable[str]) -> LeftOut:
 def left_out_text(found: Mapping[str, tuple[int, str]]) -> str:
     """`left_out` in words: "6 x .tif (a.tif, ...), 1 x hidden (.DS_Store)"; empty of nothing."""
     return listed(
-        f"{count} x {kind} ({printable(first)}{', ...' if count > 1 else ''})"
-        for kind, (count, first) in found.items()
+        f"{count} x {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in found.items()
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from segformer.checkpoint.format import write_tensors
 from segformer.errors import ConfigError, listed, reraise_as
-from segformer.files import sha256_of, staged, sync
+from segformer.files import regular, sha256_of, staged, sync
 from segformer.models.variants import VARIANTS
 from segformer.models.weights.bundle import Metadata, Weights, check_tensors
 from segformer.models.weights.key_maps import TITLES, from_ours
@@ -234,7 +234,7 @@ def _claim_folder(out: Path) -> None:
 def _is_ours(folder: Path) -> bool:
     """The weights in `folder` bear our mark, or its config.json is that of an export as we wrote it."""
     missing = contextlib.suppress(SafetensorError, OSError)  # or damaged: the description decides
-    with missing, safe_open(folder / MODEL_FILE, framework="pt") as opened:
+    with missing, safe_open(regular(folder / MODEL_FILE), framework="pt") as opened:
         if _MARK in (opened.metadata() or {}):
             return True
     config = read_json(folder / CONFIG_FILE) or {}

@@ -416,6 +416,7 @@ def class_tree(tmp_path: Path) -> Path:
 
 
 def test_class_folders_or_class_dirs_give_the_labels_of_all_splits_alike(class_tree: Path) -> None:
+    (class_tree / "train/.ipynb_checkpoints").mkdir()
     assert class_folders(CLASSES, class_tree) == ["ant", "bee", "cat"]
     train, val = (list_samples(CLASSES, class_tree, split) for split in ("train", "val"))
     assert [(sample.key, sample.label) for sample in train] == [
