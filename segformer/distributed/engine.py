@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, at_least, reraise_as, within
+from segformer.errors import ConfigError, at_least, reason_of, reraise_as, within
 
 OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
@@ -202,15 +202,19 @@ def deepspeed_config(
 def determinism(cfg: EngineConfig) -> Iterator[None]:
     """Operations of torch that add in one order inside the block, if `cfg.deterministic`.
 
-    The kernels of models/ops always do. cuBLAS reads its setting at the first matrix product.
+    The kernels of models/ops always do. cuBLAS reads its setting at the first matrix product. ConfigError for
+    an operation that torch has in no such form.
     """
     before = torch.are_deterministic_algorithms_enabled()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
     try:
         yield
+    except RuntimeError as error:
+        if not cfg.deterministic or "does not have a deterministic" not in str(error):
+            raise
+        raise ConfigError(f"engine.deterministic=true: {reason_of(error).partition(', but')[0]}") from error
     finally:
         torch.use_deterministic_algorithms(before)
 

@@ -1,5 +1,8 @@
 """The DeepSpeed configuration as a pure function, and its batch arithmetic."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from segformer.distributed.engine import (
     EngineConfig,
     bucket_elements,
     deepspeed_config,
+    determinism,
     resolve_precision,
     resolve_stage,
 )
@@ -76,6 +80,34 @@ def test_stage_and_precision_follow_the_device_unless_they_are_given():
     assert [resolve_stage(EngineConfig(), device) for device in (cpu, gpu)] == [0, 1]
     assert resolve_stage(EngineConfig(offload_optimizer=True), cpu) == 1
     assert resolve_stage(EngineConfig(zero_stage=2), cpu) == 2
+
+
+def test_a_gpu_that_emulates_bf16_trains_in_fp32(monkeypatch):
+    """What torch asks on a T4, whose capability is 7.5."""
+    for name, answer in {
+        "is_available": True, "current_device": 0, "get_device_name": "Tesla T4",
+        "get_device_properties": SimpleNamespace(major=7), "_check_bf16_tensor_supported": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    gpu = torch.device("cuda")
+    assert resolve_precision(EngineConfig(), gpu) == "fp32"
+    with pytest.raises(ConfigError, match="bf16 is not supported by Tesla T4; use fp32"):
+        resolve_precision(EngineConfig(precision="bf16"), gpu)
+
+
+def test_deterministic_holds_inside_its_block_only(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    for wanted in (False, True):
+        with determinism(EngineConfig(deterministic=wanted)):
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted, "or torch refuses every product on a GPU"
+
+
+def test_an_operation_that_adds_in_any_order_is_one_line_where_runs_must_repeat():
+    said = r"^engine\.deterministic=true: put_ does not have a deterministic implementation$"
+    with pytest.raises(ConfigError, match=said), determinism(EngineConfig(deterministic=True)):
+        torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
 
 
 def test_buckets_have_the_size_of_the_model_and_no_more_than_128_mib():

@@ -90,6 +90,14 @@ class OnGpu(NamedTuple):
     major: int = 8
 
 
+@pytest.mark.parametrize(("major", "kernels"), [(7, False), (8, True), (12, True)])
+def test_triton_is_for_gpus_from_capability_8_on(monkeypatch, major, kernels):
+    monkeypatch.setattr(dispatch, "_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: OnGpu(torch.float32, major=major))
+    assert dispatch.use_triton(OnGpu(torch.bfloat16)) is kernels
+    assert not dispatch.use_triton(OnGpu(torch.float64))
+
+
 def test_the_graph_of_a_gpu_is_whole_and_has_its_operations(monkeypatch):
     """On a CPU `use_triton` says no at its first question, so that no other test traces the rest of it."""
     use_triton = dispatch.use_triton
