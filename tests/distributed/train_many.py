@@ -36,6 +36,7 @@ from segformer.training.config import RunConfig, compose
 from segformer.training.task import Segmentation
 
 VARIANTS.update([nano.SIZE])
+NUMBERS = Counter()  # that the ranks have added up, by type
 HONEST, STEP = Segmentation.loss, loop.train_step
 
 
@@ -84,30 +85,28 @@ def limited_step(mebibytes):
     return step
 
 
+def counted(function):
+    """A collective that adds up, with its numbers counted."""
+
+    def call(*given, **named):
+        tensor = next(item for item in (*named.values(), *given) if isinstance(item, torch.Tensor))
+        NUMBERS[str(tensor.dtype)] += tensor.numel()
+        return function(*given, **named)
+
+    return call
+
+
 @contextlib.contextmanager
 def watched(run):
     """Write watched.json."""
     from deepspeed.accelerator import get_accelerator
 
-    numbers, waits, names = Counter(), [], ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter")
-
-    def counted(function):
-        def call(*given, **named):
-            tensor = next(item for item in (*named.values(), *given) if isinstance(item, torch.Tensor))
-            numbers[str(tensor.dtype)] += tensor.numel()
-            return function(*given, **named)
-
-        return call
-
-    with contextlib.ExitStack() as patched:
-        for name in names:
-            honest = getattr(torch.distributed, name)
-            patched.enter_context(patch.object(torch.distributed, name, counted(honest)))
-        kind = type(get_accelerator())
-        patched.enter_context(patch.object(kind, "synchronize", lambda *_: waits.append(1)))
+    NUMBERS.clear()
+    waits = []
+    with patch.object(type(get_accelerator()), "synchronize", lambda *_: waits.append(1)):
         yield
     (folder,) = (item.removeprefix("run_dir=") for item in run if item.startswith("run_dir="))
-    Path(folder, "watched.json").write_text(json.dumps({"numbers": numbers, "waited": len(waits)}))
+    Path(folder, "watched.json").write_text(json.dumps({"numbers": NUMBERS, "waited": len(waits)}))
 
 
 def cut(source, target, step):
@@ -132,6 +131,8 @@ def outcome(world, entry):
 
 
 def main():
+    for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):  # before DeepSpeed takes them
+        setattr(torch.distributed, name, counted(getattr(torch.distributed, name)))
     world, outcomes = init_world(timeout_s=120), []
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         if "cut" in entry:
