@@ -1,13 +1,15 @@
-"""Real servers on loopback: HTTP with ranges and faults, S3 (moto) and Google Cloud Storage (an emulator)."""
+"""Real servers on loopback: HTTP with ranges and faults, or bytes of any kind, S3 (moto) and Google Cloud
+Storage (an emulator)."""
 
 import os
 import socket
+import socketserver
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -118,6 +120,31 @@ def serving(folder: Path, **options: Any) -> Iterator[FileServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Raw(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        asked = b""
+        while b"\r\n\r\n" not in asked and (part := self.request.recv(2**16)):
+            asked += part
+        with suppress(OSError):  # the client has had enough
+            for part in self.server.answer(asked.decode("latin-1")):  # type: ignore[attr-defined]
+                self.request.sendall(part)
+
+
+@contextmanager
+def answering(answer: Callable[[str], Iterable[bytes]]) -> Iterator[str]:
+    """The URL of a server that answers with bytes of any kind: `answer` gets the head of the request."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Raw) as server:
+        server.daemon_threads, server.answer = True, answer  # type: ignore[attr-defined]
+        server.block_on_close = False
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager

@@ -26,7 +26,7 @@ MAX_ENTRIES = 13
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "dataset content decode division folder masks listing download",
+    "data.sources": "web dataset content decode division folder masks listing download",
     "data.shards": "pool storage index format reader verify workfolder packing trimming joining sharding",
     "data.loading": "order photometric crop classification mixing samples loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",

@@ -1,7 +1,8 @@
 """Files of shards, read by range from a local folder, or from http(s), s3 and gs through fsspec.
 
     local    os.pread on open descriptors
-    remote   one ranged request a call, given up after `timeout` seconds without a byte
+    remote   one ranged request a call, given up after `timeout` seconds without a byte; over http also where
+             it is slower than SLOWEST, and where the server answers what sources/web.py refuses
 
 Every read returns exactly the bytes that were asked for, or raises DataError with the address and the reason.
 One that fails is repeated with exponential backoff and jitter for up to `retry_seconds`; a file that is not
@@ -21,16 +22,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from segformer.data.sources.web import MAX_REDIRECTS, AnswerRefusedError, check_answer, check_redirect
 from segformer.errors import ConfigError, DataError, at_least, reraise_as
 from segformer.files import NotAFileError, read_bytes, regular, write_atomic
 
 REMOTE = ("http", "https", "s3", "gs")
 OPEN_FILES = 64  # per process; 1,000 shards must not meet the usual limit of 1,024 descriptors
 PIECE = 16 * 2**20  # a whole remote file is fetched in ranges of this many bytes
+SLOWEST = 100_000  # bytes a second, after `timeout` seconds
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries, before jitter
 
 _NEEDED = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}
@@ -126,9 +130,11 @@ class Storage:
                 )
             return data
         client, path = self._client(), self.where(name)
+        over_http = self._scheme in ("http", "https")
+        fetch = partial(_http_range, client, self.config.timeout) if over_http else client.cat_file
 
         def request() -> bytes:
-            data: bytes = client.cat_file(path, start=start, end=start + length)
+            data: bytes = fetch(path, start=start, end=start + length)
             if len(data) < length:
                 raise OSError(f"{len(data)} of {length} bytes at byte {start}")
             return data
@@ -239,16 +245,62 @@ def _checked(root: str) -> str:
     return root
 
 
+def _http_range(client: Any, timeout: float, url: str, *, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end`, one more where the server sends more."""
+    from fsspec.asyn import sync
+
+    async def fetch() -> bytes:
+        session = await client.set_session()
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        limits = _limits(timeout, timeout + (end - start) / SLOWEST)
+        async with session.get(client.encode_url(url), headers=headers, timeout=limits) as answer:
+            if answer.status == 404:
+                raise FileNotFoundError(url)
+            answer.raise_for_status()
+            if start and answer.status != 206:
+                raise AnswerRefusedError("the server ignored the Range header")
+            check_answer(answer.headers, *((start, end - 1) if answer.status == 206 else ()))
+            data = bytearray()
+            async for part in answer.content.iter_any():
+                data += part
+                if len(data) > end - start:
+                    break
+            return bytes(data[: end - start + 1])
+
+    data: bytes = sync(client.loop, fetch)
+    return data
+
+
+def _limits(timeout: float, total: float) -> Any:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=total, sock_connect=timeout, sock_read=timeout)
+
+
+@cache
+def _guard() -> Any:
+    """What aiohttp asks before it follows a redirect; one object, so that fsspec keeps one session."""
+    import aiohttp
+
+    async def redirected(_: Any, context: Any, asked: Any) -> None:
+        context.redirects = getattr(context, "redirects", 0) + 1
+        if context.redirects > MAX_REDIRECTS:
+            raise AnswerRefusedError(f"it is redirected more than {MAX_REDIRECTS} times")
+        check_redirect(str(asked.url), asked.response.headers.get("Location", ""))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(redirected)
+    return trace
+
+
 def _file_system(scheme: str, timeout: float) -> Any:
     import fsspec  # with aiohttp, s3fs or gcsfs: only remote shards need them
 
     what = f"{scheme}:// needs the package {_NEEDED[scheme]}"
     with reraise_as(ConfigError, what, "pip install 'segformer[remote]'", on=ImportError):
         if scheme in ("http", "https"):
-            import aiohttp
-
-            limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
-            return fsspec.filesystem("http", client_kwargs={"timeout": limits})
+            options = {"timeout": _limits(timeout, 2 * timeout), "trace_configs": [_guard()]}
+            return fsspec.filesystem("http", client_kwargs=options | {"auto_decompress": False})
         if scheme == "s3":
             config = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
             return fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False)

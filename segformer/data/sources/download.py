@@ -5,30 +5,37 @@
     <output>/downloads/<file>.done    what was unpacked, and where to: while it lies there, no more to do
 
 One request per file: where it fails, the same command goes on from the bytes that arrived. `zipfile` and
-`tarfile` (filter "data") keep names inside the folder. Refused: other schemes than http and https, another
-size or checksum than expected (what arrived is then removed), damaged archives.
+`tarfile` (filter "data") keep names inside the folder. Refused: other schemes than http and https, answers
+that web.py refuses, slower than BLOCK in TIMEOUT or without end, another size or checksum than expected (what
+arrived is then removed), damaged archives.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
 import os
 import re
 import shutil
+import signal
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from segformer import files
+from segformer.data.sources.web import MAX_REDIRECTS, check_answer, check_redirect
 from segformer.errors import ConfigError, DataError, reraise_as
 
-TIMEOUT = 60.0  # seconds without a byte
+TIMEOUT = 60.0  # seconds for the answer to begin, and for every BLOCK of it
+BLOCK = 2**16
 DIGITS = {"md5": 32, "sha1": 40, "sha256": 64}
 _URL = re.compile(r"https?://[^/?#\s]+/([^?#\s]*/)?(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)(\?\S*)?")
 _FAILURES = (
@@ -94,23 +101,50 @@ def obtain(item: Download, out: Path, *, keep: bool = False) -> str | None:
     return sha256
 
 
+class _Redirects(HTTPRedirectHandler):
+    """The redirects that web.py allows; the body of one is not read."""
+
+    max_redirections = MAX_REDIRECTS
+
+    def redirect_request(
+        self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Request | None:
+        fp.close()
+        check_redirect(req.full_url, newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """TimeoutError where the block takes longer than TIMEOUT; a socket's own begins anew with every byte."""
+
+    def late(*_: object) -> NoReturn:
+        raise TimeoutError(f"slower than {BLOCK} bytes in {TIMEOUT:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def fetch(item: Download, path: Path) -> None:
     """Download to `path`, going on from what an earlier call left in `<path>.part`."""
     part = path.with_name(f"{path.name}.part")
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "segformer-download"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urlopen(Request(item.url, headers=headers), timeout=TIMEOUT)
+        with _in_time():
+            response = build_opener(_Redirects).open(Request(item.url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
+        error.close()
         if error.code != 416:  # nothing is left to send: the last call ended before it could compare
             raise
     else:
-        with response, part.open("ab" if response.status == 206 else "wb") as sink:
-            shown = {"desc": item.name, "total": response.length, "leave": False, "disable": None}
-            with tqdm.wrapattr(response, "read", unit="B", unit_scale=True, **shown) as body:
-                shutil.copyfileobj(body, sink, 2**20)
-        if response.length:
-            raise OSError(f"the connection ended {response.length} bytes early")
+        with response:
+            _receive(item, response, part, have)
     if mismatch := _mismatch(item, part):
         part.unlink()
         raise DataError(
@@ -118,6 +152,27 @@ def fetch(item: Download, path: Path) -> None:
             "see the page of the set for a new one"
         )
     part.replace(path)
+
+
+def _receive(item: Download, response: http.client.HTTPResponse, part: Path, have: int) -> None:
+    """Write the body of an answer, whose length is known before, after the first `have` bytes of `part`."""
+    goes_on = response.status == 206
+    check_answer(dict(response.headers), have if goes_on else None)
+    if response.length is None:
+        raise OSError("the server doesn't say how long the file is, so that it may have no end")
+    size = response.length + (have if goes_on else 0)
+    if item.size not in (None, size):
+        part.unlink(missing_ok=True)
+        raise DataError(f"{item.url} is not the file that is expected: {size} bytes, expected {item.size}")
+    bar = tqdm(total=response.length, desc=item.name, unit="B", unit_scale=True, leave=False, disable=None)
+    with bar, part.open("ab" if goes_on else "wb") as sink:
+        while response.length:
+            with _in_time():
+                block = response.read(BLOCK)
+            if not block:
+                raise OSError(f"the connection ended {response.length} bytes early")
+            sink.write(block)
+            bar.update(len(block))
 
 
 def unpack(archive: Path, target: Path) -> list[str]:
