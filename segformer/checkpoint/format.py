@@ -46,6 +46,8 @@ class TrainState:
     "The frozen sample order (data.order.OrderSpec)."
     data_digest: str = ""
     "Digest of the shards that the order refers to."
+    long_side: int | None = None
+    "Pixels that sharding reduced the long side of larger images to, 0 = none; an older version has None."
     best_score: float | None = None
     "Best validation score so far (mIoU or top-1); None before the first evaluation."
     best_step: int | None = None

@@ -2,7 +2,8 @@
 
 What evaluation and prediction send through a network goes through here:
 
-    image -> resized (short_side, long_side, scales, size_divisor) -> perhaps flipped
+    image -> reduced as sharding does (long_side alone; null: as the images of the model's training)
+          -> resized (short_side, long_side, scales, size_divisor) -> perhaps flipped
           -> logits, of the whole or of windows, enlarged to the resized image
           -> resized to the original image -> softmax -> flipped back -> mean over all of these -> argmax
 
@@ -24,12 +25,14 @@ Shapes: B batch, K classes, H W original image, h w resized image.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segformer.data.shards.packing import reduced_size
 from segformer.errors import ConfigError, at_least
 
 _LEAST = 32  # shortest side that the network sees, and that can be asked for: the encoder reduces by 32
@@ -43,8 +46,9 @@ class InferenceModeConfig:
 
     short_side: int = 0
     "The image is resized so that its short side has so many pixels; 0 = own size."
-    long_side: int = 0
-    "Most pixels that short_side may make of the long side, or else the short one gets fewer; 0 = no limit."
+    long_side: int | None = None
+    """Larger images are reduced to so many pixels of their long side, as by shard.py; with short_side: most
+    that it may make of the long side. 0 = no limit; null = as in training, or no limit with short_side."""
     size_divisor: int = 0
     "Each side is then stretched up to a multiple of this (NVlabs: AlignedResize, 32); 0 = as it is."
     window: list[int] = field(default_factory=list)
@@ -60,10 +64,10 @@ class InferenceModeConfig:
         at_least(self, "", short_side=0, long_side=0, size_divisor=0)
         if 0 < self.short_side < _LEAST:
             raise ConfigError(f"short_side={self.short_side} is too small; use 0 or {_LEAST} or more")
-        if self.long_side and not 0 < self.short_side <= self.long_side:
+        if self.long_side and self.long_side < max(self.short_side, _LEAST):
             raise ConfigError(
-                f"long_side={self.long_side} limits short_side={self.short_side}; set both, the long side to "
-                "no less than the short one, or leave it at 0"
+                f"long_side={self.long_side} is too small; use 0, or {_LEAST} and short_side="
+                f"{self.short_side} or more"
             )
         wrong = [factor for factor in self.scales if not 0 < factor < math.inf]
         if wrong:
@@ -80,10 +84,24 @@ class InferenceModeConfig:
             )
 
     @property
+    def reduced_to(self) -> int:
+        """Long side that larger images are reduced to before everything else; 0 = none."""
+        return 0 if self.short_side else self.long_side or 0
+
+    @property
     def steps(self) -> Size:
         """The stride in effect, of a window."""
         down, right = self.stride or [side * 3 // 4 for side in self.window]
         return down, right
+
+
+_Mode = TypeVar("_Mode", bound=InferenceModeConfig)
+
+
+def trained_at(cfg: _Mode, long_side: int) -> _Mode:
+    """The settings of a model that was trained on images of at most `long_side` (0 = of any size)."""
+    given = cfg.short_side or cfg.long_side is not None
+    return cfg if given or not long_side else replace(cfg, long_side=long_side)
 
 
 def settings(cfg: InferenceModeConfig) -> list[str]:
@@ -111,7 +129,7 @@ def check_images(cfg: InferenceModeConfig, sizes: Iterable[Size]) -> None:
     """ConfigError where nothing would be left of an image of one of `sizes`."""
     for size in sorted(set(sizes)):
         for factor in cfg.scales or [1.0]:
-            (height, width), _ = resized(cfg, size, factor)
+            (height, width), _ = resized(cfg, reduced_size(size, cfg.reduced_to), factor)
             if min(height, width) < 1:
                 raise ConfigError(
                     f"{', '.join(settings(cfg))}: an image of {size[0]} x {size[1]} (height x width) becomes "
@@ -129,6 +147,22 @@ def windows(size: Size, window: Size, stride: Size) -> list[tuple[slice, slice]]
     return [(rows, columns) for rows in lines[0] for columns in lines[1]]
 
 
+def _reduce(images: Tensor, size: Size) -> Tensor:
+    """Means over the areas that the pixels of a smaller `size` have in images, as OpenCV's INTER_AREA."""
+    if tuple(images.shape[2:]) == size:
+        return images
+    with torch.autocast(images.device.type, enabled=False):
+        rows, columns = (_shares(images.shape[2 + axis], size[axis]).to(images) for axis in (0, 1))
+        return rows @ images @ columns.T
+
+
+def _shares(old: int, new: int) -> Tensor:
+    """Share of each of `old` pixels of a line in each of `new` ones, (new, old) float64."""
+    edges, pixels = torch.linspace(0, old, new + 1, dtype=torch.float64)[:, None], torch.arange(old)
+    overlap = torch.minimum(edges[1:], pixels + 1) - torch.maximum(edges[:-1], pixels)
+    return overlap.clamp(min=0) * new / old
+
+
 def _resize(maps: Tensor, size: Size) -> Tensor:
     if tuple(maps.shape[2:]) == size:
         return maps
@@ -142,16 +176,18 @@ class InferenceMode(nn.Module):
         """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
         super().__init__()
         self.model, self.cfg = model, cfg
+        self._whole = not settings(replace(cfg, long_side=0)) if cfg.reduced_to else not settings(cfg)
         self.training = model.training
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), normalized -> logits (B, K, h, w); of several views, shares (B, K, H, W).
 
-        Whole images at their own size leave as the network's own result. Without gradients.
+        Whole images, of their own size or reduced, leave as the network's own result. Without gradients.
         """
         size = (images.shape[2], images.shape[3])
-        if not settings(self.cfg) and min(size) >= _LEAST:
+        images = _reduce(images, reduced_size(size, self.cfg.reduced_to))
+        if self._whole and min(images.shape[2:]) >= _LEAST:
             return self.model(images)
         scales = self.cfg.scales or [1.0]
         if len(scales) == 1 and not self.cfg.flip:

@@ -46,7 +46,7 @@ from segformer.data.sources.decode import (
 from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
 from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
 from segformer.evaluation.drawing import overlay, write_picture
-from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, check_images, trained_at
 from segformer.inference.export import build, check_output, open_checkpoint
 from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.weights.bundle import Weights
@@ -61,8 +61,8 @@ HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the si
 
 
 @dataclass(kw_only=True, slots=True)
-class PredictConfig:
-    """A model and photographs for it."""
+class PredictConfig(InferenceModeConfig):
+    """A model, photographs for it, and how it sees them."""
 
     checkpoint: str = "???"
     "Directory of a run, of one of its checkpoints, or of an export."
@@ -78,6 +78,7 @@ class PredictConfig:
     "Share of the class color in the overlay, 0 to 1."
 
     def __post_init__(self) -> None:
+        InferenceModeConfig.__post_init__(self)
         within(self, "", alpha=(0, 1))
         check_output(self.output, "a mask and an overlay of each picture are written into a folder")
 
@@ -85,20 +86,30 @@ class PredictConfig:
 class Predictor:
     """A model with everything it needs to be used on photographs."""
 
-    def __init__(self, trained: Weights, device: str = "auto") -> None:
+    def __init__(
+        self, trained: Weights, device: str = "auto", mode: InferenceModeConfig | None = None
+    ) -> None:
         metadata = trained.metadata
+        self.mode = trained_at(mode or InferenceModeConfig(), metadata.long_side)
         self.classes = metadata.classes
         self.palette = np.array(metadata.palette, np.uint8)
         self.image_range = metadata.image_range
         self.device = _device(device)
-        self.model: nn.Module = InferenceMode(build(trained).to(self.device), InferenceModeConfig())
+        self.model: nn.Module = InferenceMode(build(trained).to(self.device), self.mode)
         self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
 
     @classmethod
-    def from_export(cls, path: str | Path, device: str = "auto", step: str = "newest") -> "Predictor":
+    def from_export(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        step: str = "newest",
+        mode: InferenceModeConfig | None = None,
+    ) -> "Predictor":
         """Open an export directory, or the checkpoint of a run that `step` names (see `open_checkpoint`).
 
-        ConfigError where it is a classifier.
+        Images larger than those of its training, which sharding reduced, are reduced alike unless `mode` says
+        otherwise. ConfigError where it is a classifier.
         """
         trained = open_checkpoint(path, step)
         if trained.arch.kind != "segmentation":
@@ -106,11 +117,12 @@ class Predictor:
                 f"{path} is a classifier of {trained.arch.num_classes} classes: it names a whole image and "
                 "draws no mask; score it with launch/evaluate.py, or give a segmentation model"
             )
-        return cls(trained, device)
+        return cls(trained, device, mode)
 
     @torch.inference_mode()
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Image (H, W, 3) uint8 RGB -> class ids (H, W) uint8."""
+        """Image (H, W, 3) uint8 RGB -> class ids (H, W) uint8; ConfigError where the mode leaves nothing."""
+        check_images(self.mode, [image.shape[:2]])
         pixels = torch.from_numpy(np.array(image, order="C")).to(self.device).permute(2, 0, 1)[None]
         logits = self.model(self._normalize(pixels, None))
         prediction = upsample_argmax(logits, (image.shape[0], image.shape[1]))
@@ -133,7 +145,12 @@ def predict(cfg: PredictConfig) -> list[Path]:
     _check_headers(images, cfg.input)
     if unused:
         say(f"not used of input={cfg.input}: {left_out_text(unused)}")
-    predictor = Predictor.from_export(cfg.checkpoint, cfg.device, cfg.step)
+    predictor = Predictor.from_export(cfg.checkpoint, cfg.device, cfg.step, cfg)
+    if cfg.long_side is None and (side := predictor.mode.reduced_to):
+        say(
+            f"{cfg.checkpoint} was trained on images of at most {side} pixels a side: larger ones are "
+            "reduced to that, and the masks enlarged again (long_side=0 takes them as they are)"
+        )
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
     for source, target in plan:

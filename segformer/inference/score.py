@@ -1,9 +1,10 @@
 """The scores of a finished model: a run or an export, on any split of any shards with its classes.
 
-Images are taken whole and at their own size, logits are brought to the size of the label, and one confusion
-matrix counts the split; a classifier gets the center of every image, cropped as in its training. So do the
-evaluations during training: the numbers agree with theirs. Published scores resize images, slide windows,
-flip and scale (evaluation/inference_mode.py).
+Images are taken whole and at their own size, but not larger than those of the training, where shard.py has
+reduced these; logits are brought to the size of the label, and one confusion matrix counts the split. A
+classifier gets the center of every image, cropped as in its training. So do the evaluations during training:
+the numbers agree with theirs. Published scores resize images, slide windows, flip and scale
+(evaluation/inference_mode.py).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError, at_least, listed, say
 from segformer.evaluation.evaluate import evaluate
-from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings
+from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings, trained_at
 from segformer.evaluation.metrics import Scores
 from segformer.inference.export import build, open_checkpoint
 from segformer.models.weights.bundle import Weights
@@ -59,7 +60,9 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         limit_threads(world)
         world.on_main(lambda: _open(cfg) and None)  # one message where something is wrong
         trained, classes, split = _open(cfg)
-        view = None
+        view, longest = None, int(max(split.heights.max(), split.widths.max()))
+        if trained.arch.kind == "segmentation" and longest > trained.metadata.long_side:
+            cfg = trained_at(cfg, trained.metadata.long_side)
         if trained.arch.kind == "classification":
             size, short = trained.metadata.view
             view = ClassificationAugment(size=size, eval_resize=short)

@@ -183,6 +183,7 @@ def set_up(
     saved = newest_checkpoint(cfg, world, telemetry.line)
     state = TrainState(data_digest=shards.digest) if saved is None else saved.state
     world.on_main(lambda: _check_resumed(cfg, shards, state))
+    state.long_side = shards.content.get("long_side")
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
     place = {"rank": world.rank, "local_world_size": world.local_size}

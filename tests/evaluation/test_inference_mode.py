@@ -173,6 +173,26 @@ def test_a_resized_image_is_stretched_to_the_divisor_by_a_resize_of_its_own(divi
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("size", "side"), [((90, 70), 45), ((61, 333), 100), ((50, 50), 49), ((9, 400), 33)])
+def test_a_reduction_is_that_of_sharding(size, side):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    mode = InferenceMode(nn.Identity(), InferenceModeConfig(long_side=side, window=[32, 32]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which must not reach the pixels
+        found = mode(torch.from_numpy(image).float().permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+    height, width = (max(1, round(length * side / max(size))) for length in size)
+    expected = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 0.51  # OpenCV rounds to whole gray levels
+
+
+def test_a_reduced_image_is_evaluated_as_the_image_that_sharding_made():
+    model, images = Lopsided(), pictures(1, 3, 120, 90)
+    small = F.adaptive_avg_pool2d(images, (40, 30))
+    for keys in ({}, {"scales": [2.0]}, {"window": [32, 32]}):
+        found = InferenceMode(model, InferenceModeConfig(long_side=40, **keys))(images)
+        torch.testing.assert_close(found, InferenceMode(model, InferenceModeConfig(**keys))(small))
+
+
 @pytest.mark.parametrize("short", [32, 140])
 def test_resizing_is_that_of_opencv(short):
     image = np.random.default_rng(0).integers(0, 256, (90, 70, 3)).astype(np.float32)
@@ -214,8 +234,11 @@ def test_bf16_autocast_averages_in_float32():
     [
         ({"short_side": -1}, "short_side=-1 must be 0 or more"),
         ({"short_side": 16}, "short_side=16 is too small"),
-        ({"short_side": 512, "long_side": 500}, "long_side=500 limits short_side=512"),
-        ({"long_side": 500}, "long_side=500 limits short_side=0"),
+        (
+            {"short_side": 512, "long_side": 500},
+            "long_side=500 is too small; use 0, or 32 and short_side=512",
+        ),
+        ({"long_side": 31}, "long_side=31 is too small"),
         ({"window": [64]}, r"window=\[64\] must be"),
         ({"window": [64, 31]}, r"window=\[64, 31\] must be"),
         ({"stride": [64, 64]}, r"stride=\[64, 64\] must be .* window=\[\]"),
@@ -287,6 +310,20 @@ def test_evaluate_takes_the_keys_and_prints_the_mode(exported, run_ranks):
     assert f"{100 * scores.miou:.2f}" in printed.splitlines()[-1].split()
     with pytest.raises(ConfigError, match=r"^scales=\[0.0005\]: an image of "):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(exported), scales=[0.0005]))
+
+
+def test_a_model_of_reduced_images_is_scored_on_larger_ones_at_their_size(tiny_shards, tmp_path, capsys):
+    classes = list(ShardSet.open(str(tiny_shards)).classes)
+    torch.manual_seed(3)
+    state = build_model(ModelConfig(), len(classes)).state_dict()
+    out = write_model(state, classes, tmp_path / "export", tiny_shards, long_side=64)
+    given = {"checkpoint": str(out), "loader": LoaderConfig(workers=0), "precision": "fp32"}
+    default = evaluate_checkpoint(EvaluateConfig(**given))
+    assert "(long_side=64)" in capsys.readouterr().err
+    assert evaluate_checkpoint(EvaluateConfig(**given, long_side=64)).confusion == default.confusion
+    whole = evaluate_checkpoint(EvaluateConfig(**given, long_side=0))
+    assert "(whole images)" in capsys.readouterr().err
+    assert whole.confusion != default.confusion
 
 
 def test_the_counts_are_those_of_a_loop_over_the_labels(tiny_shards):

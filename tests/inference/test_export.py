@@ -172,6 +172,21 @@ def test_torch_exports_the_network_of_the_onnx_line(exports: dict[str, Path]) ->
     assert not [node for node in graph.nodes if str(node.target).startswith("segformer")]
 
 
+def test_run_and_export_remember_the_size_of_the_training_images(run: Path, tmp_path: Path) -> None:
+    assert open_checkpoint(run).metadata.long_side == 0  # nothing says it
+    state = TrainState(step=30, data_digest="d", long_side=320)
+    write_checkpoint(build_model(ModelConfig(), 2).state_dict(), {}, state, run / "checkpoints")
+    out = export(ExportConfig(checkpoint=str(run)))
+    convert(ConvertConfig(checkpoint=str(out), output=str(tmp_path / "converted")))
+    for place in (run, out, tmp_path / "converted"):
+        assert open_checkpoint(place).metadata.long_side == 320
+    described = json.loads((out / "config.json").read_text())
+    described["segformer"]["long_side"] = "wide"
+    (out / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"damaged: metadata is wrong: long_side"):
+        open_checkpoint(out)
+
+
 def test_a_classifier_exports_its_classes_view_and_scores(classifier_run: Path, tmp_path: Path) -> None:
     convert(ConvertConfig(checkpoint=str(classifier_run), output=str(tmp_path / "converted")))
     exported = export(ExportConfig(checkpoint=str(classifier_run), output=str(tmp_path / "exported")))
@@ -201,7 +216,7 @@ def test_a_step_names_the_checkpoint_of_every_command(
     scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
     for opened in (wanted, open_checkpoint(out), _open(scored)[0]):
         assert opened.provenance["step"] == expected
-    state = Predictor.from_export(best_run, "cpu", step).model.state_dict()
+    state = Predictor.from_export(best_run, "cpu", step).model.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
 
 

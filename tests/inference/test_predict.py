@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import resource
 import shutil
@@ -12,12 +13,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.decode import decode_image
 from segformer.errors import ConfigError, DataError
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
+from segformer.inference.export import build, open_checkpoint
 from segformer.inference.predict import PredictConfig, Predictor, predict, read_image
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Metadata
+from segformer.training.config import compose
 
 PALETTE = [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
 
@@ -253,6 +258,58 @@ def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(checkpo
     picture = Image.new("RGB", (40, 40))
     picture.save(tmp_path / "long.jpg", icc_profile=b"\0" * 400_000)
     assert len(predict(config(checkpoint, tmp_path / "long.jpg", tmp_path / "out"))) == 1
+
+
+@pytest.fixture(scope="module")
+def reduced(checkpoint, tmp_path_factory):
+    """The same model, trained on images of at most 64 pixels."""
+    out = tmp_path_factory.mktemp("reduced") / "export"
+    shutil.copytree(checkpoint, out)
+    described = json.loads((out / "config.json").read_text())
+    described["segformer"]["long_side"] = 64
+    (out / "config.json").write_text(json.dumps(described))
+    return out
+
+
+def smooth(height, width):
+    return np.asarray(pictures()["RGB.png"].resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_a_model_of_reduced_images_sees_a_larger_one_as_sharding_would_make_it(checkpoint, reduced):
+    image = smooth(200, 160)
+    small = np.asarray(Image.fromarray(image).resize((51, 64), Image.Resampling.BOX))
+    predictor, plain = Predictor.from_export(reduced, "cpu"), Predictor.from_export(checkpoint, "cpu")
+    mask = predictor(image)
+    assert mask.shape == (200, 160)
+    expected = np.asarray(Image.fromarray(plain(small)).resize((160, 200), Image.Resampling.NEAREST))
+    assert (mask == expected).mean() > 0.97
+    assert (mask == plain(image)).mean() < 0.97
+    np.testing.assert_array_equal(predictor(small), plain(small))
+    for mode in ({"long_side": 0}, {"short_side": 160}):
+        given = Predictor.from_export(reduced, "cpu", mode=InferenceModeConfig(**mode))
+        assert (given(image) == plain(image)).mean() > 0.999
+
+
+def test_predict_says_that_it_reduces_and_takes_the_settings_of_an_evaluation(reduced, tmp_path, capsys):
+    Image.fromarray(smooth(200, 160)).save(tmp_path / "a.png")
+    given = config(reduced, tmp_path / "a.png", tmp_path / "out")
+    (path,) = predict(given)
+    assert "was trained on images of at most 64 pixels a side" in capsys.readouterr().out
+    first = np.array(Image.open(path))
+    assert first.shape == (200, 160)
+    keys = ["short_side=96", "long_side=120", "window=[64,64]", "flip=true", "scales=[0.75,1]"]
+    places = [f"checkpoint={reduced}", f"input={given.input}", f"output={given.output}", "device=cpu"]
+    cfg = compose(PredictConfig, "predict", [*places, *keys])
+    predict(cfg)
+    assert "was trained on" not in capsys.readouterr().out
+    trained = open_checkpoint(reduced)
+    mode = InferenceMode(build(trained), cfg)
+    normalize = Normalize(trained.metadata.mean, trained.metadata.std)
+    pixels = torch.from_numpy(smooth(200, 160).copy()).permute(2, 0, 1)[None]
+    expected = mode(normalize(pixels, None)).argmax(1)[0].numpy()
+    assert (np.array(Image.open(path)) == expected).mean() > 0.999
+    with pytest.raises(ConfigError, match=r"scales=\[0.001\]: an image of 200 x 160 .* becomes 0 x 0"):
+        predict(compose(PredictConfig, "predict", [*places, "scales=[0.001]"]))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])

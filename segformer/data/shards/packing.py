@@ -188,19 +188,26 @@ def _write_tar(
     return records, np.concatenate(labels), raw_ids, turned, levels
 
 
+def reduced_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    """Height and width of an image after it is reduced to `long_side`; 0 leaves it as it is."""
+    longest = max(size)
+    if not 0 < long_side < longest:
+        return size
+    height, width = (max(1, round(side * long_side / longest)) for side in size)
+    return height, width
+
+
 def _encoded(loaded: LoadedSample, settings: Settings) -> tuple[tuple[str, bytes], np.ndarray | None]:
     """((suffix, bytes) of the image, mask) as they are stored."""
     kind = image_header(loaded.image)[0]
-    longest = max(loaded.height, loaded.width)
-    reduce = 0 < settings.long_side < longest
+    size = reduced_size((loaded.height, loaded.width), settings.long_side)
+    reduce = size != (loaded.height, loaded.width)
     deep = settings.cfg.image_range and is_deep(loaded.image)
     if not reduce and not settings.quality and not deep:
         return ("jpg" if kind == "jpeg" else "image.png", loaded.image), loaded.mask
     pixels, mask = decode_image(loaded.image, settings.cfg.image_range), loaded.mask
     if reduce:
-        height, width = (
-            max(1, round(side * settings.long_side / longest)) for side in (loaded.height, loaded.width)
-        )
+        height, width = size
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

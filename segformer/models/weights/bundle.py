@@ -66,6 +66,9 @@ class Metadata:
     view: list[int] = field(default_factory=list)
     "A classifier's: [side of the square it sees, short side of the image before that is cut out]."
 
+    long_side: int = 0
+    "Most pixels of the long side of the images it was trained and scored on; 0 = they were not reduced."
+
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -93,6 +96,12 @@ def _byte(value: Any) -> int:
     return number
 
 
+def _side(value: Any) -> int:
+    if (number := operator.index(value or 0)) < 0:
+        raise ValueError(f"{value!r} is not 0 or more")
+    return number
+
+
 def _number(value: Any) -> float:
     if not math.isfinite(number := float(value)):
         raise ValueError(f"{value!r} is not finite")
@@ -105,13 +114,14 @@ def _positive(value: Any) -> float:
     return number
 
 
-_READERS: dict[str, Callable[[Any], list[Any]]] = {
+_READERS: dict[str, Callable[[Any], Any]] = {
     "classes": lambda names: _list_of(names, str),
     "palette": lambda colors: _list_of(colors, lambda color: _list_of(color, _byte, 3)),
     "mean": lambda mean: _list_of(mean, _number, 3),
     "std": lambda std: _list_of(std, _positive, 3),
     "view": lambda view: _list_of(view, int, 2),
     "image_range": lambda values: _list_of(values, int, 2),
+    "long_side": _side,
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from segformer.errors import ConfigError, listed
-from segformer.models.weights.bundle import Metadata, Weights
+from segformer.models.weights.bundle import Weights
 
 PREDICTOR = "decode_head.linear_pred"
 
@@ -53,7 +53,7 @@ def map_classes(
         weights,
         state=state,
         arch=replace(weights.arch, num_classes=len(sources)),
-        metadata=Metadata(classes=names, mean=weights.metadata.mean, std=weights.metadata.std),
+        metadata=replace(weights.metadata, classes=names, palette=[], view=[]),
         provenance={},
     )
 

@@ -90,6 +90,7 @@ def _described_run(run: Run, provenance: dict[str, Any]) -> Weights:
         std=settings.get("std"),
         image_range=data.get("image_range"),
         view=[settings["size"], settings["eval_resize"]] if classifies else [],
+        long_side=run.state.long_side or 0,
     )
     metadata.check(arch.num_classes)
     weights = Weights(
@@ -189,9 +190,8 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
     arch, damaged = weights.arch, (KeyError, TypeError, ValueError, ConfigError)
     with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):
         entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
-        weights.metadata = Metadata(
-            **entries, view=section.get("view") or [], image_range=section.get("image_range") or []
-        )
+        entries |= {key: section.get(key) for key in ("view", "image_range", "long_side")}  # in none older
+        weights.metadata = Metadata(**entries)
         weights.metadata.check(arch.num_classes)
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
             raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
