@@ -92,7 +92,7 @@ class TelemetryConfig:
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
                 "telemetry.tensorboard=true needs the package tensorboard, which is not installed; "
-                "run `pip install 'segformer[tensorboard]'` or set it to false"
+                "run `pip install tensorboard` or set it to false"
             )
 
 

@@ -230,8 +230,10 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
         if isinstance(error, OverrideParseException):
             given = dict(zip(taken, overrides, strict=True))[error.override]
             message = unreadable(schema, given.partition("=")[0].lstrip("+"), printable(given))
-        for given in overrides:
+        for given, took in zip(overrides, taken, strict=True):
             name = given.partition("=")[0].lstrip("+")
+            if f"override {took} " in message:  # omegaconf says where in a list, not in which
+                key = name
             if name not in names and re.match(rf"{re.escape(name)}\b", key):
                 message = refusal(schema, key, printable(given))
         raise ConfigError(message) from error

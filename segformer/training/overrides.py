@@ -171,8 +171,8 @@ def refusal(schema: type[Any], key: str, given: str) -> str:
     do = ""
     if get_origin(hint) is list:
         default = functools.reduce(getattr, key.split("."), schema())
-        plain = re.sub(r"^\w*[\[(]|[\])]+$", "", value) or "..."
-        do = f", such as {key}=[{','.join(map(str, default)) or plain}]"
+        plain = re.sub(r"^\w*[\[(]|[\])]+$", "", value) if hint == list[str] else "..."
+        do = f", such as {key}=[{','.join(map(str, default)) or plain or '...'}]"
     elif re.fullmatch(r"\d+(\.\d+)?e\d+|\d+\.0", value):
         do = f"; write {key}={float(value):.0f}"
     return f"{given} must be {'' if hint is bool else 'a '}{kind(hint)}{do}"

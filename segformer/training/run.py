@@ -273,7 +273,7 @@ def _check_resumed(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
     if state.data_digest != shards.digest:
         raise CheckpointError(
             f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
-            "restore the old shards or choose another name=..."
+            f"restore the old shards or give another {_free(cfg)}"
         )
     budget = corrupt_budget(cfg.loader, shards.split(cfg.train_split))
     if len(state.corrupt) > budget:

@@ -25,7 +25,7 @@ from segformer.distributed.zero_state import gather_model, gather_optimizer, res
 from segformer.errors import ConfigError
 from segformer.training.config import RunConfig, as_yaml, frozen
 from segformer.training.optim import OPTIMIZERS, set_learning_rate
-from segformer.training.task import Task, training_crop
+from segformer.training.task import Task, crop_key, training_crop
 
 _MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory")
 
@@ -144,7 +144,7 @@ def enough_memory(rank: int, describe: Callable[[], str]) -> Iterator[None]:
 def _too_large(cfg: RunConfig, step: int, micro_batch: int) -> str:
     crop = "x".join(map(str, training_crop(cfg)))
     lower = [size for size in range(1, micro_batch) if micro_batch % size == 0]
-    use = "a smaller augment.crop, model.checkpointing=[1,2], or engine.zero_stage=3"
+    use = f"a smaller {crop_key(cfg)}, model.checkpointing=[1,2], or engine.zero_stage=3"
     if lower:
         use = f"micro_batch={lower[-1]} (gradients are accumulated, batch norm sees fewer images), {use}"
     return f"in step {step + 1} (micro_batch={micro_batch}, crop {crop}); use {use}"

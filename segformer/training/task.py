@@ -187,6 +187,11 @@ def training_crop(cfg: RunConfig) -> tuple[int, int]:
     return (side, side) if cfg.data.task == "classification" else (cfg.augment.crop[0], cfg.augment.crop[1])
 
 
+def crop_key(cfg: RunConfig) -> str:
+    """The setting that decides `training_crop`."""
+    return "classification.size" if cfg.data.task == "classification" else "augment.crop"
+
+
 def check_settings(cfg: RunConfig) -> None:
     """What can be said of settings without data, on this machine; doctor, --check and every start ask it.
 
@@ -195,10 +200,8 @@ def check_settings(cfg: RunConfig) -> None:
             is not set up, keys that DeepSpeed refuses.
     """
     if min(training_crop(cfg)) < LEAST_SIDE:
-        key = "classification.size" if cfg.data.task == "classification" else "augment.crop"
-        raise ConfigError(
-            f"{key}: crops of {training_crop(cfg)}; the encoder needs {LEAST_SIDE} pixels a side"
-        )
+        crop = training_crop(cfg)
+        raise ConfigError(f"{crop_key(cfg)}: crops of {crop}; the encoder needs {LEAST_SIDE} pixels a side")
     _check_loss(cfg)
     cfg.telemetry.check_trackers()
     check_extra(cfg.engine)

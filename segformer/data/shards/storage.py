@@ -296,8 +296,8 @@ def _guard() -> Any:
 def _file_system(scheme: str, timeout: float) -> Any:
     import fsspec  # with aiohttp, s3fs or gcsfs: only remote shards need them
 
-    what = f"{scheme}:// needs the package {_NEEDED[scheme]}"
-    with reraise_as(ConfigError, what, "pip install 'segformer[remote]'", on=ImportError):
+    what, do = f"{scheme}:// needs a package", f"pip install fsspec {_NEEDED[scheme]}"
+    with reraise_as(ConfigError, what, do, on=ImportError):
         if scheme in ("http", "https"):
             options = {"timeout": _limits(timeout, 2 * timeout), "trace_configs": [_guard()]}
             return fsspec.filesystem("http", client_kwargs=options | {"auto_decompress": False})
