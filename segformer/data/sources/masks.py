@@ -124,6 +124,8 @@ def color_remedy(colors: Counter[tuple[int, ...]], classes: int) -> str:
     """What to do about masks with colors in the place of ids."""
     if len(colors) > 4 * max(LISTED, classes):
         return f"the masks have {len(colors)} colors or more, {SMOOTH}"
+    if all(len(set(color)) == 1 for color in colors):
+        return "all of them are grey, so the ids lie in each channel: save one channel as the mask"
     found = [list(color) for color, _ in colors.most_common()]
     return (
         f"give their colors in the order of the raw ids, such as {override('data.mask_colours', found)} "
