@@ -1,6 +1,6 @@
 """Errors that a user can cause or must act on, and how a command ends with one.
 
-    SegformerError                   one line on stderr      2, Preempted 75, RankLost 76
+    SegformerError                   one line on stderr      2, Preempted 75, RankLost and WorkerLost 76
     Ctrl-C                           "stopped" on stderr     130 = 128 + SIGINT, as shells count
     nobody reads stdout (| head)     nothing                 141 = 128 + SIGPIPE
     any other exception              its traceback           1: a bug of this program
@@ -64,6 +64,12 @@ class RunTaken(SegformerError):
 
 class RankLost(SegformerError):
     """Another rank has ended or did not join a collective in time; the same command continues the run."""
+
+    exit_code = 76
+
+
+class WorkerLost(SegformerError):
+    """A loader process died twice; the state has been saved, and the same command continues the run."""
 
     exit_code = 76
 

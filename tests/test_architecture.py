@@ -28,7 +28,7 @@ ROOMS: dict[str, str] = {
     "files": "",
     "data.sources": "web dataset content decode division folder masks listing download",
     "data.shards": "pool storage index format reader verify workfolder packing trimming joining sharding",
-    "data.loading": "order photometric crop classification mixing samples loader",
+    "data.loading": "order photometric crop classification mixing samples workers loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",

@@ -5,8 +5,8 @@ Owns torch.distributed, beside rendezvous.py, by which the ranks find each other
 Control messages (flags, small objects) travel over gloo on the CPU also where tensors travel over NCCL, so
 that agreeing on a stop never makes the host wait for the device.
 
-SIGTERM, SIGUSR2 and Ctrl-C only set a flag (StopFlag): collectives in a signal handler would meet other
-ranks' ones.
+SIGTERM, SIGHUP, SIGUSR2 and Ctrl-C only set a flag (StopFlag): collectives in a signal handler would meet
+other ranks' ones.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from segformer.distributed.rendezvous import Place, find_place, meet
 from segformer.errors import ConfigError, RankLost, SegformerError, reraise_as
 
 _T = TypeVar("_T")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,18 +162,25 @@ def limit_threads(world: World) -> None:
 
 
 class StopFlag:
-    """Set by a signal; the loop looks at it once a step. Restores the previous handlers when it is left."""
+    """Set by a signal; the loop looks at it once a step.
+
+    Restores the previous handlers when it is left; but where a signal came, the process is about to end, and
+    a second one but Ctrl-C doesn't change its exit code. SIGHUP that is ignored (nohup) stays so.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     def __enter__(self) -> StopFlag:
-        self._previous = {number: signal.signal(number, self._set) for number in SIGNALS}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        taken = [number for number in SIGNALS if number not in nohup]
+        self._previous = {number: signal.signal(number, self._set) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if self.signal is None or number == signal.SIGINT:
+                signal.signal(number, handler)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, at_least, printable, reason_of, reported
+from segformer.errors import ConfigError, SegformerError, at_least, error_line, printable, reason_of, reported
 from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import duration, on_terminal, open_bar, train_figures
 from segformer.telemetry.trackers import Tensorboard, Wandb, confusion_picture, without_secrets
@@ -152,7 +152,9 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self.world.is_main and isinstance(error, SegformerError):
+            self._keep(error_line(error))  # printed where the command ends
         self.close()
 
     def line(self, text: str) -> None:
@@ -160,12 +162,23 @@ class Telemetry:
         if not self.world.is_main:
             return
         text = printable(text)
-        self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
+        self._keep(text)
         with contextlib.suppress(OSError):  # a terminal that has gone does not take the run with it
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
             else:
                 print(text, file=sys.stderr, flush=True)
+
+    def _keep(self, text: str) -> None:
+        """A line for log.txt alone; rank zero."""
+        self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def of_rank(self, text: str) -> None:
+        """A line about this rank alone: log.txt has that of rank zero, the others print theirs; any rank."""
+        self.line(text)
+        if not self.world.is_main:
+            with contextlib.suppress(OSError):
+                print(f"[rank {self.world.rank}] {text}", file=sys.stderr, flush=True)
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
@@ -188,7 +201,7 @@ class Telemetry:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.set_postfix_str(", ".join(figures))
-            self._log.write(f"{time.strftime('%H:%M:%S')} step {step} {'  '.join(figures)}")
+            self._keep(f"step {step} {'  '.join(figures)}")
         else:
             eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
             self.line(f"step {step}/{self.steps}  {'  '.join(figures)}  eta {eta}")

@@ -22,15 +22,10 @@ from segformer.checkpoint.checkpointer import Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState, step_name
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import at_state, list_steps, load_checkpoint, newest_state
-from segformer.data.loading.loader import (
-    WorkerStream,
-    corrupt_budget,
-    start_server,
-    train_batches,
-    worker_count,
-)
+from segformer.data.loading.loader import corrupt_budget, train_batches, worker_count
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
+from segformer.data.loading.workers import WorkerStream, start_server
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.sources.content import other_classes
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
@@ -186,10 +181,17 @@ def set_up(
     state.long_side = shards.content.get("long_side")
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
-    place = {"rank": world.rank, "local_world_size": world.local_size}
-    order = _sample_order(cfg, split, state)
     stream = partial(
-        train_batches, split, order, task.augment, cfg.loader, batch=batch, seed=cfg.seed, **place
+        train_batches,
+        split,
+        _sample_order(cfg, split, state),
+        task.augment,
+        cfg.loader,
+        batch=batch,
+        seed=cfg.seed,
+        rank=world.rank,
+        local_world_size=world.local_size,
+        warn=telemetry.of_rank,
     )
     checkpoints = Checkpointer(
         cfg.checkpoint,

@@ -1,7 +1,7 @@
 """The ranks' agreement to end a run: because of a signal, or of an error, on any of them.
 
-SIGTERM, SIGUSR2 and Ctrl-C only set a flag on whichever rank receives them, and an error in the data is kept
-by the rank that met it: raised at once, it would leave the other ranks in a collective.
+SIGTERM, SIGHUP, SIGUSR2 and Ctrl-C only set a flag on whichever rank receives them, and an error in the data
+is kept by the rank that met it: raised at once, it would leave the other ranks in a collective.
 
 The loop asks before a step and reads the answer after it, so that the exchange, tens of milliseconds among
 hundreds of ranks, goes on beside the step.
@@ -54,8 +54,9 @@ class Stopping:
     def reason(self, step: int, folder: Path) -> BaseException:
         """The error on the rank that has one, a silent exit on the others; or Preempted. All ranks."""
         signals = [number for number in self._world.gather(self._flag.signal) if number is not None]
-        if self._world.any(self._failure is not None):
-            return self._failure or SystemExit(SegformerError.exit_code)
+        mine = self._failure.exit_code if self._failure else 0
+        if codes := [code for code in self._world.gather(mine) if code]:
+            return self._failure or SystemExit(min(codes))  # 2 before 76: starting again would not mend it
         name = signal.Signals(signals[0]).name
         if not step:
             return Preempted(f"stopped before the first step by {name}; the same command begins again")

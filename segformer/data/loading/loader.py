@@ -5,47 +5,29 @@
 Micro batch u = accumulation x step + index of the micro batch goes to worker u mod W, and the DataLoader
 hands them out in the order of u. What a micro batch holds follows from the order spec, the seed and u
 alone: rank count, worker count, prefetching and restarts cannot change one bit of it.
+"""
 
-Workers are forked from a small clean server process (forkserver), never from the training process with its
-threads; the server imports this package once, so that a worker starts in milliseconds. They do not receive
-SIGINT, SIGTERM, SIGUSR1 and SIGUSR2, which Slurm sends to every process of a job: the trainer decides. A
-worker that dies, or gives nothing for `timeout` seconds, ends in an error. An error of the data travels as
-it is, without the traceback that the DataLoader would wrap around it."""
-
-import atexit
-import multiprocessing
 import os
-import signal
-import weakref
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
-from typing import Any, Generic, TypeVar
 
-import cv2
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.order import BatchShape, SampleOrder
 from segformer.data.loading.samples import Batch, Samples
+from segformer.data.loading.workers import WorkerStream, print_line
 from segformer.data.shards.format import Split
 from segformer.data.shards.storage import StorageConfig
-from segformer.errors import ConfigError, DataError, SegformerError, at_least, within
+from segformer.errors import ConfigError, at_least, within
 
 MAX_WORKERS = 8
 MOST_PER_CORE = 16  # a worker has 0.2 GiB: hundreds on a small machine take it down
-POLL_SECONDS = 5  # how often a waiting trainer looks whether its workers are alive
 
-_LEFT_TO_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _Plan = Iterator[list[tuple[int, int]]]  # (sample id, epoch) pairs, batch by batch
-_T = TypeVar("_T")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,126 +48,6 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         within(self, "loader.", max_corrupt=(0, 0.1), workers=(-1, 1024), prefetch=(1, 1024))
         at_least(self, "loader.", timeout=1)
-
-
-def start_server() -> None:
-    """Start the process that workers are forked from, and return at once.
-
-    It imports torch for more than a second: begun early, that happens beside the building of the model.
-    """
-    _context()
-    with _signals_blocked():
-        forkserver.ensure_running()
-
-
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes that are started inside are born with the trainer's signals blocked."""
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
-    try:
-        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-
-class _Source(IterableDataset[Any]):
-    """The items of one process, its error among them as a value."""
-
-    def __init__(self, items: Callable[[int, int], Iterator[Any]]) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        try:
-            yield from self.items(*((info.id, info.num_workers) if info else (0, 1)))
-        except SegformerError as error:
-            yield error
-
-
-class WorkerStream(Generic[_T]):
-    """Items computed by `workers` processes (0 = here) and handed out in turn.
-
-    items: (w, W) -> the items w, w + W, ... of the whole stream; must pickle. Each `iter` starts its own
-    workers, which end with the iterator.
-    """
-
-    def __init__(
-        self, items: Callable[[int, int], Iterator[_T]], *, workers: int, prefetch: int, timeout: int
-    ) -> None:
-        self.timeout = timeout
-        self._loader: DataLoader[Any] = DataLoader(
-            _Source(items),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            timeout=min(POLL_SECONDS, timeout) if workers else 0,
-            worker_init_fn=_start_worker,
-            multiprocessing_context=_context() if workers else None,
-            prefetch_factor=prefetch if workers else None,
-            generator=torch.Generator(),  # else every `iter` would draw from the model's random numbers
-        )
-
-    def __iter__(self) -> Generator[_T, None, None]:
-        stream = self._stream()
-        _OPEN.add(stream)
-        return stream
-
-    def _stream(self) -> Generator[_T, None, None]:
-        others = set(multiprocessing.active_children())
-        with _signals_blocked():
-            iterator = iter(self._loader)
-        mine = set(multiprocessing.active_children()) - others
-        try:
-            while (item := self._next(iterator)) is not None:
-                if isinstance(item, SegformerError):
-                    raise item
-                yield item
-        finally:
-            del iterator  # asks the workers to end and waits for them
-            for process in mine:
-                process.kill()
-
-    def _next(self, iterator: Iterator[Any]) -> Any:
-        """The next item, None at the end; waits in short turns, to see a dead worker soon."""
-        for _ in range(0, self.timeout, POLL_SECONDS):
-            try:
-                return next(iterator, None)
-            except RuntimeError as error:
-                if "exited unexpectedly" in str(error):
-                    raise DataError(
-                        f"a loader process died ({str(error).splitlines()[0]}); "
-                        "if memory or /dev/shm ran out, lower loader.workers or loader.prefetch"
-                    ) from error
-                if "timed out" not in str(error):
-                    raise
-        raise DataError(
-            f"no batch from the loader processes for {self.timeout} s; "
-            "check the storage of the shards or raise loader.timeout"
-        )
-
-
-# Streams still open when the program ends are closed before multiprocessing waits for their processes.
-_OPEN: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_open() -> None:
-    for stream in list(_OPEN):
-        stream.close()
-
-
-def _start_worker(_: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 def worker_count(cfg: LoaderConfig, local_world_size: int) -> int:
@@ -216,11 +78,12 @@ def train_batches(
     rank: int,
     start_step: int,
     local_world_size: int = 1,
+    warn: Callable[[str], None] = print_line,
 ) -> WorkerStream[Batch]:
     """The endless stream of one rank's micro batches from optimizer step `start_step` on."""
     plan = partial(_train_plan, order, batch, rank, start_step)
     make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
-    return _batches(split, plan, make, loader, worker_count(loader, local_world_size))
+    return _batches(split, plan, make, loader, worker_count(loader, local_world_size), warn)
 
 
 def eval_batches(
@@ -250,12 +113,13 @@ def _batches(
     make: Callable[[Split], Samples],
     cfg: LoaderConfig,
     workers: int,
+    warn: Callable[[str], None] = print_line,
 ) -> WorkerStream[Batch]:
     """The batches of a plan. A worker opens the split itself: an error in unpickling would be a traceback."""
     reopen, address = split.__reduce__()
     opened = partial(reopen, *address) if workers else lambda: split
     items = partial(_items, opened, plan, make)
-    return WorkerStream(items, workers=workers, prefetch=cfg.prefetch, timeout=cfg.timeout)
+    return WorkerStream(items, workers=workers, prefetch=cfg.prefetch, timeout=cfg.timeout, warn=warn)
 
 
 def _items(

@@ -20,15 +20,16 @@ from segformer.data.loading.classification import ClassificationAugment, Classif
 from segformer.data.loading.crop import AugmentConfig, RandomCrop
 from segformer.data.loading.loader import (
     LoaderConfig,
-    WorkerStream,
     corrupt_budget,
     eval_batches,
     num_eval_batches,
+    train_batches,
     worker_count,
 )
-from segformer.data.loading.order import SampleOrder, make_order_spec
+from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.photometric import draw_distortion
 from segformer.data.loading.samples import Batch, sample_rng
+from segformer.data.loading.workers import WorkerStream
 from segformer.data.shards import reader as reader_module
 from segformer.data.shards import storage
 from segformer.data.shards.format import ShardSet
@@ -37,7 +38,7 @@ from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.listing import list_samples, load_sample
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, WorkerLost
 
 AUGMENT = AugmentConfig(crop=[32, 48], resize=[], rot90=0.5, vflip=0.5)
 STEPS = 7  # 42 samples: the two epochs of 21 samples end inside and at the end of a batch
@@ -306,10 +307,10 @@ import multiprocessing, os, signal
 from itertools import count
 from multiprocessing.forkserver import _forkserver
 from pathlib import Path
-from segformer.data.loading.loader import WorkerStream, start_server
+from segformer.data.loading.workers import WorkerStream, start_server
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     start_server()
     stream = iter(WorkerStream(count, workers=2, prefetch=2, timeout=60))
@@ -317,7 +318,7 @@ if __name__ == "__main__":
     for pid in [_forkserver._forkserver_pid, *(child.pid for child in multiprocessing.active_children())]:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         print(next(line.split()[1] for line in status if line.startswith("SigBlk")))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         os.killpg(0, number)
     items += [next(stream) for _ in range(40)]
     print(*items)
@@ -347,31 +348,112 @@ def test_the_fork_server_and_its_workers_are_born_with_the_signals_blocked(
     """A fork server that dies of SIGTERM takes its workers with it, so the mask must be there from birth."""
     masks = [int(line, 16) for line in ran.stdout.splitlines()[:-1]]
     assert len(masks) == 3
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         assert all(mask >> (number - 1) & 1 for mask in masks), number
 
 
-def sleep(items: list[float], worker: int, workers: int) -> Iterator[float]:
-    for seconds in items[worker::workers]:
+TRAINER = """
+import multiprocessing
+from itertools import count
+from multiprocessing.forkserver import _forkserver
+from multiprocessing.resource_tracker import _resource_tracker
+from segformer.data.loading.workers import WorkerStream, start_server
+
+if __name__ == "__main__":
+    start_server()
+    stream = iter(WorkerStream(count, workers=2, prefetch=2, timeout=60))
+    next(stream)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    print(_forkserver._forkserver_pid, _resource_tracker._pid, *workers, flush=True)
+    for _ in stream:
+        pass
+"""
+
+
+def alive(pid: int) -> bool:
+    """False also for a process that has ended and that nobody waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
+    path = tmp_path / "trainer.py"
+    path.write_text(TRAINER)
+    with subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        left = [int(pid) for pid in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert len(left) == 4
+    end = time.monotonic() + 10
+    while any(map(alive, left)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(alive, left))
+
+
+def sleep(items: list[float], first: int, workers: int) -> Iterator[float]:
+    for seconds in items[first::workers]:
         time.sleep(seconds)
         yield seconds
 
 
-def sleeping(items: list[float], *, workers: int, timeout: int = 60) -> WorkerStream[float]:
+def sleeping(items: list[float], *, workers: int, timeout: int = 60, **options: Any) -> WorkerStream[float]:
     """A stream whose workers sleep for each of the items."""
-    return WorkerStream(partial(sleep, items), workers=workers, prefetch=1, timeout=timeout)
+    return WorkerStream(partial(sleep, items), workers=workers, prefetch=1, timeout=timeout, **options)
 
 
-def test_a_killed_worker_ends_in_an_error_and_not_in_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segformer.data.loading.loader.POLL_SECONDS", 1)
-    others = set(multiprocessing.active_children())
-    items = iter(sleeping([0.0] * 3 + [60.0], workers=1))
-    next(items)
-    (worker,) = set(multiprocessing.active_children()) - others
+def kill_one(others: set[Any]) -> None:
+    """End a worker as the kernel does where memory runs out."""
+    worker = next(iter(set(multiprocessing.active_children()) - others))
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="a loader process died"):
-        list(items)
+    worker.join()
+
+
+def test_workers_start_again_where_one_died_and_the_second_death_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("segformer.data.loading.workers.POLL_SECONDS", 1)
+    others, log = set(multiprocessing.active_children()), list[str]()
+    items = [number / 10**6 for number in range(20)]
+    stream = iter(sleeping(items, workers=2, warn=log.append))
+    got = [next(stream) for _ in range(3)]
+    kill_one(others)
+    got += [next(stream) for _ in range(8)]
+    assert got == items[:11]
+    (line,) = log
+    assert line.startswith("a loader process died (SIGKILL); if memory ran out, lower loader.workers")
+    kill_one(others)
+    with pytest.raises(WorkerLost, match=r"a loader process died \(SIGKILL\)"):
+        list(stream)
+    assert len(log) == 1
+    assert set(multiprocessing.active_children()) <= others
+
+
+def test_batches_are_the_same_where_a_worker_died(
+    shards: ShardSet, reference: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segformer.data.loading.workers.POLL_SECONDS", 1)
+    others = set(multiprocessing.active_children())
+    spec = make_order_spec(shards.split("train").shard_sizes, seed=5, global_batch=6, **ORDER)
+    batches = iter(
+        train_batches(
+            shards.split("train"),
+            SampleOrder(spec),
+            AUGMENT,
+            LoaderConfig(workers=2, prefetch=1),
+            batch=BatchShape(6, 2, 1),
+            seed=11,
+            rank=0,
+            start_step=0,
+        )
+    )
+    got = [next(batches) for _ in range(4)]
+    kill_one(others)
+    got += [next(batches) for _ in range(3 * STEPS - 4)]
+    batches.close()
+    assert all(map(torch.equal, joined(got), reference))
 
 
 def test_a_worker_that_gives_nothing_ends_in_an_error_and_is_killed() -> None:
@@ -382,7 +464,7 @@ def test_a_worker_that_gives_nothing_ends_in_an_error_and_is_killed() -> None:
 
 
 def test_a_slow_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segformer.data.loading.loader.POLL_SECONDS", 1)
+    monkeypatch.setattr("segformer.data.loading.workers.POLL_SECONDS", 1)
     assert list(sleeping([1.3, 0.0], workers=1)) == [1.3, 0.0]
 
 
