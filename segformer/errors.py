@@ -19,10 +19,12 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
+"Those that ask a run to stop."
 STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 START_ALONE = (
     "start with `deepspeed` or `torchrun`, or "
@@ -193,25 +195,26 @@ def ending() -> Iterator[None]:
         yield
     except SegformerError as error:
         code = error.exit_code
+        if isinstance(error, Preempted):
+            for number in SIGNALS:  # the state is saved: a further one must not change the exit code
+                signal.signal(number, signal.SIG_IGN)
         if is_main_rank():
-            print(error_line(error), file=sys.stderr, flush=True)
+            _say(error_line(error))
         elif not isinstance(error, Preempted):  # all ranks stop together, and rank zero says so
-            print(f"[rank {os.environ['RANK']}] {error_line(error)}", file=sys.stderr, flush=True)
+            _say(f"[rank {os.environ['RANK']}] {error_line(error)}")
     except KeyboardInterrupt:
         code = STOPPED
         if is_main_rank():
-            print("stopped", file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        if not _unread():
+            _say("stopped")
+    except OSError as error:
+        if not (isinstance(error, BrokenPipeError) and _unread()) and not _unwritten(sys.stdout, "\n"):
             raise
-        code = UNREAD
+        code = _code_of(error)
     except SystemExit as error:
         code = error.code
-    try:
-        print(end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more
-        code = code or UNREAD
+    if failed := _unwritten(sys.stdout):
+        code = code or _code_of(failed)
+    _unwritten(sys.stderr)  # a terminal that has gone
     if code:
         sys.exit(code)  # type: ignore[arg-type]
 
@@ -220,6 +223,32 @@ def error_line(error: SegformerError) -> str:
     """The line that a user reads: the kind of error, as this module names it, and its text."""
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
     return printable(f"{kind.__name__}: {error}")
+
+
+def _say(text: str) -> None:
+    """Print to stderr, where somebody may read it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _unwritten(stream: TextIO | None, text: str = "") -> OSError | None:
+    """Why `text` and the rest of what was printed can't be written; the interpreter, later, can."""
+    if stream is None:
+        return None
+    try:
+        print(text, end="", file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None
+
+
+def _code_of(failed: OSError) -> int:
+    """The exit code of a command whose output can't be written: said, but where nobody reads it."""
+    if isinstance(failed, BrokenPipeError):
+        return UNREAD
+    _say(f"what this command printed can't be written: {reason_of(failed)}")
+    return SegformerError.exit_code
 
 
 def _unread() -> bool:

@@ -91,6 +91,25 @@ def test_help_into_a_reader_that_is_gone_ends_quietly():
     assert unread(["launch/slurm.py", "--help"]) == (141, "")
 
 
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_output_that_a_full_disk_does_not_take_is_one_line_and_2(size):
+    code = ["-c", PRINTS.format(size=size, then="pass")]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, *code], cwd=ROOT, env=env, stdout=full, stderr=-1, check=False
+        )
+    line = b"what this command printed can't be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (2, line)
+
+
+def test_an_exit_code_survives_a_terminal_that_has_gone():
+    code = "from segformer.errors import Preempted, ending\nwith ending():\n    raise Preempted('stopped')"
+    with open("/dev/full", "w") as gone:
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=gone, check=False)
+    assert ended.returncode == 75
+
+
 DAMAGED = "from segformer.errors import DataError; raise DataError('damaged')"
 
 

@@ -26,10 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segformer.distributed.rendezvous import Place, find_place, meet
-from segformer.errors import ConfigError, RankLost, SegformerError, reraise_as
+from segformer.errors import SIGNALS, ConfigError, RankLost, SegformerError, reraise_as
 
 _T = TypeVar("_T")
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ class StopFlag:
     """Set by a signal; the loop looks at it once a step.
 
     Restores the previous handlers when it is left; but where a signal came, the process is about to end, and
-    a second one but Ctrl-C doesn't change its exit code. SIGHUP that is ignored (nohup) stays so.
+    only Ctrl-C still does something (errors.ending). SIGHUP that is ignored (nohup) stays so.
     """
 
     def __init__(self) -> None:

@@ -17,8 +17,8 @@ from types import FrameType
 from segformer.checkpoint.lease import Owner
 from segformer.distributed.rendezvous import slurm_environment
 from segformer.distributed.watchdog import is_lost_rank
-from segformer.distributed.world import SIGNALS
 from segformer.errors import (
+    SIGNALS,
     ConfigError,
     Preempted,
     RankLost,

@@ -58,6 +58,7 @@ class Stopping:
         if codes := [code for code in self._world.gather(mine) if code]:
             return self._failure or SystemExit(min(codes))  # 2 before 76: starting again would not mend it
         name = signal.Signals(signals[0]).name
+        self._flag.signal = signals[0]  # on all ranks: they end now, deaf to further ones
         if not step:
             return Preempted(f"stopped before the first step by {name}; the same command begins again")
         where = f"the state is in {folder}; the same command continues"

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -38,10 +39,15 @@ def test_a_stopped_run_continues_bit_for_bit(
     options += (f"steps={STEPS}",)
     processes = start_ranks(2, "launch/train.py", *tiny("stopped", *options))
     wait_for_steps(tmp_path / "stopped", 3, processes[0])
-    processes[0].send_signal(signal.SIGTERM)  # the first rank alone
+    processes[0].send_signal(signal.SIGHUP)  # a closed terminal; the first rank alone
+    while processes[0].poll() is None:  # further signals don't change how they end
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [75] * 2, "\n".join(outputs)
     assert "Preempted: stopped at step" in outputs[0]
+    assert "Preempted: stopped at step" in (tmp_path / "stopped/log.txt").read_text()
     assert "Preempted" not in outputs[1]
     stopped_at = len(metrics(tmp_path / "stopped"))
     assert 3 <= stopped_at < STEPS

@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from segformer.distributed.world import SIGNALS, StopFlag, derive_seed, init_world
-from segformer.errors import ConfigError
+from segformer.distributed.world import StopFlag, derive_seed, init_world
+from segformer.errors import SIGNALS, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     assert derive_seed(0, "step", 1, 0, 0) == 8644710782108860644
 
 
-def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_the_old_handlers_come_back():
+def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_others_change_nothing():
     before = [signal.getsignal(number) for number in SIGNALS]
     with StopFlag() as stop:
         for number in SIGNALS:  # SIGINT is the last
@@ -61,6 +61,25 @@ def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_the_old_han
             assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before[-1]
+    try:
+        for number in SIGNALS[:-1]:  # the process ends now: a second signal must not change how
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_without_a_signal_the_old_handlers_come_back_and_nohup_stays():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[SIGNALS.index(signal.SIGHUP)])
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
