@@ -54,7 +54,9 @@ def test_a_run_leaves_metrics_checkpoints_export_and_report(finished, metrics):
     assert all(wanted <= line.keys() for line in metrics(run_dir))
     steps = list_steps(run_dir / "checkpoints")
     assert steps[-2:] == [5, 6]
-    assert load_checkpoint(run_dir / "checkpoints").state.best_step in steps
+    state = load_checkpoint(run_dir / "checkpoints").state
+    assert state.best_step in steps
+    assert state.long_side == 0, "of the shards, which are not reduced"
     for name in ("config.yaml", "log.txt", "curve.png", "report.html", "export/model.safetensors"):
         assert (run_dir / name).stat().st_size > 0, name
     assert len(list((run_dir / "overlays").glob("*.jpg"))) == 2
