@@ -232,7 +232,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
             message = unreadable(schema, given.partition("=")[0].lstrip("+"), printable(given))
         for given, took in zip(overrides, taken, strict=True):
             name = given.partition("=")[0].lstrip("+")
-            if f"override {took} " in message:  # omegaconf says where in a list, not in which
+            if f"override {took} " in message and "." not in key:  # it says where in a list, not in which
                 key = name
             if name not in names and re.match(rf"{re.escape(name)}\b", key):
                 message = refusal(schema, key, printable(given))
