@@ -142,7 +142,7 @@ def judge_labels(
         if scan.twice.count:
             text = f"{scan.twice.count} images are there more than once ({scan.twice})"
             yield Finding(WARN, f"{scan.name}: copies", f"{text}; remove the copies")
-    if train in held and f"{train}: classes" not in judged and "classes" not in judged:
+    if train in held and labels.classes and f"{train}: classes" not in judged and "classes" not in judged:
         yield _rarest(labels.classes, by_name[train])
     images = {name: scan.digests for name, scan in by_name.items()}
     shared = list(same_bytes(labels.allow_duplicates, images))
@@ -150,7 +150,8 @@ def judge_labels(
         level = WARN if sharded and not found.whole else FAIL  # shards of a time when they were written
         yield Finding(level, f"{found.first} and {found.second}", found.text)
     if len(images) > 1 and not shared:
-        yield Finding(OK, " and ".join(images), "no image is in two, but as allowed")
+        allowed = ", but as allowed" if labels.allow_duplicates else ""
+        yield Finding(OK, " and ".join(images), f"no image is in two splits{allowed}")
 
 
 def _ignored(scan: SplitScan) -> Finding | None:

@@ -173,7 +173,7 @@ def test_leaks_and_unseen_classes_are_failures_but_by_name_and_copies_warnings(t
     shutil.copy(root / "images/train/1.jpg", root / "images/val/2.jpg")
     shutil.copy(root / "images/train/3.jpg", root / "images/train/4.jpg")
     missing, shared = texts(examined(root), FAIL)
-    assert "'tree' never seen in train but in val, where its IoU will be 0" in missing
+    assert "'tree' never seen in train but in val, where it will score 0" in missing
     assert "train and val: 1 images are in train and in val, byte for byte (1 = 2)" in shared
     report = examined(root, "data.allow_unseen=[tree]", "data.allow_duplicates=[val]")
     found = "\n".join(texts(report, WARN))

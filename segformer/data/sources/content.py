@@ -92,7 +92,7 @@ def judge_content(
 ) -> Iterator[Finding]:
     """Findings on classes and histograms. train: the splits that are trained on."""
     found = {raw for split in splits.values() for raw in split.raw_pixels}
-    if len(labels.classes) < 2:
+    if len(labels.classes) == 1:  # without any, others say so
         yield Finding(FAIL, "classes", _one_class(labels, found))
     if levels := [split.levels for split in splits.values() if split.levels]:
         yield from _depth(labels.image_range, min(low for low, _ in levels), max(high for _, high in levels))
@@ -115,11 +115,13 @@ def _depth(image_range: Sequence[int], low: int, high: int) -> Iterator[Finding]
     if low < high and kept < (2 if image_range else LEAST_LEVELS):
         whole = 2 ** high.bit_length() - 1
         proposed = [0, whole] if high - low >= whole // 2 else [low, high]
+        give, same = override("data.image_range", proposed), override("data.image_range", [0, 2**16 - 1])
         text = (
-            f"images of 16 bits hold values of {low} to {high}, of which {kept} of 256 levels would be left; "
+            f"images of 16 bits hold values of {low} to {high}, of which {kept} of 256 levels would be left"
         )
-        text += f"give what becomes black and white: {override('data.image_range', proposed)}"
-        yield Finding(FAIL, "depth", text + f" (as they are: {override('data.image_range', [0, 2**16 - 1])})")
+        yield Finding(
+            FAIL, "depth", f"{text}; say what becomes black and white: {give} (as they are: {same})"
+        )
 
 
 def check_content(labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]) -> None:
@@ -132,7 +134,7 @@ def check_content(labels: Labels, splits: Mapping[str, Histogram], train: Collec
 def _one_class(labels: Labels, found: Collection[int]) -> str:
     if labels.task == "classification":
         return f"{_names(labels.classes)} is the only class: there is nothing to tell apart; add another one"
-    name = labels.classes[0] if labels.classes else "<class>"
+    (name,) = labels.classes
     rest = "background" if name != "background" else "object"
     text = (
         f"data.classes has one name, {name!r}: a softmax over one class learns nothing; name the "
@@ -162,12 +164,11 @@ def _unseen(
     allowed = np.array([ANY in labels.allow_unseen or name in labels.allow_unseen for name in classes])
     if seen.sum() == 1:
         text = f"only {_names(classes[seen])} is ever seen in {train}: there is nothing to tell apart; "
-        yield Finding(
-            FAIL, about, (text + (_map_remedy(labels, found) or "check the masks and data.label_map"))
-        )
+        text += _map_remedy(labels, found) or "check the masks and data.label_map"
+        yield Finding(FAIL, about, text)
     elif (lost := ~seen & ~allowed).any():
         where = [name for name, split in others.items() if (split.class_pixels[lost] > 0).any()]
-        scored = f" but in {listed(where)}, where its IoU will be 0" if where else ""
+        scored = f" but in {listed(where)}, where it will score 0" if where else ""
         text = f"{_names(classes[lost])} never seen in {train}{scored}; "
         if remedy := _map_remedy(labels, found):
             text += f"{remedy}; "

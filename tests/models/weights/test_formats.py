@@ -232,6 +232,7 @@ def test_of_a_whole_mmseg_model_the_encoder_is_taken_when_asked_for(state: State
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
 def test_an_export_keeps_everything_and_its_own_epsilons(state: State, tmp_path: Path, profile: str) -> None:
     metadata = Metadata(classes=NAMES, palette=[[1, 2, 3]] * 3, mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0])
+    metadata.image_range = [0, 4095]
     write_export(bundle(state, profile, metadata), tmp_path / "export", step=7)
     back = read_weights(tmp_path / "export")
     assert (back.format, back.arch.norm_profile, back.metadata) == ("ours", profile, metadata)
