@@ -95,6 +95,7 @@ class Checkpointer:
         progress: Callable[[], None] = lambda: None,
         round_s: float = 5.0,
         last_saved: int | None = None,
+        best_step: int | None = None,
     ) -> None:
         self.last_saved = last_saved
         "The newest committed step, as far as the ranks have learned."
@@ -105,6 +106,8 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[_Outcome] | None = None
         self._failures, self._failure, self._warned = 0, "", False
+        if last_saved is not None:  # a lower keep_last makes room before the next save
+            on_main(lambda: _prune(folder, cfg, last_saved, best_step))
 
     def save(self, content: Checkpoint, *, last: bool = False) -> None:
         """Save `content`, whose tensors are {} off rank zero; all ranks.

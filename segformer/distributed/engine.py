@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from segformer.data.loading.order import BatchShape
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, at_least, reason_of, reraise_as, within
+from segformer.errors import SIGNALS, ConfigError, at_least, reason_of, reraise_as, within
 
 OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
@@ -265,8 +266,24 @@ def build_engine(
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if cfg.compile or (cfg.compile is None and stage < 3 and torch.cuda.is_available()):
+        deafen_compilers()
         engine.compile()
     return engine
+
+
+def deafen_compilers() -> None:
+    """Have compilers be born deaf to the signals of the job: one that dies of them ends the run."""
+    from torch._dynamo import callback
+
+    masks: list[set[Any]] = []
+
+    @callback.on_compile_start
+    def block(_: Any) -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+    @callback.on_compile_end
+    def unblock(_: Any) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
 
 
 def _is_news(record: logging.LogRecord) -> bool:

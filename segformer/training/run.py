@@ -203,6 +203,7 @@ def set_up(
         progress=stopping.watchdog.progress,
         round_s=min(5.0, cfg.engine.timeout_s / 4),
         last_saved=state.step or None,
+        best_step=state.best_step,
     )
     flops = training_flops(cfg.model, training_crop(cfg), task.num_classes, task=task.name)
     log_header(cfg, world, telemetry, shards, model.engine.module, state)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import make_checkpointer, nobody, tensors
 
+from segformer.checkpoint.checkpointer import CheckpointConfig, Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 
@@ -178,6 +179,15 @@ def test_a_checkpoint_that_can_not_be_deleted_is_a_warning_and_no_failure(tmp_pa
     assert list_steps(tmp_path) == [1, 2]
     assert len(warnings) == 1
     assert "step-00000001 can't be deleted" in warnings[0]
+
+
+def test_a_lower_keep_last_makes_room_at_the_start(tmp_path):
+    checkpointer = make_checkpointer(tmp_path, keep_last=9)
+    for step in range(1, 6):
+        checkpointer.save(content(step), last=True)
+    cfg, options = CheckpointConfig(keep_last=2), {"warn": print, "failed": print}
+    Checkpointer(cfg, tmp_path, lambda function: function(), **options, last_saved=5, best_step=1)
+    assert list_steps(tmp_path) == [1, 4, 5]
 
 
 def test_waiting_lets_the_writer_finish_before_its_fence_closes(tmp_path, monkeypatch):

@@ -1,13 +1,17 @@
 """torch.compile: no graph breaks, no surprise recompilations, and the gradients of the eager network."""
 
 import re
+import signal
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch._dynamo.testing
 from small import cross_entropy, small
+from torch._dynamo import callback
 
+from segformer.distributed.engine import deafen_compilers
+from segformer.errors import SIGNALS
 from segformer.models.layers import DropPath
 from segformer.models.ops import dispatch
 
@@ -128,3 +132,22 @@ def test_batches_of_one_shape_compile_once():
         for _ in range(3):
             compiled(torch.randn(2, 3, 64, 96))
     assert counter.frame_count == 1
+
+
+def test_what_is_started_to_compile_is_born_deaf_to_the_signals_of_the_job():
+    masks = []
+
+    def backend(graph, inputs):
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        return graph.forward
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handler = callback.callback_handler
+    start, end = list(handler.start_callbacks), list(handler.end_callbacks)
+    deafen_compilers()
+    try:
+        assert torch.compile(lambda x: x * 2, backend=backend)(torch.ones(1)) == 2
+    finally:
+        handler.start_callbacks[:], handler.end_callbacks[:] = start, end
+    assert masks == [before | set(SIGNALS)]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

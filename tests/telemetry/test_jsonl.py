@@ -27,6 +27,14 @@ def test_rows_of_a_kind_are_found_behind_torn_and_other_ones(tmp_path):
     assert newest_row(tmp_path, "final") is None
 
 
+def test_lines_that_no_run_wrote_are_passed_over(tmp_path):
+    rows = [json.dumps({"kind": "train", "step": step}).encode() for step in (1, 2)]
+    odd = [b"5", b"null", b"[1]", b'"text"', b'{"kind": "train", "step": \xff}', b"\xff\xfe", b""]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*odd, rows[0], *odd, rows[1]]))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert newest_row(tmp_path, "train") == {"kind": "train", "step": 2}
+
+
 def test_the_ledger_appends_the_samples_of_each_process(tmp_path):
     Ledger(tmp_path / "ledger", 3, 0).add(1, [5, 2])
     Ledger(tmp_path / "ledger", 3, 1).add(2, [7])
