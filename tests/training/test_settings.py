@@ -156,7 +156,7 @@ def test_every_setting_is_refused_in_one_line_or_its_run_starts(
         if composed(command, override) is not None and command == "config"
     ]
     chosen = [override for override in accepted if starts(override)]
-    assert len(chosen) > 30
+    assert len(chosen) > 5
     for override in chosen[:60]:
         try:
             started(override)
