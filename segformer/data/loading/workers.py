@@ -13,18 +13,21 @@ the DataLoader would wrap around it.
 """
 
 import atexit
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from multiprocessing.queues import Queue
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -136,7 +139,12 @@ class WorkerStream(Generic[_T]):
         self._source.first = first
         others = set(multiprocessing.active_children())
         do = "use loader.workers=0, which needs none"
-        with signals_blocked(), reraise_as(ConfigError, "loader processes can't be started", do):
+        with (
+            signals_blocked(),
+            reraise_as(ConfigError, "loader processes, which need /dev/shm, can't be started", do),
+        ):
+            if self._loader.num_workers:
+                _context().Lock()  # what needs /dev/shm; the DataLoader would leave more than the error
             iterator = iter(self._loader)
         mine = set(multiprocessing.active_children()) - others
         try:
@@ -168,8 +176,8 @@ class WorkerStream(Generic[_T]):
 def _cause(codes: set[int | None]) -> str:
     """How a worker died, by the exit codes of all, and what to do."""
     what = "a loader process died"
-    if -signal.SIGBUS in codes:
-        return f"{what} (SIGBUS): {_SHM}, is full; {_MORE_SHM}"
+    if codes & {-signal.SIGBUS, errno.ENOSPC}:
+        return f"{what}: {_SHM}, is full; {_MORE_SHM}"
     if -signal.SIGKILL in codes:
         return f"{what} (SIGKILL); if memory ran out, lower loader.workers or loader.prefetch"
     return f"{what} ({listed(f'exit code {code}' for code in codes if code)})"
@@ -188,8 +196,16 @@ def _close_open() -> None:
 def _start_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_TRAINER)
     threading.Thread(target=_end_with_trainer, daemon=True).start()
+    Queue._on_queue_feeder_error = staticmethod(_can_not_send)  # type: ignore[attr-defined]
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+
+
+def _can_not_send(error: Exception, batch: Any) -> None:
+    """End a worker whose batch does not fit into /dev/shm; the trainer would wait for it."""
+    if "No space left" not in str(error):
+        traceback.print_exception(error)
+    os._exit(errno.ENOSPC if "No space left" in str(error) else 1)
 
 
 def _end_with_trainer() -> None:

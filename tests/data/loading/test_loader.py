@@ -431,6 +431,24 @@ def test_workers_start_again_where_one_died_and_the_second_death_is_an_error(
     assert set(multiprocessing.active_children()) <= others
 
 
+class TooLarge:
+    """What a full /dev/shm does not take."""
+
+    def __reduce__(self) -> str:
+        raise RuntimeError("unable to allocate shared memory(shm) for file: No space left on device (28)")
+
+
+def too_large(first: int, workers: int) -> Iterator[Any]:
+    yield TooLarge()
+
+
+def test_a_full_shm_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segformer.data.loading.workers.POLL_SECONDS", 1)
+    stream: WorkerStream[Any] = WorkerStream(too_large, workers=1, prefetch=1, timeout=60)
+    with pytest.raises(WorkerLost, match=r"/dev/shm, .* is full; use loader.workers=0, or enlarge it"):
+        list(stream)
+
+
 def test_batches_are_the_same_where_a_worker_died(
     shards: ShardSet, reference: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
