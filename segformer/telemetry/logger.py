@@ -32,7 +32,16 @@ from typing import Any
 import numpy as np
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, SegformerError, at_least, error_line, printable, reason_of, reported
+from segformer.errors import (
+    ConfigError,
+    SegformerError,
+    at_least,
+    error_line,
+    printable,
+    reason_of,
+    reported,
+    say,
+)
 from segformer.telemetry.jsonl import LineFile
 from segformer.telemetry.progress import duration, on_terminal, open_bar, train_figures
 from segformer.telemetry.trackers import Tensorboard, Wandb, confusion_picture, without_secrets
@@ -178,7 +187,7 @@ class Telemetry:
         self.line(text)
         if not self.world.is_main:
             with contextlib.suppress(OSError):
-                print(f"[rank {self.world.rank}] {text}", file=sys.stderr, flush=True)
+                say(f"[rank {self.world.rank}] {text}", file=sys.stderr)
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
