@@ -129,7 +129,7 @@ def find_samples(
             _Side(kind, _folder(cfg, root, kind, split), cfg.ends(kind))
             for kind in (("image", "mask") if cfg.task == "segmentation" else ("image",))
         ]
-        others = {folder: files_below(folder) for folder in {side.folder for side in sides}}
+        others = {folder: files_below(folder) for folder in dict.fromkeys(side.folder for side in sides)}
         # Where one folder holds both: the longer end first, masks before images.
         for side in sorted(sides, key=lambda side: (min(map(len, side.ends)), side.kind), reverse=True):
             side.files, further, others[side.folder] = by_key(side.folder, others[side.folder], side.ends)
