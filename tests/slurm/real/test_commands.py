@@ -75,6 +75,7 @@ def test_an_evaluation_is_that_of_this_machine(cluster, launch, undisturbed, met
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_four_tasks_and_a_join_write_what_one_command_writes(
     tiny_root, tiny_shards, tmp_path, launch, cluster, monkeypatch
 ):

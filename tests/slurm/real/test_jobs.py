@@ -174,6 +174,7 @@ def test_an_error_is_not_started_again(submit):
     assert "ended: rank 0 ended with 2: DataError" in job.logs()
 
 
+@pytest.mark.slow
 def test_a_second_job_on_the_same_run_is_refused(submit, overrides, launch, cluster):
     job = submit("nodes=1", "tasks_per_node=1", "steps=100000")
     job.wait_for_step(1)
