@@ -16,7 +16,7 @@ from segformer import SegFormer
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.verify import find_defects
 from segformer.distributed.world import init_world
-from segformer.training.config import load_config
+from segformer.training.config import RunConfig, compose, frozen_difference, load_config
 from segformer.training.loop import train
 
 
@@ -45,6 +45,13 @@ def test_weights_are_the_average_of_the_newest_step(old, name, monkeypatch):
             torch.testing.assert_close(tensor, torch.full_like(tensor, value), msg=key)
     assert model.backbone.patch_embed1.norm.eps == 1e-5
     assert model.backbone.block1[0].norm1.eps == 1e-6
+
+
+def test_its_command_means_the_same_settings_now(old):
+    saved = load_config(old / "run/config.yaml")
+    now = compose(RunConfig, "config", ["data=sample"])
+    assert saved.data.image_suffix == ".jpg"  # the default of then
+    assert not [line for line in frozen_difference(saved, now) if line.startswith("data.")]
 
 
 def test_a_run_goes_on(old, monkeypatch, capsys):

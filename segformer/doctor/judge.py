@@ -145,7 +145,7 @@ def judge_labels(
     if train in held and labels.classes and f"{train}: classes" not in judged and "classes" not in judged:
         yield _rarest(labels.classes, by_name[train])
     images = {name: scan.digests for name, scan in by_name.items()}
-    shared = list(same_bytes(labels.allow_duplicates, images))
+    shared = list(same_bytes(labels.allow_duplicates, images, [train] if sharded else None))
     for found in shared:
         level = WARN if sharded and not found.whole else FAIL  # shards of a time when they were written
         yield Finding(level, f"{found.first} and {found.second}", found.text)

@@ -191,7 +191,7 @@ def _from_folder(cfg: DatasetConfig, sample: Sample) -> tuple[str, Picture | Non
     loaded, defects = inspect_sample(cfg, sample)
     if not loaded.height:
         return sample.key, None
-    image = decode_image(loaded.image)
+    image = decode_image(loaded.image, cfg.image_range)
     if loaded.ids is None or defects or not cfg.classes:
         return sample.key, (image, None)
     mask = label_table(cfg)[loaded.ids]

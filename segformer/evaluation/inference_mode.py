@@ -176,7 +176,7 @@ class InferenceMode(nn.Module):
         """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
         super().__init__()
         self.model, self.cfg = model, cfg
-        self._whole = not settings(replace(cfg, long_side=0)) if cfg.reduced_to else not settings(cfg)
+        self._whole = not settings(replace(cfg, long_side=0))
         self.training = model.training
 
     @torch.no_grad()

@@ -19,7 +19,6 @@ where there are pictures of other formats among it, the command ends with an err
 Shapes: H W image, K classes.
 """
 
-import mimetypes
 import os
 import struct
 import warnings
@@ -56,6 +55,10 @@ if TYPE_CHECKING:
 
 STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
 SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+OTHER_PICTURES = (
+    *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".jpe", ".svg", ".psd", ".ico", ".tga", ".exr"),
+    *(".ppm", ".pgm", ".pbm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw"),
+)
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the size of most JPEGs
 
@@ -252,7 +255,7 @@ def _pictures(source: Path) -> tuple[list[Path], LeftOut]:
 
 def _is_picture(kind: str) -> bool:
     """A kind of `left_out` is that of pictures."""
-    return (mimetypes.guess_type(f"_{kind}")[0] or "").startswith("image/")
+    return kind in OTHER_PICTURES
 
 
 def _plan(images: list[Path], source: Path, output: Path) -> list[tuple[Path, Path]]:

@@ -127,14 +127,14 @@ class RunConfig:
 
 
 def frozen(cfg: RunConfig) -> dict[str, Any]:
-    """The settings that FROZEN names, in their groups, but for places and what is allowed of the data: the
-    digest of the shards stands for data.shards."""
+    """The settings that FROZEN names, in their groups, but for places, what is allowed of the data and how
+    images are found: the digest of the shards stands for them."""
     settings = dataclasses.asdict(cfg)
     found: dict[str, Any] = {}
     for key in FROZEN:
         group, _, name = key.partition(".")
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
-    for free in ("root", "shards", "allow_unseen", "allow_duplicates"):
+    for free in ("root", "shards", "image_suffix", "allow_unseen", "allow_duplicates"):
         del found["data"][free]
     return found
 

@@ -177,7 +177,9 @@ def check_data(cfg: RunConfig, shards: ShardSet) -> None:
     sums = [image_sums(split.records) for split in splits]
     if np.isin(sums[-1], sums[0]).all():
         keys = [dict(zip(found.tolist(), s.keys, strict=True)) for found, s in zip(sums, splits, strict=True)]
-        for shared in same_bytes(labels.allow_duplicates, dict(zip(names, keys, strict=True))):
+        for shared in same_bytes(
+            labels.allow_duplicates, dict(zip(names, keys, strict=True)), [cfg.train_split]
+        ):
             raise DataError(shared.text)
 
 

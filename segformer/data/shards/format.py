@@ -186,8 +186,13 @@ class ShardSet:
 
 
 def content_digest(content: dict[str, Any]) -> str:
-    """sha256 (hex) of dataset.json without its own digest; it covers every tar and index by theirs."""
+    """sha256 (hex) of dataset.json without its own digest and what is said of files that are not used; it
+    covers every tar and index by theirs."""
     rest = {key: value for key, value in content.items() if key != "digest"}
+    rest["splits"] = {
+        name: {key: value for key, value in entry.items() if key != "left_out"}
+        for name, entry in content["splits"].items()
+    }
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,19 +2,17 @@
 
 import hashlib
 from collections import Counter
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from segformer.data.shards.index import image_sums, pack_index, parse_index
 from segformer.data.shards.packing import ShardTask
-from segformer.data.shards.trimming import is_training
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import read_file
-from segformer.data.sources.division import same_bytes
+from segformer.data.sources.division import is_training, pairs, same_bytes
 from segformer.data.sources.listing import Sample
 from segformer.errors import DataError
 from segformer.files import write_atomic
@@ -67,13 +65,16 @@ def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFol
         split: image_sums(parse_index(np.fromfile(work.set / f"{split}.idx", np.uint8))[0])
         for split in cfg.splits
     }
-    digests: dict[str, dict[bytes, str]] = {split: {} for split in cfg.splits}
-    for first, second in combinations(cfg.splits, 2):
+    places: dict[str, set[int]] = {split: set() for split in cfg.splits}
+    for first, second in pairs(cfg.splits, cfg.allow_duplicates):
         shared = np.intersect1d(found[first], found[second])
         for split in (first, second):
-            for place in np.flatnonzero(np.isin(found[split], shared)):
-                sample = samples[split][place]
-                digests[split].setdefault(hashlib.sha256(read_file(sample.image)).digest(), sample.key)
+            places[split].update(np.flatnonzero(np.isin(found[split], shared)).tolist())
+    digests: dict[str, dict[bytes, str]] = {split: {} for split in cfg.splits}
+    for split, known in places.items():
+        for place in sorted(known):
+            sample = samples[split][place]
+            digests[split].setdefault(hashlib.sha256(read_file(sample.image)).digest(), sample.key)
     for shared_by in same_bytes(cfg.allow_duplicates, digests):
         raise DataError(shared_by.text)
 

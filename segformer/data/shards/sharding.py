@@ -42,11 +42,11 @@ from segformer.data.shards.packing import (
     stat_hash,
 )
 from segformer.data.shards.pool import run
-from segformer.data.shards.trimming import Listing, is_training, trim
+from segformer.data.shards.trimming import Listing, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.data.sources.division import same_files
+from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained

@@ -9,6 +9,7 @@ import numpy as np
 
 from segformer.data.shards.pool import run
 from segformer.data.sources.dataset import DatasetConfig, label_table
+from segformer.data.sources.division import is_training
 from segformer.data.sources.listing import Sample
 from segformer.data.sources.masks import mask_ids
 from segformer.errors import DataError
@@ -16,11 +17,6 @@ from segformer.errors import DataError
 SCAN = 64  # images that one task looks at
 
 Listing = dict[str, list[Sample]]  # by split
-
-
-def is_training(split: str) -> bool:
-    """True for a split that is shuffled and trimmed."""
-    return not split.startswith(("val", "test"))
 
 
 def trim(cfg: DatasetConfig, listing: Listing, workers: int) -> Listing:

@@ -143,8 +143,6 @@ class DatasetConfig:
                 f"val_share={self.val_share} divides one folder into two splits, without split_lists; set "
                 "data.image_dir (and data.mask_dir) to it, without {split}, and data.splits to the two"
             )
-        if unknown := [name for name in self.allow_duplicates if name not in self.splits]:
-            yield f"allow_duplicates names {listed(unknown)}, which data.splits does not have"
 
     def _class_problems(self) -> Iterator[str]:
         count, limit = len(self.classes), MAX_IMAGE_CLASSES

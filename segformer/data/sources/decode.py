@@ -132,7 +132,8 @@ def _check_jpeg(data: bytes) -> None:
         at, parts = at + (1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")), parts + 1
         if parts > MAX_PARTS:
             raise ValueError(f"JPEG of more than {MAX_PARTS} segments")
-    if (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    end = data.find(b"\xff\xd9", at)  # a phone may append a film, whose bytes are no scans
+    if (scans := data.count(b"\xff\xda", at, end if end > 0 else None)) > MAX_SCANS:
         raise ValueError(f"JPEG of {scans} scans, the limit is {MAX_SCANS}")
 
 

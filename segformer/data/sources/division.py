@@ -1,13 +1,14 @@
 """Which split an image belongs to, and what is in two: scores on images that were trained on are no scores.
 
 One folder becomes two splits by `data.val_share`: the second of data.splits gets the images for which
-sha256(seed, key) falls below the share. More images move no other. Images that two splits share, as files or
-byte for byte, are refused but for the splits that `data.allow_duplicates` names."""
+sha256(seed, key) falls below the share. More images move no other. Images that a split which is trained on
+shares with one which is not, as files or byte for byte, are refused but for the splits that
+`data.allow_duplicates` names."""
 
 import functools
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -49,11 +50,11 @@ def _working_share(cfg: DatasetConfig, keys: set[str]) -> float:
 def same_files(cfg: DatasetConfig, images: Mapping[str, Sequence[tuple[str, str]]]) -> Iterator[str]:
     """A message for each two splits that have files in common; images: (key, file) of each, by split."""
     real = functools.cache(os.path.realpath)
-    places = {
-        split: {f"{real(os.path.dirname(file))}/{os.path.basename(file)}": key for key, file in found}
-        for split, found in images.items()
-    }
-    for first, second in _pairs(images, cfg.allow_duplicates):
+    folders = {split: {real(os.path.dirname(file)) for _, file in found} for split, found in images.items()}
+    for first, second in pairs(images, cfg.allow_duplicates):
+        if folders[first].isdisjoint(folders[second]):
+            continue
+        places = {split: _places(images[split], real) for split in (first, second)}
         if not (shared := places[first].keys() & places[second].keys()):
             continue
         do = "give each split a folder of its own (data.image_dir, data.split_dirs)"
@@ -66,6 +67,10 @@ def same_files(cfg: DatasetConfig, images: Mapping[str, Sequence[tuple[str, str]
         yield _in_both(first, second, "", [places[first][place] for place in sorted(shared)], do)
 
 
+def _places(found: Sequence[tuple[str, str]], real: Callable[[str], str]) -> dict[str, str]:
+    return {f"{real(os.path.dirname(file))}/{os.path.basename(file)}": key for key, file in found}
+
+
 @dataclass(frozen=True, slots=True)
 class Shared:
     """Images that two splits share. whole: all of the second."""
@@ -76,17 +81,33 @@ class Shared:
     text: str
 
 
-def same_bytes(allowed: Collection[str], images: Mapping[str, Mapping[Any, str]]) -> Iterator[Shared]:
-    """For each two splits that share images; images: what stands for its bytes -> key, by split."""
-    for first, second in _pairs(images, allowed):
+def same_bytes(
+    allowed: Collection[str], images: Mapping[str, Mapping[Any, str]], train: Collection[str] | None = None
+) -> Iterator[Shared]:
+    """For each of the `pairs` that share images; images: what stands for its bytes -> key, by split."""
+    for first, second in pairs(images, allowed, train):
         if shared := images[first].keys() & images[second].keys():
-            pairs = sorted(f"{images[first][one]} = {images[second][one]}" for one in shared)
-            text = _in_both(first, second, ", byte for byte", pairs, "remove them from one")
+            named = sorted(f"{images[first][one]} = {images[second][one]}" for one in shared)
+            text = _in_both(first, second, ", byte for byte", named, "remove them from one")
             yield Shared(first, second, len(shared) == len(images[second]), text)
 
 
-def _pairs(splits: Iterable[str], allowed: Collection[str]) -> Iterator[tuple[str, str]]:
-    return ((a, b) for a, b in combinations(splits, 2) if a not in allowed and b not in allowed)
+def is_training(split: str) -> bool:
+    """True for a split that is shuffled and trimmed, by its name."""
+    return not split.startswith(("val", "test"))
+
+
+def pairs(
+    splits: Collection[str], allowed: Collection[str], train: Collection[str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Every two splits that may not share images: one is trained on, the other scored.
+
+    train: those that are trained on; None: those whose name says so.
+    """
+    trained = {split for split in splits if is_training(split)} if train is None else set(train)
+    for a, b in combinations(splits, 2):
+        if (a in trained) != (b in trained) and a not in allowed and b not in allowed:
+            yield a, b
 
 
 def _in_both(first: str, second: str, how: str, names: Sequence[str], do: str) -> str:

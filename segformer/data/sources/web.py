@@ -3,12 +3,13 @@
 A redirect is followed where it stays with the host or goes to https. Refused: from https to http, and over
 http to another host of an internal address where the host that was asked for has a public one, or to a
 link-local one (169.254.169.254 gives away the keys of a machine in a cloud). Refused, too: bodies that are
-compressed on the way, which a few bytes can make endless, and other ranges than the one asked for.
+compressed on the way, which nothing here would open, and other ranges than the one asked for.
 """
 
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from email.message import Message
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urljoin, urlsplit
 
@@ -37,7 +38,9 @@ def check_redirect(url: str, location: str) -> None:
         raise AnswerRefusedError(f"it is redirected to {target!r}, {reason}")
 
 
-def check_answer(headers: Mapping[str, str], start: int | None = None, end: int | None = None) -> None:
+def check_answer(
+    headers: Mapping[str, str] | Message, start: int | None = None, end: int | None = None
+) -> None:
     """Raise AnswerRefusedError for a compressed body or, of status 206, another range than start..end."""
     if (encoding := headers.get("Content-Encoding", "identity")) not in ("", "identity"):
         raise AnswerRefusedError(f"the body is compressed on the way ({encoding}), which nobody asked for")

@@ -1,13 +1,14 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from segformer.data.sources.decode import decode_image, decode_label, decode_mask, image_header
+from segformer.data.sources.decode import decode_image, decode_label, decode_mask, image_header, whole_image
 from segformer.errors import DataError
 
 
@@ -44,6 +45,15 @@ def test_every_cut_of_a_header_is_refused_or_gives_the_true_size() -> None:
                 assert image_header(data[:length])[1:] == (9, 7)
             except ValueError:
                 continue
+
+
+def test_the_film_behind_a_photograph_is_not_scanned(tmp_path: Path) -> None:
+    data = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    assert whole_image(tmp_path, data + b"ftypmp42" + b"\xff\xda" * 100).shape == (8, 8, 3)
+    scan = data[data.index(b"\xff\xda") : -2]
+    many = data[:-2] + scan * 100 + data[-2:]
+    with pytest.raises(DataError, match="101 scans"):
+        whole_image(tmp_path, many)
 
 
 def test_a_photograph_decodes_to_what_pillow_sees_before_any_turning() -> None:

@@ -129,6 +129,17 @@ def test_images_of_two_splits_are_refused_but_by_name(
     assert shards.content["allow_duplicates"] == ["val"]
 
 
+def test_splits_that_are_both_trained_on_or_both_scored_may_share_images(
+    folder: Path, config: DatasetConfig, write: Callable[..., ShardSet]
+) -> None:
+    same = {"trainval": "train", "minival": "val"}
+    cfg = replace(
+        config, splits=["train", "trainval", "val", "val-mini"], split_dirs=same | {"val-mini": "val"}
+    )
+    assert set(write(cfg, folder).splits) == set(cfg.splits)
+    replace(config, allow_duplicates=["test"])  # a split of the shards that this configuration does not name
+
+
 def test_training_refuses_shards_whose_two_splits_are_one(
     one_folder: Path, config: DatasetConfig, write: Callable[..., ShardSet]
 ) -> None:

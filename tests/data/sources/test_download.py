@@ -1,5 +1,6 @@
 """Downloads from a real server on loopback that breaks off and changes its files as it is told."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import FileServer, serving
+from servers import FileServer, answering, serving
 
 from segformer import files
 from segformer.data.sources.download import Download, obtain, unpack
@@ -83,6 +84,29 @@ def test_a_broken_transfer_goes_on_where_it_was(ranges: bool, site: FileServer, 
     assert obtain(item, tmp_path) is not None
     assert (tmp_path / "set.bin").read_bytes() == DATA
     assert ranges_of(site) == ["", "bytes=1000-"]
+
+
+@pytest.mark.parametrize("more", ["", "7\r\nof more\r\n"])
+def test_headers_of_small_letters_chunks_and_an_archive_that_is_called_encoded(
+    more: str, tmp_path: Path
+) -> None:
+    data = tarred({"a.txt": b"a" * 3000}, "w:gz")
+
+    def answer(asked: str) -> list[bytes]:
+        part = data[10:]
+        head = f"content-range: bytes 10-{len(data) - 1}/{len(data)}\r\ncontent-encoding: x-gzip"
+        chunks = b"%x\r\n%b\r\n%b0\r\n\r\n" % (len(part), part, more.encode())
+        return [f"HTTP/1.1 206 OK\r\n{head}\r\ntransfer-encoding: chunked\r\n\r\n".encode(), chunks]
+
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads/set.tgz.part").write_bytes(data[:10])
+    with answering(answer) as url, contextlib.ExitStack() as stack:
+        if more:
+            stack.enter_context(
+                pytest.raises(DataError, match=f"{len(data) + 7} bytes, expected {len(data)}")
+            )
+        obtain(Download(url=f"{url}/set.tgz", size=len(data)), tmp_path)
+        assert (tmp_path / "a.txt").read_bytes() == b"a" * 3000
 
 
 @pytest.mark.parametrize(("end", "asked"), [(".part", [f"bytes={len(DATA)}-"]), ("", [])])
