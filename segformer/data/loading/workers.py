@@ -165,6 +165,12 @@ class WorkerStream(Generic[_T]):
             except RuntimeError as error:
                 if "exited unexpectedly" in str(error):
                     raise WorkerLost(_cause({process.exitcode for process in processes})) from error
+                if "Too many open files" in str(error):
+                    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                    do = "raise the limit, or lower loader.workers or loader.prefetch"
+                    raise ConfigError(
+                        f"{files} open files (ulimit -n) are too few for the loader; {do}"
+                    ) from error
                 if "timed out" not in str(error):
                     raise
         raise DataError(

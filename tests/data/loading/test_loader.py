@@ -449,6 +449,33 @@ def test_a_full_shm_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch)
         list(stream)
 
 
+FEW_FILES = """
+import resource, sys
+import torch
+from segformer.data.loading.workers import WorkerStream
+from segformer.errors import ending
+
+def tensors(place, workers):
+    for _ in range(40):
+        yield [torch.zeros(8) for _ in range(8)]
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    with ending():
+        held = list(WorkerStream(tensors, workers=2, prefetch=2, timeout=60))
+"""
+
+
+@pytest.mark.slow
+def test_too_few_open_files_are_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "few.py"
+    script.write_text(FEW_FILES)
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("ConfigError: 64 open files (ulimit -n) are too few for the loader;")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_batches_are_the_same_where_a_worker_died(
     shards: ShardSet, reference: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
