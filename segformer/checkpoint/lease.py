@@ -93,15 +93,16 @@ class Lease:
         return cls(path, token, generation + 1, descriptor)
 
     def check(self) -> None:
-        """Raise RunTaken where another process has taken the directory over.
+        """Raise RunTaken where another process has taken the directory over, or it has been removed.
 
         Raises:
             CheckpointError: the file can't be read at the moment.
         """
         _, token, holder = _read(self._path)
         if token != self._token:
-            by = f"by {holder}" if holder else f"or given back: {self._path} names nobody"
-            raise RunTaken(f"{self._path.parent} has been taken over {by}; this process ends without writing")
+            run_dir, by = self._path.parent, f"by {holder}" if holder else "or given back"
+            what = f"taken over {by}" if self._path.exists() else f"removed, or its {FILE}"
+            raise RunTaken(f"{run_dir} has been {what}; this process ends without writing")
 
     def release(self) -> None:
         """Give the directory back, where it is still ours; the generation stays."""

@@ -87,8 +87,8 @@ def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = 
         loaded = load_checkpoint(folder, step=loaded.state.best_step, warn=warn)
         assert loaded is not None  # a step that is asked for is there, or an error
     weights = loaded.model | loaded.ema
-    config = read_config(run / CONFIG) if (run / CONFIG).exists() else {}
-    return Run(folder=run, weights=weights, state=loaded.state, config=at_state(config, loaded.state))
+    config = stored_config(run, loaded.state)
+    return Run(folder=run, weights=weights, state=loaded.state, config=config)
 
 
 def run_folder(path: Path) -> Path:
@@ -131,13 +131,24 @@ def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:
     return config
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def stored_config(run: Path, state: TrainState) -> dict[str, Any]:
+    """The configuration that a state of a run was trained with; {} where nothing says it.
+
+    Raises:
+        CheckpointError: settings or config.yaml can't be read.
+    """
+    path = run / CONFIG
+    again = {"do": "the command that began the run writes it again"} if state.settings else {}
+    return at_state(read_config(path, **again) if path.exists() else {}, state)
+
+
+def read_config(path: Path, do: str = "restore it from a copy") -> dict[str, Any]:
     """The plain data of a configuration that was written as YAML.
 
     Raises:
         CheckpointError: it is damaged, or has aliases, as ours never do.
     """
-    what, do = f"{path} can't be read as a configuration", "the command that began the run writes it again"
+    what = f"{path} can't be read as a configuration"
     with reraise_as(CheckpointError, what, do, on=(OSError, ValueError)):
         content = parse_yaml(read_text(path, most=_MOST))
         if not isinstance(content, dict):

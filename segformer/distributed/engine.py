@@ -15,7 +15,8 @@ Choices, each for a reason:
   elements takes 4 to 8 GB whatever the model is.
 - Gradients are averaged in one type, fp32 or engine.grad_dtype. Left to itself, DeepSpeed's autocast sends
   those of modules whose class is exactly torch's Linear or Conv2d in bf16 and all others in fp32.
-- Its throughput timer, which makes the host wait for the device twice a micro batch, is off.
+- Its throughput timer, which makes the host wait for the device twice a micro batch, is off, unless
+  engine.extra has `timers`.
 - A step whose gradients are not finite is not taken, on any rank (`take_step`): ZeRO's optimizers look at the
   norm themselves, at stage 0 it is done here.
 - torch.compile goes through `engine.compile()`; a module that was compiled before ZeRO-3 fails in its hooks.
@@ -26,6 +27,7 @@ Choices, each for a reason:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -47,8 +49,10 @@ OWN_ZERO = {"stage", "offload_optimizer", "offload_param"}
 BUCKET = 2**25
 "Largest bucket of gradients or parameters that is sent at once, elements."
 _PRODUCTS = ["torch.nn.Linear", "torch.nn.Conv2d", "segformer.models.layers.Linear"]
-"Classes whose gradients are averaged in bf16 where that is asked for: those that autocast computes in bf16."
+"""Classes whose gradients are averaged in bf16 where that is asked for: those that autocast computes in bf16.
+At stage 0 DeepSpeed doesn't ask for the class, and averages all of them in bf16."""
 OWN = {"fp16", "bf16", "amp", "optimizer", "scheduler"}  # DeepSpeed's ways to do what this system does itself
+FREE = {"zero_optimization", "timers"}  # derived, and engine.extra may add to them
 # What the run logs itself, with rank and samples, and a remark on every optimizer that is not Adam.
 _SILENT = re.compile("OVERFLOW!|untested optimizer")
 
@@ -86,7 +90,7 @@ class EngineConfig:
     "fp32, bf16 (autocast, fp32 parameters) or auto: bf16 where the GPU has it, fp32 on a CPU."
     grad_dtype: str = "fp32"
     """Type in which gradients are averaged over the ranks: fp32, or, with precision=bf16, bf16, which sends
-    half the bytes and rounds each of them."""
+    half the bytes and rounds each of them (above stage 0 but those of norms)."""
     compile: bool | None = None
     "torch.compile the model for training steps; null means on GPUs, below ZeRO-3."
     deterministic: bool = False
@@ -192,10 +196,11 @@ def deepspeed_config(
     zero = cfg.extra.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"engine.extra.zero_optimization={zero!r} must be a mapping")
-    taken = cfg.extra.keys() & (derived.keys() - {"zero_optimization"} | OWN) | zero.keys() & OWN_ZERO
+    taken = cfg.extra.keys() & (derived.keys() - FREE | OWN) | zero.keys() & OWN_ZERO
     if taken:
         names = ", ".join(sorted(taken))
-        raise ConfigError(f"engine.extra sets {names}, which other settings decide; remove it there")
+        do = "; give engine.grad_dtype" if "communication_data_type" in taken else ""
+        raise ConfigError(f"engine.extra sets {names}, which other settings decide; remove it there{do}")
     return derived | cfg.extra | {"zero_optimization": derived["zero_optimization"] | zero}
 
 
@@ -230,13 +235,27 @@ def check_extra(cfg: EngineConfig) -> None:
     """ConfigError where DeepSpeed refuses engine.extra, as far as it can say so without a model."""
     if not cfg.extra:
         return
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
+    _import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     said = (ValueError, TypeError, AttributeError, KeyError, AssertionError, DeepSpeedConfigError)
     with reraise_as(ConfigError, "DeepSpeed refuses engine.extra", "correct it or leave it out", on=said):
         DeepSpeedConfig(_stand_in(cfg))
+
+
+def _import_deepspeed() -> Any:
+    """The package, which warns that it found no GPU unless it is told so as it is imported.
+
+    Only then: the environment goes on to jobs that run elsewhere.
+    """
+    told = {} if torch.cuda.is_available() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
+    os.environ.update(told)
+    try:
+        import deepspeed.ops
+    finally:
+        for name in told:
+            del os.environ[name]
+    return deepspeed
 
 
 def build_engine(
@@ -246,10 +265,7 @@ def build_engine(
     stage, precision = resolve_stage(cfg, world.device), resolve_precision(cfg, world.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     config = deepspeed_config(cfg, batch, stage=stage, precision=precision, num_parameters=size)
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found none
-    import deepspeed
-    import deepspeed.ops
+    deepspeed = _import_deepspeed()
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
@@ -271,6 +287,7 @@ def build_engine(
     return engine
 
 
+@functools.cache  # callbacks are kept for good, and each would nest
 def deafen_compilers() -> None:
     """Have compilers be born deaf to the signals of the job: one that dies of them ends the run."""
     from torch._dynamo import callback

@@ -15,6 +15,7 @@ so that a signal is handled while ranks wait.
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import re
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
-from torch.distributed import DistError, HashStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from segformer.errors import (
     START_ALONE,
@@ -43,6 +44,7 @@ from segformer.errors import (
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FIRST_NEWS_S, NEWS_S, POLL_S = 5.0, 30.0, 0.2
+UNKNOWN_S = 60.0  # after which a name that no name server knows is a wrong one; a node may come up late
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +150,12 @@ def meet(place: Place, timeout_s: float) -> Store:
     if place.size == 1:
         return HashStore()
     wait = _Wait(place, timeout_s)
-    # torchrun gives its ranks a store of its own, a new one at each start.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listener = _listen(place) if place.rank == 0 and not agent else None
     _reach(place, wait)
-    store = _open_store(place, wait, listener)
+    # torchrun keeps its store when it starts its ranks again, perhaps another number of them.
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{place.size}"
+    store = PrefixStore(start, _open_store(place, wait, listener))
     with reraise_as(RankLost, f"the store of the ranks at {place} has ended", wait.hint, on=DistError):
         _gather(place, wait, store)
     return store
@@ -171,25 +174,31 @@ class _Wait:
     @property
     def left(self) -> float:
         """Seconds."""
-        return self._begin + self._timeout_s - time.monotonic()
+        return self._timeout_s - self._waited
 
-    def sleep(self, news: Callable[[], str], kind: type[SegformerError] = RankLost) -> None:
+    @property
+    def _waited(self) -> float:
+        return time.monotonic() - self._begin
+
+    def sleep(
+        self, news: Callable[[], str], kind: type[SegformerError] = RankLost, most: float = math.inf
+    ) -> None:
         """Wait a little; tell `news` ("" for none) when it is time, and raise them when time is over."""
-        if self.left <= 0:
-            raise self._ended(news(), kind)
-        time.sleep(min(POLL_S, self.left))
-        waited = time.monotonic() - self._begin
-        if waited >= self._next:
-            self._next = waited + NEWS_S
+        end = min(self._timeout_s, most)
+        if self._waited >= end:
+            raise self._ended(news(), kind, end)
+        time.sleep(min(POLL_S, max(0.0, end - self._waited)))
+        if self._waited >= self._next:
+            self._next = self._waited + NEWS_S
             if text := news():
-                line = f"{self._prefix}{text}; waiting for {self._timeout_s - waited:.0f} s more"
+                line = f"{self._prefix}{text}; waiting for {max(0.0, end - self._waited):.0f} s more"
                 print(line, file=sys.stderr, flush=True)
 
-    def _ended(self, news: str, kind: type[SegformerError]) -> BaseException:
+    def _ended(self, news: str, kind: type[SegformerError], end: float) -> BaseException:
         """The error of the rank that speaks, and the silent end of the others."""
         if not news:
             return SystemExit(kind.exit_code)
-        return kind(f"{news} after {self._timeout_s:.0f} s; {self.hint}")
+        return kind(f"{news} after {end:.0f} s; {self.hint}")
 
 
 def _listen(place: Place) -> int:
@@ -212,7 +221,12 @@ def _reach(place: Place, wait: _Wait) -> None:
             unknown = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
             why = reason_of(error)
         what = f"rank {place.rank} of {place.size} can't reach rank zero at {place} ({why})"
-        wait.sleep(partial(str, what), ConfigError if unknown else RankLost)
+        # One of a node speaks: on that of rank zero, which may be dead, the one after it, too.
+        news = partial(str, what if place.local_rank <= (place.rank == place.local_rank) else "")
+        if unknown:
+            wait.sleep(news, ConfigError, UNKNOWN_S)
+        else:
+            wait.sleep(news)
 
 
 def _open_store(place: Place, wait: _Wait, listener: int | None) -> Store:
@@ -228,7 +242,6 @@ def _open_store(place: Place, wait: _Wait, listener: int | None) -> Store:
                 is_master=listener is not None,
                 timeout=timedelta(seconds=max(1.0, wait.left)),
                 wait_for_workers=False,
-                multi_tenant=listener is not None,
                 master_listen_fd=listener,
             )
             found.put(store)

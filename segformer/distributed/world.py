@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from segformer.distributed.rendezvous import Place, find_place, meet
-from segformer.errors import SIGNALS, ConfigError, RankLost, SegformerError, reraise_as
+from segformer.errors import SIGNALS, ConfigError, RankLost, SegformerError, reason_of
 
 _T = TypeVar("_T")
 
@@ -142,8 +142,7 @@ def init_world(timeout_s: float = 600.0) -> World:
 def _join(place: Place, device: torch.device, timeout_s: float) -> None:
     """Make the process group; all ranks."""
     store, on_gpu = meet(place, timeout_s), device.type != "cpu"
-    what = f"the {place.size} ranks met at {place} but can't connect"
-    with reraise_as(RankLost, what, "look at the first error of the other ranks", on=dist.DistError):
+    try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=store,
@@ -152,6 +151,13 @@ def _join(place: Place, device: torch.device, timeout_s: float) -> None:
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=device if on_gpu else None,
         )
+    except RuntimeError as error:
+        # Of gloo it has no type of its own. NCCL's is a DistBackendError, of a GPU that two ranks have, say.
+        lost = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+        if not lost and "connectFullMesh failed" not in str(error):
+            raise
+        what = f"the {place.size} ranks met at {place} but can't connect: {reason_of(error)}"
+        raise RankLost(f"{what}; look at the first error of the other ranks") from error
 
 
 def limit_threads(world: World) -> None:
@@ -163,8 +169,9 @@ def limit_threads(world: World) -> None:
 class StopFlag:
     """Set by a signal; the loop looks at it once a step.
 
-    Restores the previous handlers when it is left; but where a signal came, the process is about to end, and
-    only Ctrl-C still does something (errors.ending). SIGHUP that is ignored (nohup) stays so.
+    Restores the previous handlers when it is left; but where an error leaves it after a signal, the process
+    is about to end, and only Ctrl-C still does something (errors.ending). SIGHUP that is ignored (nohup)
+    stays so.
     """
 
     def __init__(self) -> None:
@@ -176,9 +183,9 @@ class StopFlag:
         self._previous = {number: signal.signal(number, self._set) for number in taken}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
-            if self.signal is None or number == signal.SIGINT:
+            if kind is None or self.signal is None or number == signal.SIGINT:
                 signal.signal(number, handler)
 
     def _set(self, number: int, frame: FrameType | None) -> None:

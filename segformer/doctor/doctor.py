@@ -40,8 +40,9 @@ from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
 from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as
 from segformer.evaluation.drawing import beside, grid, legend, panels, write_picture
 from segformer.files import write_atomic
+from segformer.models.variants import LEAST_SIDE
 from segformer.training.config import RunConfig
-from segformer.training.task import LEAST_SIDE, check_settings, training_crop
+from segformer.training.task import check_settings, training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
 COLUMNS = 3  # pairs beside each other

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.loader import LoaderConfig, eval_batches, num_eval_batches
 from segformer.data.loading.samples import Batch
+from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
@@ -46,6 +47,7 @@ def evaluate(
     mode: InferenceModeConfig | None = None,
     ops: Backend = BACKENDS["fused"],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
+    warn: Callable[[str], None] = print_line,
 ) -> Scores | None:
     """The scores of `model` on a split, the same on every rank; all ranks.
 
@@ -61,6 +63,7 @@ def evaluate(
         mode: how images of segmentation go through the model; None for whole, at their own size.
         ops: backend of the operation that counts the pixels of a segmentation.
         on_batch: gets every batch of this rank and its logits, once they are counted.
+        warn: gets a line where workers had to be started again.
     """
     metric = SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
     metric, training = metric.to(world.device), model.training
@@ -68,7 +71,7 @@ def evaluate(
     network = InferenceMode(model, mode or InferenceModeConfig()) if view is None else model
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
     ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
-    batches = eval_batches(split, loader, batch_size=batch_size, augment=view, **ranks)
+    batches = eval_batches(split, loader, batch_size=batch_size, augment=view, warn=warn, **ranks)
     with contextlib.closing(iter(batches)) as iterator:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
             if should_stop():
@@ -85,9 +88,12 @@ def evaluate(
                     metric.update(logits, batch.targets)
                 on_batch(batch, logits)
     model.train(training)
-    if should_stop():
-        return None
-    with warnings.catch_warnings():  # a rank may have had no image: its zeros count
+    return None if should_stop() else _compute(metric)
+
+
+def _compute(metric: SegmentationMetric | ClassificationMetric) -> Scores:
+    """The scores; all ranks, of which one may have had no image: its zeros count."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method")
         return metric.compute()
 

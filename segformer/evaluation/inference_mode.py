@@ -34,8 +34,7 @@ from torch import Tensor, nn
 
 from segformer.data.shards.packing import reduced_size
 from segformer.errors import ConfigError, at_least
-
-_LEAST = 32  # shortest side that the network sees, and that can be asked for: the encoder reduces by 32
+from segformer.models.variants import LEAST_SIDE
 
 Size = tuple[int, int]
 
@@ -62,18 +61,20 @@ class InferenceModeConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "", short_side=0, long_side=0, size_divisor=0)
-        if 0 < self.short_side < _LEAST:
-            raise ConfigError(f"short_side={self.short_side} is too small; use 0 or {_LEAST} or more")
-        if self.long_side and self.long_side < max(self.short_side, _LEAST):
+        if 0 < self.short_side < LEAST_SIDE:
+            raise ConfigError(f"short_side={self.short_side} is too small; use 0 or {LEAST_SIDE} or more")
+        if self.long_side and self.long_side < max(self.short_side, LEAST_SIDE):
             raise ConfigError(
-                f"long_side={self.long_side} is too small; use 0, or {_LEAST} and short_side="
+                f"long_side={self.long_side} is too small; use 0, or {LEAST_SIDE} and short_side="
                 f"{self.short_side} or more"
             )
         wrong = [factor for factor in self.scales if not 0 < factor < math.inf]
         if wrong:
             raise ConfigError(f"scales={self.scales}: {wrong[0]} is no factor; use numbers above 0")
-        if self.window and (len(self.window) != 2 or min(self.window) < _LEAST):
-            raise ConfigError(f"window={self.window} must be [height, width] of {_LEAST} or more, or empty")
+        if self.window and (len(self.window) != 2 or min(self.window) < LEAST_SIDE):
+            raise ConfigError(
+                f"window={self.window} must be [height, width] of {LEAST_SIDE} or more, or empty"
+            )
         fits = len(self.stride) == len(self.window) == 2 and all(
             1 <= step <= side for step, side in zip(self.stride, self.window, strict=True)
         )
@@ -187,7 +188,7 @@ class InferenceMode(nn.Module):
         """
         size = (images.shape[2], images.shape[3])
         images = _reduce(images, reduced_size(size, self.cfg.reduced_to))
-        if self._whole and min(images.shape[2:]) >= _LEAST:
+        if self._whole and min(images.shape[2:]) >= LEAST_SIDE:
             return self.model(images)
         scales = self.cfg.scales or [1.0]
         if len(scales) == 1 and not self.cfg.flip:
@@ -229,7 +230,7 @@ class InferenceMode(nn.Module):
 
     def _enlarged(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        missing = (0, max(0, _LEAST - width), 0, max(0, _LEAST - height))
+        missing = (0, max(0, LEAST_SIDE - width), 0, max(0, LEAST_SIDE - height))
         if any(missing):
             images = F.pad(images, missing, mode="replicate")
         logits = self.model(images)

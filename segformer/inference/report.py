@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from segformer.checkpoint.format import TrainState
-from segformer.checkpoint.reader import CONFIG, at_state, newest_state, read_config
+from segformer.checkpoint.reader import CONFIG, newest_state, stored_config
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
@@ -92,7 +92,7 @@ def report(cfg: ReportConfig) -> Path:
             f"{run} is not a run directory: it has no config.yaml; give one such as runs/sample"
         )
     state = newest_state(run / "checkpoints") or TrainState()
-    run_config = to_run_config(at_state(read_config(run / CONFIG), state), str(run / CONFIG))
+    run_config = to_run_config(stored_config(run, state), str(run / CONFIG))
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
         say("report: nothing has been logged yet, so there is no curve")

@@ -50,6 +50,7 @@ VARIANTS = {
 # whatever its config says; mmsegmentation 1e-6 everywhere.
 NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
 OPS = ("fused", "reference")
+LEAST_SIDE = 32  # pixels of an image that a network takes: the encoder reduces by 32
 
 
 @dataclass(kw_only=True, slots=True)

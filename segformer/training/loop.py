@@ -112,7 +112,9 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
             _save(cfg, world, model, run)
     scores = _evaluate(cfg, world, task, model, run) if model.state.step == cfg.steps else None
     run.checkpoints.settle()
-    if model.state.step and (run.checkpoints.last_saved != model.state.step or run.saved != model.state):
+    # Of a finished run only a new best step is news: one that is shown again stays as it is.
+    news = run.saved != model.state if scores is None else run.saved.best_step != model.state.best_step
+    if model.state.step and (run.checkpoints.last_saved != model.state.step or news):
         _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
     if scores is None:
@@ -170,6 +172,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
             world,
             should_stop=run.stopping.agreed,
             on_error=run.stopping.fail,
+            warn=telemetry.of_rank,
             pictures=cfg.telemetry.pictures,
         )
     run.meter.reset()  # it does not count as training time

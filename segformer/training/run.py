@@ -137,7 +137,7 @@ def _free(cfg: RunConfig) -> str:
     """The override by which the same settings become a run of another directory."""
     key = "name" if cfg.run_dir == f"runs/{cfg.name}" else "run_dir"
     base = Path(str(getattr(cfg, key)))
-    places = (base.with_name(f"{base.name}_{number}") for number in itertools.count(2))
+    places = (base.with_name(f"{base.name[:60]}_{number}") for number in itertools.count(2))  # a name has 64
     return f"{key}=" + str(next(p for p in places if not (Path("runs", p) if key == "name" else p).exists()))
 
 

@@ -20,6 +20,7 @@ from segformer.data.loading.classification import ClassificationAugment, mix
 from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Batch
+from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.index import image_sums
 from segformer.data.sources.content import Histogram, Labels, check_content, override
@@ -32,11 +33,9 @@ from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.metrics import Scores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
-from segformer.models.variants import ModelConfig
+from segformer.models.variants import LEAST_SIDE, ModelConfig
 from segformer.training.config import RunConfig
 from segformer.training.losses import LossConfig, SegmentationLoss, check_terms, soft_cross_entropy
-
-LEAST_SIDE = 32  # pixels of a crop that the encoder takes
 
 
 class _Task:
@@ -59,6 +58,7 @@ class _Task:
         *,
         should_stop: Callable[[], bool],
         on_error: Callable[[SegformerError], None],
+        warn: Callable[[str], None] = print_line,
         pictures: int = 0,
     ) -> Scores | None:
         """Scores on the evaluation split, None where `should_stop` answered True; all ranks. See evaluate.py.
@@ -82,6 +82,7 @@ class _Task:
             view=self.view,
             ops=BACKENDS[self.cfg.model.ops],
             on_batch=gallery.add,
+            warn=warn,
         )
         if scores is not None:
             scores.pictures = gallery.pictures
@@ -149,7 +150,6 @@ def check_task(cfg: RunConfig, shards: ShardSet) -> None:
             f"data.task={cfg.data.task}, but {cfg.data.shards} was sharded for {shards.task}; give the "
             f"shards of this data set, or data.task={shards.task}"
         )
-    _check_loss(cfg)
 
 
 def _check_loss(cfg: RunConfig) -> None:

@@ -10,6 +10,7 @@ from segformer.data.loading.order import BatchShape
 from segformer.distributed.engine import (
     EngineConfig,
     bucket_elements,
+    check_extra,
     deepspeed_config,
     determinism,
     resolve_precision,
@@ -44,12 +45,20 @@ def test_extra_adds_keys_also_inside_zero_optimization():
     assert made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["reduce_bucket_size"] == 7
     assert made["dump_state"] is True
+    timed = config(EngineConfig(extra={"timers": {"throughput": {"enabled": True}}}))
+    assert timed["timers"]["throughput"]["enabled"] is True
+
+
+def test_what_deepspeed_is_told_of_this_machine_does_not_reach_jobs_on_others(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    check_extra(EngineConfig(extra={"dump_state": True}))
+    assert "DS_ACCELERATOR" not in os.environ
 
 
 @pytest.mark.parametrize(
     "extra",
     [{"train_batch_size": 3}, {"bf16": {}}, {"scheduler": {}}, {"optimizer": {}},
-     {"zero_optimization": {"stage": 2}}, {"zero_optimization": 3}],
+     {"communication_data_type": "bf16"}, {"zero_optimization": {"stage": 2}}, {"zero_optimization": 3}],
 )  # fmt: skip
 def test_extra_may_not_change_a_derived_key(extra):
     with pytest.raises(ConfigError, match=r"engine\.extra( sets|\.zero_optimization=3 must be a mapping)"):

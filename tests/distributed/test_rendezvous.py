@@ -91,8 +91,27 @@ def other_server():
 )
 def test_who_can_not_meet_says_where_and_why(other_server, rank, address, error, what):
     with pytest.raises(error, match=what) as caught:
-        meet(Place(rank, 2, rank, 2, address, other_server), 1.0)
+        meet(Place(rank, 2, 0, 2, address, other_server), 1.0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_nobody_knows_is_not_waited_for_as_a_late_rank_is(monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "UNKNOWN_S", 0.5)
+    with pytest.raises(ConfigError, match="after 0 s"):
+        meet(Place(4, 6, 0, 2, "no-such-node.invalid", 1), 1800.0)
+    with pytest.raises(SystemExit):  # the first rank of its node has said so
+        meet(Place(5, 6, 1, 2, "no-such-node.invalid", 1), 1800.0)
+
+
+def test_ranks_that_torchrun_starts_again_meet_in_the_store_of_the_first_start(monkeypatch):
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        places = [Place(rank, 2, rank, 2, "127.0.0.1", agent.port) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            stores = list(pool.map(lambda place: meet(place, 10.0), places))
+        assert [store.add("key", 1) for store in stores] == [1, 2]
 
 
 def test_a_store_that_ends_is_a_lost_rank():
@@ -100,7 +119,7 @@ def test_a_store_that_ends_is_a_lost_rank():
     store = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(meet, Place(1, 2, 1, 2, "127.0.0.1", port), 30.0)
-        while not store.check(["come/1"]):
+        while not store.check(["0/2/come/1"]):
             time.sleep(0.01)
         del store  # as rank zero does when it ends
         with pytest.raises(RankLost, match=f"the store of the ranks at .*{port} has ended: "):

@@ -1,5 +1,6 @@
 """Worlds, seeds and synchronized batch norm; the ranks are real gloo processes."""
 
+import contextlib
 import os
 import signal
 
@@ -55,12 +56,13 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
 
 def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_others_change_nothing():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with StopFlag() as stop:
+    with contextlib.suppress(KeyError), StopFlag() as stop:
         for number in SIGNALS:  # SIGINT is the last
             os.kill(os.getpid(), number)
             assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        raise KeyError  # as the error that a stopped run ends by
     assert signal.getsignal(signal.SIGINT) == before[-1]
     try:
         for number in SIGNALS[:-1]:  # the process ends now: a second signal must not change how
@@ -68,6 +70,14 @@ def test_a_signal_sets_the_flag_a_second_interrupt_stops_at_once_and_others_chan
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_who_finishes_in_spite_of_a_signal_can_be_stopped_afterwards():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_without_a_signal_the_old_handlers_come_back_and_nohup_stays():

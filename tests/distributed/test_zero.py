@@ -213,11 +213,16 @@ def test_steps_do_not_wait_for_the_device_to_time_it(runs, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_are_averaged_in_the_type_that_is_asked_for(more, stage):
-    """All but norms in bf16 where that is asked for, none otherwise."""
+    """In bf16 where that is asked for, above stage 0 but those of norms; none otherwise."""
     assert "torch.bfloat16" not in watched(more / f"bf16-{stage}")[0]
-    size = sum(value.numel() for value in load_checkpoint(more / f"bf16-{stage}/checkpoints").model.values())
+    model = load_checkpoint(more / f"bf16-{stage}/checkpoints").model
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    size = sum(value.numel() for name, value in model.items() if not name.endswith(buffers))
     counted = watched(more / f"rounded-{stage}")[0]["torch.bfloat16"] / (STEPS * size)
-    assert 0.9 < counted * (2 if stage == 3 else 1) < 1, "at 3 a rank counts what it keeps of a sum"
+    if stage == 0:
+        assert counted == 1
+    else:
+        assert 0.9 < counted * (2 if stage == 3 else 1) < 1, "at 3 a rank counts what it keeps of a sum"
 
 
 @pytest.mark.slow

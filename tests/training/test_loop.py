@@ -169,6 +169,7 @@ def test_a_finished_run_starts_again_without_training(finished, others, metrics)
     assert metrics(again) == []
     place = "checkpoints/step-00000006/model.safetensors"
     assert (again / place).read_bytes() == (finished[0] / place).read_bytes()
+    assert (again / place).stat().st_mtime_ns == (finished[0] / place).stat().st_mtime_ns, "not written"
 
 
 def test_a_segmentation_run_starts_from_an_exported_classifier(others):

@@ -19,7 +19,7 @@ from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import LINE
 from segformer.evaluation.metrics import ClassificationScores
 from segformer.training.config import RunConfig, compose
-from segformer.training.task import Task, make_task, training_crop
+from segformer.training.task import Task, check_settings, make_task, training_crop
 
 WORLD = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -170,8 +170,13 @@ def test_a_label_that_the_model_does_not_have_is_reported_and_not_raised(class_s
     ],
 )
 def test_settings_of_another_task_are_refused(class_shards, overrides, message):
+    def start():
+        cfg = configure(class_shards, *overrides)
+        check_settings(cfg)
+        make_task(cfg, class_shards, WORLD)
+
     with pytest.raises(ConfigError, match=message):
-        make_task(configure(class_shards, *overrides), class_shards, WORLD)
+        start()
 
 
 def test_the_crop_of_each_task(class_shards, tiny_shards):

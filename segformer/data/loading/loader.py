@@ -95,6 +95,7 @@ def eval_batches(
     batch_size: int,
     local_world_size: int = 1,
     augment: ClassificationAugment | None = None,
+    warn: Callable[[str], None] = print_line,
 ) -> WorkerStream[Batch]:
     """Every sample of the split once over the ranks, whole and unscaled; a batch holds images of one size.
 
@@ -104,7 +105,7 @@ def eval_batches(
     batches = _eval_ids(split, rank, world_size, batch_size)
     workers = min(worker_count(loader, local_world_size), len(batches))
     make = partial(Samples, augment=augment)
-    return _batches(split, partial(_eval_plan, batches), make, loader, workers)
+    return _batches(split, partial(_eval_plan, batches), make, loader, workers, warn)
 
 
 def _batches(
@@ -113,7 +114,7 @@ def _batches(
     make: Callable[[Split], Samples],
     cfg: LoaderConfig,
     workers: int,
-    warn: Callable[[str], None] = print_line,
+    warn: Callable[[str], None],
 ) -> WorkerStream[Batch]:
     """The batches of a plan. A worker opens the split itself: an error in unpickling would be a traceback."""
     reopen, address = split.__reduce__()

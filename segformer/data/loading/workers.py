@@ -209,9 +209,10 @@ def _start_worker(_: int) -> None:
 
 def _can_not_send(error: Exception, batch: Any) -> None:
     """End a worker whose batch does not fit into /dev/shm; the trainer would wait for it."""
-    if "No space left" not in str(error):
-        traceback.print_exception(error)
-    os._exit(errno.ENOSPC if "No space left" in str(error) else 1)
+    if "No space left" in str(error):
+        os._exit(errno.ENOSPC)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _end_with_trainer() -> None:
