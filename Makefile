@@ -2,6 +2,7 @@
 # make test    the tests (about 8 minutes on two cores)
 # make test-slurm   the long tests on a real Slurm, which they bring up on this machine (needs root)
 # make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it
+# make test-lowest  quick tests of the lowest versions that pyproject.toml allows (3 GB of CUDA's libraries with torch 2.11)
 # make faults  the tests that kill processes, fill disks or corrupt files on purpose (those of Slurm need root)
 # make lint    ruff and mypy
 # Each installs what it needs into .venv. PYTHON=python3.12 chooses another interpreter.
@@ -12,10 +13,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev slurm-packages train test test-slow test-slurm faults lint clean
+.PHONY: help install install-dev slurm-packages train test test-slow test-slurm test-lowest faults lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -78,6 +79,19 @@ test-slow: install-dev slurm-packages
 
 test-slurm: install-dev slurm-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and slow and not faults" tests/slurm/real
+
+# Not in CI: torch 2.11 has no build for CPUs alone, and fetching it takes minutes. Warnings of old releases about new ones
+# are none of ours. What needs a development tool of today (transformers, moto) is left out.
+LOWEST := .venv-lowest
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra train --extra tensorboard pyproject.toml -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt pytest hypothesis
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -o filterwarnings=default -W ignore -m "not slow and not gpu" \
+		tests/training/test_config.py tests/training/test_loop.py tests/checkpoint/test_checkpoint.py tests/data/sources \
+		tests/evaluation/test_metrics.py tests/telemetry tests/models/test_mit.py tests/inference/test_one_reader.py \
+		tests/inference/test_report.py tests/distributed/test_engine.py tests/test_compatibility.py
 
 # Each of them is part of test or of test-slow, too.
 faults: install-dev slurm-packages

@@ -79,8 +79,13 @@ def ids(*values: int, dtype: Any = np.uint8) -> Callable[[Array], Array]:
     return lambda mask: table[mask]
 
 
-def true_counts(settings: Settings, root: Path, split: str) -> Array:
-    """(K, K): pixels of class t at which a fixed pattern says p, by Pillow and NumPy from the files alone."""
+def true_counts(
+    settings: Settings, root: Path, split: str, predict: Callable[[Path], Array] | None = None
+) -> Array:
+    """(K, K): pixels of class t that are predicted as p, by Pillow and NumPy from the files alone.
+
+    predict: mask file -> class ids (H, W) of its image; None: a fixed pattern.
+    """
     count = len(settings["classes"])
     label_map = settings.get("label_map") or {k: k for k in range(count)}
     colors = {tuple(color): number for number, color in enumerate(settings.get("mask_colours", []))}
@@ -93,6 +98,7 @@ def true_counts(settings: Settings, root: Path, split: str) -> Array:
             continue
         with Image.open(path) as picture:
             raw = np.asarray(picture.convert("RGB") if colors else picture)
+        predicted = predict(path) if predict else None
         for row in range(raw.shape[0]):
             for column in range(raw.shape[1]):
                 value = raw[row, column]
@@ -100,7 +106,8 @@ def true_counts(settings: Settings, root: Path, split: str) -> Array:
                 label = label_map.get(one, 255 if one == 255 else None)
                 assert label is not None, (path, one)
                 if label != 255:
-                    found[label, (7 * row + 3 * column) % count] += 1
+                    pattern = (7 * row + 3 * column) % count
+                    found[label, pattern if predicted is None else predicted[row, column]] += 1
     return found
 
 

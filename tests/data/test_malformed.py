@@ -8,9 +8,11 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+import nano
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
@@ -18,6 +20,8 @@ from segformer.data.sources.content import override
 from segformer.data.sources.decode import decode_mask
 from segformer.errors import SegformerError, error_line, reported
 from segformer.evaluation.metrics import SegmentationScores
+from segformer.inference.predict import Predictor
+from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, compose
 
 from .malformed import KINDS, Settings, true_counts
@@ -53,8 +57,8 @@ def scores(found: np.ndarray) -> float:
     return SegmentationScores.from_counts(torch.tensor(found)).miou
 
 
-def check(name: str, seed: int, root: Path, command: Command) -> str:
-    """Shard a set of this kind; returns how it ended: passes, refused or repaired."""
+def check(name: str, seed: int, root: Path, command: Command) -> tuple[str, Settings]:
+    """Shard a set of this kind; returns how it ended (passes, refused, repaired) and by which settings."""
     settings = KINDS[name].spoil(root / "set", np.random.default_rng([seed, *name.encode()]))
     words = [shlex.split(override(f"data.{key}", value))[0] for key, value in settings.items()]
     base = ["data=folder", f"root={root / 'set'}", f"output={root / 'out'}", "workers=1", *words]
@@ -72,7 +76,7 @@ def check(name: str, seed: int, root: Path, command: Command) -> str:
         assert not (root / "out").exists()
         named = [quoted or bare for quoted, bare in _SETTING.findall(line)]
         if not (new := [setting for setting in named if setting not in pasted]):
-            return "refused"
+            return "refused", {}
         pasted.append(new[0])
     else:
         raise AssertionError(f"no remedy of {line!r} works: {pasted}")
@@ -90,19 +94,61 @@ def check(name: str, seed: int, root: Path, command: Command) -> str:
             for k in range(len(t))
         ]
         assert scores(found) == pytest.approx(np.nanmean(iou), abs=1e-12)
-    return ended
+    return ended, told
 
 
 @pytest.mark.parametrize("name", list(KINDS)[::2])  # the others among the two hundred
 def test_a_malformed_set_ends_in_one_line_or_in_exactly_what_it_holds(
     name: str, tmp_path: Path, command: Command
 ) -> None:
-    assert check(name, 0, tmp_path, command) == KINDS[name].outcome
+    assert check(name, 0, tmp_path, command)[0] == KINDS[name].outcome
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_two_hundred_malformed_sets(seed: int, tmp_path: Path, command: Command) -> None:
-    ended = {name: check(name, seed, tmp_path / name, command) for name in KINDS}
+    ended = {name: check(name, seed, tmp_path / name, command)[0] for name in KINDS}
     assert ended == {name: kind.outcome for name, kind in KINDS.items()}
     assert len(KINDS) * 5 >= 200
+
+
+TRAINED = [
+    *("palette_masks", "masks_of_16_bits", "suffixes_in_capitals", "nested_folders", "label_map_that_merges"),
+    *("binary_0_and_255", "ids_off_by_one", "colored_masks", "class_never_in_training"),
+]
+
+
+@pytest.mark.slow
+def test_the_scores_of_runs_are_those_of_the_files(
+    tmp_path: Path,
+    command: Command,
+    tiny: Callable[..., list[str]],
+    train_many: Callable[..., object],
+    metrics: Callable[..., list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each set is sharded, trained on and predicted; the count is of predictions at the original files."""
+    monkeypatch.setitem(VARIANTS, *nano.SIZE)
+    told = {name: check(name, 6, tmp_path / name, command)[1] for name in TRAINED}
+    options = [
+        "model=nano",
+        "steps=4",
+        "augment.crop=[32,32]",
+        "eval_batch=2",
+        "optim.lr=1e-2",
+        "data=folder",
+    ]
+    train_many(1, [tiny(f"run-{n}", *options, f"data.shards={tmp_path / n / 'out'}") for n in TRAINED])
+    for name, settings in told.items():
+        predictor = Predictor.from_export(tmp_path / f"run-{name}", "cpu")
+
+        def predict(
+            mask: Path, files: Path = tmp_path / name / "set", predictor: Predictor = predictor
+        ) -> np.ndarray:
+            images = files / "images" / mask.parent.relative_to(files / "masks")
+            (image,) = (path for path in images.iterdir() if path.stem == mask.stem and path.name[0] != ".")
+            return predictor(np.asarray(Image.open(image).convert("RGB")))
+
+        found = true_counts(settings, tmp_path / name / "set", "val", predict)
+        (row,) = metrics(tmp_path / f"run-{name}", "final")
+        assert row["confusion"] == found.tolist(), name
