@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -135,6 +136,18 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_name(text: str) -> bool:
+    """No sign breaks a line, moves the cursor, reorders what stands beside it, or is half of a pair.
+
+    Spaces of any width and the joiners that Persian and Hindi need are in names; `printable` shows them.
+    """
+    return not any(
+        unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(sign) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        for sign in text
+    )
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

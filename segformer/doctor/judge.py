@@ -130,7 +130,7 @@ def judge_labels(
     by_name = {scan.name: scan for scan in scans if scan.samples}
     # A split whose masks could not be understood has its own findings.
     held = {
-        name: Histogram(scan.samples, scan.class_pixels, scan.raw_pixels, scan.levels or None)
+        name: Histogram(scan.samples, scan.class_pixels, scan.raw_pixels, scan.depth)
         for name, scan in by_name.items()
         if scan.raw_pixels or scan.ignored_pixels or scan.class_pixels.any()
     }

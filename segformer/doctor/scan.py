@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
+from segformer.data.sources.content import Depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.folder import LeftOut
@@ -78,8 +79,7 @@ class SplitScan:
     """Fingerprint of each image file -> its key."""
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
-    levels: list[int] = field(default_factory=list)
-    """Lowest and highest value of images of 16 bits."""
+    depth: Depth = field(default_factory=Depth)
     turned: list[tuple[str, int]] = field(default_factory=list)
     """Images that EXIF would turn: file, orientation."""
     defects: defaultdict[str, Places] = field(default_factory=lambda: defaultdict(Places))
@@ -135,6 +135,7 @@ def scan_folder(
             batch = samples[start : start + _BATCH]
             for sample, found in zip(batch, pool.map(partial(_look, cfg), batch), strict=True):
                 _add(scan, sample, *found, table)
+                scan.depth.look(cfg.image_range, found[0].levels)
                 bar.update()
     return scan
 
@@ -164,8 +165,6 @@ def _add(
     scan.colors.update(colors)
     if loaded.image:
         scan.fingerprint(loaded.image, sample.key)
-    if values := [*scan.levels, *(loaded.levels or ())]:
-        scan.levels = [min(values), max(values)]
     if loaded.orientation != 1:
         scan.turned.append((sample.image_file, loaded.orientation))
     if loaded.height:
@@ -214,7 +213,7 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
         labelled[ids], scan.class_images[label], scan.holders[label] = True, len(ids), ids.tolist()
     scan.ignored_images = int((~labelled).sum())
     scan.ignored_pixels = content.get("ignored_pixels", 0)
-    scan.levels = content.get("levels", [])
+    scan.depth = Depth(**content.get("depth", {}))
     scan.raw_pixels.update({int(raw): int(pixels) for raw, pixels in content.get("raw_ids", {}).items()})
     members = np.stack([split.records["image_size"], split.records["image_crc"].astype(np.int64)], axis=1)
     for sample_id, member in enumerate(members):

@@ -169,7 +169,7 @@ def check_data(cfg: RunConfig, shards: ShardSet) -> None:
     """DataError where the shards hold nothing to learn, or nothing to score but what is trained on."""
     labels, names = Labels.of(shards.content, cfg.data), dict.fromkeys((cfg.train_split, cfg.eval_split))
     held = {name: Histogram.of(shards.content["splits"][name]) for name in names}
-    check_content(labels, held, [cfg.train_split])
+    check_content(labels, held, [cfg.train_split], cfg.eval_split)
     if list(labels.image_range) != list(cfg.data.image_range):  # predict scales pictures by the run's own
         take = override("data.image_range", labels.image_range)
         raise ConfigError(f"{cfg.data.shards} was sharded with another data.image_range; give {take}")

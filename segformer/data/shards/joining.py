@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from segformer.data.shards.index import image_sums, pack_index, parse_index
 from segformer.data.shards.packing import ShardTask
 from segformer.data.shards.workfolder import WorkFolder
-from segformer.data.sources.content import Histogram, Labels, check_content
+from segformer.data.sources.content import Depth, Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import read_file
 from segformer.data.sources.division import is_training, pairs, same_bytes
@@ -39,6 +40,9 @@ def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Work
     for note in notes:
         raw_ids.update({int(raw): count for raw, count in note["raw_ids"].items()})
     levels = [value for note in notes for value in note["levels"]]
+    depth = Depth()
+    for note in notes:
+        depth.add(Depth(**note.get("depth", {})))
     shard_keys = ("file", "samples", "bytes", "sha256", "source_sha256")
     return {
         "samples": len(records),
@@ -46,7 +50,7 @@ def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Work
         "class_images": np.bincount(labels["label"], minlength=total).tolist(),
         "ignored_pixels": area - int(pixels.sum()) if cfg.task == "segmentation" else 0,
         "raw_ids": {str(raw): count for raw, count in sorted(raw_ids.items())},
-        **({"levels": [min(levels), max(levels)]} if levels else {}),
+        **({"levels": [min(levels), max(levels)], "depth": asdict(depth)} if levels else {}),
         "index": {
             "file": f"{split}.idx",
             "bytes": len(index),

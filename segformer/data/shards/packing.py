@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from segformer.data.shards.index import INDEX, LABELS, pack_index
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import WorkFolder
+from segformer.data.sources.content import Depth, check_depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header, is_deep, read_file
 from segformer.data.sources.listing import LoadedSample, Sample, load_sample
@@ -133,7 +134,8 @@ def _write(task: ShardTask) -> dict[str, Any]:
     # Before a sample is read: a later change must show.
     before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
     with staged(task.work.tar(task.name)) as tar:
-        records, labels, raw_ids, turned, levels = _write_tar(task, tar)
+        records, labels, raw_ids, turned, levels, depth = _write_tar(task, tar)
+        check_depth(task.settings.cfg.image_range, depth)
         part = pack_index(records, labels, _index_members(tar, records))
         note = before | {
             "file": f"{task.name}.tar",
@@ -144,6 +146,7 @@ def _write(task: ShardTask) -> dict[str, Any]:
             "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
             "turned": turned,
             "levels": levels,
+            "depth": asdict(depth),
         }
     write_atomic(task.work.part(task.name), part)
     write_atomic(task.work.note(task.name), json.dumps(note))
@@ -152,9 +155,9 @@ def _write(task: ShardTask) -> dict[str, Any]:
 
 def _write_tar(
     task: ShardTask, path: Path
-) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int]]:
+) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int], Depth]:
     """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and the note's
-    turned and levels."""
+    turned, levels and depth."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
@@ -162,6 +165,7 @@ def _write_tar(
     raw_ids: Counter[int] = Counter()
     turned: list[tuple[str, int]] = []
     levels: list[int] = []
+    depth = Depth()
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("xb") as stream,
@@ -172,6 +176,7 @@ def _write_tar(
             raw_ids.update(loaded.raw_ids)
             levels = [*levels, *(loaded.levels or ())]
             levels = [min(levels), max(levels)] if levels else []
+            depth.look(cfg.image_range, loaded.levels)
             if loaded.orientation != 1:
                 file = Path(cfg.folder("image", task.split), sample.key).with_name(sample.image.name)
                 turned.append((str(file), loaded.orientation))
@@ -185,7 +190,7 @@ def _write_tar(
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids, turned, levels
+    return records, np.concatenate(labels), raw_ids, turned, levels, depth
 
 
 def reduced_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained
-from segformer.errors import ConfigError, DataError, listed, reraise_as
+from segformer.errors import ConfigError, DataError, is_name, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
@@ -118,8 +118,8 @@ def write_shards(
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
-    if unfit := [name for name in cfg.classes if not name.isprintable()]:
-        raise ConfigError(f"data.classes: {listed(unfit)} hold signs that can't be shown; use printable ones")
+    if unfit := [name for name in cfg.classes if not is_name(name)]:
+        raise ConfigError(f"data.classes: {listed(unfit)} hold control characters; leave these out")
     check_content(Labels.configured(cfg, cfg.classes), {}, ())
     settings = Settings(cfg, seed, samples_per_shard, long_side, quality)
     target = Path(os.path.realpath(out))

@@ -1,8 +1,8 @@
 """What a data set contains, judged: whether it can be learnt from, for doctor, sharding and training alike.
 
 FAIL   nothing, or not what is meant, would be learnt; sharding and training refuse the set with this line
-       fewer than two classes; a split without a labelled pixel; one class only, or a class that training
-       never sees (but for those that data.allow_unseen names, or [*]); ids without a class
+       fewer than two classes; no labelled pixel to learn from, or to score; one class only, or a class that
+       training never sees (but for those that data.allow_unseen names, or [*]); ids without a class
 WARN   training may start, and somebody should know
 OK     checked and fine
 
@@ -36,6 +36,35 @@ class Finding:
     text: str
 
 
+@dataclass(slots=True)
+class Depth:
+    """Images of 16 bits, and what is known of those that are crushed: few of their levels would be left."""
+
+    images: int = 0
+    crushed: int = 0
+    kept: int = 0
+    """Levels of 256, the most of a crushed image."""
+    low: int = 2**16 - 1
+    high: int = 0
+
+    def look(self, image_range: Sequence[int], levels: tuple[int, int] | None) -> None:
+        """Count an image by its lowest and highest value; one of 8 bits has None."""
+        if levels is None:
+            return
+        self.images += 1
+        low, high = levels
+        first, last = image_range or (0, 2**16 - 1)
+        kept = max(0, min(high, last) - max(low, first)) * 256 // (last - first + 1) + 1
+        if low < high and kept < (2 if image_range else LEAST_LEVELS):  # 12 bits in 16 become 16 levels
+            self.add(Depth(0, 1, kept, low, high))
+
+    def add(self, other: "Depth") -> None:
+        """Count the images of `other`, too."""
+        self.images, self.crushed = self.images + other.images, self.crushed + other.crushed
+        self.kept = max(self.kept, other.kept)
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """What a split of K classes holds."""
@@ -45,8 +74,7 @@ class Histogram:
     """int64 (K,); images in classification."""
     raw_pixels: Mapping[int, int] = field(default_factory=dict)
     """Raw id -> pixels, before the label map; empty where it is not known."""
-    levels: Sequence[int] | None = None
-    """Lowest and highest value of images of 16 bits; None without any."""
+    depth: Depth = field(default_factory=Depth)
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Histogram":
@@ -56,7 +84,7 @@ class Histogram:
             sum(s["samples"] for s in entry["shards"]),
             np.array(entry["class_pixels"], np.int64),
             raw,
-            entry.get("levels"),
+            Depth(**entry.get("depth", {})),
         )
 
 
@@ -70,6 +98,12 @@ class Labels:
     allow_unseen: Collection[str] = ()
     allow_duplicates: Collection[str] = ()
     image_range: Sequence[int] = ()
+    sharded: bool = False
+    """A remedy needs other shards."""
+
+    @property
+    def again(self) -> str:
+        return ", and shard again with it" * self.sharded
 
     @classmethod
     def of(cls, content: Mapping[str, Any], cfg: DatasetConfig) -> "Labels":
@@ -77,8 +111,9 @@ class Labels:
         label_map = {int(raw): train for raw, train in content.get("label_map", {}).items()}
         unseen = {*cfg.allow_unseen, *content.get("allow_unseen", ())}
         duplicates = {*cfg.allow_duplicates, *content.get("allow_duplicates", ())}
+        image_range = content.get("image_range", ())
         return cls(
-            content["task"], content["classes"], label_map, unseen, duplicates, content.get("image_range", ())
+            content["task"], content["classes"], label_map, unseen, duplicates, image_range, sharded=True
         )
 
     @classmethod
@@ -88,45 +123,54 @@ class Labels:
 
 
 def judge_content(
-    labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]
+    labels: Labels, splits: Mapping[str, Histogram], train: Collection[str], scored: str = ""
 ) -> Iterator[Finding]:
-    """Findings on classes and histograms. train: the splits that are trained on."""
+    """Findings on classes and histograms. train: the splits that are trained on; scored: the eval_split."""
     found = {raw for split in splits.values() for raw in split.raw_pixels}
     if len(labels.classes) == 1:  # without any, others say so
         yield Finding(FAIL, "classes", _one_class(labels, found))
-    if levels := [split.levels for split in splits.values() if split.levels]:
-        yield from _depth(labels.image_range, min(low for low, _ in levels), max(high for _, high in levels))
+    depth = Depth()
+    for split in splits.values():
+        depth.add(split.depth)
+    yield from _depth(labels.image_range, depth)
     empty = [name for name, split in splits.items() if not split.class_pixels.any()]
     if labels.task == "segmentation":
         for name in empty:
             if splits[name].samples:
-                rest = [other for other in splits if other not in empty] if name not in train else []
-                yield Finding(FAIL, f"{name}: ignored pixels", _ignored(name, splits[name], rest))
+                level = FAIL if name in train or name == scored else WARN  # test may have dummy labels
+                text = _ignored(labels, name, splits[name])
+                text += "; or score another split: eval_split=<split>" * (name == scored)
+                yield Finding(level, f"{name}: ignored pixels", text)
     trained = [splits[name].class_pixels for name in train if name in splits]
     if trained and len(labels.classes) > 1 and (seen := np.sum(trained, axis=0) > 0).any():
         others = {name: split for name, split in splits.items() if name not in train and name not in empty}
         yield from _unseen(labels, " and ".join(train), seen, others, found)
 
 
-def _depth(image_range: Sequence[int], low: int, high: int) -> Iterator[Finding]:
-    """A crush of images of 16 bits, whose values are low to high: 12 bits in 16 become 16 levels."""
-    first, last = image_range or (0, 2**16 - 1)
-    kept = max(0, min(high, last) - max(low, first)) * 256 // (last - first + 1) + 1
-    if low < high and kept < (2 if image_range else LEAST_LEVELS):
+def _depth(image_range: Sequence[int], depth: Depth) -> Iterator[Finding]:
+    """A crush of most images of 16 bits; one hot pixel hides that of its own image only."""
+    if 2 * depth.crushed > depth.images:
+        low, high, kept = depth.low, depth.high, depth.kept
         whole = 2 ** high.bit_length() - 1
         proposed = [0, whole] if high - low >= whole // 2 else [low, high]
         give, same = override("data.image_range", proposed), override("data.image_range", [0, 2**16 - 1])
-        text = (
-            f"images of 16 bits hold values of {low} to {high}, of which {kept} of 256 levels would be left"
-        )
+        text = f"most 16-bit images hold values of {low} to {high}, of which {kept} of 256 levels would stay"
         yield Finding(
             FAIL, "depth", f"{text}; say what becomes black and white: {give} (as they are: {same})"
         )
 
 
-def check_content(labels: Labels, splits: Mapping[str, Histogram], train: Collection[str]) -> None:
+def check_depth(image_range: Sequence[int], depth: Depth) -> None:
+    """DataError where most images are crushed: sharding ends with its first shard, not after its last."""
+    for finding in _depth(image_range, depth):
+        raise DataError(finding.text)
+
+
+def check_content(
+    labels: Labels, splits: Mapping[str, Histogram], train: Collection[str], scored: str = ""
+) -> None:
     """DataError for the first FAIL of `judge_content`."""
-    for finding in judge_content(labels, splits, train):
+    for finding in judge_content(labels, splits, train, scored):
         if finding.level == FAIL:
             raise DataError(finding.text)
 
@@ -140,21 +184,22 @@ def _one_class(labels: Labels, found: Collection[int]) -> str:
         f"data.classes has one name, {name!r}: a softmax over one class learns nothing; name the "
         f"rest, too: {override('data.classes', [rest, name])}"
     )
-    swap = override("data.label_map", {0: 1, IGNORE_INDEX: 0})
+    swap, keep = ({0: a, IGNORE_INDEX: 1 - a} for a in (1, 0))
+    first, second = override("data.label_map", swap), override("data.label_map", keep)
+    both = f"if 0 is {name!r}: {first}; if 255 is: {second}"
     if not found:
-        return f"{text} (masks of 0 for it and 255 for the rest: also {swap})"
-    return f"{text} {swap}" if set(found) == {0, IGNORE_INDEX} else text
+        return f"{text} (masks of 0 and 255: also, {both})"
+    return (f"{text} and, {both}" if set(found) == {0, IGNORE_INDEX} else text) + labels.again
 
 
-def _ignored(name: str, split: Histogram, rest: Sequence[str]) -> str:
-    """rest: the splits that are left without this one; none where it can't be left out."""
+def _ignored(labels: Labels, name: str, split: Histogram) -> str:
     ids = set(split.raw_pixels)
     text = f"every pixel of {name} is ignored: nothing can be learnt or scored; "
     if ids <= {IGNORE_INDEX}:
         text += "its masks hold 255 only: export them again"
     else:
         text += f"its masks hold {runs(ids)}: map these ids to classes in data.label_map"
-    return f"{text}, or leave the split out: {override('data.splits', rest)}" if rest else text
+    return text + labels.again
 
 
 def _unseen(
@@ -165,13 +210,14 @@ def _unseen(
     if seen.sum() == 1:
         text = f"only {_names(classes[seen])} is ever seen in {train}: there is nothing to tell apart; "
         text += _map_remedy(labels, found) or "check the masks and data.label_map"
+        text += labels.again
         yield Finding(FAIL, about, text)
     elif (lost := ~seen & ~allowed).any():
         where = [name for name, split in others.items() if (split.class_pixels[lost] > 0).any()]
         scored = f" but in {listed(where)}, where it will score 0" if where else ""
         text = f"{_names(classes[lost])} never seen in {train}{scored}; "
         if remedy := _map_remedy(labels, found):
-            text += f"{remedy}; "
+            text += f"{remedy}{labels.again}; "
         yield Finding(FAIL, about, f"{text}if that is meant: {_allowing(classes[lost])}")
     for name, split in others.items():
         if (missing := seen & (split.class_pixels == 0)).any():

@@ -30,7 +30,7 @@ from segformer.data.sources.decode import (
 from segformer.data.sources.division import divided
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
 from segformer.data.sources.masks import Defect, mask_ids, unknown_ids
-from segformer.errors import DataError, listed, printable, reraise_as
+from segformer.errors import DataError, is_name, listed, printable, reraise_as
 from segformer.files import read_text
 
 SHOWN = 3  # names in the message of a defect
@@ -191,7 +191,7 @@ def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
             f"{str(root)!r} has {len(found)} class folders ({listed(sorted(found), SHOWN)}) for the "
             f"{len(cfg.classes)} names of data.classes; set data.class_dirs, or leave data.classes empty"
         )
-    if odd := sorted(name for name in found if not name.isprintable()):
+    if odd := sorted(name for name in found if not is_name(name)):
         raise DataError(
             f"{len(odd)} class folders have names that can't be written ({listed(odd)}); rename them"
         )

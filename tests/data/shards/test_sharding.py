@@ -195,7 +195,7 @@ def test_class_names_that_can_not_be_shown_are_refused(
     folder: Path, config: DatasetConfig, tmp_path: Path
 ) -> None:
     names = [f"{name}\x1b[2J\n" for name in config.classes]
-    with pytest.raises(ConfigError, match=r"data\.classes: .*\\x1b\[2J\\n.* hold signs that can't be shown"):
+    with pytest.raises(ConfigError, match=r"data\.classes: .*\\x1b\[2J\\n.* hold control characters"):
         write(replace(config, classes=names), folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

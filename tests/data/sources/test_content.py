@@ -56,8 +56,13 @@ MAP, NAMES = "data.label_map=", "data.classes="
 LEARNT = [
     ([0, 255], [0, 255], AB, "only 'a' is ever seen in train", [MAP + "{0: 0, 255: 1}"], [192, 192]),
     (
-        *([0, 255], [0, 255], "data.classes=[leaf]", "a softmax over one class learns nothing"),
-        *([NAMES + "[background,leaf]", MAP + "{0: 1, 255: 0}"], [192, 192]),
+        *(
+            [0, 255, 255],
+            [0, 255],
+            "data.classes=[leaf]",
+            "if 0 is 'leaf': .*={0: 1, 255: 0}'; if 255",
+        ),
+        *([NAMES + "[background,leaf]", MAP + "{0: 0, 255: 1}"], [192, 384]),
     ),
     ([0, 1], [0, 1], "data.classes=[a]", "a softmax over one class", [NAMES + "[background,a]"], [192, 192]),
     ([0, 1, 1], [0, 2], ABC, "'c' never seen in train but in val", ["data.allow_unseen=[c]"], [192, 384, 0]),
@@ -66,7 +71,10 @@ LEARNT = [
         *(['data.allow_unseen=["c, d"]'], [192, 192, 0]),
     ),
     ([0, 1, 255], [0, 1], ABC, "'c' never seen", [MAP + "{0: 0, 1: 1, 255: 2}"], [192, 192, 192]),
-    ([0, 1], [255], AB, "every pixel of val is ignored", ["data.splits=[train]"], [192, 192]),
+    (
+        *([0, 1], [0, 1], 'data.classes=[a,b,"\u0645\u06cc\u200c\u062e"]', "never seen in train"),
+        *(["data.allow_unseen=[*]"], [192, 192, 0]),
+    ),
 ]
 
 
@@ -112,6 +120,14 @@ def test_what_was_allowed_keeps_the_finished_shards_and_is_known_to_training(
     )
     for more in ([], ["data.allow_unseen=[*]"]):  # a finished set stays as it is
         assert shard(ids, ABC, *more).digest == content["digest"]
+
+
+def test_a_split_without_labels_is_sharded_but_not_scored(shard: Callable[..., ShardSet]) -> None:
+    shards = shard({"train": [0, 1], "val": [7]}, AB, "data.label_map={0: 0, 1: 1, 7: 255}")
+    given = ["data=folder", f"data.shards={shards.root}", "global_batch=2", "augment.crop=[32,32]"]
+    wrong = r"of val is ignored.*data\.label_map, and shard again with it; or .*: eval_split=<split>$"
+    with pytest.raises(DataError, match=wrong):
+        _check(compose(RunConfig, "config", given), 1)
 
 
 def test_a_part_of_the_work_is_not_judged_and_the_joined_set_is(shard: Callable[..., ShardSet]) -> None:

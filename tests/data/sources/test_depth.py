@@ -85,6 +85,26 @@ def test_a_crush_is_refused_and_the_range_that_is_named_gives_its_grey_levels(
         np.testing.assert_array_equal(read_image(path, proposed), image)  # as predict sees it
 
 
+def test_a_hot_pixel_hides_no_crush_and_the_first_shard_tells(
+    deep: Callable[..., Path], config: DatasetConfig
+) -> None:
+    root = deep(0, 4095)
+    path = root / "images/train/001.png"
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    image[3, 3] = 65535
+    cv2.imwrite(str(path), image)
+    with pytest.raises(DataError, match=r"values of 0 to 4095, of which 16 of 256 .*range=\[0,4095\]"):
+        write(replace(config, image_suffix=".png"), root)
+    assert not [*root.parent.rglob("train-000000.tar")]
+    for split in ("train", "val"):
+        for path in (root / "images" / split).iterdir():
+            image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            if path.stem < "003":
+                image[3, 3] = 65535
+            cv2.imwrite(str(path), image)
+    write(replace(config, image_suffix=".png"), root)  # a dark one among others
+
+
 def test_a_run_carries_the_range_of_its_shards(deep: Callable[..., Path], config: DatasetConfig) -> None:
     shards = write(replace(config, image_suffix=".png", image_range=[0, 4095]), deep(0, 4095))
     given = ["data=folder", f"data.shards={shards.root}", "global_batch=2", "augment.crop=[32,32]"]
