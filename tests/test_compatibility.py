@@ -55,9 +55,11 @@ def test_its_command_means_the_same_settings_now(old):
 
 
 def test_a_run_goes_on(old, monkeypatch, capsys):
-    """Configuration, sample order, moments and EMA are restored; the last evaluation is made again."""
+    """Configuration, sample order, moments and EMA are restored; the last evaluation is made again, and what
+    is finished stays as it is."""
     monkeypatch.chdir(old)
     cfg = load_config(Path("run/config.yaml"))
+    before = {path: path.stat().st_mtime_ns for path in Path("run/checkpoints").rglob("*")}
     world = init_world()
     try:
         scores = train(cfg, world)
@@ -65,3 +67,4 @@ def test_a_run_goes_on(old, monkeypatch, capsys):
         world.close()
     assert 0 <= scores.score <= 1
     assert "continuing from step 20" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in Path("run/checkpoints").rglob("*")} == before

@@ -69,6 +69,16 @@ def test_an_empty_folder_is_a_fresh_start_and_a_step_that_does_not_exist_names_t
         load_checkpoint(tmp_path, step=9)
 
 
+@pytest.mark.parametrize(
+    ("settings", "do"), [("steps: 9", "the command that began"), ("", "restore it from")]
+)
+def test_a_damaged_config_yaml_is_written_again_where_the_checkpoint_has_the_settings(tmp_path, settings, do):
+    write(tmp_path / "checkpoints", 1, settings=settings)
+    (tmp_path / "config.yaml").write_text("steps: [")
+    with pytest.raises(CheckpointError, match=f"config.yaml can't be read .*; {do}"):
+        open_run(tmp_path)
+
+
 def test_an_opened_run_has_the_averaged_parameters_where_there_are_any_and_its_own_buffers(tmp_path):
     write(tmp_path / "run/checkpoints", 1)
     model, _, ema = tensors(1)

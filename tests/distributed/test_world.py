@@ -6,9 +6,12 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from segformer.distributed import world
+from segformer.distributed.rendezvous import Place
 from segformer.distributed.world import StopFlag, derive_seed, init_world
-from segformer.errors import SIGNALS, ConfigError
+from segformer.errors import SIGNALS, ConfigError, RankLost
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,24 @@ def test_without_a_signal_the_old_handlers_come_back_and_nohup_stays():
     finally:
         signal.signal(signal.SIGHUP, before[SIGNALS.index(signal.SIGHUP)])
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (dist.DistStoreError("Wait timeout"), RankLost),
+        (RuntimeError("Gloo connectFullMesh failed with [...] Connect timeout"), RankLost),  # one has ended
+        (dist.DistBackendError("Duplicate GPU detected : rank 1 and rank 0"), dist.DistBackendError),
+    ],
+)
+def test_a_rank_that_is_gone_is_worth_another_start_and_a_wrong_device_is_not(monkeypatch, error, kind):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    monkeypatch.setattr(world, "meet", lambda *_: dist.HashStore())
+    with pytest.raises(kind):
+        world._join(Place(0, 2, 0, 2, "here", 1), torch.device("cpu"), 1.0)
 
 
 @pytest.fixture

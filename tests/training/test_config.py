@@ -26,6 +26,7 @@ from segformer.training.config import (
     load_config,
     save_config,
 )
+from segformer.training.run import _free
 
 ROOT = CONF.parent
 
@@ -197,10 +198,15 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
     assert load_config(tmp_path / "config.yaml") == cfg
 
 
+def test_the_name_that_is_proposed_for_another_run_is_one():
+    long = run_config("experiment=sample", f"name={64 * 'a'}")
+    assert run_config("experiment=sample", _free(long)).name == 60 * "a" + "_2"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: [", "can't be read"),
+        ("steps: [", "can't be read.*; restore it from a copy$"),
         ("nonsense: 3", "can't be read as a configuration: Key 'nonsense'"),
         ("steps: many", "full_key: steps"),
         ("steps: 0", "config.yaml can't be read as a configuration: steps=0 must be from 1 to"),
