@@ -8,7 +8,7 @@ mask by their key, the path below the split's folder without the suffix. `inspec
             colors of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
 
 Both give defects (the kinds stand at `Defect`) beside what can be used: the doctor lists them all;
-`list_samples` and `load_sample`, which sharding calls, raise the first."""
+`load_sample`, which sharding calls, raises the first."""
 
 import os
 from collections import Counter
@@ -86,14 +86,6 @@ class LoadedSample:
     """Raw id -> pixels, before the label map; empty in classification."""
 
 
-def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:
-    """Every sample of a split, sorted by key; DataError for the first defect of its folders."""
-    samples, defects, _ = find_samples(cfg, root, split)
-    if defects:
-        raise defects[0]
-    return samples
-
-
 @dataclass(slots=True)
 class _Side:
     """The images or the masks of a split."""
@@ -135,8 +127,8 @@ def find_samples(
             side.files, further, others[side.folder] = by_key(side.folder, others[side.folder], side.ends)
             twice = {f"{side.files[key]} = {name}" for key, name in further.items()}
             defects += _about(twice, f"files in {side.folder!r} share the key of another", "keep one of each")
-        for side in sides:
-            left.setdefault(cfg.folder(side.kind, split), left_out(others[side.folder]))
+        kinds = {folder: left_out(names) for folder, names in others.items()}
+        left = {cfg.folder(side.kind, split): dict(kinds[side.folder]) for side in sides}
         if split in cfg.split_lists:
             keys, of = _listed_keys(cfg, root, split), f" of {cfg.split_lists[split]!r}"
             remedy = "a line of the list is one key, without folder and suffix"
@@ -150,7 +142,7 @@ def find_samples(
             remedy = "add what is missing or remove the others"
             defects += _foreign(cfg, sides[0], others[sides[0].folder])
         for side in sides:
-            end, there = "|".join(side.ends), left_out(others[side.folder])
+            end, there = "|".join(side.ends), kinds[side.folder]
             what = f"keys{of} have no file {side.folder}/<key>{end}"
             defects += _about(keys - side.files.keys(), what, side.missing(there) + remedy)
             if not keys:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import list_samples
 
 from segformer.data.shards.format import ShardSet, Split, content_digest
 from segformer.data.shards.index import INDEX, LABELS, pack_index, parse_index
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.verify import find_defects
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.listing import list_samples, load_sample
+from segformer.data.sources.listing import load_sample
 from segformer.errors import DataError
 
 
@@ -218,3 +219,9 @@ def test_a_large_index_opens_without_a_step_per_sample(copy: Path, reseal: Calla
     assert split.key(123_456) == "000123456"
     assert len(split.samples_with(2)) == count
     assert time.monotonic() - began < 1.0
+
+
+def test_files_that_are_not_used_change_no_digest(shards: ShardSet) -> None:
+    splits = {name: entry | {"left_out": {"images": {}}} for name, entry in shards.content["splits"].items()}
+    assert content_digest(shards.content | {"splits": splits}) == shards.digest
+    assert content_digest(shards.content | {"license": "none at all"}) != shards.digest

@@ -6,9 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from samples import list_samples
 
 from segformer.data.shards.format import ShardSet
-from segformer.data.sources.listing import list_samples
 from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.training.config import RunConfig, compose
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from samples import list_samples
 
 from segformer.data.shards import pool
 from segformer.data.shards.format import ShardSet
@@ -23,7 +24,7 @@ from segformer.data.shards.verify import find_defects
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask, image_header
-from segformer.data.sources.listing import list_samples, load_sample
+from segformer.data.sources.listing import load_sample
 from segformer.errors import ConfigError, DataError
 
 # webdataset closes the tars that it opens by garbage collection, which Python reports.

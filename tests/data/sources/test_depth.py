@@ -15,6 +15,7 @@ from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image
 from segformer.doctor.doctor import DoctorConfig, look
+from segformer.doctor.scan import scan_folder
 from segformer.errors import ConfigError, DataError
 from segformer.inference.predict import read_image
 from segformer.training.config import RunConfig, compose
@@ -83,6 +84,9 @@ def test_a_crush_is_refused_and_the_range_that_is_named_gives_its_grey_levels(
         assert np.abs(image - expected[..., None]).max() <= 0.51
         assert len(np.unique(image)) > 100
         np.testing.assert_array_equal(read_image(path, proposed), image)  # as predict sees it
+    scan = scan_folder(replace(cfg, image_range=proposed), root, "train", num_classes=3)
+    sheet = dict(map(scan.load, scan.choose(4)))
+    np.testing.assert_array_equal(sheet[raw.key][0], image)  # as the contact sheet shows it
 
 
 def test_a_hot_pixel_hides_no_crush_and_the_first_shard_tells(

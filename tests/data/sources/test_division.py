@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from samples import list_samples
 
 from segformer.data.shards.format import ShardSet, content_digest
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.listing import list_samples
 from segformer.errors import ConfigError, DataError
 from segformer.training.config import RunConfig, compose
 from segformer.training.run import _check
