@@ -86,9 +86,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.disable()
         self._file.close()
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # the stacks of others
+        with contextlib.suppress(OSError):  # the stacks of others; or the run has been removed
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
                 self.path.parent.rmdir()
 
 

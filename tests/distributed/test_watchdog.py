@@ -1,8 +1,13 @@
 """Which errors say that the other side of a collective is gone; what a guard does is in distributed/."""
 
-import pytest
+import contextlib
+import shutil
 
-from segformer.distributed.watchdog import is_lost_rank
+import pytest
+import torch
+
+from segformer.distributed.watchdog import Watchdog, is_lost_rank
+from segformer.distributed.world import World
 
 LOST = [  # as gloo, NCCL, the store and the system word them
     "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.77.0.2]:63693",
@@ -30,3 +35,10 @@ def test_an_error_that_another_rank_has_caused(text):
 @pytest.mark.parametrize("text", OWN)
 def test_an_error_of_this_rank(text):
     assert not is_lost_rank(RuntimeError(text))
+
+
+def test_a_run_that_is_removed_ends_by_its_own_error(tmp_path):
+    world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
+    with contextlib.suppress(KeyError), Watchdog(tmp_path / "run/stacks", world, 60.0):
+        shutil.rmtree(tmp_path / "run")
+        raise KeyError
