@@ -319,10 +319,10 @@ def everything_ignored(root: Path, rng: Rng) -> None:
     every_mask(root, ids(255, 255, 255, 255))
 
 
-@kind("repaired")
-def validation_ignored(root: Path, rng: Rng) -> None:
+@kind("refused")
+def training_ignored(root: Path, rng: Rng) -> None:
     sound(root, rng)
-    every_mask(root, ids(255, 255, 255, 255), "val")
+    every_mask(root, ids(255, 255, 255, 255), "train")
 
 
 @kind("repaired")
