@@ -15,10 +15,11 @@ import numpy as np
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
-from segformer.data.sources.content import turned_text
+from segformer.data.sources.content import Histogram, Labels, judge_content, turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
+from segformer.data.sources.division import is_training
 from segformer.data.sources.folder import left_out_text
-from segformer.errors import ConfigError, listed, printable
+from segformer.errors import ConfigError, listed, printable, say
 from segformer.training.config import cli
 
 
@@ -75,6 +76,9 @@ def shard(cfg: ShardConfig) -> None:
     if shards.task == "segmentation":
         print(label_map_text(cfg.data, raw_pixels(shards)))
     print(split_text(shards))
+    splits = {name: Histogram.of(entry) for name, entry in shards.content["splits"].items()}
+    for finding in judge_content(Labels.of(shards.content, cfg.data), splits, [*filter(is_training, splits)]):
+        say(f"WARNING: {finding.text}")
     if (turned := find_turned(Path(out))) is not None:
         total = sum(split.num_samples for split in shards.splits.values())
         print("WARNING: " + turned_text(shards.task, turned[0], total, *turned[1:]))

@@ -146,7 +146,7 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
     ]
     report.findings += judge_source(cfg.data, report.source)
     labels = Labels.configured(cfg.data, report.classes)
-    report.findings += judge_labels(labels, report.source, train=cfg.train_split, sharded=False)
+    report.findings += judge_labels(labels, report.source, cfg.train_split, cfg.eval_split)
     palette = class_palette(dataclasses.replace(cfg.data, classes=report.classes))
     _draw_sheet(cfg, report, "source", report.source, palette)
 
@@ -181,7 +181,7 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
         report.add(FAIL, "shards: classes", text)
     report.classes = list(shards.classes)
     labels = Labels.of(shards.content, cfg.data)
-    judged = judge_labels(labels, report.shards, train=cfg.train_split, sharded=True)
+    judged = judge_labels(labels, report.shards, cfg.train_split, cfg.eval_split)
     report.findings += [finding for finding in judged if finding not in report.findings]
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 

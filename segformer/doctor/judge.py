@@ -123,9 +123,7 @@ def _label_map(cfg: DatasetConfig, seen: set[int]) -> Iterator[Finding]:
         yield Finding(WARN, "label map", text)
 
 
-def judge_labels(
-    labels: Labels, scans: Sequence[SplitScan], *, train: str, sharded: bool
-) -> Iterator[Finding]:
+def judge_labels(labels: Labels, scans: Sequence[SplitScan], train: str, scored: str) -> Iterator[Finding]:
     """Findings on the train ids and images of a folder's or of shards' splits."""
     by_name = {scan.name: scan for scan in scans if scan.samples}
     # A split whose masks could not be understood has its own findings.
@@ -134,7 +132,7 @@ def judge_labels(
         for name, scan in by_name.items()
         if scan.raw_pixels or scan.ignored_pixels or scan.class_pixels.any()
     }
-    yield from (content := list(judge_content(labels, held, [train])))
+    yield from (content := list(judge_content(labels, held, [train], scored)))
     judged = {finding.about for finding in content}
     for scan in by_name.values():
         if (finding := _ignored(scan)) and finding.about not in judged:
@@ -145,9 +143,9 @@ def judge_labels(
     if train in held and labels.classes and f"{train}: classes" not in judged and "classes" not in judged:
         yield _rarest(labels.classes, by_name[train])
     images = {name: scan.digests for name, scan in by_name.items()}
-    shared = list(same_bytes(labels.allow_duplicates, images, [train] if sharded else None))
+    shared = list(same_bytes(labels.allow_duplicates, images, [train] if labels.sharded else None))
     for found in shared:
-        level = WARN if sharded and not found.whole else FAIL  # shards of a time when they were written
+        level = WARN if labels.sharded and not found.whole else FAIL  # or older ones could not go on
         yield Finding(level, f"{found.first} and {found.second}", found.text)
     if len(images) > 1 and not shared:
         allowed = ", but as allowed" if labels.allow_duplicates else ""

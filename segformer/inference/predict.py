@@ -162,7 +162,7 @@ def predict(cfg: PredictConfig) -> list[Path]:
         with writing(target):
             _write(target, mask, predictor.palette, overlay(image, mask, predictor.palette, cfg.alpha))
         say(f"{source} -> {target}: {_shares(mask, predictor.classes)}")
-    pictures = {kind: found for kind, found in unused.items() if _is_picture(kind)}
+    pictures = {kind: found for kind, found in unused.items() if kind in (*SUFFIXES, *OTHER_PICTURES)}
     if pictures:
         raise DataError(
             f"input={cfg.input} holds pictures that can't be read, {left_out_text(pictures)}; all others are "
@@ -251,11 +251,6 @@ def _pictures(source: Path) -> tuple[list[Path], LeftOut]:
         there = f", but {left_out_text(unused)}" if unused else ""
         raise DataError(f"input={source} holds no picture ({', '.join(SUFFIXES)}){there}; give their folder")
     return [source / name for name in used], unused
-
-
-def _is_picture(kind: str) -> bool:
-    """A kind of `left_out` is that of pictures."""
-    return kind in OTHER_PICTURES
 
 
 def _plan(images: list[Path], source: Path, output: Path) -> list[tuple[Path, Path]]:

@@ -34,6 +34,7 @@ from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.order import BatchShape
 from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.division import EVAL_SPLIT
 from segformer.distributed.engine import EngineConfig
 from segformer.errors import (
     ConfigError,
@@ -87,7 +88,7 @@ class RunConfig:
     "Optimizer steps between evaluations; one always follows the last step."
     eval_batch: int = 1
     "Images per evaluation forward and rank, of one size each."
-    eval_split: str = "val"
+    eval_split: str = EVAL_SPLIT
     "Split that is evaluated."
     train_split: str = "train"
     "Split that is trained on."

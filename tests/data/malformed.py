@@ -325,6 +325,12 @@ def training_ignored(root: Path, rng: Rng) -> None:
     every_mask(root, ids(255, 255, 255, 255), "train")
 
 
+@kind("refused")
+def validation_ignored(root: Path, rng: Rng) -> None:
+    sound(root, rng)
+    every_mask(root, ids(255, 255, 255, 255), "val")
+
+
 @kind("repaired")
 def class_never_in_training(root: Path, rng: Rng) -> None:
     sound(root, rng)

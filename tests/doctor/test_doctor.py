@@ -257,7 +257,7 @@ def test_the_command_fails_in_one_line_after_the_whole_table(tmp_path: Path, roo
     assert "ids without a class: 9 in 8 images" in done.stdout
     written = json.loads((tmp_path / "out/doctor.json").read_text())
     assert written["may_start"] is False
-    assert {verdict["level"] for verdict in written["verdicts"]} == {OK, WARN, FAIL}
+    assert {verdict["level"] for verdict in written["verdicts"]} == {OK, FAIL}
 
 
 def test_a_good_look_ends_quietly_and_leaves_numbers_for_machines(

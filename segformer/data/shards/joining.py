@@ -13,7 +13,7 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import read_file
-from segformer.data.sources.division import is_training, pairs, same_bytes
+from segformer.data.sources.division import EVAL_SPLIT, is_training, pairs, same_bytes
 from segformer.data.sources.listing import Sample
 from segformer.errors import DataError
 from segformer.files import write_atomic
@@ -88,5 +88,6 @@ def check_joined(
 ) -> None:
     """Refuse a set that nothing, or not what is meant, would be learnt from, or splits that share images."""
     splits = {name: Histogram.of(entry) for name, entry in content["splits"].items()}
-    check_content(Labels.configured(cfg, cfg.classes), splits, [*filter(is_training, splits)])
+    train = [*filter(is_training, splits)]
+    check_content(Labels.configured(cfg, cfg.classes), splits, train, EVAL_SPLIT)
     _refuse_duplicates(cfg, tasks, work)

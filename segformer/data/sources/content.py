@@ -139,7 +139,9 @@ def judge_content(
             if splits[name].samples:
                 level = FAIL if name in train or name == scored else WARN  # test may have dummy labels
                 text = _ignored(labels, name, splits[name])
-                text += "; or score another split: eval_split=<split>" * (name == scored)
+                if name == scored:
+                    leave = "" if labels.sharded else "leave it out of data.splits and "
+                    text += f"; or {leave}score another split: eval_split=<split>"
                 yield Finding(level, f"{name}: ignored pixels", text)
     trained = [splits[name].class_pixels for name in train if name in splits]
     if trained and len(labels.classes) > 1 and (seen := np.sum(trained, axis=0) > 0).any():

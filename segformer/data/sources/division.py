@@ -92,6 +92,9 @@ def same_bytes(
             yield Shared(first, second, len(shared) == len(images[second]), text)
 
 
+EVAL_SPLIT = "val"  # that a run scores where it names no other
+
+
 def is_training(split: str) -> bool:
     """True for a split that is shuffled and trimmed, by its name."""
     return not split.startswith(("val", "test"))

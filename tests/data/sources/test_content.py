@@ -123,9 +123,13 @@ def test_what_was_allowed_keeps_the_finished_shards_and_is_known_to_training(
 
 
 def test_a_split_without_labels_is_sharded_but_not_scored(shard: Callable[..., ShardSet]) -> None:
-    shards = shard({"train": [0, 1], "val": [7]}, AB, "data.label_map={0: 0, 1: 1, 7: 255}")
+    dummy = "data.label_map={0: 0, 1: 1, 7: 255}"
+    with pytest.raises(DataError, match=r"of val is ignored.*; or leave it out of data\.splits and score"):
+        shard(ids := {"train": [0, 1], "val": [7], "test": [7]}, AB, dummy)
+    shards = shard(ids, AB, dummy, "data.splits=[train,test]")
     given = ["data=folder", f"data.shards={shards.root}", "global_batch=2", "augment.crop=[32,32]"]
-    wrong = r"of val is ignored.*data\.label_map, and shard again with it; or .*: eval_split=<split>$"
+    given += ["eval_split=test"]
+    wrong = r"of test is ignored.*data\.label_map, and shard again with it; or .*: eval_split=<split>$"
     with pytest.raises(DataError, match=wrong):
         _check(compose(RunConfig, "config", given), 1)
 
