@@ -191,7 +191,7 @@ def content_digest(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "digest"}
     rest["splits"] = {
         name: {key: value for key, value in entry.items() if key != "left_out"}
-        for name, entry in content["splits"].items()
+        for name, entry in content.get("splits", {}).items()
     }
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

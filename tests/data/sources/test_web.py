@@ -138,7 +138,8 @@ def test_where_a_redirect_may_lead(
 def test_an_ordinary_redirect_is_followed(tmp_path: Path) -> None:
     def answer(asked: str) -> list[bytes]:
         if asked.split()[1] == "/a.tar":
-            return [head("Location: /b/c.tar", "Content-Length: 0", status="302 Found")]
+            moved = "Location: /b/c.tar", "Content-Length: 0", "Connection: close"
+            return [head(*moved, status="302 Found")]
         return [head(RANGE, SIZE), b"" if asked.startswith("HEAD") else b"z" * LENGTH]
 
     with answering(answer) as url:
