@@ -43,7 +43,7 @@ ROOMS: dict[str, str] = {
     "telemetry": "jsonl meter trackers progress logger profiling",
     "evaluation": "metrics inference_mode drawing evaluate",
     "training": "losses optim overrides help config task stopping step run recovery loop",
-    "inference": "export convert score predict pictures report",
+    "inference": "page export convert score predict pictures report",
     "job": "",
     "slurm": "attempts settings queue code script after task submission commands",
     "doctor": "memory scan judge doctor",

@@ -6,6 +6,7 @@ import resource
 
 import numpy as np
 import pytest
+from browser import open_page
 from checkpoints import make_run
 from PIL import Image
 
@@ -90,6 +91,21 @@ def test_a_run_gets_curve_overlays_and_a_report_of_them(trained):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_the_report_without_complaint(trained, width):
+    page_of(trained, overlays=2)
+    assert open_page(trained / "report.html", trained / "page.png", width) == []
+    with Image.open(trained / "page.png") as picture:
+        assert picture.width == width, "nothing sticks out at the right"
+
+
+def test_the_browser_complains_of_an_error_and_of_what_is_not_there(tmp_path):
+    (tmp_path / "page.html").write_text("<img src=missing.png><script>console.error('no'); f()</script>")
+    complaints = " ".join(open_page(tmp_path / "page.html"))
+    for complaint in ("no", "f is not defined", "missing.png"):
+        assert complaint in complaints
 
 
 def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(run, capsys):
