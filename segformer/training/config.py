@@ -80,6 +80,8 @@ class RunConfig:
     "Seed of initialization, sample order, augmentation and drop-out."
     steps: int = 160_000
     "Optimizer steps of the whole run."
+    stop_at: int | None = None
+    "Step at which this start pauses the run: evaluated, saved, exit code 0; a start without it goes on."
     global_batch: int = 16
     "Images per optimizer step over all ranks; part of the recipe, never changed by the world size."
     micro_batch: int | None = None
@@ -112,7 +114,7 @@ class RunConfig:
         if not _NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
         at_least(self, "", eval_every=1, max_skipped=1, overlays=0)
-        within(self, "", seed=(0, 2**64 - 1), steps=(1, MOST_STEPS))
+        within(self, "", seed=(0, 2**64 - 1), steps=(1, MOST_STEPS), stop_at=(1, MOST_STEPS))
         within(self, "", **dict.fromkeys(("global_batch", "micro_batch", "eval_batch"), (1, MOST_IMAGES)))
         if self.profile.steps and self.profile.steps[0] > self.steps:
             raise ConfigError(

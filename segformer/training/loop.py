@@ -70,9 +70,10 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
     telemetry, meter, stopping, losses = run.telemetry, run.meter, run.stopping, LossSum(world.device)
     accumulation = cfg.batch_shape(world.size).accumulation
     ahead: list[Batch] | None = None  # the micro batches of the next step, once they are fetched
+    last = min(cfg.steps, cfg.stop_at or cfg.steps)  # of this start; the schedule is that of the whole run
     telemetry.start(model.state.step)
     meter.reset()
-    while model.state.step < cfg.steps:
+    while model.state.step < last:
         if _evaluation_due(cfg, model.state):
             if _evaluate(cfg, world, task, model, run) is None:
                 break  # it is made when the run goes on
@@ -86,7 +87,7 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
             break
         batches, ahead = ahead, None
         run.replaced |= {found.sample_id: found.reason for batch in batches for found in batch.replaced}
-        if model.state.step + 1 < cfg.steps:
+        if model.state.step + 1 < last:
             ahead, more = _fetch(run, accumulation)
             stopping.ask()
             waited += more
@@ -105,15 +106,16 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
             losses.clear()
             ahead = None
             continue
-        if step == cfg.steps or step % cfg.telemetry.log_every == 0:
+        if step == last or step % cfg.telemetry.log_every == 0:
             _log(world, model, run, losses, outcome.norm)
             report_replaced(cfg, world, state, run)
-        if (step == cfg.steps or step % cfg.checkpoint.save_every == 0) and not state.skipped_in_a_row:
+        if (step == last or step % cfg.checkpoint.save_every == 0) and not state.skipped_in_a_row:
             _save(cfg, world, model, run)
-    scores = _evaluate(cfg, world, task, model, run) if model.state.step == cfg.steps else None
+    scores = _evaluate(cfg, world, task, model, run) if model.state.step >= last else None
     run.checkpoints.settle()
     # Of a finished run only a new best step is news: one that is shown again stays as it is.
-    news = run.saved != model.state if scores is None else run.saved.best_step != model.state.best_step
+    whole = model.state.step == cfg.steps
+    news = run.saved.best_step != model.state.best_step if whole else run.saved != model.state
     if model.state.step and (run.checkpoints.last_saved != model.state.step or news):
         _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
@@ -121,7 +123,16 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
         raise stopping.reason(model.state.step, Path(cfg.run_dir) / "checkpoints")
     for row in scores.table(task.shards.classes).splitlines():
         telemetry.line(row)
+    telemetry.line(_ending(cfg, model.state))
     return scores
+
+
+def _ending(cfg: RunConfig, state: TrainState) -> str:
+    """The last line of a start that ends as it should."""
+    if state.step >= cfg.steps:
+        return f"finished: all {cfg.steps} steps are done"
+    goes_on = "the same command without stop_at, or with a larger one, goes on"
+    return f"paused at step {state.step} of {cfg.steps} by stop_at={cfg.stop_at}; {goes_on}"
 
 
 def _fetch(run: Services, count: int) -> tuple[list[Batch], float]:
