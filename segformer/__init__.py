@@ -1,7 +1,7 @@
 """SegFormer in PyTorch and the system that trains it.
 
-`import segformer` gives the model, loaded on first use; training, data and prediction are imported by their
-modules (segformer.training.loop, segformer.data.shards.format, segformer.inference.predict and so on).
+`import segformer` gives the model, and a trained one in use, each loaded on first use; all else is imported
+by its module (segformer.training.loop, segformer.data.shards.format and so on).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
+    from segformer.inference.predictor import Prediction, Predictor
     from segformer.models.segformer import MiTClassifier, SegFormer, build_model
     from segformer.models.variants import VARIANTS, ModelConfig
 
@@ -24,6 +25,8 @@ _HOME = {
     "VARIANTS": "segformer.models.variants",
     "MiTClassifier": "segformer.models.segformer",
     "ModelConfig": "segformer.models.variants",
+    "Prediction": "segformer.inference.predictor",
+    "Predictor": "segformer.inference.predictor",
     "SegFormer": "segformer.models.segformer",
     "build_model": "segformer.models.segformer",
 }
@@ -34,6 +37,8 @@ __all__ = [
     "DataError",
     "MiTClassifier",
     "ModelConfig",
+    "Prediction",
+    "Predictor",
     "SegFormer",
     "SegformerError",
     "build_model",

@@ -178,6 +178,7 @@ class InferenceMode(nn.Module):
         super().__init__()
         self.model, self.cfg = model, cfg
         self._whole = not settings(replace(cfg, long_side=0))
+        self._views = max(1, len(cfg.scales)) * (1 + cfg.flip)
         self.training = model.training
 
     @torch.no_grad()
@@ -190,10 +191,9 @@ class InferenceMode(nn.Module):
         images = _reduce(images, reduced_size(size, self.cfg.reduced_to))
         if self._whole and min(images.shape[2:]) >= LEAST_SIDE:
             return self.model(images)
-        scales = self.cfg.scales or [1.0]
-        if len(scales) == 1 and not self.cfg.flip:
+        scales, views = self.cfg.scales or [1.0], self._views
+        if views == 1:
             return self._logits(self._resized(images, scales[0]))
-        views = len(scales) * (1 + self.cfg.flip)
         mean: Tensor | None = None
         for factor in scales:
             image = self._resized(images, factor)
@@ -206,6 +206,10 @@ class InferenceMode(nn.Module):
                     total += share.flip(2) if flipped else share
         assert mean is not None
         return mean
+
+    def probabilities(self, out: Tensor, size: Size) -> Tensor:
+        """What `forward` gave of images of `size` as probabilities (B, K, *size) float32."""
+        return out if self._views > 1 else _resize(out.float(), size).softmax(1)
 
     def _resized(self, images: Tensor, factor: float) -> Tensor:
         first, last = resized(self.cfg, (images.shape[2], images.shape[3]), factor)

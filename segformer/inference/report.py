@@ -39,7 +39,8 @@ from segformer.inference.page import (
     table,
 )
 from segformer.inference.pictures import history, series, write_curve, write_overlays
-from segformer.inference.predict import Predictor, writing
+from segformer.inference.predict import writing
+from segformer.inference.predictor import Predictor
 from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, as_yaml, to_run_config
@@ -92,13 +93,13 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
     """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
     # A report of what there is beats none.
     with reported(lambda error: say(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
-        predictor = Predictor.from_export(run, device)
+        predictor = Predictor(run, device=device)
         split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
         reader = ShardReader(split)
         ids = np.linspace(0, split.num_samples - 1, min(count, split.num_samples)).round().astype(int)
         raws = (reader.read(sample_id) for sample_id in ids.tolist())
         decoded = ((raw.key, decode_image(raw.image), decode_mask(raw.target)) for raw in raws)
-        samples = ((key, image, target, predictor(image)) for key, image, target in decoded)
+        samples = ((key, image, target, predictor(image).mask) for key, image, target in decoded)
         write_overlays(samples, run / "overlays", classes=predictor.classes, palette=predictor.palette)
 
 

@@ -20,7 +20,7 @@ from segformer.data.sources.content import override
 from segformer.data.sources.decode import decode_mask
 from segformer.errors import SegformerError, error_line, reported
 from segformer.evaluation.metrics import SegmentationScores
-from segformer.inference.predict import Predictor
+from segformer.inference.predictor import Predictor
 from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, compose
 
@@ -140,14 +140,14 @@ def test_the_scores_of_runs_are_those_of_the_files(
     ]
     train_many(1, [tiny(f"run-{n}", *options, f"data.shards={tmp_path / n / 'out'}") for n in TRAINED])
     for name, settings in told.items():
-        predictor = Predictor.from_export(tmp_path / f"run-{name}", "cpu")
+        predictor = Predictor(tmp_path / f"run-{name}", device="cpu")
 
         def predict(
             mask: Path, files: Path = tmp_path / name / "set", predictor: Predictor = predictor
         ) -> np.ndarray:
             images = files / "images" / mask.parent.relative_to(files / "masks")
             (image,) = (path for path in images.iterdir() if path.stem == mask.stem and path.name[0] != ".")
-            return predictor(np.asarray(Image.open(image).convert("RGB")))
+            return predictor(np.asarray(Image.open(image).convert("RGB"))).mask
 
         found = true_counts(settings, tmp_path / name / "set", "val", predict)
         (row,) = metrics(tmp_path / f"run-{name}", "final")

@@ -29,7 +29,7 @@ from segformer.evaluation.inference_mode import (
     settings,
     windows,
 )
-from segformer.inference.predict import Predictor
+from segformer.inference.predictor import Predictor
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier, build_model
 from segformer.models.variants import ModelConfig
@@ -386,9 +386,9 @@ def test_small_validation_images_are_scored_as_they_are_predicted(strips, tmp_pa
     torch.manual_seed(3)
     state = build_model(ModelConfig(), 2).state_dict()
     model = write_model(state, ["a", "b"], tmp_path / "export", shards)
-    predictor, expected = Predictor.from_export(model, "cpu"), np.zeros((2, 2), np.int64)
+    predictor, expected = Predictor(model, device="cpu"), np.zeros((2, 2), np.int64)
     for image, mask in found:
-        np.add.at(expected, (mask, predictor(image)), 1)
+        np.add.at(expected, (mask, predictor(image).mask), 1)
     scores = evaluate_checkpoint(
         EvaluateConfig(checkpoint=str(model), batch=2, loader=LoaderConfig(workers=0))
     )

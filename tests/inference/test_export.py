@@ -16,7 +16,7 @@ from segformer.checkpoint.format import TrainState
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, build, check_network, export, open_checkpoint
-from segformer.inference.predict import Predictor
+from segformer.inference.predictor import Predictor
 from segformer.inference.score import EvaluateConfig, _open
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
@@ -119,14 +119,14 @@ def test_an_export_comes_back_as_it_was_written(exports: dict[str, Path], kind: 
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
 def test_the_predictor_of_an_export_is_the_model_bit_for_bit(tmp_path: Path, profile: str) -> None:
     model = random_model(norm_profile=profile)
-    predictor = Predictor.from_export(write(model, tmp_path / "export"), "cpu")
+    predictor = Predictor(write(model, tmp_path / "export"), device="cpu")
     image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), np.uint8)
     normal = (torch.from_numpy(image).float() - torch.tensor(MEAN)) / torch.tensor(STD)
     images = normal.permute(2, 0, 1)[None]
     with torch.no_grad():
         assert torch.equal(predictor.model(images), model(images))
         wanted = torch.nn.functional.interpolate(model(images), (61, 83), mode="bilinear").argmax(1)[0]
-    assert (torch.from_numpy(predictor(image)) == wanted).float().mean() > 0.999  # ties may round apart
+    assert (torch.from_numpy(predictor(image).mask) == wanted).float().mean() > 0.999  # ties may round apart
 
 
 def test_a_run_exports_a_checkpoint_with_its_scores_over_an_older_export(run: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_step_names_the_checkpoint_of_every_command(
     scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
     for opened in (wanted, open_checkpoint(out), _open(scored)[0]):
         assert opened.provenance["step"] == expected
-    state = Predictor.from_export(best_run, "cpu", step).model.model.state_dict()
+    state = Predictor(best_run, step=step, device="cpu").model.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
 
 
@@ -275,7 +275,7 @@ def test_what_can_not_be_opened_is_one_line(
 
 def test_predict_refuses_a_classifier(exports: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"is a classifier of 3 classes.*launch/evaluate.py"):
-        Predictor.from_export(exports["classification"], "cpu")
+        Predictor(exports["classification"], device="cpu")
 
 
 @pytest.mark.parametrize("view", ["all", [96], [96, 50], [None, 1]])

@@ -10,7 +10,7 @@ from segformer.doctor.memory import forecast
 from segformer.errors import CheckpointError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import open_checkpoint
-from segformer.inference.predict import Predictor
+from segformer.inference.predictor import Predictor
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import macs_per_image
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
@@ -32,7 +32,7 @@ def test_it_trains_by_the_command_and_its_run_and_export_are_used(tiny, run_rank
     run = tmp_path / "pico"
     models = [SegFormer.from_pretrained(path).state_dict() for path in (run, run / "export")]
     assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
-    mask = Predictor.from_export(run / "export")(torch.randint(256, (50, 70, 3), dtype=torch.uint8).numpy())
+    mask = Predictor(run / "export")(torch.randint(256, (3, 50, 70), dtype=torch.uint8)).mask
     assert mask.shape == (50, 70)
     assert open_checkpoint(run).provenance["step"] == 3
 

@@ -71,10 +71,16 @@ def decode_image(data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
     """
     if not image_range or not is_deep(data):
         return _decode(data, _COLOR, 3)
+    return eight_bits(_decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16), image_range)
+
+
+def eight_bits(deep: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarray:
+    """Pixels of 16 bits as uint8; `image_range` as in `decode_image`."""
+    if not image_range:
+        return (deep >> 8).astype(np.uint8)
     low, high = image_range
-    deep = _decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16).astype(np.float32)
-    scaled: np.ndarray = ((deep - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
-    return scaled
+    scaled: np.ndarray = (deep.astype(np.float32) - low) * (255 / (high - low))
+    return scaled.round().clip(0, 255).astype(np.uint8)
 
 
 def value_range(data: bytes) -> tuple[int, int] | None:

@@ -1,0 +1,136 @@
+"""A photograph as a user has it -> pixels (H, W, 3) uint8 RGB, as the model's training would see them.
+
+    path      JPEG and PNG decoded as in training; TIFF, WebP, BMP and GIF by Pillow; then turned upright as
+              their EXIF orientation says (training leaves them as they are stored)
+    array     (H, W, 3) RGB or (H, W) gray, uint8 or uint16; 16 bits become 8 as those of a PNG do
+    tensor    the same, or (3, H, W) and (1, H, W), as torch has them
+    picture   of PIL, turned upright
+
+Refuses what it would have to guess: other types and ranges of values, channels first in an array,
+transparency; damaged files, several pictures in one file, more than MAX_PIXELS or MAX_FILE_BYTES. The order
+of the channels can't be seen: whoever read BGR by OpenCV must turn it.
+"""
+
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import numpy as np
+from torch import Tensor
+
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.sources.decode import (
+    PNG_MAGIC,
+    eight_bits,
+    image_orientation,
+    read_file,
+    upright,
+    whole_image,
+)
+from segformer.errors import DataError, reraise_as
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Photograph: TypeAlias = Union[str, Path, np.ndarray, Tensor, "Image.Image"]  # a name in quotes
+STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
+SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
+
+
+def to_pixels(image: Photograph, image_range: Sequence[int] = ()) -> np.ndarray:
+    """A photograph of any of the kinds above as (H, W, 3) uint8 RGB.
+
+    image_range: as `data.image_range` of the run.
+
+    Raises:
+        DataError: it is refused, or none of them.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, str | Path):
+        return read_image(Path(image), image_range)
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        return from_array(np.asarray(image.convert("RGB") if image.mode in _MODES else image), image_range)
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        if image.ndim == 3 and image.shape[0] in (1, 3):
+            image = image.permute(1, 2, 0)[:, :, 0 if image.shape[0] == 1 else slice(None)]
+        image = image.numpy()
+    if not isinstance(image, np.ndarray):
+        kind = type(image).__name__
+        raise DataError(f"an image is a path, an array, a tensor or a PIL picture, not a {kind}")
+    return from_array(image, image_range)
+
+
+def from_array(pixels: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarray:
+    """(H, W, 3) RGB or (H, W) gray of 8 or 16 bits as (H, W, 3) uint8; DataError for other arrays."""
+    what = f"the image is an array of {pixels.dtype} {pixels.shape}"
+    if pixels.ndim != 2 and not (pixels.ndim == 3 and pixels.shape[2] == 3):
+        do = "give (height, width, 3) in RGB or (height, width) in gray"
+        if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
+            do = "channels come last: image.transpose(1, 2, 0)" if pixels.shape[0] == 3 else "use image[0]"
+        elif pixels.ndim == 3 and pixels.shape[2] in (1, 4):
+            do = "leave the fourth out: image[..., :3]" if pixels.shape[2] == 4 else "use image[..., 0]"
+        elif pixels.ndim == 4:
+            do = "of several images give a list: list(images)"
+        raise DataError(f"{what}; {do}")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        do = "give uint8 (0 to 255) or uint16"
+        if pixels.dtype.kind == "f" and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:
+            do = "of values from 0 to 1 make (image * 255).round().astype('uint8')"
+        raise DataError(f"{what}; {do}")
+    height, width = pixels.shape[:2]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise DataError(f"{what}; it must have from 1 to {MAX_PIXELS} pixels")
+    if pixels.dtype == np.uint16:
+        pixels = eight_bits(pixels, image_range)
+    return np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def read_image(path: Path, image_range: Sequence[int] = ()) -> np.ndarray:
+    """A photograph as (H, W, 3) uint8 RGB: decoded as in training, then turned as its EXIF orientation says.
+
+    image_range: as `data.image_range` of the run.
+
+    Raises:
+        DataError: not one whole picture of a format that is read, or above MAX_PIXELS or MAX_FILE_BYTES.
+    """
+    from PIL import ImageOps
+
+    data = read_file(path)
+    if trained_on(data):
+        return upright(whole_image(path, data, image_range), image_orientation(data))
+    with open_still(path) as picture:
+        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+def trained_on(data: bytes) -> bool:
+    """The file begins as JPEG or PNG, or with nothing."""
+    return data[:8] == PNG_MAGIC or data[:2] == b"\xff\xd8" or not data
+
+
+@contextmanager
+def open_still(path: Path) -> Iterator["Image.Image"]:
+    """A picture of one of STILLS, opened; DataError for all else, and for what the block can't decode."""
+    from PIL import Image
+
+    damaged = (OSError, ValueError, SyntaxError, TypeError, LookupError, struct.error)  # as Image.open has
+    unread = (*damaged, Image.DecompressionBombError)
+    what = f"{str(path)!r} is not a whole picture of a format that is read (JPEG, PNG, {', '.join(STILLS)})"
+    with (
+        reraise_as(DataError, what, "replace, shrink or remove it", on=unread),
+        warnings.catch_warnings(action="ignore"),  # of odd entries beside the pixels
+        Image.open(path, formats=STILLS) as picture,
+    ):
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS}")
+        if getattr(picture, "is_animated", False):
+            raise ValueError("it holds several pictures")
+        if picture.mode not in _MODES:
+            raise ValueError(f"its pixels ({picture.mode}) are not of 8 bits a channel")
+        yield picture

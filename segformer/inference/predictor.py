@@ -1,0 +1,150 @@
+"""A trained model used on photographs, one or many, from Python.
+
+    predictor = Predictor("runs/sample")              a run, one of its checkpoints, or an export
+    found = predictor("photo.jpg")                    anything that photograph.py takes, or a list of it
+    found.mask          (H, W) uint8, class ids, at the size of the image
+    found.shares        {"background": 0.93, "nucleus": 0.07}
+    found.overlay()     (H, W, 3) uint8, the image under the colors of its classes
+
+Images of a list that have one size go through the network together; the results are those of single ones,
+but for rounding.
+
+Shapes: B batch, H W image, K classes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from segformer.data.loading.photometric import Normalize
+from segformer.errors import ConfigError, DataError, reraise_as
+from segformer.evaluation.drawing import overlay, write_picture
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, check_images, trained_at
+from segformer.inference.export import build, open_checkpoint
+from segformer.inference.photograph import Photograph, to_pixels
+from segformer.models.ops.argmax import upsample_argmax
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What a model sees in one photograph."""
+
+    image: np.ndarray
+    "(H, W, 3) uint8 RGB, the photograph."
+    mask: np.ndarray
+    "(H, W) uint8, class ids."
+    probabilities: np.ndarray | None
+    "(K, H, W) float32, where they were asked for: K floats for each pixel."
+    classes: list[str]
+    palette: np.ndarray
+    "(K, 3) uint8 RGB, the colors of the classes."
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the pixels of every class that is there, the largest first."""
+        shares = np.bincount(self.mask.ravel(), minlength=len(self.classes)) / self.mask.size
+        order = np.argsort(-shares, kind="stable").tolist()
+        return {self.classes[k]: float(shares[k]) for k in order if shares[k] > 0}
+
+    def overlay(self, alpha: float = 0.5) -> np.ndarray:
+        """The photograph under the colors of its classes, regions outlined, (H, W, 3) uint8."""
+        return overlay(self.image, self.mask, self.palette, alpha)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask as an indexed PNG: pixel values are class ids, colors the palette."""
+        from PIL import Image
+
+        indexed = Image.fromarray(self.mask)
+        indexed.putpalette(np.pad(self.palette, ((0, 256 - len(self.palette)), (0, 0))).tobytes())
+        write_picture(Path(path), indexed, optimize=True)
+
+
+class Predictor:
+    """A model with everything it needs to be used on photographs."""
+
+    def __init__(self, path: str | Path, *, step: str = "newest", device: str = "auto", **mode: Any) -> None:
+        """Open an export directory, or the checkpoint of a run that `step` names (see `open_checkpoint`).
+
+        mode: settings of InferenceModeConfig, such as flip=True, long_side=1024 or window=[512, 512]. Images
+        larger than those of the training, which sharding reduced, are reduced alike unless it says otherwise.
+
+        Raises:
+            CheckpointError: there is no such model.
+            ConfigError: it is a classifier, or the device is not there.
+        """
+        settings, self.device = InferenceModeConfig(**mode), _device(device)
+        trained = open_checkpoint(path, step)
+        if trained.arch.kind != "segmentation":
+            raise ConfigError(
+                f"{path} is a classifier of {trained.arch.num_classes} classes: it names a whole image and "
+                "draws no mask; score it with launch/evaluate.py, or give a segmentation model"
+            )
+        metadata = trained.metadata
+        self.mode = trained_at(settings, metadata.long_side)
+        self.classes = metadata.classes
+        self.palette = np.array(metadata.palette, np.uint8)
+        self.image_range = metadata.image_range
+        self.model = InferenceMode(build(trained).to(self.device), self.mode)
+        self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
+
+    @overload
+    def __call__(self, images: Photograph, *, probabilities: bool = ..., batch: int = ...) -> Prediction: ...
+    @overload
+    def __call__(
+        self, images: list[Any] | tuple[Any, ...], *, probabilities: bool = ..., batch: int = ...
+    ) -> list[Prediction]: ...
+    def __call__(
+        self, images: Photograph | list[Any] | tuple[Any, ...], *, probabilities: bool = False, batch: int = 8
+    ) -> Prediction | list[Prediction]:
+        """The prediction of a photograph, or those of a list of them.
+
+        probabilities: keep those of every class and pixel. batch: most images that go through the network
+        at a time.
+
+        Raises:
+            DataError: an image is refused (photograph.py); of a list, it says which one.
+            ConfigError: the mode leaves nothing of an image.
+        """
+        if not isinstance(images, list | tuple):
+            pixels = to_pixels(images, self.image_range)
+            return self._predict([pixels], probabilities)[0]
+        found: list[np.ndarray] = []
+        for index, image in enumerate(images):
+            with reraise_as(DataError, f"image {index} of {len(images)}", on=DataError):
+                found.append(to_pixels(image, self.image_range))
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for index, pixels in enumerate(found):
+            sizes.setdefault(pixels.shape, []).append(index)
+        predictions: dict[int, Prediction] = {}
+        for same in sizes.values():
+            for start in range(0, len(same), batch):
+                part = same[start : start + batch]
+                predictions |= zip(part, self._predict([found[i] for i in part], probabilities), strict=True)
+        return [predictions[index] for index in range(len(found))]
+
+    @torch.inference_mode()
+    def _predict(self, images: list[np.ndarray], probabilities: bool) -> list[Prediction]:
+        """The predictions of images (H, W, 3) uint8 of one size."""
+        size = (images[0].shape[0], images[0].shape[1])
+        check_images(self.mode, [size])
+        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
+        logits = self.model(self._normalize(pixels, None))
+        masks = upsample_argmax(logits, size).to(torch.uint8).cpu().numpy()
+        shares: Any = [None] * len(images)
+        if probabilities:
+            shares = self.model.probabilities(logits, size).cpu().numpy()
+        return [
+            Prediction(image, mask, share, self.classes, self.palette)
+            for image, mask, share in zip(images, masks, shares, strict=True)
+        ]
+
+
+def _device(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    known = ["cpu", *["cuda"][:count], *(f"cuda:{index}" for index in range(count))]
+    if name != "auto" and name not in known:
+        raise ConfigError(f"device={name!r} is not there; use auto or one of {', '.join(known)}")
+    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
