@@ -60,6 +60,7 @@ def make_run(
     *overrides: str,
     ema: dict[int, Tensors] | None = None,
     old: bool = False,
+    digest: str = "d",
 ) -> Path:
     """A run directory with a configuration, and a checkpoint of each step: its weights, and their EMA.
 
@@ -69,6 +70,6 @@ def make_run(
     cfg = compose(RunConfig, "config", [*overrides, f"run_dir={folder}"])
     save_config(cfg, folder / "config.yaml")
     for step, model in weights.items():
-        state = TrainState(step=step, data_digest="d", settings="" if old else as_yaml(frozen(cfg)))
+        state = TrainState(step=step, data_digest=digest, settings="" if old else as_yaml(frozen(cfg)))
         write_checkpoint(model, {}, state, folder / "checkpoints", ema=(ema or {}).get(step))
     return folder

@@ -49,6 +49,8 @@ class Run:
     weights: dict[str, Tensor]
     "Parameters and buffers; of a run with optim.ema the averaged parameters, and the model's own buffers."
     state: TrainState
+    averaged: bool
+    "The parameters are averages of those of the steps (EMA)."
     config: dict[str, Any]
     "The configuration; {} where neither the checkpoint nor a config.yaml has one."
 
@@ -88,7 +90,7 @@ def open_run(path: Path, step: str = "newest", *, warn: Callable[[str], None] = 
         assert loaded is not None  # a step that is asked for is there, or an error
     weights = loaded.model | loaded.ema
     config = stored_config(run, loaded.state)
-    return Run(folder=run, weights=weights, state=loaded.state, config=config)
+    return Run(folder=run, weights=weights, state=loaded.state, averaged=bool(loaded.ema), config=config)
 
 
 def run_folder(path: Path) -> Path:

@@ -25,9 +25,16 @@ from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
-from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, protocol
 from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
 from segformer.models.ops.backend import BACKENDS, Backend
+
+
+def protocol_of(view: ClassificationAugment | None, mode: InferenceModeConfig | None = None) -> str:
+    """How images are seen, as it is said beside every score; arguments as of `evaluate`."""
+    if view is not None:
+        return f"short side {view.eval_resize}, center {view.size}x{view.size}"
+    return protocol(mode or InferenceModeConfig())
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ Shapes: B batch, K classes, H W original image, h w resized image.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
@@ -96,6 +96,13 @@ class InferenceModeConfig:
         return down, right
 
 
+PROTOCOLS = {
+    "ADE20K": InferenceModeConfig(short_side=512, long_side=2048, size_divisor=32),
+    "Cityscapes": InferenceModeConfig(window=[1024, 1024], stride=[768, 768]),
+}
+"Modes of the published single-scale scores (docs/recipes.md)."
+
+
 _Mode = TypeVar("_Mode", bound=InferenceModeConfig)
 
 
@@ -106,12 +113,41 @@ def trained_at(cfg: _Mode, long_side: int) -> _Mode:
 
 
 def settings(cfg: InferenceModeConfig) -> list[str]:
-    """Settings that are not at their default, as key=value; empty: whole images at their own size.
-
-    They stand beside every score, ready to be given again.
+    """Settings that are not at their default, as key=value ready to be given again; empty: whole images at
+    their own size.
     """
     given = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
     return [f"{name}={value}" for name, value in given.items() if value]
+
+
+def protocol(cfg: InferenceModeConfig) -> str:
+    """The settings as they are said beside a score: "windows 1024 stride 768, flip"; see PROTOCOLS."""
+    parts = [] if cfg.short_side or cfg.window else ["whole images"]
+    if cfg.short_side:
+        parts.append(f"short side {cfg.short_side}")
+    if cfg.long_side:
+        parts.append(f"long side <= {cfg.long_side}")
+    if cfg.size_divisor:
+        parts.append(f"sides multiples of {cfg.size_divisor}")
+    if cfg.window:
+        parts.append(f"windows {_square(cfg.window)} stride {_square(cfg.steps)}")
+    if cfg.flip:
+        parts.append("flip")
+    if cfg.scales:
+        parts.append("scales " + "/".join(f"{factor:g}" for factor in cfg.scales))
+    published = [name for name, mode in PROTOCOLS.items() if _effect(mode) == _effect(cfg)]
+    return ", ".join(parts) + (f" ({published[0]} protocol)" if published else "")
+
+
+def _effect(cfg: InferenceModeConfig) -> list[object]:
+    """The values of all settings, defaults written out."""
+    values = {key.name: getattr(cfg, key.name) or 0 for key in fields(InferenceModeConfig)}
+    return list((values | {"stride": list(cfg.steps) if cfg.window else 0}).values())
+
+
+def _square(sides: Sequence[int]) -> str:
+    """One number for two that are equal."""
+    return "x".join(map(str, dict.fromkeys(sides)))
 
 
 def resized(cfg: InferenceModeConfig, size: Size, factor: float = 1.0) -> tuple[Size, Size]:

@@ -4,7 +4,10 @@ Segmentation:
 
     confusion[t, p] = pixels of class t that were predicted as p, pixels with label 255 left out
     IoU_k = confusion[k, k] / (row k + column k - confusion[k, k])      accuracy_k = confusion[k, k] / row k
+    precision_k = confusion[k, k] / column k      F1_k = 2 confusion[k, k] / (row k + column k), also Dice
     mIoU, mAcc: means over classes      aAcc: share of pixels that are right
+
+The recall of a class is its accuracy.
 
 Classification:
 
@@ -12,14 +15,17 @@ Classification:
     top-1, top-5: shares of all images (with fewer than five classes top-5 is 1)
     accuracy_k: top-1 of the images of class k      mAcc: its mean over classes
 
-A class absent from labels and predictions has no IoU, one absent from the labels no accuracy: they are None
-and left out of the means, as in mmsegmentation's nan_to_num=None evaluation. Counts are int64, so that sums
+A class absent from labels and predictions has no IoU and no F1, one absent from the labels no accuracy, one
+that is never predicted no precision: they are None and left out of the means, as in mmsegmentation's
+nan_to_num=None evaluation. Counts are int64, so that sums
 over ranks and batches are exact and do not depend on their order. Refuses labels that are neither a class nor
 255.
 
 Shapes: B batch, h w logits, H W label, K classes.
 """
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +39,9 @@ from torchmetrics import Metric
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import DataError, printable
 from segformer.models.ops.backend import BACKENDS, Backend
+
+Row = dict[str, str | float | int | None]
+"A line of a table of scores: title of the column -> name, share from 0 to 1, or count."
 
 _TOP = 5
 _MAX_ROWS = 60  # classes in a table of classification; of more, the hardest third of that
@@ -63,9 +72,20 @@ class Scores:
         del values["pictures"]
         return values
 
-    def table(self, classes: list[str]) -> str:
-        """Aligned text, one line a class, the means last; percent, `-` where there is no score."""
+    def details(self) -> dict[str, Any]:
+        """`to_dict` with what follows from the counts, for JSON: null where nothing was measured."""
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in self.to_dict().items()
+        }
+
+    def rows(self, classes: list[str]) -> list[Row]:
+        """The scores of every class, those of all together last."""
         raise NotImplementedError
+
+    def table(self, classes: list[str]) -> str:
+        """`rows` as aligned text; percent, `-` where there is no score."""
+        return _aligned(self.rows(classes))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,15 +111,30 @@ class SegmentationScores(Scores):
         confusion = counts.tolist()
         return cls(miou=_mean(iou), macc=_mean(acc), aacc=aacc, iou=iou, acc=acc, confusion=confusion)
 
-    def table(self, classes: list[str]) -> str:
+    @property
+    def precision(self) -> list[float | None]:
+        """Share of the pixels predicted as each class that are labeled so."""
+        pixels = torch.tensor(self.confusion, dtype=torch.float64)
+        return _ratios(pixels.diag(), pixels.sum(0))
+
+    @property
+    def f1(self) -> list[float | None]:
+        """Harmonic mean of precision and accuracy of each class."""
+        pixels = torch.tensor(self.confusion, dtype=torch.float64)
+        return _ratios(2 * pixels.diag(), pixels.sum(0) + pixels.sum(1))
+
+    def details(self) -> dict[str, Any]:
         """See Scores."""
-        pixels = [sum(row) for row in self.confusion]
-        rows = [
-            (name, _percent(iou), _percent(acc), f"{count:,}")
-            for name, iou, acc, count in zip(classes, self.iou, self.acc, pixels, strict=True)
-        ]
-        mean = ("mean", _percent(self.miou), _percent(self.macc), f"{sum(pixels):,}")
-        return _aligned([("class", "IoU", "accuracy", "pixels"), *rows, mean])
+        found = Scores.details(self)
+        return found | {"precision": self.precision, "recall": self.acc, "f1": self.f1}
+
+    def rows(self, classes: list[str]) -> list[Row]:
+        """See Scores."""
+        heads = ("class", "IoU", "accuracy", "precision", "F1", "pixels")
+        pixels, precision, f1 = [sum(row) for row in self.confusion], self.precision, self.f1
+        lines = zip(classes, self.iou, self.acc, precision, f1, pixels, strict=True)
+        mean = ("mean", self.miou, self.macc, _mean(precision), _mean(f1), sum(pixels))
+        return [dict(zip(heads, line, strict=True)) for line in [*lines, mean]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,19 +158,23 @@ class ClassificationScores(Scores):
         top1, top5 = (_mean(_ratios(hits.sum()[None], images.sum()[None])) for hits in (first, among))
         return cls(top1=top1, top5=top5, macc=_mean(acc), acc=acc, counts=counts.tolist())
 
+    def rows(self, classes: list[str]) -> list[Row]:
+        """See Scores."""
+        heads = ("class", "top-1", "top-5", "images")
+        counts = zip(classes, self.acc, self.counts, strict=True)
+        lines = [
+            (name, acc, five / images if images else None, images) for name, acc, (images, _, five) in counts
+        ]
+        total = (f"all {len(classes)}", self.top1, self.top5, sum(row[0] for row in self.counts))
+        return [dict(zip(heads, line, strict=True)) for line in [*lines, total]]
+
     def table(self, classes: list[str]) -> str:
         """See Scores; of more than 60 classes, the 20 that are recognized worst."""
-        rows = list(zip(classes, self.acc, self.counts, strict=True))
+        *rows, total = self.rows(classes)
         if len(rows) > _MAX_ROWS:
-            known = [row for row in rows if row[1] is not None]
-            rows = sorted(known, key=lambda row: row[1] or 0.0)[: _MAX_ROWS // 3]
-        lines = [
-            (name, _percent(acc), _percent(among / images if images else None), f"{images:,}")
-            for name, acc, (images, _, among) in rows
-        ]
-        images = sum(row[0] for row in self.counts)
-        total = (f"all {len(classes)}", _percent(self.top1), _percent(self.top5), f"{images:,}")
-        return _aligned([("class", "top-1", "top-5", "images"), *lines, total])
+            known = [(acc, k) for k, acc in enumerate(self.acc) if acc is not None]
+            rows = [rows[k] for _, k in sorted(known)[: _MAX_ROWS // 3]]
+        return _aligned([*rows, total])
 
 
 SCORES: dict[str, type[Scores]] = {
@@ -220,14 +259,34 @@ def _mean(values: list[float | None]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _percent(value: float | None) -> str:
+def figure(value: str | float | int | None) -> str:
+    """A share as per cent, a count with commas; `-` where there is no score."""
+    if isinstance(value, str | int):
+        return printable(value) if isinstance(value, str) else f"{value:,}"
     return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def as_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV, with all digits; an empty field where there is no score."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """Rows as a table of Markdown, with the figures of `table`."""
+    heads = list(rows[0])
+    cells = [[figure(value).replace("|", "\\|") for value in row.values()] for row in rows]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _aligned(rows: Sequence[Row]) -> str:
     """Rows as text, names at the left and numbers at the right, a rule below the first, above the last."""
-    rows = [(printable(name), *figures) for name, *figures in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    cells = [list(rows[0]), *([figure(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

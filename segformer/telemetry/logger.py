@@ -5,7 +5,8 @@ Rank zero alone writes; on other ranks every method returns at once.
     metrics.jsonl   one JSON object a line, "kind" first (docs/telemetry.md explains each figure):
                     {"kind": "train", "step", "loss", <loss parts>, "lr", "lr/<group>", "grad_norm",
                      <rates of meter.py>, "memory_gib", "host_memory_gib", "loss_spike", ...}
-                    {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion"}
+                    {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion",
+                     "protocol"}
                     {"kind": "replaced" | <an event>, "step", ...}
     log.txt         the lines that were printed, with the time of day
 

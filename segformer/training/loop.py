@@ -32,7 +32,7 @@ from segformer.errors import CheckpointError, RunTaken, reported
 from segformer.evaluation.metrics import Scores
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
-from segformer.telemetry.progress import duration
+from segformer.telemetry.progress import Evaluated, duration
 from segformer.training.config import RunConfig
 from segformer.training.recovery import count_skipped, report_replaced, roll_back
 from segformer.training.run import Services, config_summary, leased, set_up
@@ -176,6 +176,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     """Scores on the evaluation split, None where the ranks stop; remembers the best step; all ranks."""
     start, state, telemetry = time.monotonic(), model.state, run.telemetry
     swapped = contextlib.nullcontext() if model.ema is None else model.ema.swapped_in(world)
+    count = task.shards.split(cfg.eval_split).num_samples
     where = f"in evaluation (eval_batch={cfg.eval_batch}); lower eval_batch"
     with swapped, enough_memory(world.rank, lambda: where):
         scores = task.evaluate(
@@ -185,17 +186,18 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
             on_error=run.stopping.fail,
             warn=telemetry.of_rank,
             pictures=cfg.telemetry.pictures,
+            advance=Evaluated(count, telemetry.line).add,
         )
     run.meter.reset()  # it does not count as training time
     if scores is None:
         return None
     kind = "final" if state.step == cfg.steps else "eval"
-    telemetry.scores(kind, state.step, scores.to_dict(), task.shards.classes)
+    values = scores.to_dict() | {"protocol": task.protocol}
+    telemetry.scores(kind, state.step, values, task.shards.classes)
     telemetry.pictures(state.step, scores.pictures)
-    count = task.shards.split(cfg.eval_split).num_samples
     of = "" if model.ema is None else " of the EMA"
-    took = duration(time.monotonic() - start)
-    telemetry.line(f"step {state.step}: validation {scores.summary()}{of} ({count} images in {took})")
+    how = f"{count} images, {task.protocol}, in {duration(time.monotonic() - start)}"
+    telemetry.line(f"step {state.step}: validation {scores.summary()}{of} ({how})")
     if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
         state.best_score, state.best_step = scores.score, state.step
     state.evaluated = state.step

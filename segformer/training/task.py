@@ -29,7 +29,7 @@ from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.evaluation.drawing import Gallery
-from segformer.evaluation.evaluate import evaluate
+from segformer.evaluation.evaluate import evaluate, protocol_of
 from segformer.evaluation.metrics import Scores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
@@ -51,6 +51,11 @@ class _Task:
         self.num_classes = len(shards.classes)
         self.normalize = Normalize(augment.mean, augment.std).to(world.device)
 
+    @property
+    def protocol(self) -> str:
+        """How an evaluation shows images to the model."""
+        return protocol_of(self.view)
+
     def evaluate(
         self,
         model: Any,
@@ -60,14 +65,21 @@ class _Task:
         on_error: Callable[[SegformerError], None],
         warn: Callable[[str], None] = print_line,
         pictures: int = 0,
+        advance: Callable[[int], None] = lambda images: None,
     ) -> Scores | None:
         """Scores on the evaluation split, None where `should_stop` answered True; all ranks. See evaluate.py.
 
         pictures: validation images to draw with target and prediction (scores.pictures); segmentation only.
+        advance: gets how many images more the ranks have scored.
         """
         split = self.shards.split(self.cfg.eval_split)
         count = pictures if world.is_main and self.view is None else 0
         gallery = Gallery(split.key, self.shards.palette, count)
+
+        def scored(batch: Batch, logits: Tensor) -> None:
+            gallery.add(batch, logits)
+            advance(len(batch.targets) * world.size)
+
         scores = evaluate(
             model,
             self.normalize,
@@ -81,7 +93,7 @@ class _Task:
             on_error=on_error,
             view=self.view,
             ops=BACKENDS[self.cfg.model.ops],
-            on_batch=gallery.add,
+            on_batch=scored,
             warn=warn,
         )
         if scores is not None:

@@ -25,6 +25,7 @@ from segformer.evaluation.inference_mode import (
     InferenceMode,
     InferenceModeConfig,
     check_images,
+    protocol,
     resized,
     settings,
     windows,
@@ -297,17 +298,17 @@ def test_evaluate_takes_the_keys_and_prints_the_mode(exported, run_ranks):
         "flip=true",
         "scales=[1,1.5]",
     ]
-    given.append("scales=[1,1.5]")
     options = [f"checkpoint={exported}", "loader.workers=0", "precision=fp32"]
     printed, _ = run_ranks(2, "launch/evaluate.py", *options, *given)
-    assert "window=[48, 64], stride=[32, 48], flip=True, scales=[1.0, 1.5]" in printed
+    assert "(short side 64, long side <= 90, windows 48x64 stride 32x48, flip, scales 1/1.5)" in printed
     cfg = compose(EvaluateConfig, "evaluate", [*options, *given])
     assert settings(cfg)[-1] == "scales=[1.0, 1.5]"
     scores = evaluate_checkpoint(cfg)
     plain = evaluate_checkpoint(compose(EvaluateConfig, "evaluate", options))
     assert scores.confusion != plain.confusion
     assert np.sum(scores.confusion) == np.sum(plain.confusion) > 0
-    assert f"{100 * scores.miou:.2f}" in printed.splitlines()[-1].split()
+    (mean,) = [line.split() for line in printed.splitlines() if line.startswith("mean ")]
+    assert f"{100 * scores.miou:.2f}" in mean
     with pytest.raises(ConfigError, match=r"^scales=\[0.0005\]: an image of "):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(exported), scales=[0.0005]))
 
@@ -319,7 +320,7 @@ def test_a_model_of_reduced_images_is_scored_on_larger_ones_at_their_size(tiny_s
     out = write_model(state, classes, tmp_path / "export", tiny_shards, long_side=64)
     given = {"checkpoint": str(out), "loader": LoaderConfig(workers=0), "precision": "fp32"}
     default = evaluate_checkpoint(EvaluateConfig(**given))
-    assert "(long_side=64)" in capsys.readouterr().err
+    assert "(whole images, long side <= 64)" in capsys.readouterr().err
     assert evaluate_checkpoint(EvaluateConfig(**given, long_side=64)).confusion == default.confusion
     whole = evaluate_checkpoint(EvaluateConfig(**given, long_side=0))
     assert "(whole images)" in capsys.readouterr().err
@@ -423,12 +424,29 @@ def test_a_classifier_refuses_a_mode_in_one_sentence(tmp_path):
         evaluate_checkpoint(EvaluateConfig(checkpoint=str(out), short_side=64, flip=True))
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "whole images"),
+        ({"long_side": 512}, "whole images, long side <= 512"),
+        ({"short_side": 512}, "short side 512"),
+        ({"window": [1024, 1024]}, "windows 1024 stride 768 (Cityscapes protocol)"),
+        ({"window": [64, 96], "stride": [64, 72]}, "windows 64x96 stride 64x72"),
+        ({"flip": True, "scales": [0.5, 1, 1.75]}, "whole images, flip, scales 0.5/1/1.75"),
+        ({"size_divisor": 32}, "whole images, sides multiples of 32"),
+    ],
+)
+def test_a_protocol_is_named_by_what_is_done(given, name):
+    assert protocol(InferenceModeConfig(**given)) == name
+
+
 def test_the_commands_of_the_documentation_compose():
     found = []
     for line in (ROOT / "docs/recipes.md").read_text("utf-8").splitlines():
         command, launched, arguments = line.partition("python launch/evaluate.py ")
         if launched and not command.strip():
             found.append(compose(EvaluateConfig, "evaluate", arguments.split()))
+    assert [protocol(cfg).partition("(")[2] for cfg in found] == ["ADE20K protocol)", "Cityscapes protocol)"]
     assert [settings(cfg) for cfg in found] == [
         ["short_side=512", "long_side=2048", "size_divisor=32"],
         ["window=[1024, 1024]", "stride=[768, 768]"],

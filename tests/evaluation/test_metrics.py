@@ -1,6 +1,9 @@
 """The counts and scores of both tasks against naive loops and closed forms."""
 
+import csv
+import io
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from segformer.evaluation.metrics import (
     ClassificationScores,
     SegmentationMetric,
     SegmentationScores,
+    as_csv,
+    as_markdown,
 )
 
 
@@ -51,6 +56,8 @@ def test_scores_equal_set_operations_on_the_pixels():
         both, either = (labelled & predicted).sum().item(), (labelled | predicted).sum().item()
         assert scores.iou[k] == pytest.approx(both / either)
         assert scores.acc[k] == pytest.approx(both / labelled.sum().item())
+        assert scores.precision[k] == pytest.approx(both / predicted.sum().item())
+        assert scores.f1[k] == pytest.approx(statistics.harmonic_mean([scores.precision[k], scores.acc[k]]))
     assert scores.aacc == pytest.approx((prediction == target)[valid].float().mean().item())
     assert scores.miou == pytest.approx(sum(scores.iou) / 5)
     assert scores.macc == pytest.approx(sum(scores.acc) / 5)
@@ -71,6 +78,8 @@ def test_absent_classes_are_none_and_outside_the_means():
     scores = SegmentationScores.from_counts(confusion)
     assert scores.iou == [2 / 4, 2 / 3, None, 0.0]
     assert scores.acc == [2 / 4, 1.0, None, None]
+    assert scores.precision == [1.0, 2 / 3, None, 0.0]
+    assert scores.f1 == [2 * 2 / (2 + 4), 2 * 2 / (3 + 2), None, 0.0]
     assert scores.miou == pytest.approx((2 / 4 + 2 / 3 + 0) / 3)
     assert scores.macc == pytest.approx(3 / 4)
     assert scores.aacc == pytest.approx(4 / 6)
@@ -102,14 +111,37 @@ def test_an_ignored_batch_counts_nothing():
 def test_table_is_aligned_and_ends_with_the_means():
     scores = SegmentationScores.from_counts(torch.tensor([[1200, 300, 0], [100, 400, 0], [0, 0, 0]]))
     assert scores.table(["background", "nucleus", "debris"]).split("\n") == [
-        "class         IoU  accuracy  pixels",
-        "-----------------------------------",
-        "background  75.00     80.00   1,500",
-        "nucleus     50.00     80.00     500",
-        "debris          -         -       0",
-        "-----------------------------------",
-        "mean        62.50     80.00   2,000",
+        "class         IoU  accuracy  precision     F1  pixels",
+        "-----------------------------------------------------",
+        "background  75.00     80.00      92.31  85.71   1,500",
+        "nucleus     50.00     80.00      57.14  66.67     500",
+        "debris          -         -          -      -       0",
+        "-----------------------------------------------------",
+        "mean        62.50     80.00      74.73  76.19   2,000",
     ]
+
+
+def test_csv_and_markdown_hold_the_table_whatever_the_names_are():
+    scores = SegmentationScores.from_counts(torch.tensor([[1200, 300, 0], [100, 400, 0], [0, 0, 0]]))
+    rows = scores.rows(["a, b", "a|b", "c\nd"])
+    first, *_, mean = read = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert [row["class"] for row in read] == ["a, b", "a|b", "c\nd", "mean"]
+    assert float(first["IoU"]) == 0.75
+    assert read[2]["IoU"] == ""
+    assert float(mean["F1"]) == pytest.approx((6 / 7 + 2 / 3) / 2)
+    head, rule, *lines = as_markdown(rows).splitlines()
+    assert len(lines) == 4
+    assert head == "| class | IoU | accuracy | precision | F1 | pixels |"
+    assert rule.count("|") == head.count("|")
+    assert lines[0] == "| a, b | 75.00 | 80.00 | 92.31 | 85.71 | 1,500 |"
+    assert lines[1].startswith("| a\\|b | 50.00")
+
+
+def test_details_are_json_with_the_recall_and_null_where_nothing_was_measured():
+    scores = SegmentationScores.from_counts(torch.zeros(2, 2, dtype=torch.int64))
+    details = json.loads(json.dumps(scores.details(), allow_nan=False))
+    assert details["miou"] is None
+    assert details["recall"] == details["precision"] == details["f1"] == [None, None]
 
 
 def test_top_1_and_top_5_equal_a_sort_of_every_image():

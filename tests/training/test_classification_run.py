@@ -53,7 +53,7 @@ def test_the_export_scores_on_two_ranks_as_the_run_did(finished, run_ranks):
     place = f"checkpoint={run / 'export'}"
     printed = run_ranks(2, "launch/evaluate.py", place, "loader.workers=0", "batch=4")[0]
     assert [line for line in table if line not in printed.splitlines()] == [], printed
-    assert "short side to 56, center 48 x 48" in printed
+    assert "(short side 56, center 48x48)" in printed
 
 
 def test_shards_with_masks_do_not_score_a_classifier(finished, tiny_shards):

@@ -138,7 +138,7 @@ class Weights:
     format: str = "ours"
     "A key of TITLES (key_maps.py)."
     provenance: dict[str, Any] = field(default_factory=dict)
-    "How it was trained: shards, digest (of the shards), step, scores; an export keeps it."
+    "How it was trained: shards, digest (of the shards), step, averaged (EMA), scores; an export keeps it."
     dropped: list[str] = field(default_factory=list)
     "Names in the file that have no place here and compute nothing, or were not asked for."
     notes: list[str] = field(default_factory=list)

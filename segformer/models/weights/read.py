@@ -67,7 +67,7 @@ def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool =
 
 def _read_run(path: Path, step: str) -> Weights:
     run = open_run(path, step, warn=say if is_main_rank() else lambda line: None)
-    provenance = {"digest": run.state.data_digest, "step": run.state.step}
+    provenance = {"digest": run.state.data_digest, "step": run.state.step, "averaged": run.averaged}
     if not run.config:
         return Weights(state=run.weights, arch=find_arch(run.weights), format="run", provenance=provenance)
     damaged = (KeyError, TypeError, ValueError, AttributeError, ConfigError)
@@ -196,9 +196,8 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
             raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
         arch.norm_profile = section["norm_profile"]
-        weights.provenance = {
-            key: section[key] for key in ("shards", "digest", "step", "scores") if key in section
-        }
+        known = ("shards", "digest", "step", "averaged", "scores")
+        weights.provenance = {key: section[key] for key in known if key in section}
 
 
 def _rate(value: Any, usual: float) -> float:

@@ -3,7 +3,7 @@
     write_export(weights, out)        <out>/model.safetensors and config.json, which transformers loads; its
                                       section "segformer" says all that the same network here takes:
                                       {variant, norm_profile, decoder_dim, num_classes, classes, palette,
-                                       mean, std, view, long_side, shards, digest, step, scores,
+                                       mean, std, view, long_side, shards, digest, step, averaged, scores,
                                        weights_sha256, exact_in_transformers, note}
     write_hf(weights, out)            the same with preprocessor_config.json in place of the section
     write_pth(weights, out, format)   one .pth: nvlabs and mmseg {"state_dict", "meta"}, smp the bare state
