@@ -30,8 +30,8 @@ with importing(__name__):
     from segformer.slurm import commands, submission
     from segformer.slurm.settings import PROFILE_ONLY, SlurmConfig
     from segformer.training.config import CONF, RunConfig, cli, compose
+    from segformer.training.directory import check_start
     from segformer.training.overrides import near
-    from segformer.training.run import check_start
 
 LOOK_AFTER = {
     "status": lambda run_dir: print(submission.status(run_dir)),

@@ -10,7 +10,7 @@ from segformer.errors import importing
 with importing(__name__):
     from segformer.job import run_job
     from segformer.training.config import RunConfig, cli
-    from segformer.training.run import check_start
+    from segformer.training.directory import check_run
 
 if __name__ == "__main__":
-    cli(RunConfig, "config", run_job, check_start)
+    cli(RunConfig, "config", run_job, check_run)

@@ -42,7 +42,7 @@ ROOMS: dict[str, str] = {
     "models..": "segformer macs",
     "telemetry": "jsonl meter trackers progress logger profiling",
     "evaluation": "metrics inference_mode drawing evaluate",
-    "training": "losses optim overrides help config task stopping step run recovery loop",
+    "training": "losses optim overrides help config sizing task directory stopping step run recovery loop",
     "inference": "page export convert score photograph predictor predict pictures report",
     "job": "",
     "slurm": "attempts settings queue code script after task submission commands",

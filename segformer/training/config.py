@@ -53,13 +53,19 @@ from segformer.telemetry.profiling import ProfileConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import check_values, checked, refusal, unreadable
+from segformer.training.overrides import check_values, checked, flat, give_way, refusal, unreadable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
     "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
     "optim", "engine.grad_clip", "engine.sync_batchnorm",
 )  # fmt: skip
+SIZED = (
+    "steps", "global_batch", "eval_every", "eval_batch", "augment.crop", "augment.resize", "augment.scale",
+    "loss.class_weights", "optim.lr", "optim.head_lr_factor", "optim.warmup_steps", "model.drop_path_rate",
+    "checkpoint.save_every", "telemetry.log_every",
+)  # fmt: skip
+"Keys that `auto` may list: those that sizing.py works out."
 MOST_STEPS, MOST_IMAGES = 10**9, 2**20  # of a run, of a batch: above them stands a slip of the hand
 # Names of before 0.2 -> of now, where the command has the new one as a plain value.
 RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
@@ -80,6 +86,10 @@ class RunConfig:
     "Seed of initialization, sample order, augmentation and drop-out."
     steps: int = 160_000
     "Optimizer steps of the whole run."
+    epochs: float | None = None
+    "Passes over the training images instead of steps, into which a start converts them; null takes steps."
+    auto: list[str] = field(default_factory=list)
+    "Keys that a start works out from data and device (docs/recipes.md), but for those that are given."
     stop_at: int | None = None
     "Step at which this start pauses the run: evaluated, saved, exit code 0; a start without it goes on."
     global_batch: int = 16
@@ -115,12 +125,17 @@ class RunConfig:
             raise ConfigError(f"name={self.name!r} must be up to 64 letters, digits, '.', '_' or '-'")
         at_least(self, "", eval_every=1, max_skipped=1, overlays=0)
         within(self, "", seed=(0, 2**64 - 1), steps=(1, MOST_STEPS), stop_at=(1, MOST_STEPS))
+        if self.epochs is not None and not 0 < self.epochs <= MOST_STEPS:
+            raise ConfigError(f"epochs={self.epochs} must be above 0 and at most {MOST_STEPS}")
+        if unknown := [key for key in self.auto if key not in SIZED]:
+            raise ConfigError(f"auto lists {unknown[0]}, which nothing works out; use {', '.join(SIZED)}")
         within(self, "", **dict.fromkeys(("global_batch", "micro_batch", "eval_batch"), (1, MOST_IMAGES)))
-        if self.profile.steps and self.profile.steps[0] > self.steps:
+        counted = self.epochs is None and "steps" not in self.auto
+        if counted and self.profile.steps and self.profile.steps[0] > self.steps:
             raise ConfigError(
                 f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
             )
-        if self.micro_batch is not None:
+        if self.micro_batch is not None and "global_batch" not in self.auto:
             BatchShape(self.global_batch, self.micro_batch, world_size=1)
 
     def batch_shape(self, world_size: int) -> BatchShape:
@@ -142,9 +157,14 @@ def frozen(cfg: RunConfig) -> dict[str, Any]:
     return found
 
 
+def is_frozen(key: str) -> bool:
+    """A run keeps this setting for its life."""
+    return key in FROZEN or key.partition(".")[0] in FROZEN
+
+
 def frozen_difference(saved: RunConfig, now: RunConfig) -> list[str]:
     """`key: saved -> now` for every frozen setting in which two configurations differ."""
-    old, new = _flat(frozen(saved)), _flat(frozen(now))
+    old, new = flat(frozen(saved)), flat(frozen(now))
     keys = sorted(old.keys() | new.keys())
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
@@ -199,6 +219,14 @@ def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
     return _whole(schema, composed)
 
 
+def _given(overrides: list[str]) -> set[str]:
+    """The keys that overrides set, also those of a group that is given as a table."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {key for one in parsed for key in flat({one.key_or_group: one.value()})}
+
+
 def _whole(schema: type[_T], composed: Any) -> _T:
     """The dataclass of a configuration each of whose values is what the schema says, and finite."""
     from omegaconf import OmegaConf
@@ -226,6 +254,8 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
             composed = hydra_compose(config_name, overrides=taken)
         _refuse_resolvers(composed)
         OmegaConf.resolve(composed)
+        if issubclass(schema, RunConfig):
+            give_way(composed, _given(taken))
         return composed
     except (HydraException, OmegaConfBaseException) as error:
         message = f"{reason_of(error)} {reason_of(error.__cause__) if error.__cause__ else ''}".rstrip()
@@ -256,22 +286,12 @@ def _refuse_resolvers(config: Any) -> None:
     """ConfigError where a value asks for more than another key: `${name}` stays, `${oc.env:X}` doesn't."""
     from omegaconf import OmegaConf
 
-    for key, value in _flat(OmegaConf.to_container(config, resolve=False)).items():  # type: ignore[arg-type]
+    for key, value in flat(OmegaConf.to_container(config, resolve=False)).items():  # type: ignore[arg-type]
         for text in map(str, value if isinstance(value, list) else [value]):
             if "${" in _REFERENCE.sub("", text):
                 raise ConfigError(
                     f"{key}={text!r}: resolvers are refused, because their values would be saved with the run"
                 )
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _renamed(schema: type[Any], argument: str) -> str:

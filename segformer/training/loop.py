@@ -34,8 +34,9 @@ from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import Evaluated, duration
 from segformer.training.config import RunConfig
+from segformer.training.directory import leased
 from segformer.training.recovery import count_skipped, report_replaced, roll_back
-from segformer.training.run import Services, config_summary, leased, set_up
+from segformer.training.run import Services, config_summary, set_up
 from segformer.training.step import LossSum, ModelState, enough_memory, train_step
 from segformer.training.stopping import Stopping
 from segformer.training.task import Task
@@ -52,15 +53,19 @@ def train(cfg: RunConfig, world: World) -> Scores:
         RankLost: another rank has ended or hangs.
     """
     limit_threads(world)
-    run_dir, summary = Path(cfg.run_dir), config_summary(cfg)
+    run_dir = Path(cfg.run_dir)
     with (
         determinism(cfg.engine),
-        leased(cfg, world) as lease,
+        leased(cfg, world) as (cfg, sizes, lease),
         StopFlag() as flag,
         Watchdog(run_dir / "stacks", world, cfg.engine.timeout_s) as watchdog,
-        Telemetry(cfg.telemetry, run_dir, world, name=cfg.name, steps=cfg.steps, config=summary) as telemetry,
+        Telemetry(
+            cfg.telemetry, run_dir, world, name=cfg.name, steps=cfg.steps, config=config_summary(cfg)
+        ) as telemetry,
         lost_ranks(watchdog),
     ):
+        for line in sizes:
+            telemetry.line(line)
         task, model, run = set_up(cfg, world, telemetry, Stopping(world, flag, watchdog), lease)
         with contextlib.closing(run):
             return _loop(cfg, world, task, model, run)

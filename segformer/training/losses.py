@@ -22,9 +22,10 @@ Shapes: B batch, K classes, h w logits, H W target.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +37,22 @@ from segformer.models.ops.backend import BACKENDS, Backend
 from segformer.models.ops.resize import upsample_to
 
 FUSED = BACKENDS["fused"]
+MOST_WEIGHT = 10.0  # of a class that balanced_weights finds
+
+
+def _effective(share: np.ndarray) -> np.ndarray:
+    """1 / effective number of samples, (1 - beta) / (1 - beta^n), with 1 / (1 - beta) samples that differ: as
+    many as the median class has pixels. Below it, weights are those of `inverse`; above, they level out."""
+    return 1 / -np.expm1(-share / np.median(share))
+
+
+# Name -> (share of the pixels of each class that occurs -> weights up to a factor).
+WEIGHTINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "auto": lambda share: share**-0.5,
+    "sqrt": lambda share: share**-0.5,
+    "inverse": lambda share: 1 / share,
+    "effective": _effective,
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,7 +64,11 @@ class LossConfig:
     average: str = "all"
     """Divisor of pixel-wise losses: all pixels (all) or those with a label (valid)."""
     class_weights: list[float] = field(default_factory=list)
-    """One weight per class for the cross entropies; empty for equal weights."""
+    """One weight per class for the cross entropies; empty for equal weights. auto, inverse, sqrt or effective
+    is short for class_weighting."""
+    class_weighting: str = ""
+    """Weights from the pixels of each class in training, in place of class_weights: sqrt (1 / root of the
+    share), inverse (1 / share), effective (Cui et al. 2019) or auto, which is sqrt; empty for none."""
     label_smoothing: float = 0.0
     """Share of the target probability spread over all classes in cross_entropy."""
     ohem_threshold: float = 0.7
@@ -67,11 +88,40 @@ class LossConfig:
             raise ConfigError(f"loss.terms has unknown losses {', '.join(unknown)}; use {', '.join(LOSSES)}")
         if self.average not in ("all", "valid"):
             raise ConfigError(f"loss.average={self.average} is unknown; use all or valid")
+        if self.class_weighting and self.class_weighting not in WEIGHTINGS:
+            known = ", ".join(WEIGHTINGS)
+            raise ConfigError(f"loss.class_weighting={self.class_weighting} is unknown; use one of {known}")
         if any(weight < 0 for weight in [*self.class_weights, *self.terms.values()]):
             raise ConfigError("loss.terms and loss.class_weights must not hold negative weights")
         within(self, "loss.", label_smoothing=(0, 1), ohem_threshold=(0, 1), ohem_min_kept=(0, 1))
         within(self, "loss.", boundary_radius=(1, 1024))
         at_least(self, "loss.", focal_gamma=0, boundary_weight=0)
+
+
+def balanced_weights(class_pixels: Sequence[int], weighting: str) -> list[float]:
+    """One weight per class, larger for the rarer, whose mean over the labeled pixels is 1.
+
+    None is above MOST_WEIGHT, so that a class of a few pixels does not outshout the rest. A class without
+    any pixel weighs 1: it has no loss to be weighted.
+
+    Args:
+        class_pixels: pixels of each class in the training split (K,).
+        weighting: a name of WEIGHTINGS.
+    """
+    pixels = np.asarray(class_pixels, np.float64)
+    weights, present = np.ones(len(pixels)), pixels > 0
+    if present.any():
+        share = pixels[present] / pixels.sum()
+        rarity = WEIGHTINGS[weighting](share)
+        capped = np.zeros(len(share), bool)
+        while True:  # what the capped ones lack of their weight is given to the others
+            factor = (1 - MOST_WEIGHT * share[capped].sum()) / (share * rarity)[~capped].sum()
+            found = np.where(capped, MOST_WEIGHT, factor * rarity)
+            if not (over := ~capped & (found > MOST_WEIGHT)).any():
+                break
+            capped |= over
+        weights[present] = found
+    return [round(float(weight), 4) for weight in weights]
 
 
 def num_pixels(target: Tensor, average: str) -> Tensor | int:

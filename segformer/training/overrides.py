@@ -97,6 +97,8 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
         if value.strip("'\"") not in names[key]:
             raise ConfigError(f"{given} does not exist; use one of {', '.join(names[key])}")
         return f"{key}='{value}'" if re.fullmatch(r"[\d.]+", value) else f"{key}={value}"
+    if key == "loss.class_weights" and re.fullmatch(r"[a-z]+", value) and value != "null":
+        return f"loss.class_weighting={value}"
     hint = type_of(schema, key)
     if re.search(r"\d{40}", value):
         raise ConfigError(f"{given} has a number of more digits than any setting takes")
@@ -113,6 +115,31 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     if parent and get_origin(type_of(schema, parent)) is dict:
         return f"++{parent}={{{name}: {value}}}"
     return f"++{key}={value}" if value.startswith("{") else override
+
+
+def give_way(composed: Any, given: set[str]) -> None:
+    """What a recipe leaves to be worked out gives way to what the command line says."""
+    for one, other in (("epochs", "steps"), ("loss.class_weighting", "loss.class_weights")):
+        if {one, other} <= given:
+            raise ConfigError(f"{one} and {other} decide the same; give one of them")
+    if "steps" in given:
+        composed.epochs = None
+    if "loss.class_weights" in given:
+        composed.loss.class_weighting = ""
+    if "loss.class_weighting" in given:
+        given = given | {"loss.class_weights"}
+    composed.auto = [key for key in composed.auto if key not in given]
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A table of tables by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def check_values(schema: type[Any], values: dict[str, Any]) -> None:

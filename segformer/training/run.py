@@ -1,4 +1,4 @@
-"""A run: its directory (docs/architecture.md draws it) and its parts, and how they are made or continued.
+"""A run: its parts, and how they are made or continued; its directory is directory.py.
 
 Everything that can be wrong is found here, before the first step: directory, shards, classes, batch
 arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported once.
@@ -7,8 +7,7 @@ arithmetic, checkpoint. Rank zero looks first, so that a mistake is reported onc
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,20 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.checkpointer import Checkpointer
-from segformer.checkpoint.format import Checkpoint, TrainState, step_name
+from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.lease import Lease
-from segformer.checkpoint.reader import at_state, list_steps, load_checkpoint, newest_state
+from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.loader import corrupt_budget, train_batches, worker_count
 from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.loading.workers import WorkerStream, start_server
 from segformer.data.shards.format import ShardSet, Split
-from segformer.data.sources.content import other_classes
 from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
 from segformer.distributed.world import SumOverRanks, World, derive_seed
-from segformer.errors import CheckpointError, ConfigError, DataError, reraise_as
+from segformer.errors import CheckpointError, DataError
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
 from segformer.models.ops.backend import BACKENDS
@@ -42,11 +39,12 @@ from segformer.telemetry.jsonl import Ledger, newest_row
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
-from segformer.training.config import RunConfig, frozen_difference, load_config, save_config, to_run_config
+from segformer.training.config import RunConfig
+from segformer.training.directory import free_name
 from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
-from segformer.training.task import Task, check_data, check_settings, check_task, make_task, training_crop
+from segformer.training.task import Task, check_data, check_task, make_task, open_shards, training_crop
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,85 +80,11 @@ class Services:
             stack.callback(self.batches.close)
 
 
-@contextlib.contextmanager
-def leased(cfg: RunConfig, world: World) -> Iterator[Lease | None]:
-    """The run directory, made or taken by rank zero, which alone holds the lease; all ranks."""
-    with contextlib.ExitStack() as held:
-        leases: list[Lease] = []
-        world.on_main(lambda: leases.append(_take(cfg, held)))
-        yield leases[0] if leases else None
-
-
-def _take(cfg: RunConfig, held: contextlib.ExitStack) -> Lease:
-    """Make the run directory, or take the one that exists and belongs to this configuration; rank zero."""
-    check_start(cfg)
-    run_dir = Path(cfg.run_dir)
-    with reraise_as(ConfigError, f"run_dir={run_dir} can't be used", "choose another one"):
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
-        lease = Lease.take(run_dir)
-        held.callback(lease.release)
-        clean(run_dir / "checkpoints")
-        keep_config(cfg, run_dir)
-    return lease
-
-
-def check_start(cfg: RunConfig) -> None:
-    """ConfigError where a run could not begin whatever the data is."""
-    if not cfg.data.shards:
-        raise ConfigError("data.shards is empty; give data.shards=<folder or URL of shards>")
-    check_settings(cfg)
-
-
-def keep_config(cfg: RunConfig, run_dir: Path) -> None:
-    """Compare the configuration with the saved one and write it down."""
-    saved = run_dir / "config.yaml"
-    # Before its first checkpoint a run may still be corrected.
-    if any(run_dir.glob("checkpoints/step-*")) or any(run_dir.glob("checkpoints/bad-*")):
-        state = newest_state(run_dir / "checkpoints")
-        if state is not None and state.settings:  # whatever has become of config.yaml
-            before = to_run_config(at_state({}, state), f"{run_dir}/checkpoints/{step_name(state.step)}")
-        elif saved.exists():
-            before = load_config(saved)
-        else:
-            raise ConfigError(f"{run_dir} has checkpoints but no config.yaml; give another {_free(cfg)}")
-        if changed := frozen_difference(before, cfg):
-            export = run_dir / "export"
-            weights = export if (export / "model.safetensors").is_file() else run_dir
-            raise ConfigError(
-                f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); give what it "
-                f"has, or begin a new run from its weights: {_free(cfg)} model.pretrained={weights}"
-            )
-    save_config(cfg, saved)
-
-
-def _free(cfg: RunConfig) -> str:
-    """The override by which the same settings become a run of another directory."""
-    key = "name" if cfg.run_dir == f"runs/{cfg.name}" else "run_dir"
-    base = Path(str(getattr(cfg, key)))
-    places = (base.with_name(f"{base.name[:60]}_{number}") for number in itertools.count(2))  # a name has 64
-    return f"{key}=" + str(next(p for p in places if not (Path("runs", p) if key == "name" else p).exists()))
-
-
 def config_summary(cfg: RunConfig) -> dict[str, Any]:
     """The settings that tell runs apart, flat, for the log and wandb."""
     plain = {key: getattr(cfg, key) for key in ("name", "steps", "global_batch", "seed")}
     chosen = {"data": cfg.data.name, "model": cfg.model.variant, "crop": training_crop(cfg)}
     return plain | chosen | {"lr": cfg.optim.lr, "zero_stage": cfg.engine.zero_stage}
-
-
-def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
-    """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
-    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
-    if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
-        raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
-    if cfg.model.num_classes not in (None, len(shards.classes)):
-        raise ConfigError(
-            f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
-            "classes; leave model.num_classes null"
-        )
-    for split in (cfg.train_split, cfg.eval_split):
-        shards.split(split)
-    return shards
 
 
 def set_up(
@@ -276,7 +200,7 @@ def _check_resumed(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
     if state.data_digest != shards.digest:
         raise CheckpointError(
             f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
-            f"restore the old shards or give another {_free(cfg)}"
+            f"restore the old shards or give another {free_name(cfg)}"
         )
     budget = corrupt_budget(cfg.loader, shards.split(cfg.train_split))
     if len(state.corrupt) > budget:

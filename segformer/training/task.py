@@ -23,7 +23,7 @@ from segformer.data.loading.samples import Batch
 from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.index import image_sums
-from segformer.data.sources.content import Histogram, Labels, check_content, override
+from segformer.data.sources.content import Histogram, Labels, check_content, other_classes, override
 from segformer.data.sources.division import same_bytes
 from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
@@ -155,6 +155,21 @@ def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
     return (Segmentation if shards.task == "segmentation" else Classification)(cfg, shards, world)
 
 
+def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
+    """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
+    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
+    if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
+        raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
+    if cfg.model.num_classes not in (None, len(shards.classes)):
+        raise ConfigError(
+            f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
+            "classes; leave model.num_classes null"
+        )
+    for split in (cfg.train_split, cfg.eval_split):
+        shards.split(split)
+    return shards
+
+
 def check_task(cfg: RunConfig, shards: ShardSet) -> None:
     """ConfigError where data.task is not that of the shards."""
     if cfg.data.task != shards.task:
@@ -169,7 +184,8 @@ def _check_loss(cfg: RunConfig) -> None:
         check_terms(cfg.loss)
         return
     terms = cfg.loss.terms in ({}, {"cross_entropy": 1})
-    plain = terms and not cfg.loss.class_weights and cfg.loss.label_smoothing == LossConfig().label_smoothing
+    weighted = cfg.loss.class_weights or cfg.loss.class_weighting
+    plain = terms and not weighted and cfg.loss.label_smoothing == LossConfig().label_smoothing
     if not plain:
         raise ConfigError(
             "loss has other terms, class weights or smoothing, which are of segmentation: a classifier "

@@ -20,7 +20,7 @@ from segformer.models.segformer import SegFormer, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.read import read_weights
 from segformer.training.config import RunConfig, compose
-from segformer.training.run import keep_config
+from segformer.training.directory import keep_config
 
 State = dict[str, Tensor]
 STEP = "checkpoints/step-00000020"

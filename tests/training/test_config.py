@@ -26,7 +26,7 @@ from segformer.training.config import (
     load_config,
     save_config,
 )
-from segformer.training.run import _free
+from segformer.training.directory import free_name
 
 ROOT = CONF.parent
 
@@ -200,7 +200,7 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
 
 def test_the_name_that_is_proposed_for_another_run_is_one():
     long = run_config("experiment=sample", f"name={64 * 'a'}")
-    assert run_config("experiment=sample", _free(long)).name == 60 * "a" + "_2"
+    assert run_config("experiment=sample", free_name(long)).name == 60 * "a" + "_2"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from segformer.models.variants import VARIANTS
 from segformer.slurm.settings import SlurmConfig
 from segformer.training import loop
 from segformer.training.config import RunConfig, compose
-from segformer.training.run import check_start
+from segformer.training.directory import check_start
 
 Start = Callable[[str], None]
 COMMANDS: dict[str, tuple[type[Any], list[str]]] = {
