@@ -40,9 +40,11 @@ ROOMS: dict[str, str] = {
     "models.": "layers mit encoders head",
     "models.weights": "key_maps bundle class_map tensor_files read write load",
     "models..": "segformer macs",
-    "telemetry": "jsonl meter trackers progress logger profiling",
+    "telemetry": "jsonl meter trackers machine progress logger profiling",
     "evaluation": "metrics inference_mode drawing evaluate",
-    "training": "losses optim overrides help config sizing task directory stopping step run recovery loop",
+    "training": (
+        "losses optim overrides help config sizing task directory stopping step header run recovery loop"
+    ),
     "inference": "page export convert score photograph predictor predict pictures report",
     "job": "",
     "slurm": "attempts settings queue code script after task submission commands",

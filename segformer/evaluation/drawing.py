@@ -5,6 +5,7 @@
     beside     panels as one picture: image | target | prediction
     legend     names and colors of the classes that occur
     grid       captioned pictures in rows, the legend below
+    batch_picture   the first images of a training batch with their targets
     Gallery    the panels of the first images of an evaluation, as validation pictures
 
 OpenCV finds the outlines, PIL resizes and writes; a file appears whole or not at all.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 IGNORED = 0.35  # share of its brightness that an ignored pixel keeps
 PANEL = 512  # longest side of a picture, pixels
 LINE = 6  # width of what is between panels, pixels
+BATCH, BATCH_PANEL = 8, 384  # images of a training batch that are drawn, and the longest side of each
 FONT = 36  # readable on a phone: 1/45 of the width of three panels
 INK, FRAME = "#1F2933", "#7B8794"
 
@@ -133,6 +135,33 @@ def grid(
         draw.rounded_rectangle(box, radius=font_size // 6, fill=color, outline=FRAME, width=2)
         draw.text((left + font_size + gap / 2, y + font_size / 2), name, INK, font, anchor="lm")
     return canvas
+
+
+def batch_picture(
+    images: np.ndarray, targets: np.ndarray, keys: Sequence[str], classes: Sequence[str], palette: np.ndarray
+) -> "Image.Image":
+    """The first images of a training batch, each with its target: a mask over it, or shares of classes.
+
+    Args:
+        images: (B, H, W, 3) uint8 RGB.
+        targets: (B, H, W) uint8, class ids and IGNORE_INDEX, or (B, K) float, a classifier's shares.
+        keys: captions of the images with masks.
+    """
+    shown, entries = images[:BATCH], []
+    pictures = [resized(image, BATCH_PANEL) for image in shown]
+    if targets.ndim == 2:
+        names = [_shares(row, classes) for row in targets]
+    else:
+        masks = [resized(mask, BATCH_PANEL) for mask in targets[:BATCH]]
+        pictures = [overlay(*pair, palette) for pair in zip(pictures, masks, strict=True)]
+        names, entries = list(keys), legend(targets[:BATCH], classes, palette)
+    return grid(list(zip(names, pictures, strict=False)), entries, columns=4, font_size=FONT * 2 // 3)
+
+
+def _shares(row: np.ndarray, classes: Sequence[str]) -> str:
+    """A classifier's target: "cat", or of one that is mixed or smoothed "cat 70%, dog 28%"."""
+    kept = [k for k in np.argsort(-row)[:2].tolist() if row[k] > 0.05]
+    return ", ".join(classes[k] if row[k] == 1 else f"{classes[k]} {100 * row[k]:.0f}%" for k in kept)
 
 
 def _shortened(text: str, length: Callable[[str], float], width: float) -> str:

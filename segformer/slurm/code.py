@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from segformer.errors import ConfigError, reraise_as
 from segformer.files import staged
+from segformer.telemetry.machine import git
 
 PARTS = ("segformer", "launch", "conf", "data_prep", "pyproject.toml")
 LEFT_OUT = "data_prep/sample/"  # data, which shards are made of, not code
@@ -30,9 +29,9 @@ def copy_code(root: Path, target: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a file can't be read or written.
     """
-    difference = _git(root, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *PARTS)
-    commit = _git(root, "rev-parse", "HEAD")
-    new = _git(root, "ls-files", "-o", "--exclude-standard", "--", *PARTS)
+    difference = git(root, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *PARTS)
+    commit = git(root, "rev-parse", "HEAD")
+    new = git(root, "ls-files", "-o", "--exclude-standard", "--", *PARTS)
     digest = hashlib.sha256()
     with reraise_as(ConfigError, f"the code can't be copied to {target}"), staged(target) as folder:
         for name in sorted(_files(root)):
@@ -53,18 +52,10 @@ def copy_code(root: Path, target: Path) -> dict[str, Any]:
 
 
 def _files(root: Path) -> list[str]:
-    listed = _git(root, "ls-files", "-z", "-c", "-o", "--exclude-standard", "--", *PARTS)
+    listed = git(root, "ls-files", "-z", "-c", "-o", "--exclude-standard", "--", *PARTS)
     if listed is None:
         paths = [path for part in PARTS for path in [root / part, *(root / part).rglob("*")]]
         names = [str(path.relative_to(root)) for path in paths if "__pycache__" not in path.parts]
     else:
         names = [os.fsdecode(name) for name in listed.split(b"\0") if name]
     return [name for name in names if (root / name).is_file() and not name.startswith(LEFT_OUT)]
-
-
-def _git(root: Path, *command: str) -> bytes | None:
-    """Output of git; None where it, or the repository, is not there."""
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, check=False)
-    return done.stdout if done.returncode == 0 else None

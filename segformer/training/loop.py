@@ -35,6 +35,7 @@ from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import Evaluated, duration
 from segformer.training.config import RunConfig
 from segformer.training.directory import leased
+from segformer.training.header import draw_first_batch
 from segformer.training.recovery import count_skipped, report_replaced, roll_back
 from segformer.training.run import Services, config_summary, set_up
 from segformer.training.step import LossSum, ModelState, enough_memory, train_step
@@ -88,6 +89,7 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
         if ahead is None:
             ahead, waited = _fetch(run, accumulation)
             stopping.ask()
+            draw_first_batch(cfg, world, task, telemetry, ahead, model.state.step)
         if stopping.agreed():
             break
         batches, ahead = ahead, None

@@ -25,23 +25,22 @@ from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, mak
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.loading.workers import WorkerStream, start_server
 from segformer.data.shards.format import ShardSet, Split
-from segformer.distributed.engine import EngineConfig, build_engine, resolve_precision, resolve_stage
+from segformer.distributed.engine import EngineConfig, build_engine
 from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, DataError
-from segformer.models.encoders import BACKBONES
 from segformer.models.macs import training_flops
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.ops.batch_norm import synchronize_batch_norm
 from segformer.models.ops.dispatch import take_plain
 from segformer.models.ops.trial import failing_kernels
-from segformer.models.variants import VARIANTS
-from segformer.telemetry.jsonl import Ledger, newest_row
+from segformer.telemetry.jsonl import Ledger
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
 from segformer.training.config import RunConfig
 from segformer.training.directory import free_name
-from segformer.training.optim import build_optimizer, freeze_stages, schedule_remark
+from segformer.training.header import log_start
+from segformer.training.optim import build_optimizer, freeze_stages
 from segformer.training.step import ModelState
 from segformer.training.stopping import Stopping
 from segformer.training.task import Task, check_data, check_task, make_task, open_shards, training_crop
@@ -130,7 +129,7 @@ def set_up(
         best_step=state.best_step,
     )
     flops = training_flops(cfg.model, training_crop(cfg), task.num_classes, task=task.name)
-    log_header(cfg, world, telemetry, shards, model.engine.module, state)
+    log_start(cfg, world, telemetry, shards, model.engine.module, state)
     services = Services(
         stream=stream,
         batches=iter(stream(start_step=state.step)),
@@ -235,36 +234,3 @@ def newest_checkpoint(
 
     step = world.on_main(newest)
     return None if step is None else load_checkpoint(folder, step=step, verify=False)
-
-
-def log_header(
-    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
-) -> None:
-    """Log what is trained on what, with what, and from where; all ranks."""
-    network = f"{BACKBONES[VARIANTS[cfg.model.variant].backbone].title}-{cfg.model.variant.upper()}"
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    frozen = sum(size for size, trained in sizes if not trained)
-    kept = f" ({frozen / 1e6:.2f} M of them frozen)" if frozen else ""
-    train_split, eval_split = shards.split(cfg.train_split), shards.split(cfg.eval_split)
-    telemetry.line(
-        f"run {cfg.name}: {network}, {sum(size for size, _ in sizes) / 1e6:.2f} M parameters{kept}, "
-        f"{resolve_precision(cfg.engine, world.device)}, "
-        f"ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
-    )
-    telemetry.line(
-        f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
-        f"images, {len(shards.classes)} classes"
-    )
-    crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
-    telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps")
-    if remark := schedule_remark(cfg.optim, cfg.steps):
-        telemetry.line(remark)
-    if pretrained := getattr(model, "pretrained", ""):
-        telemetry.line(f"weights of {pretrained}")
-    if state.step and world.is_main:
-        # A start that made no step has cost none: what was to be done again then, still is.
-        last = newest_row(Path(cfg.run_dir), "train", "continued")
-        redone = max(0, last["step"] - state.step) if last else 0
-        cost = f"; {redone} more had been logged and are done again" if redone else ""
-        telemetry.line(f"continuing from step {state.step}{cost}")
-        telemetry.event("continued", state.step, redone=redone, ranks=world.size)

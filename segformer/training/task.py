@@ -115,13 +115,17 @@ class Segmentation(_Task):
         """The network, with random weights or those of `network.pretrained`."""
         return build_model(network, self.num_classes)
 
+    def inputs(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
+        """What the network gets, normalized (B, 3, h, w), and what it is to say, (B, h, w) class ids."""
+        return self.normalize(batch.images, batch.photometric, batch.valid), batch.targets
+
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss with gradient, the terms of loss.terms, unweighted and without) of one micro batch.
 
         position: number of the micro batch, counted over all ranks and steps; it seeds what is random.
         """
-        images = self.normalize(batch.images, batch.photometric, batch.valid)
-        return self.criterion(model(images), batch.targets)
+        images, targets = self.inputs(batch, position)
+        return self.criterion(model(images), targets)
 
 
 class Classification(_Task):
@@ -137,11 +141,14 @@ class Classification(_Task):
         """The network, as that of Segmentation."""
         return build_classifier(network, self.num_classes)
 
+    def inputs(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
+        """As that of Segmentation, after mixup, cutmix and label smoothing; targets are shares (B, K)."""
+        images, settings = self.normalize(batch.images), self.cfg.classification
+        return mix(images, batch.targets, self.num_classes, settings, self.cfg.seed, position)
+
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """As that of Segmentation; mixup, cutmix and label smoothing first."""
-        images = self.normalize(batch.images)
-        settings, seed = self.cfg.classification, self.cfg.seed
-        images, targets = mix(images, batch.targets, self.num_classes, settings, seed, position)
+        """As that of Segmentation."""
+        images, targets = self.inputs(batch, position)
         loss = soft_cross_entropy(model(images), targets)
         return loss, {"cross_entropy": loss.detach()}
 
