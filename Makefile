@@ -1,5 +1,6 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
 # make test    the tests (about 8 minutes on two cores)
+# make install, make install-dev   what training needs into .venv; what the tests need, too
 # make test-slurm   the long tests on a real Slurm, which they bring up on this machine (needs root)
 # make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it
 # make test-lowest  quick tests of the lowest versions that pyproject.toml allows (3 GB of CUDA's libraries with torch 2.11)
@@ -13,10 +14,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev slurm-packages train test test-slow test-slurm test-lowest faults lint clean
+.PHONY: help install install-dev slurm-packages browser train test test-slow test-slurm test-lowest faults lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 13) else \
@@ -54,7 +55,16 @@ train: install
 	port=$$($(BIN)/python -c 'from segformer.distributed.world import free_port; print(free_port())'); \
 	set -x; $(BIN)/deepspeed --log_level warning $$where --master_port $$port launch/train.py experiment=sample
 
-# Slurm's daemons and its data base, where they are absent and can be installed; without them tests/slurm/real is skipped.
+# Slurm's daemons and its data base, and a browser, where they are absent and can be installed; the tests that need them
+# are skipped without.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit; done; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then \
+		echo "no Chromium, and installing it needs root and apt-get: tests of pages in a browser will be skipped"; \
+	else { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		chromium fonts-dejavu-core > /dev/null; } \
+		|| echo "Chromium can't be installed: tests of pages in a browser will be skipped"; fi
+
 slurm-packages:
 	@for program in slurmctld slurmd slurmdbd mariadbd sbatch ip; do \
 		PATH="$$PATH:/usr/sbin:/sbin" command -v $$program > /dev/null && continue; \
@@ -68,17 +78,17 @@ slurm-packages:
 
 # A file stays on one worker, which starts its ranks once. Triton must not be imported before its tests are found; those
 # on Slurm mostly wait, so the two share the cores.
-test: install-dev slurm-packages
+test: install-dev slurm-packages browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --ignore=tests/models/ops_triton --ignore=tests/slurm/real
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/slurm/real tests/models/ops_triton
 
-# Of the Slurm tests those that cut power on a cluster of their own; the others are test-slurm.
-test-slow: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and (not slurm or faults)" --ignore=tests/models/ops_triton
+# Those on Slurm, whose jobs have time limits, want the cores for themselves.
+test-slow: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not slurm" --ignore=tests/models/ops_triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/models/ops_triton
 
 test-slurm: install-dev slurm-packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and slow and not faults" tests/slurm/real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and slow" tests/slurm/real
 
 # Not in CI: torch 2.11 has no build for CPUs alone, and fetching it takes minutes. Warnings of old releases about new ones
 # are none of ours. What needs a development tool of today (transformers, moto) is left out.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,7 +115,12 @@ def start_ranks() -> Callable[..., list[subprocess.Popen]]:
     def start(ranks: int, *argv: str, env: dict[str, str] | None = None) -> list[subprocess.Popen]:
         shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
         shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         return [
             subprocess.Popen(
                 [sys.executable, *argv],
@@ -169,20 +177,43 @@ def run_ranks(start_ranks: Callable[..., list[subprocess.Popen]]) -> Callable[..
 
 @pytest.fixture(scope="session")
 def train_many(
-    tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[str]]
-) -> Callable[..., list[tuple[str, ...]]]:
-    """Several runs in one group of `ranks` processes, one after the other; a run is a list of overrides, or
-    an entry of a plan (distributed/train_many.py).
+    tmp_path_factory: pytest.TempPathFactory, start_ranks: Callable[..., list[subprocess.Popen]]
+) -> Iterator[Callable[..., list[tuple[str, ...]]]]:
+    """Several runs, one after the other; a run is a list of overrides, or an entry of a plan
+    (distributed/train_many.py). One group of ranks of each size takes the plans of the whole session.
 
     Returns the outcome of each run on each rank; one that is not "" has to be expected: `failing`.
     """
+    groups: dict[int, list[subprocess.Popen]] = {}
+
+    def ended(process: subprocess.Popen) -> list[str]:
+        """The outcomes of the plan that it has been given."""
+        printed = []
+        for line in iter(process.stdout.readline, ""):
+            if line.startswith("["):
+                with contextlib.suppress(ValueError):
+                    return json.loads(line)
+            printed.append(line)
+        pytest.fail("a rank has ended: " + "".join(printed))
 
     def train(ranks: int, runs: list, *, failing: bool = False) -> list[tuple[str, ...]]:
         plan = tmp_path_factory.mktemp("plans") / "plan.json"
         plan.write_text(json.dumps([{"run": run} if isinstance(run, list) else run for run in runs]))
-        outputs = run_ranks(ranks, "tests/distributed/train_many.py", str(plan), timeout=900)
-        outcomes = list(zip(*(json.loads(output.splitlines()[-1]) for output in outputs), strict=True))
+        if ranks not in groups or any(process.poll() is not None for process in groups[ranks]):
+            groups[ranks] = start_ranks(ranks, "tests/distributed/train_many.py")
+        for process in groups[ranks]:
+            process.stdin.write(f"{plan}\n")
+            process.stdin.flush()
+        alarm = threading.Timer(900, lambda: [process.kill() for process in groups[ranks]])
+        alarm.start()
+        try:
+            outcomes = list(zip(*map(ended, groups[ranks]), strict=True))
+        finally:
+            alarm.cancel()
         assert failing or not any(map(any, outcomes)), outcomes
         return outcomes
 
-    return train
+    yield train
+    for process in itertools.chain(*groups.values()):
+        process.kill()
+        process.communicate()

@@ -146,12 +146,12 @@ def test_three_in_a_row_go_back_once_and_end_as_if_nothing_had_been(more, metric
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_or_dies_ends_the_others_in_one_line(
-    tiny, tmp_path, start_ranks, wait_for_steps, sent
+    small, tmp_path, start_ranks, wait_for_steps, sent
 ):
-    overrides = tiny("lost", "engine.timeout_s=6", "steps=400", "checkpoint.save_every=5")
-    processes = start_ranks(2, "launch/train.py", *overrides)
+    overrides = small("lost", "engine.timeout_s=5", "steps=4000", "checkpoint.save_every=5")
+    processes = start_ranks(2, "tests/nano.py", "launch/train.py", *overrides)
     try:
         wait_for_steps(tmp_path / "lost", 6, processes[0])
         processes[1].send_signal(sent)

@@ -11,7 +11,7 @@ from plain_training import train_plainly
 from segformer.checkpoint.reader import load_checkpoint
 from segformer.training.optim import OPTIMIZERS
 
-STEPS, HALF = 10, 5
+STEPS, HALF = 8, 4
 STAGES = range(4)
 # As `calm`, and calmer: eps 1e-4 left 2.8e-5 on 4 ranks at ZeRO-3, where rounding had grown.
 CALM = ("optim.lr=2e-5", "optim.head_lr_factor=10", "optim.warmup_steps=0", "optim.eps=1e-3")
@@ -22,19 +22,19 @@ OPTIMIZER = {
     "sgd": ("optim.lr=0.01", "optim.head_lr_factor=1", "optim.momentum=0.9"),
     "lion": ("optim.betas=[0.9,0.99]",),
 }
-CASES = [(name, stage) for name in OPTIMIZER for stage in (0, 3)]
-MIDDLE = [(name, stage) for name in ("sgd", "lion") for stage in (1, 2)]  # the slow ones
+CASES = [("adamw", 3), ("sgd", 0), ("sgd", 3), ("lion", 3)]
+OTHERS = [("adamw", 0), ("lion", 0), ("sgd", 1), ("sgd", 2), ("lion", 1), ("lion", 2)]  # the slow ones
 
 
 @pytest.fixture(scope="module")
 def runs(small_in, tmp_path_factory, train_many):
-    """The folder of runs of every stage on two ranks, frozen ones, too, of every optimizer, and of those
+    """The folder of runs of every stage on two ranks, of frozen ones, of every optimizer, and of those
     that went on from the middle: of a frozen one at another stage, of an optimizer's at its own."""
     folder = tmp_path_factory.mktemp("zero")
     small, plan = small_in(folder), []
     for stage in STAGES:
         plan += [{"run": small(f"stage-{stage}", f"engine.zero_stage={stage}", *CALMER), "watch": True}]
-        plan += [small(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
+    plan += [small("frozen-3", "engine.zero_stage=3", *FROZEN)]
     plan += continued(folder, "frozen-3", small("again", "engine.zero_stage=0", *FROZEN))
     train_many(2, plan + of_optimizers(folder, small, CASES))
     return folder
@@ -90,16 +90,29 @@ def test_every_stage_ends_at_the_weights_of_plain_pytorch(runs, plain):
         assert_near(weights(runs / f"stage-{stage}"), reference, stage)
 
 
-def test_frozen_stages_keep_their_weights_at_every_stage_and_through_a_restart(runs, small):
+def test_frozen_stages_keep_their_weights_through_a_restart_at_another_stage(runs, small):
     before, reference, _ = train_plainly(small("plain", *FROZEN))
     frozen = {name for name in before if name[9:].startswith(("patch_embed1", "block2", "norm2"))}
     assert len(frozen) > 10
     assert f"continuing from step {HALF}" in (runs / "again" / "log.txt").read_text()
-    for name in (*(f"frozen-{stage}" for stage in STAGES), "again"):
-        loaded = load_checkpoint(runs / name / "checkpoints", step=STEPS)
-        assert all(torch.equal(loaded.model[key], before[key]) for key in frozen), name
-        assert frozen.isdisjoint(loaded.ema), name
-        assert differences(loaded.model, reference)[0] <= 1e-5, name
+    for name in ("frozen-3", "again"):
+        assert_frozen(runs / name, frozen, before, reference)
+
+
+def assert_frozen(run_dir, frozen, before, reference):
+    loaded = load_checkpoint(run_dir / "checkpoints", step=STEPS)
+    assert all(torch.equal(loaded.model[key], before[key]) for key in frozen), run_dir
+    assert frozen.isdisjoint(loaded.ema), run_dir
+    assert differences(loaded.model, reference)[0] <= 1e-5, run_dir
+
+
+@pytest.mark.slow
+def test_frozen_stages_keep_their_weights_at_every_stage(more, small):
+    before, reference, _ = train_plainly(small("plain", *FROZEN))
+    frozen = {name for name in before if torch.equal(before[name], reference[name])}
+    assert any(name[9:].startswith("block2") for name in frozen)
+    for stage in range(3):
+        assert_frozen(more / f"frozen-{stage}", frozen, before, reference)
 
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
@@ -108,8 +121,8 @@ def test_a_run_of_every_optimizer_continues_equal_to_an_undisturbed_one(runs, me
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), MIDDLE)
-def test_it_does_at_the_stages_between(more, metrics, name, stage):
+@pytest.mark.parametrize(("name", "stage"), OTHERS)
+def test_it_does_at_the_other_stages(more, metrics, name, stage):
     assert_continues(more, metrics, name, stage)
 
 
@@ -154,13 +167,14 @@ def more(small_in, calm, tmp_path_factory, train_many):
     plan += [small("ordered", "engine.zero_stage=2", "engine.deterministic=true", *common)]
     for stage in STAGES:
         options = (f"engine.zero_stage={stage}", *common)
+        plan += [small(f"frozen-{stage}", f"engine.zero_stage={stage}", *FROZEN)]
         plan += [{"run": small(f"bf16-{stage}", "engine.precision=bf16", *options), "watch": True}]
         rounded = ("engine.precision=bf16", "engine.grad_dtype=bf16", *options)
         plan += [{"run": small(f"rounded-{stage}", *rounded), "watch": True}]
         if stage:
             moved = ("engine.offload_optimizer=true", f"engine.offload_parameters={str(stage == 3).lower()}")
             plan += [small(f"offloaded-{stage}", *moved, *options)]
-    train_many(2, plan + of_optimizers(folder, small, MIDDLE))
+    train_many(2, plan + of_optimizers(folder, small, OTHERS))
     return folder
 
 
@@ -200,7 +214,7 @@ def watched(run_dir):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_do_not_wait_for_the_device_to_time_it(runs, stage):
-    """DeepSpeed's timer did from the third of the 10 steps on, twice a micro batch."""
+    """DeepSpeed's timer did from the third step on, twice a micro batch."""
     numbers, waits = watched(runs / f"stage-{stage}")
     assert "torch.bfloat16" not in numbers
     assert waits == 0

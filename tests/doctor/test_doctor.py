@@ -1,10 +1,9 @@
 """The doctor: typical mistakes are found in one pass, named with their remedy, and decide the exit code."""
 
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -243,18 +242,21 @@ def test_what_does_not_fit_the_run_is_the_one_failure(override: str, message: st
     assert message in text
 
 
-def test_the_command_fails_in_one_line_after_the_whole_table(tmp_path: Path, root: Path) -> None:
+def test_the_command_fails_in_one_line_after_the_whole_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_set(tmp_path / "set", lambda number: np.full((40, 48), 9, np.uint8))
-    command = [sys.executable, "launch/doctor.py", "data=folder", f"root={tmp_path / 'set'}"]
+    command = ["launch/doctor.py", "data=folder", f"root={tmp_path / 'set'}"]
     command += [f"output={tmp_path / 'out'}", f"data.classes={CLASSES}", "augment.crop=[32,32]"]
     command.append("global_batch=4")
-    done = subprocess.run(
-        command, cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("DataError: training should not start:")
-    assert done.stderr.count("\n") == 1
-    assert "ids without a class: 9 in 8 images" in done.stdout
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(command[0], run_name="__main__")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.err.startswith("DataError: training should not start:")
+    assert printed.err.count("\n") == 1
+    assert "ids without a class: 9 in 8 images" in printed.out
     written = json.loads((tmp_path / "out/doctor.json").read_text())
     assert written["may_start"] is False
     assert {verdict["level"] for verdict in written["verdicts"]} == {OK, FAIL}

@@ -70,7 +70,10 @@ def compare_steps(graph: torch.nn.Module, compiled: Step, eager: Step, bf16: boo
     compare_gradients(compiled, eager, bf16)
 
 
-@pytest.mark.parametrize(("ops", "bf16"), [("fused", False), ("fused", True), ("reference", False)])
+@pytest.mark.parametrize(
+    ("ops", "bf16"),
+    [("fused", False), ("fused", True), pytest.param("reference", False, marks=pytest.mark.slow)],
+)
 def test_encoder_head_and_loss_are_one_graph_with_the_eager_gradients(ops, bf16):
     eager, compiled = Step(ops), Step(ops)
     graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)  # fullgraph: a break is an error

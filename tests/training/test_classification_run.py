@@ -6,6 +6,7 @@ import re
 import pytest
 import shapes
 
+from segformer.data.loading.loader import LoaderConfig
 from segformer.errors import ConfigError
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 
@@ -47,11 +48,13 @@ def test_the_report_shows_curve_scores_and_classes_without_overlays(finished):
     assert not (run / "overlays").exists()
 
 
-def test_the_export_scores_on_two_ranks_as_the_run_did(finished, run_ranks):
+def test_the_export_scores_as_the_run_did(finished, capsys):
+    """On several ranks: training/test_task.py."""
     run, output = finished
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
-    place = f"checkpoint={run / 'export'}"
-    printed = run_ranks(2, "launch/evaluate.py", place, "loader.workers=0", "batch=4")[0]
+    config = EvaluateConfig(checkpoint=str(run / "export"), loader=LoaderConfig(workers=0), batch=4)
+    evaluate_checkpoint(config)
+    printed = capsys.readouterr().out
     assert [line for line in table if line not in printed.splitlines()] == [], printed
     assert "(short side 56, center 48x48)" in printed
 
