@@ -47,7 +47,7 @@ class KernelsBench:
     size: int = 512
     """Side of the images, a multiple of 32."""
     batch: int = 8
-    """Images."""
+    """Images in a batch of each case."""
     classes: int = 150
     """Classes, at most 255."""
     precision: str = "bf16"

@@ -28,9 +28,9 @@ class MemoryBench:
     images: int = 512
     "Pictures of the set."
     epochs: int = 10
-    "Epochs."
+    "Epochs that the loader goes through."
     workers: int = 2
-    "Worker processes."
+    "Worker processes of the loader."
     batch: int = 16
     "Images of a batch."
 

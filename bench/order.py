@@ -33,7 +33,7 @@ class OrderBench:
     batches: int = 500
     "Batches whose ids are asked for after a seek."
     repeats: int = 3
-    "Processes per size."
+    "Processes that are measured per size."
 
     def __post_init__(self) -> None:
         if not all(number.strip().isdigit() and int(number) for number in self.samples.split(",")):

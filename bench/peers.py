@@ -70,7 +70,7 @@ class PeersBench:
     """Of bench/contenders.py; empty: all that aren't compiled, and fused+compile and transformers+compile, on
     a CPU only in inference/b0/512x512/1."""
     classes: int = 150
-    """Classes predicted."""
+    """Classes that the network predicts."""
     precision: str = ""
     """fp32 or bf16 (autocast); empty: fp32 on a CPU, bf16 on a GPU."""
     rounds: int = 9
@@ -84,7 +84,7 @@ class PeersBench:
     threads: int = 0
     """Threads on a CPU; 0 = one for every core."""
     compile_mode: str = "default"
-    """Mode of torch.compile."""
+    """Mode that torch.compile is given."""
     memory: bool = True
     """Measure peak memory (on a CPU in a process for each contender)."""
     picture: str = ""

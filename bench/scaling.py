@@ -35,13 +35,17 @@ class ScalingBench:
     """The cluster and the run of the model."""
 
     variants: list[str] = field(default_factory=lambda: ["b0", "b2", "b5", "b5_w4"])
+    "Sizes of the network that are computed."
     nodes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    "Numbers of nodes that are computed."
     gpus_per_node: int = 8
+    "GPUs of a node, one rank each."
     images: int = 4
     "Images per rank and step."
     side: int = 512
     "Height and width of the crop, pixels."
     classes: int = 150
+    "Classes that the network predicts."
     peak_tflops: float = 989.4
     "Of a GPU at the precision that is trained in: H100, bf16, dense."
     mfu: float = 0.15

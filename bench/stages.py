@@ -70,7 +70,7 @@ class StagesBench:
     micro_batch: int = 2
     "Images of a rank and step."
     classes: int = 150
-    "Classes predicted."
+    "Classes that the network predicts."
     warmup: int = 2
     "Steps of a turn that aren't timed; memory counts them, too."
     steps: int = 5

@@ -1,64 +1,209 @@
-"""Every command and every example of the README runs, with fewer steps and in other folders."""
+"""Every command of every document is composed, and run or listed with the reason; so are examples in Python.
+
+They run as they are printed, in a folder that has the commands and a tenth of the sample, also as `photos`;
+only training is shortened.
+"""
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-import torch
+import shapes
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-SHORT = "steps=2 global_batch=2 augment.crop=[64,64] overlays=1 telemetry.log_every=1 loader.workers=0"
+from segformer.distributed.rendezvous import free_port
+from segformer.errors import SegformerError
+from segformer.inference.convert import ConvertConfig, convert
+from segformer.models.segformer import build_model
+from segformer.models.variants import ModelConfig
+from segformer.training.config import choices
+from segformer.training.overrides import checked
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")),
+    ROOT / "data_prep/sample/README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("conf/**/*.yaml")),
+]
+SHORT = ("global_batch=2", "augment.crop=[64,64]", "overlays=1", "telemetry.log_every=1", "loader.workers=0")
+
+NOT_RUN = {
+    r"launch/slurm\.py|srun ": "needs a cluster: tests/slurm",
+    r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
+    r"launch/bench\.py": "measures for minutes: tests/bench",
+    r"^docs/results\.md": "measured, for minutes to hours",
+    r"<|\[\.\.\.\]|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
+        "stands for the reader's files: tests/models/weights"
+    ),
+    r" (data|experiment)=(ade20k|cityscapes|coco|imagenet|camvid|roads)|runs/(ade20k|city|camvid|mit_b2)": (
+        "needs that data set: tests/training/test_recipes.py"
+    ),
+    r" 8 launch/": "needs eight devices; it runs with two",
+    r"stepz": "is a mistake, on purpose: below",
+}
+"""What a command that isn't run lacks here, and where it is tested."""
+
+PROGRAM = r"(?:python|deepspeed|torchrun|srun)\b[^\n`]*? ?(?:launch|data_prep)/\w+\.py"
+ARGUMENTS = r"""(?: (?![#(])(?:'[^']*'|"[^"]*"|<[^>]*>|[^\s;()'"<])+)*"""  # two spaces begin a note beside it
 
 
-def blocks(language):
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+class Command(NamedTuple):
+    """A command in a document."""
+
+    document: str
+    text: str
+    script: str
+    arguments: list[str]
+
+
+def text_of(document: Path) -> str:
+    """A document with continued lines and broken `code` on one line."""
+    text = re.sub(r" *\\\n#? *", " ", document.read_text())
+    return re.sub(r"(?<!`)`[^`]+`(?!`)", lambda code: " ".join(code[0].split()), text)
+
+
+def commands(document: Path) -> Iterator[Command]:
+    """The commands of a document; notes beside them are left out."""
+    name = str(document.relative_to(ROOT))
+    for found in re.finditer(rf"({PROGRAM})([^\n`]*)", text_of(document)):
+        given = re.sub(r"(?<!\.\.)[.,]$", "", re.match(ARGUMENTS, found[2])[0])
+        arguments = shlex.split(re.sub("<[^>]*>", "folder", given))
+        arguments = [
+            one.strip("[]") if one.startswith("[") else one for one in arguments if not one.endswith("...")
+        ]
+        text = f"{found[1]}{given}"
+        script = found[1].split()[-1]
+        yield Command(name, text, script, arguments)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of a document in a language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.DOTALL | re.MULTILINE)
     return [text for name, text in found if name == language]
 
 
-def commands():
-    lines = "\n".join(blocks("sh")).splitlines()
-    return [
-        line.split("  #")[0].strip() for line in lines if line.startswith(("python", "deepspeed", "torchrun"))
-    ]
+def reason_not_to_run(command: Command) -> str:
+    """The reason in NOT_RUN; "" where the command is to run."""
+    told = f"{command.document}: {command.text}"
+    return next((reason for pattern, reason in NOT_RUN.items() if re.search(pattern, told)), "")
+
+
+def found_commands() -> list[Command]:
+    """The commands of all documents, each once, the README's first."""
+    unique: dict[str, Command] = {}
+    for command in (command for document in DOCUMENTS for command in commands(document)):
+        unique.setdefault(command.text, command)
+    return list(unique.values())
+
+
+@cache
+def schema_of(script: str) -> tuple[type, str]:
+    """The dataclass of a script, and its file of conf/."""
+    text = (ROOT / script).read_text()
+    (found,) = set(re.findall(r'cli\((\w+), "(\w+)"', text))
+    return runpy.run_path(str(ROOT / script))[found[0]], found[1]
+
+
+def check_overrides(script: str, arguments: list[str]) -> None:
+    """Refuse a key, a type or a name that the script doesn't have, and a key that it lacks."""
+    schema, config_name = schema_of(script)
+    names = choices(config_name)
+    if "experiment" in names:
+        names["experiment"].append("roads")  # which docs/recipes.md writes
+    given = [checked(schema, names, one) for one in arguments if one not in ("--help", "--check")]
+    lacking = {field.name for field in fields(schema) if field.default == "???"}
+    assert lacking <= {one.lstrip("+").partition("=")[0] for one in given} or "--help" in arguments, (
+        "a key is missing"
+    )
+
+
+def check_slurm(arguments: list[str]) -> None:
+    """The same of launch/slurm.py, whose keys are those of a job and of another script."""
+    others = {"shard": "data_prep/shard.py", "evaluate": "launch/evaluate.py"}
+    command = arguments[0] if arguments and "=" not in arguments[0] else ""
+    split = runpy.run_path(str(ROOT / "launch/slurm.py"))["split_overrides"]
+    job, rest = split([one for one in arguments if "=" in one and not one.startswith("tasks=")])
+    check_overrides("launch/slurm.py", job)
+    check_overrides(others.get(command, "launch/train.py"), rest)
+
+
+def test_every_command_of_every_document_is_accepted():
+    wrong = []
+    for command in found_commands():
+        try:
+            if command.script == "launch/slurm.py":
+                check_slurm(command.arguments)
+            elif "stepz=" not in command.text:
+                check_overrides(command.script, command.arguments)
+        except (SegformerError, AssertionError) as error:
+            wrong.append(f"{command.document}: {command.text}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory, tiny_root):
+    """The folder of a user: the commands, a tenth of the sample, photographs of one's own, saved weights."""
+    folder = tmp_path_factory.mktemp("user")
+    scripts = [f"data_prep/{path.name}" for path in ROOT.glob("data_prep/*.py")]
+    for name in ("launch", "conf", "docs", *scripts):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data_prep/sample").symlink_to(tiny_root)
+    shapes.write_folders(folder / "photos", {"train": 6, "val": 3})
+    for kind in ("images", "masks"):
+        (folder / "photos" / kind).symlink_to(tiny_root / kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        build_model(ModelConfig(variant="b2"), 150).save_pretrained("exports/ade_b2")
+        file = "segformer.b2.512x512.ade.160k.pth"
+        convert(ConvertConfig(checkpoint="exports/ade_b2", output=file, to="nvlabs"))
+        yield folder
+
+
+def run(command: Command, more: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Run a command in this process; a launcher and its ranks in processes of their own."""
+    words = shlex.split(command.text)
+    if words[0] == "python":
+        patch.setattr(sys, "argv", [command.script, *command.arguments, *more])
+        runpy.run_path(command.script, run_name="__main__")
+        return
+    port = {"deepspeed": "--master_port", "torchrun": "--master-port"}[words[0]]
+    program = [str(Path(sys.executable).parent / words[0]), port, str(free_port())]
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    argv = [*program, *words[1:], *more]
+    done = subprocess.run(argv, env=on_cpu, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command.document}: {command.text}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.slow
-def test_the_commands_run_in_the_order_they_are_written(root, tmp_path, tiny_root):
-    found = commands()
-    assert len(found) >= 8
-    from segformer.distributed.rendezvous import free_port
-
-    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-    trained = 0
-    for command in found:
-        if "launch/slurm.py" in command and "dry_run=true" not in command:
-            continue  # it needs a cluster: tests/slurm
-        text = command.replace("data_prep/sample/images/val", str(tiny_root / "images/val"))
-        text = text.replace("root=data_prep/sample", f"root={tiny_root}").replace(
-            "data/sample", f"{tmp_path}/shards"
-        )
-        text = text.replace("runs/sample", f"{tmp_path}/run-1").replace("exports/", f"{tmp_path}/exports-")
-        text = text.replace("output=predictions", f"output={tmp_path}/predictions")
-        if "launch/train.py" in text:
-            trained += 1
-            text += f" run_dir={tmp_path}/run-{trained} data.shards={tmp_path}/shards {SHORT}"
-        text = text.replace("deepspeed ", f"deepspeed --master_port {free_port()} ")
-        text = text.replace("torchrun ", f"torchrun --master-port {free_port()} ")
-        program, *arguments = shlex.split(text)
-        program = str(Path(sys.executable).parent / program)
-        if program.endswith("deepspeed") and torch.cuda.device_count() == 1:
-            continue  # it gives every rank a GPU of its own and hides none
-        done = subprocess.run(
-            [program, *arguments], cwd=root, env=on_cpu, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert trained == 3
-    assert len(list((tmp_path / "predictions").glob("*_overlay.jpg"))) == 3
+def test_the_commands_run_as_they_are_printed_and_so_do_the_examples_in_python(user, monkeypatch):
+    trained: list[str] = []
+    for command in found_commands():
+        more: list[str] = []
+        if reason_not_to_run(command):
+            continue
+        if command.script == "launch/train.py" and "--help" not in command.arguments:
+            steps = 14 if "profile.steps" in command.text else 2
+            name = next((one for one in command.arguments if one.startswith(("name=", "experiment="))), "run")
+            more = [f"steps={steps}", *SHORT, *([f"name=again_{len(trained)}"] if name in trained else [])]
+            trained.append(name)
+        run(command, more, monkeypatch)
+    assert len(trained) >= 5
+    assert len(list(Path("predictions").glob("*_overlay.jpg"))) == 3
+    for document in DOCUMENTS:
+        for code in blocks(document, "python"):
+            exec(code, {})
 
 
 def anchors(text):
@@ -69,8 +214,8 @@ def anchors(text):
     ]
 
 
-def test_every_local_link_of_every_document_leads_somewhere(root):
-    for document in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("bench/*.md")]:
+def test_every_local_link_of_every_document_leads_somewhere():
+    for document in (path for path in DOCUMENTS if path.suffix == ".md"):
         for link in re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text()):
             name, _, anchor = link.partition("#")
             target = document.parent / name if name else document
@@ -78,16 +223,17 @@ def test_every_local_link_of_every_document_leads_somewhere(root):
             assert not anchor or anchor in anchors(target.read_text()), f"{document.name}: {link}"
 
 
-def test_the_example_of_an_error_is_what_is_printed(root):
-    (block,) = [text for text in blocks("") if text.startswith("$ python launch/train.py")]
+def test_every_target_of_make_that_is_named_is_there():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for document in DOCUMENTS:
+        for line in re.findall(r"(?:^|`)make ((?:[\w-]+ ?)+)", document.read_text(), re.MULTILINE):
+            assert set(line.split()) <= set(targets), f"{document.name}: make {line}"
+
+
+def test_the_example_of_an_error_is_what_is_printed(monkeypatch, capsys):
+    (block,) = [text for text in blocks(ROOT / "README.md", "") if text.startswith("$ python launch/")]
     command, expected = block.strip().splitlines()
-    arguments = shlex.split(command.removeprefix("$ python "))
-    done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip()) == (2, expected)
-
-
-def test_the_python_example_runs():
-    (code,) = blocks("python")
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert tuple(names["logits"].shape) == (1, 150, 128, 128)
+    monkeypatch.setattr(sys, "argv", shlex.split(command.removeprefix("$ python ")))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().err.strip()) == (2, expected)

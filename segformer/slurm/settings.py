@@ -62,9 +62,9 @@ class SlurmConfig:
     partition: str = ""
     "Partition, or several with commas."
     account: str = ""
-    "Account to charge."
+    "Account that the job is charged to."
     qos: str = ""
-    "Quality of service."
+    "Quality of service that the job asks for."
     constraint: str = ""
     "Features that the nodes must have, such as h100&nvlink."
     signal_delay_s: int = 180

@@ -63,7 +63,7 @@ class TelemetryConfig:
     wandb: str = "disabled"
     "disabled, offline (files in the run directory, for `wandb sync` later) or online (needs WANDB_API_KEY)."
     wandb_project: str = "segformer"
-    "wandb project."
+    "Project of wandb that the run belongs to."
     wandb_entity: str | None = None
     "wandb user or team; null takes the account's default."
     wandb_timeout_s: float = 15.0

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import pydoc
 import re
 import sys
 from collections.abc import Callable
@@ -324,7 +325,7 @@ def cli(
 
             values = OmegaConf.to_container(_compose(schema, config_name, overrides))
             usage = inspect.getdoc(sys.modules["__main__"]) or ""
-            print(help_text(schema, values, usage, choices(config_name)))  # type: ignore[arg-type]
+            pydoc.pager(help_text(schema, values, usage, choices(config_name)) + "\n")  # type: ignore[arg-type]
             return
         try:
             cfg = compose(schema, config_name, overrides)

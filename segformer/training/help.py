@@ -1,4 +1,4 @@
-"""The text of --help: usage, what can be chosen, then every key with its value, type and explanation.
+"""The text of --help: usage, what can be chosen, the keys to begin with, then every key with value and type.
 
 An explanation is the string below a field of the dataclass, which Python drops: it is read from the source.
 """
@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any, get_type_hints
@@ -17,6 +18,11 @@ from segformer.training.overrides import kind
 
 WIDTH = 80
 _SHOWN = 48  # characters of a value
+FIRST = (
+    *("name", "data.shards", "data.classes", "model.pretrained", "steps", "global_batch", "optim.lr"),
+    *("augment.crop", "eval_every", "engine.precision", "loader.workers", "telemetry.wandb"),
+)
+"""What most training runs set; shown before everything else by the commands that have them."""
 
 
 def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: dict[str, list[str]]) -> str:
@@ -26,6 +32,12 @@ def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: di
         lines += ["", "NAMES, to be chosen by group=name"]
         for group, names in choices.items():
             lines += _wrapped(", ".join(names) or "none yet", f"  {group:<11} ", " " * 14)
+    leaves = {key: (value, text) for key, value, text in _leaves(schema, values)}
+    if set(FIRST) <= leaves.keys():
+        lines += ["", "KEYS TO BEGIN WITH; all others follow and may stay as they are"]
+        for key in FIRST:
+            given, text = f"  {key}={leaves[key][0]}".ljust(30), leaves[key][1]
+            lines += _wrapped(re.split(r"[;:] |\. ", text)[0].rstrip("."), f"{given} ", " " * 31)
     required = [f for f in dataclasses.fields(schema) if f.default == "???"]
     if required:
         lines += ["", "REQUIRED", *_keys(schema, values, "", required)]
@@ -34,6 +46,16 @@ def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: di
     own = schema.__annotations__
     lines += _keys(schema, values, "", sorted(rest, key=lambda f: f.name not in own))
     return "\n".join(lines)
+
+
+def _leaves(schema: type[Any], values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(key, value, explanation) of every plain key."""
+    texts = explanations(schema)
+    for name, hint in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, values[name], f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}", _written(values[name]), texts.get(name, "")
 
 
 def _keys(

@@ -76,7 +76,7 @@ class OptimConfig:
     eps: float = 1e-8
     "Denominator term of adamw."
     momentum: float = 0.9
-    "Momentum of sgd."
+    "Momentum of sgd, 0 for none."
     schedule: str = "poly"
     "poly, cosine or constant; how the lr falls from the first step to the last."
     power: float = 1.0

@@ -54,7 +54,7 @@ def test_the_export_scores_as_the_run_did(finished, capsys):
     table = output[output.index("class ") : output.index("exported")].strip().splitlines()
     config = EvaluateConfig(checkpoint=str(run / "export"), loader=LoaderConfig(workers=0), batch=4)
     evaluate_checkpoint(config)
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert [line for line in table if line not in printed.splitlines()] == [], printed
     assert "(short side 56, center 48x48)" in printed
 
