@@ -19,8 +19,8 @@ from segformer.training.overrides import kind
 WIDTH = 80
 _SHOWN = 48  # characters of a value
 FIRST = (
-    *("name", "data.shards", "data.classes", "model.pretrained", "steps", "global_batch", "optim.lr"),
-    *("augment.crop", "eval_every", "engine.precision", "loader.workers", "telemetry.wandb"),
+    *("name", "data.shards", "data.classes", "model.pretrained", "epochs", "steps", "global_batch"),
+    *("optim.lr", "augment.crop", "eval_every", "engine.precision", "loader.workers", "telemetry.wandb"),
 )
 """What most training runs set; shown before everything else by the commands that have them."""
 
