@@ -1,7 +1,8 @@
 """Trained models, opened for use and exported: a run or an export -> one `Weights` with all its metadata.
 
-    <out>/model.safetensors   fp32 parameters and buffers under the names of Hugging Face's files
-    <out>/config.json         a SegformerConfig with a section "segformer" (models/weights/write.py)
+    <out>/model.safetensors          fp32 parameters and buffers under the names of Hugging Face's files
+    <out>/config.json                a SegformerConfig with a section "segformer" (models/weights/write.py)
+    <out>/preprocessor_config.json   how transformers is to show images to it
 
 `SegformerForSemanticSegmentation.from_pretrained(out)` loads an export, or
 `SegformerForImageClassification`, which config.json names as well. transformers runs every LayerNorm with eps

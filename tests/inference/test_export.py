@@ -10,9 +10,11 @@ import shapes
 import torch
 from checkpoints import make_run, write_checkpoint
 from model_files import randomize
+from PIL import Image
 from safetensors.torch import load_file
 
 from segformer.checkpoint.format import TrainState
+from segformer.data.loading.classification import ClassificationAugment, ClassificationGeometry
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, build, check_network, export, open_checkpoint
@@ -98,6 +100,42 @@ def test_transformers_loads_an_export_and_is_exact_with_profile_hf(
     assert section["weights_sha256"] == hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
+def photograph(path: Path) -> np.ndarray:
+    """A smooth picture, written as PNG, (130, 200, 3)."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
+    pixels = np.asarray(Image.fromarray(noise).resize((200, 130), Image.Resampling.BICUBIC))
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def test_the_pipeline_of_transformers_segments_as_the_predictor_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out = write(random_model(norm_profile="hf"), tmp_path / "export")
+    pixels, names = photograph(tmp_path / "a.png"), METADATA["segmentation"].classes
+    ours = Predictor(out, device="cpu")(pixels).mask
+    theirs = np.full(ours.shape, 255, np.uint8)
+    for found in transformers.pipeline("image-segmentation", str(out))(str(tmp_path / "a.png")):
+        theirs[np.asarray(found["mask"]) > 0] = names.index(found["label"])
+    assert len(np.unique(ours)) > 1
+    assert (theirs == ours).mean() >= 0.999
+
+
+def test_the_pipeline_of_transformers_classifies_the_view_of_an_evaluation(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = random_model("classification", norm_profile="hf")
+    out = write(model, tmp_path / "export")
+    pixels, metadata = photograph(tmp_path / "a.png"), METADATA["classification"]
+    size, short = metadata.view
+    view = ClassificationGeometry(ClassificationAugment(size=size, eval_resize=short)).eval_view(pixels)
+    with torch.no_grad():
+        images = (torch.tensor(view, dtype=torch.float32) - torch.tensor(MEAN)) / torch.tensor(STD)
+        expected = model(images.permute(2, 0, 1)[None]).softmax(1)[0]
+    found = transformers.pipeline("image-classification", str(out))(str(tmp_path / "a.png"))
+    shares = {entry["label"]: entry["score"] for entry in found}
+    assert [shares[name] for name in metadata.classes] == pytest.approx(expected.tolist(), abs=0.02)
+    assert json.loads((out / "preprocessor_config.json").read_text())["crop_size"]["height"] == size
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_comes_back_as_it_was_written(exports: dict[str, Path], kind: str) -> None:
     model = random_model(kind)
@@ -137,7 +175,8 @@ def test_a_run_exports_a_checkpoint_with_its_scores_over_an_older_export(run: Pa
     assert opened.metadata.classes == ["background", "nucleus"]
     assert opened.provenance["scores"] == {"miou": 0.5, "macc": 0.6, "aacc": 0.7, "iou": [0.5, None]}
     assert open_checkpoint(run, step="10").provenance["scores"] is None
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "deep/M.ONNX", "m.pth", "m.safetensors", "m.engine", "mine"])

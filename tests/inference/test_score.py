@@ -48,13 +48,13 @@ def test_the_scores_are_written_into_the_run_with_what_they_are_of(run, tiny_sha
     assert "(EMA) on 3 images of val (whole images) in " in err
     assert f"scores: {run}/scores/val.json, .csv and .md" in err
     found = json.loads((run / "scores/val.json").read_text())
-    shards, predictor = ShardSet.open(str(tiny_shards)), Predictor.from_export(run, "cpu")
+    shards, predictor = ShardSet.open(str(tiny_shards)), Predictor(run, device="cpu")
     raws = [ShardReader(shards.split("val")).read(k) for k in range(3)]
     confusion = np.zeros((2, 2), int)
     for raw in raws:
         mask = decode_mask(raw.target)
         known = mask < 2
-        np.add.at(confusion, (mask[known], predictor(decode_image(raw.image))[known]), 1)
+        np.add.at(confusion, (mask[known], predictor(decode_image(raw.image)).mask[known]), 1)
     assert found["scores"]["confusion"] == confusion.tolist()
     hits, predicted = np.diag(confusion), confusion.sum(0)
     precision = [float(h / p) if p else None for h, p in zip(hits, predicted, strict=True)]

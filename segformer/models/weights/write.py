@@ -1,14 +1,18 @@
 """Weights, written: exports, and what transformers, NVlabs, mmsegmentation and SMP read.
 
-    write_export(weights, out)        <out>/model.safetensors and config.json, which transformers loads; its
-                                      section "segformer" says all that the same network here takes:
+    write_export(weights, out)        <out>/model.safetensors, config.json and preprocessor_config.json, which
+                                      transformers loads; the section "segformer" of config.json says all that
+                                      the same network here takes:
                                       {variant, norm_profile, decoder_dim, num_classes, classes, palette,
                                        mean, std, view, long_side, shards, digest, step, averaged, scores,
                                        weights_sha256, exact_in_transformers, note}
-    write_hf(weights, out)            the same with preprocessor_config.json in place of the section
+    write_hf(weights, out)            the same without the section
     write_pth(weights, out, format)   one .pth: nvlabs and mmseg {"state_dict", "meta"}, smp the bare state
 
-An export of another backbone than MiT has our names and that section alone.
+transformers.pipeline("image-segmentation", out) shows images to the model as evaluations do here, whole and
+at their own size, and pipeline("image-classification", out) the center of each. It can't reduce larger images
+to the long_side of the training; the note in config.json says so. An export of another backbone than MiT has
+our names and that section alone.
 
 Every file appears whole or not at all. Refuses, with ConfigError, a folder with other files or a model that
 we did not write, a .pth that exists, a place that can't be written, metadata that does not fit, and a model
@@ -40,6 +44,8 @@ from segformer.models.weights.tensor_files import CONFIG_FILE, MODEL_FILE, PREPR
 IMAGENET_MEAN = [123.675, 116.28, 103.53]
 IMAGENET_STD = [58.395, 57.12, 57.375]
 
+_USUAL_VIEW = (224, 256)  # of a classifier that does not say its own, as every ImageNet score is measured
+
 _ARCHITECTURES = {
     "segmentation": "SegformerForSemanticSegmentation",
     "classification": "SegformerForImageClassification",
@@ -52,6 +58,9 @@ _NO_PLACE = {  # (format, kind of model) -> why the format can't hold it
     ("mmseg", "classification"): "its models segment",
 }
 _SMP_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5")
+_REDUCED = (
+    "; it was trained and scored on images of at most {} pixels a side: give transformers no larger ones"
+)
 _NOTES = {
     True: "transformers computes the same logits: it uses LayerNorm eps 1e-5 everywhere, as this model does",
     False: "exact in segformer only: transformers uses LayerNorm eps 1e-5 everywhere, whatever its config "
@@ -65,26 +74,18 @@ def write_export(weights: Weights, out: Path, **extra: Any) -> list[Path]:
     section = {**_section(weights), **weights.provenance, **extra}
 
     def config_of(model_file: Path) -> dict[str, Any]:
-        exact = profile == "hf"
-        end = {"weights_sha256": sha256_of(model_file), "exact_in_transformers": exact, "note": _NOTES[exact]}
+        exact, side = profile == "hf", weights.metadata.long_side
+        note = _NOTES[exact] + (_REDUCED.format(side) if side else "")
+        end = {"weights_sha256": sha256_of(model_file), "exact_in_transformers": exact, "note": note}
         sizes = _hf_config(weights) if _is_mit(weights) else {}
         return {**sizes, "segformer": {**section, **end}}
 
-    return _write_directory(weights, out, profile, config_of)
+    return _write_directory(weights, out, profile, config_of, theirs=_is_mit(weights))
 
 
 def write_hf(weights: Weights, out: Path) -> list[Path]:
     """Write a directory of transformers, which runs every LayerNorm with eps 1e-5; returns its files."""
-    section = _section(weights)
-    preprocessor = {
-        "image_processor_type": "SegformerImageProcessor",
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [round(value / 255, 9) for value in section["mean"]],
-        "image_std": [round(value / 255, 9) for value in section["std"]],
-    }
-    return _write_directory(weights, out, "hf", lambda _: _hf_config(weights), preprocessor)
+    return _write_directory(weights, out, "hf", lambda _: _hf_config(weights), theirs=True)
 
 
 def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
@@ -120,32 +121,54 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
     return [out]
 
 
+def _preprocessor(weights: Weights) -> dict[str, Any]:
+    """How transformers' image processor makes of an image what an evaluation here shows to the model.
+
+    Its SegformerImageProcessor can't cut out a center, which a classifier sees; BiT's does all of it.
+    """
+    section = _section(weights)
+    view: dict[str, Any] = {"image_processor_type": "SegformerImageProcessor", "do_resize": False}
+    if weights.arch.kind == "classification":
+        size, short = weights.metadata.view or _USUAL_VIEW
+        view = {
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": short},
+            "resample": 2,  # PIL's bilinear, which averages where it shrinks
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+        }
+    return view | {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [round(value / 255, 9) for value in section["mean"]],
+        "image_std": [round(value / 255, 9) for value in section["std"]],
+    }
+
+
 def _write_directory(
-    weights: Weights,
-    out: Path,
-    profile: str,
-    config_of: Callable[[Path], dict[str, Any]],
-    preprocessor: dict[str, Any] | None = None,
+    weights: Weights, out: Path, profile: str, config_of: Callable[[Path], dict[str, Any]], *, theirs: bool
 ) -> list[Path]:
     """Write all files beside their places, sync, and only then put them there, config.json last.
 
     A full disk leaves the older files as they were; a crash leaves no description of other weights.
     """
-    names = [CONFIG_FILE, *([PREPROCESSOR_FILE] if preprocessor else []), MODEL_FILE]
+    names = [CONFIG_FILE, *([PREPROCESSOR_FILE] if theirs else []), MODEL_FILE]
     with _writing(weights, out):
         _claim_folder(out)
         named = weights.state
-        if _is_mit(weights) or PREPROCESSOR_FILE in names:
+        if theirs:
             named = from_ours(named, "hf", bare=weights.arch.kind == "encoder")  # as transformers does
         out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             places = {name: stack.enter_context(staged(out / name)) for name in names}
             whole = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
             write_tensors(whole, places[MODEL_FILE], {"format": "pt", _MARK: profile})
-            for name, content in ((PREPROCESSOR_FILE, preprocessor), (CONFIG_FILE, None)):
-                if name in places:
-                    text = json.dumps(content or config_of(places[MODEL_FILE]), indent=2)
-                    places[name].write_text(text, encoding="utf-8")
+            contents = {CONFIG_FILE: config_of(places[MODEL_FILE])}
+            contents |= {PREPROCESSOR_FILE: _preprocessor(weights)} if theirs else {}
+            for name, content in contents.items():
+                places[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
             for place in places.values():
                 sync(place)
             for name in (CONFIG_FILE, PREPROCESSOR_FILE):

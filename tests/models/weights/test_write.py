@@ -216,7 +216,7 @@ def test_our_own_directories_are_replaced_but_not_what_transformers_saved_over_t
         write(weights, tmp_path, target)
     (tmp_path / "config.json").unlink()  # a crash while it was replaced
     write(weights, tmp_path, "ours")
-    assert sorted(contents(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(contents(tmp_path)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     (tmp_path / ".plain").touch()
     assert modes == {(tmp_path / ".plain").stat().st_mode & 0o777}  # as the umask says
