@@ -20,7 +20,7 @@ from segformer.training.config import RunConfig, compose
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
-MAX_ENTRIES = 13
+MAX_ENTRIES = 14
 
 # Rooms, and the modules of each; a module imports only what stands before it, here and in its row.
 ROOMS: dict[str, str] = {
@@ -41,12 +41,13 @@ ROOMS: dict[str, str] = {
     "models.weights": "key_maps bundle class_map tensor_files read write load",
     "models..": "segformer macs",
     "telemetry": "jsonl meter trackers machine progress logger profiling",
-    "evaluation": "metrics inference_mode drawing evaluate",
+    "evaluation": "metrics bootstrap inference_mode drawing evaluate",
     "training": (
         "losses optim overrides help config sizing task directory stopping step header run recovery loop"
     ),
-    "inference": "page export convert score photograph predictor predict pictures report",
+    "inference": "page export convert score photograph predictor predict pictures report compared compare",
     "job": "",
+    "sweep": "plan queue",
     "slurm": "attempts settings queue code script after task submission commands",
     "doctor": "memory scan judge doctor",
 }
@@ -82,7 +83,7 @@ OWNERS: dict[str, set[str]] = {
     },
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
-    "matplotlib": {"inference.pictures"},
+    "matplotlib": {"inference.pictures", "inference.compare"},
     "triton": {module for module in ORDER if module.endswith("_triton")},
     "torch": set(ORDER),
     "numpy": set(ORDER),

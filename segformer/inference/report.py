@@ -161,7 +161,7 @@ def _class_table(row: dict[str, Any], cfg: RunConfig) -> Html:
         heads, images = ("top-1, %", "top-5, %", "images"), sum(count for count, *_ in counts)
         total = ("all", row.get("top1"), row.get("top5"), images)
         scores = [(*(hits / n if n else None for hits in right), n) for n, *right in counts]
-    names, colors = _class_names(cfg), class_palette(cfg.data)
+    names, colors = class_names(cfg), class_palette(cfg.data)
     lines = []
     for k, figures in enumerate(scores):
         name = escape(names[k] if k < len(names) else f"class {k}")
@@ -175,7 +175,7 @@ def _class_table(row: dict[str, Any], cfg: RunConfig) -> Html:
     return section(title, shown)
 
 
-def _class_names(cfg: RunConfig) -> list[str]:
+def class_names(cfg: RunConfig) -> list[str]:
     """The names in the configuration, or in the shards where it leaves them to these; [] without both."""
     if named := cfg.data.classes or cfg.data.class_dirs:
         return list(named)

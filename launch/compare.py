@@ -1,0 +1,24 @@
+"""Compare runs: scores with intervals, curves, settings that differ, the same images side by side.
+
+    python launch/compare.py runs/a runs/b runs/c
+    python launch/compare.py runs=[runs/a,runs/b] output=comparison
+    python launch/compare.py runs/lr            every run in a folder, such as that of a sweep
+
+The first run is the one that the others are held against. Prints a table and writes
+<output>/index.html, a page that opens offline, and <output>/comparison.csv.
+"""
+
+import json
+import sys
+
+from segformer.errors import importing
+
+with importing(__name__):
+    from segformer.inference.compare import CompareConfig, compare
+    from segformer.training.config import cli
+
+if __name__ == "__main__":
+    paths = [one for one in sys.argv[1:] if "=" not in one and not one.startswith("-")]
+    others = [one for one in sys.argv[1:] if one not in paths]
+    sys.argv[1:] = [*([f"runs=[{','.join(map(json.dumps, paths))}]"] if paths else []), *others]
+    cli(CompareConfig, "compare", compare)

@@ -1,0 +1,302 @@
+"""A sweep at work: its runs as processes on free devices, rung by rung, and the comparison at the end.
+
+    runs/<name>/sweep.json       the plan (plan.py)
+    runs/<name>/<run>/           a run directory as any other
+    runs/<name>/<run>.out        what its process printed
+    runs/<name>/comparison/      the comparison of the runs, best first
+
+How far a run is, its directory says: a sweep that was stopped or killed goes on with the same command, trains
+nothing twice and ends with the same weights and ranking. Runs that a killed sweep has left at work hold
+.running locked, and are waited for. A run that fails is named and left where it is; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from segformer.checkpoint.lease import Lease
+from segformer.checkpoint.reader import newest_state
+from segformer.distributed.world import StopFlag
+from segformer.errors import START_ALONE, ConfigError, Preempted, SegformerError, listed, reraise_as, say
+from segformer.evaluation.metrics import SCORES
+from segformer.files import lock, read_json
+from segformer.inference.compare import CompareConfig, compare
+from segformer.sweep.plan import Rung, SweepConfig, Trial, best, keep_plan, rungs, trials
+from segformer.telemetry.jsonl import newest_row, read_metrics
+from segformer.telemetry.progress import duration
+from segformer.training.config import RunConfig, compose
+from segformer.training.run import check_start
+
+POLL_S = 0.2
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run that is to be trained to a step, or to its end."""
+
+    trial: Trial
+    folder: Path
+    config: RunConfig
+    stop_at: int | None = None
+
+    @property
+    def overrides(self) -> list[str]:
+        """What launch/train.py is started with."""
+        place = [f"name={self.trial.name}", f"run_dir={self.folder}"]
+        return [*self.trial.overrides, *place, *([f"stop_at={self.stop_at}"] if self.stop_at else [])]
+
+    def done(self) -> bool:
+        """The run has been trained that far, evaluated there and saved."""
+        if _ended(self.folder):
+            return True
+        state = newest_state(self.folder / "checkpoints")
+        return bool(self.stop_at and state and state.step >= self.stop_at and self._rows(self.stop_at))
+
+    def score(self) -> float | None:
+        """The score that compares models, as last measured on the way to the step; None without one."""
+        rows = self._rows()
+        value = rows[-1].get(next(iter(SCORES[self.config.data.task].NAMES))) if rows else None
+        return value if isinstance(value, float) else None
+
+    def _rows(self, step: int | None = None) -> list[dict[str, object]]:
+        rows = read_metrics(self.folder, "eval", "final")
+        last = self.stop_at or math.inf
+        return [row for row in rows if row["step"] <= last and step in (None, row["step"])]
+
+
+def _ended(run_dir: Path) -> bool:
+    """The run has made its last evaluation, and the model of that step has been exported."""
+    final = newest_row(run_dir, "final")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        exported = read_json(run_dir / "export" / "config.json")["segformer"]["step"]
+        return final is not None and (run_dir / "report.html").is_file() and exported == final["step"]
+    return False
+
+
+def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Rung]]:
+    """The runs of a sweep, each composed and checked, and the rungs.
+
+    Raises:
+        ConfigError: of the plan, or as for launch/train.py of the first run that is wrong.
+    """
+    if taken := [one for one in overrides if one.split("=")[0] in ("run_dir", "stop_at")]:
+        raise ConfigError(f"{taken[0]} is refused: the sweep sets it for each run; leave it out")
+    planned = trials(overrides, cfg.sweep)
+    stages = rungs(len({trial.setting for trial in planned}), cfg.sweep.halving)
+    jobs = []
+    for trial in planned:
+        folder = Path("runs", cfg.name, trial.name)
+        run = compose(RunConfig, "config", [*trial.overrides, f"name={trial.name}", f"run_dir={folder}"])
+        check_start(run)
+        jobs.append(Job(trial, folder, run))
+    return jobs, stages
+
+
+def describe(cfg: SweepConfig, overrides: list[str]) -> None:
+    """Print the commands of a sweep's runs, in the form that a shell takes."""
+    jobs, stages = plan_of(cfg, overrides)
+    for job in jobs:
+        print(shlex.join(["python", "launch/train.py", *_to(stages[0], job).overrides]))
+    say(_summary(jobs, stages), file=sys.stderr)
+
+
+def _summary(jobs: list[Job], stages: list[Rung]) -> str:
+    steps = [f"{rung.settings} to {100 * rung.share:.3g}% of the steps" for rung in stages[:-1]]
+    ladder = f"; settings: {', '.join([*steps, f'{stages[-1].settings} to the end'])}" if steps else ""
+    return f"{len(jobs)} runs of {stages[0].settings} settings{ladder}"
+
+
+def _to(rung: Rung, job: Job) -> Job:
+    """The job of a run at a rung."""
+    steps = max(1, round(rung.share * job.config.steps))
+    return Job(job.trial, job.folder, job.config, steps if steps < job.config.steps else None)
+
+
+class Queue:
+    """Starts runs on the devices that are free, and says how each of them ends."""
+
+    def __init__(self, train: list[str], running: int, stop: StopFlag, again: str) -> None:
+        """running: the descriptor that the runs keep open. again: how the user goes on after a stop."""
+        self.failed: list[str] = []
+        "Names of the runs that ended with an error."
+        self._train, self._running, self._stop, self._again = train, running, stop, again
+
+    def work(self, jobs: list[Job], slots: list[dict[str, str]]) -> None:
+        """Train what is not yet trained that far; `slots`: the environment of each run that works at a time.
+
+        Raises:
+            Preempted: a signal came, and the runs have ended.
+        """
+        self._wait_for_others()
+        waiting = deque(job for job in jobs if job.trial.name not in self.failed and not job.done())
+        at_work: dict[int, tuple[Job, subprocess.Popen[bytes], float]] = {}
+        told = False
+        try:
+            while at_work or (waiting and self._stop.signal is None):
+                for slot, environment in enumerate(slots):
+                    if slot not in at_work and waiting and self._stop.signal is None:
+                        job = waiting.popleft()
+                        at_work[slot] = (job, self._start(job, environment), time.monotonic())
+                if self._stop.signal is not None and not told:
+                    told = True
+                    for _, process, _ in at_work.values():
+                        process.terminate()
+                time.sleep(POLL_S)
+                for slot, (job, process, since) in list(at_work.items()):
+                    if (code := process.poll()) is not None:
+                        del at_work[slot]
+                        self._report(job, code, time.monotonic() - since)
+        finally:  # a second Ctrl-C, or a bug
+            for _, process, _ in at_work.values():
+                process.kill()
+        self._check()
+
+    def _start(self, job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """Start a run in a session of its own: Ctrl-C reaches it by us alone, and once."""
+        say(shlex.join(["python", "launch/train.py", *job.overrides]))
+        own = {key: value for key, value in os.environ.items() if key not in _OF_RANKS}
+        with _output(job).open("ab") as output:
+            return subprocess.Popen(
+                [*self._train, *job.overrides],
+                env=own | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self._running],
+            )
+
+    def _report(self, job: Job, code: int, seconds: float) -> None:
+        name, took = job.trial.name, duration(seconds)
+        if code == 0 and job.done():
+            score, where = job.score(), f"at step {job.stop_at}" if job.stop_at else "at the end"
+            shown = "no score" if score is None else f"{100 * score:.2f}"
+            say(f"{name}: {shown} {where} ({took})")
+        elif self._stop.signal is None:
+            self.failed.append(name)
+            lines = _output(job).read_text("utf-8", "replace").splitlines() or [""]
+            say(f"{name} failed with exit code {code} after {took}: {lines[-1]} (all of it: {_output(job)})")
+
+    def _wait_for_others(self) -> None:
+        """Wait for the runs that a sweep which was killed has left at work."""
+        if lock(self._running):
+            return
+        say("waiting for runs that a killed start of this sweep has left at work")
+        while not lock(self._running):
+            self._check()
+            time.sleep(POLL_S)
+
+    def _check(self) -> None:
+        if self._stop.signal is not None:
+            name = signal.Signals(self._stop.signal).name
+            raise Preempted(f"stopped by {name}; the runs have saved their states; {self._again}")
+
+
+def _output(job: Job) -> Path:
+    return job.folder.with_name(f"{job.folder.name}.out")
+
+
+def _slots(at_once: int | None) -> list[dict[str, str]]:
+    """What the environment of each run that works at a time says of its device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    runs = at_once or max(1, count)
+    if count:
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = given.split(",") if given else [str(index) for index in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": names[index % count]} for index in range(runs)]
+    if "OMP_NUM_THREADS" in os.environ or runs == 1:
+        return [{} for _ in range(runs)]
+    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // runs))} for _ in range(runs)]
+
+
+@contextlib.contextmanager
+def _taken(folder: Path) -> Iterator[int]:
+    """The folder of a sweep, for this process alone; yields a descriptor for its runs to keep open."""
+    lease = Lease.take(folder)
+    descriptor = os.open(folder / ".running", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+        lease.release()
+
+
+def sweep(cfg: SweepConfig, overrides: list[str], train: list[str]) -> list[Job]:
+    """Work through a sweep, or go on with it, and compare its runs; those that were trained to the end, best
+    first.
+
+    train: the command that trains a run; its overrides are appended.
+
+    Raises:
+        Preempted: a signal stopped it; the runs have saved their states.
+        SegformerError: the plan is wrong or another than before; runs failed, once all others are done.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"a sweep is one process that starts its runs; {START_ALONE}")
+    if cfg.dry_run:
+        describe(cfg, overrides)
+        return []
+    jobs, stages = plan_of(cfg, overrides)
+    folder = Path("runs", cfg.name)
+    with reraise_as(ConfigError, f"{folder} can't be used", "choose another name=..."):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+    with _taken(folder) as running:
+        keep_plan(folder, overrides, cfg.sweep, [job.trial for job in jobs])
+        say(f"{folder}: {_summary(jobs, stages)}")
+        with StopFlag() as stop:
+            queue = Queue(train, running, stop, f"the same command goes on with {folder}")
+            finalists = _by_rungs(queue, jobs, stages, cfg.sweep.jobs)
+        others = [job for job in jobs if job.trial not in [finalist.trial for finalist in finalists]]
+        scored = [str(job.folder) for job in [*finalists, *_ranked(others)] if job.score() is not None]
+        if len(scored) > 1:
+            compare(CompareConfig(runs=scored, output=str(folder / "comparison"), images=cfg.images))
+    if queue.failed:
+        raise SegformerError(
+            f"{len(queue.failed)} of {len(jobs)} runs failed: {listed(queue.failed)}; the same command tries "
+            "them again"
+        )
+    return finalists
+
+
+def _by_rungs(queue: Queue, jobs: list[Job], stages: list[Rung], at_once: int | None) -> list[Job]:
+    """Train the settings that go on, rung by rung; those of the last one, best first."""
+    slots = _slots(at_once)
+    for rung in stages:
+        survivors = best(_means(jobs), rung.settings) if rung is not stages[0] else list(_means(jobs))
+        jobs = [_to(rung, job) for job in jobs if job.trial.setting in survivors]
+        queue.work(jobs, slots)
+    return _ranked(jobs)
+
+
+def _means(jobs: list[Job]) -> dict[str, float | None]:
+    """Setting -> mean score over its seeds; None where one of them has none."""
+    scores: dict[str, list[float | None]] = {}
+    for job in jobs:
+        scores.setdefault(job.trial.setting, []).append(job.score())
+    known = {setting: [value for value in values if value is not None] for setting, values in scores.items()}
+    return {
+        setting: sum(known[setting]) / len(values) if len(known[setting]) == len(values) else None
+        for setting, values in scores.items()
+    }
+
+
+def _ranked(jobs: list[Job]) -> list[Job]:
+    """The jobs whose setting has a score, best first."""
+    means = _means(jobs)
+    order = best(means, len(means))
+    scored = [job for job in jobs if job.trial.setting in order]
+    return sorted(scored, key=lambda job: order.index(job.trial.setting))
