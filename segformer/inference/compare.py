@@ -88,7 +88,7 @@ def compare(cfg: CompareConfig) -> Path:
     if note:
         say(f"no intervals over images and no pictures: {note}")
     with writing(output):
-        (output / "images").mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         write_atomic(output / "comparison.csv", found.csv())
         write_curves(found, output / "curves.png")
         pictures = [] if split is None else _pictures(entries, split, output / "images", cfg)
@@ -154,6 +154,7 @@ def chosen(areas: np.ndarray, count: int) -> list[int]:
 
 def _pictures(entries: list[Entry], split: Split, folder: Path, cfg: CompareConfig) -> list[tuple[Path, str]]:
     """Draw the chosen images, one file each, in place of those of an earlier comparison; (file, caption)."""
+    folder.mkdir(exist_ok=True)
     for old in folder.glob("[0-9][0-9].jpg"):
         old.unlink()
     shown = entries[:MOST_PREDICTIONS]

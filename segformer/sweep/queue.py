@@ -38,7 +38,7 @@ from segformer.sweep.plan import Rung, SweepConfig, Trial, best, keep_plan, rung
 from segformer.telemetry.jsonl import newest_row, read_metrics
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, compose
-from segformer.training.run import check_start
+from segformer.training.directory import check_start, settled
 
 POLL_S = 0.2
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -97,11 +97,12 @@ def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Run
         raise ConfigError(f"{taken[0]} is refused: the sweep sets it for each run; leave it out")
     planned = trials(overrides, cfg.sweep)
     stages = rungs(len({trial.setting for trial in planned}), cfg.sweep.halving)
-    jobs = []
+    jobs, device = [], "cuda" if torch.cuda.is_available() else "cpu"
     for trial in planned:
         folder = Path("runs", cfg.name, trial.name)
         run = compose(RunConfig, "config", [*trial.overrides, f"name={trial.name}", f"run_dir={folder}"])
         check_start(run)
+        run, _ = settled(run, device=device, world_size=1)
         jobs.append(Job(trial, folder, run))
     return jobs, stages
 
