@@ -16,12 +16,13 @@ import shutil
 import stat
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from segformer.checkpoint.checkpointer import list_steps
-from segformer.errors import ConfigError, reraise_as
+from segformer.checkpoint.reader import CONFIG
+from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.files import write_atomic
 from segformer.slurm.attempts import attempts, step_of
 from segformer.slurm.code import copy_code
@@ -31,6 +32,7 @@ from segformer.slurm.settings import SlurmConfig
 from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, load_config, save_config
+from segformer.training.sizing import BATCH, fitting_batch, needs_sizing
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCH_S = 5.0
@@ -53,10 +55,23 @@ def plain_path(name: str, path: Path | str) -> Path:
     return whole
 
 
+def with_batch(cfg: SlurmConfig, run: RunConfig) -> RunConfig:
+    """The run with a batch that all its numbers of ranks can share, where it is left to be worked out."""
+    if "global_batch" not in run.auto:
+        return run
+    usual = BATCH["gpu" if cfg.gpus_per_node else "cpu"]
+    batch = fitting_batch(usual, _rank_counts(cfg), run.micro_batch)
+    return replace(run, global_batch=batch, auto=[key for key in run.auto if key != "global_batch"])
+
+
+def _rank_counts(cfg: SlurmConfig) -> list[int]:
+    low, high = cfg.node_range
+    return [nodes * cfg.ranks_per_node for nodes in range(low, high + 1)]
+
+
 def describe(cfg: SlurmConfig, run: RunConfig) -> str:
     """Shares of the ranks in the global batch; ConfigError where a number of nodes can't have any."""
-    low, high = cfg.node_range
-    batches = [run.batch_shape(nodes * cfg.ranks_per_node) for nodes in range(low, high + 1)]
+    batches = [with_batch(cfg, run).batch_shape(ranks) for ranks in _rank_counts(cfg)]
     return f"{cfg.nodes} nodes x {cfg.ranks_per_node} ranks, global batch {batches[-1]}"
 
 
@@ -70,6 +85,7 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
     """
     run_dir = plain_path("run_dir", run.run_dir)
     directory = plain_path("the working directory", directory or Path.cwd())
+    run = with_batch(cfg, run)
     shape = describe(cfg, run)
     if cfg.dry_run:
         folder = JobFolder(run_dir / "slurm" / "0001")
@@ -218,10 +234,12 @@ def status(run_dir: Path) -> str:
 
 def progress(run_dir: Path, folder: JobFolder) -> str:
     """Progress of a run by its newest line of metrics: step, loss, speed, time to go."""
-    total = load_config(folder.config).steps
-    last = newest_row(run_dir, "train")
+    cfg = load_config(folder.config)
+    with contextlib.suppress(ConfigError, CheckpointError):  # which has the numbers that were worked out
+        cfg = load_config(run_dir / CONFIG)
+    total, last = cfg.steps, newest_row(run_dir, "train")
     if not last:
-        return f"0 of {total}"
+        return f"0 of {'?' if needs_sizing(cfg) else total}"
     step = last["step"]
     parts = [f"{step} of {total} ({100 * step / total:.0f} %)"]
     parts.append(f"loss {last['loss']:.4f}" if isinstance(last["loss"], float) else "loss not finite")

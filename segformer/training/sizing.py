@@ -167,12 +167,14 @@ def _length(cfg: RunConfig, facts: Facts) -> Chosen:
         usual, most = EPOCHS["finetune" if cfg.model.pretrained else "scratch"]
         epochs = min(usual, most / facts.images)
         if not facts.gpu:
-            longer = _written(epochs)
+            usual = epochs
             flops = training_flops(cfg.model, _size(cfg), len(facts.classes)) * facts.images
             epochs = min(epochs, max(FIRST_LOOK_EPOCHS, FIRST_LOOK_S * CPU_FLOPS / flops))
             minutes = max(1, round(epochs * flops / CPU_FLOPS / 60))
-            why = f"; a first look, about {minutes} minutes on two cores: a GPU would take epochs={longer}"
-        epochs = max(1, math.floor(epochs)) if epochs >= 1 else epochs
+            why = f", about {minutes} minutes on two cores"
+            if epochs < usual:
+                why += f": a first look, a GPU would take epochs={_written(usual)}"
+        epochs = math.floor(epochs) if epochs >= 1 else epochs
     steps = max(1, math.ceil(round(epochs * facts.images / batch, 6)))
     text = f"{_written(epochs)} epochs of {facts.images} images in batches of {batch}{why}"
     return {"steps": steps}, text
