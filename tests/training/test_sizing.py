@@ -1,5 +1,5 @@
-"""Recipes that work out their settings: the rules against closed forms on made-up indexes, what a command line
-gives, and a run that keeps its numbers on another device."""
+"""Recipes that work out their settings: the rules against closed forms on made-up indexes, what a command
+line gives, and a run that keeps its numbers on another device."""
 
 import functools
 import math
