@@ -164,10 +164,9 @@ def _length(cfg: RunConfig, facts: Facts) -> Chosen:
     batch, why = cfg.global_batch, ""
     epochs = cfg.epochs
     if epochs is None:
-        usual, most = EPOCHS["finetune" if cfg.model.pretrained else "scratch"]
-        epochs = min(usual, most / facts.images)
+        most_epochs, most = EPOCHS["finetune" if cfg.model.pretrained else "scratch"]
+        usual = epochs = min(most_epochs, most / facts.images)
         if not facts.gpu:
-            usual = epochs
             flops = training_flops(cfg.model, _size(cfg), len(facts.classes)) * facts.images
             epochs = min(epochs, max(FIRST_LOOK_EPOCHS, FIRST_LOOK_S * CPU_FLOPS / flops))
             minutes = max(1, round(epochs * flops / CPU_FLOPS / 60))
