@@ -29,7 +29,8 @@ with importing(__name__):
     from segformer.errors import ConfigError
     from segformer.slurm import commands, submission
     from segformer.slurm.settings import PROFILE_ONLY, SlurmConfig
-    from segformer.training.config import CONF, RunConfig, cli, compose
+    from segformer.training.choices import CONF, take_conf
+    from segformer.training.config import RunConfig, cli, compose
     from segformer.training.directory import check_start
     from segformer.training.overrides import near
 
@@ -64,6 +65,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def train(arguments: list[str]) -> None:
     """Submit a training run: the settings of the job are ours, all else is that of launch/train.py."""
+    conf, arguments = take_conf(arguments)
     options = [argument for argument in arguments if argument in ("--help", "-h", "--check")]
     job, training = split_overrides([argument for argument in arguments if argument not in options])
     known = {f.name for f in fields(RunConfig)} | {path.name for path in CONF.iterdir()} | {"hydra"}
@@ -72,14 +74,14 @@ def train(arguments: list[str]) -> None:
             raise ConfigError(f"{key} is not a setting; did you mean {close}?")
 
     def composed(cfg: SlurmConfig) -> None:
-        run = compose(RunConfig, "config", training)
+        run = compose(RunConfig, "config", [*conf, *training])
         check_start(run)
         if "--check" in arguments:
             submission.describe(cfg, run)
         elif submission.submit(cfg, run) and cfg.watch:
             submission.watch(submission.plain_path("run_dir", run.run_dir))
 
-    sys.argv[1:] = [*job, *(option for option in options if option != "--check")]
+    sys.argv[1:] = [*conf, *job, *(option for option in options if option != "--check")]
     cli(SlurmConfig, "slurm", composed)
     if {"--help", "-h"} & set(options):
         print("\nAnd every key of launch/train.py.")
@@ -121,8 +123,9 @@ def submit_other(command: str, arguments: list[str]) -> None:
         script = commands.EVALUATE if command == "evaluate" else commands.SHARD
         print(f"keys of the job: python launch/slurm.py --help\nall others: python {script} --help")
         return
+    conf, arguments = take_conf(arguments)
     job, rest = split_overrides(arguments)
-    cfg = compose(SlurmConfig, "slurm", job)
+    cfg, rest = compose(SlurmConfig, "slurm", [*conf, *job]), [*conf, *rest]
     if cfg.watch:
         raise ConfigError(f"watch is for training; squeue shows the jobs of {command}")
     if command == "evaluate":

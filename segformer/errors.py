@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -27,6 +28,7 @@ from typing import Any, NoReturn, TextIO
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGINT)
 "Those that ask a run to stop."
 STOPPED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+_SCRIPT = r"(?:launch|data_prep)/(\w+)\.py"
 START_ALONE = (
     "start with `deepspeed` or `torchrun`, or "
     "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT` for a single process"
@@ -150,9 +152,18 @@ def is_name(text: str) -> bool:
     )
 
 
+def as_started(text: str) -> str:
+    """A message with commands as they were started: `python launch/train.py`, or `segformer train`."""
+    if not any(os.path.basename(word) == "segformer" for word in sys.orig_argv[1:4]):
+        return text
+    text = re.sub(rf"(deepspeed [^\n]*?){_SCRIPT}", r"\1--module segformer \2", text)
+    text = re.sub(rf"(torchrun [^\n]*?){_SCRIPT}", r"\1-m segformer \2", text)
+    return re.sub(rf"(?:python )?{_SCRIPT}", r"segformer \1", text)
+
+
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Print one line, whatever is in it; on stdout unless `file` is given."""
-    print(printable(text), file=file, flush=True)
+    print(printable(as_started(text)), file=file, flush=True)
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
@@ -235,7 +246,7 @@ def ending() -> Iterator[None]:
 def error_line(error: SegformerError) -> str:
     """The line that a user reads: the kind of error, as this module names it, and its text."""
     kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
-    return printable(f"{kind.__name__}: {error}")
+    return printable(as_started(f"{kind.__name__}: {error}"))
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).resolve().parent
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+"Where conf/, launch/ and data_prep/ lie: beside the package in the repository, in it as a wheel installs it."
 MOST = 2**28  # bytes of a file that is read whole, where the caller knows nothing smaller
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 

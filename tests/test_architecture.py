@@ -43,7 +43,8 @@ ROOMS: dict[str, str] = {
     "telemetry": "jsonl meter trackers machine progress logger profiling",
     "evaluation": "metrics bootstrap inference_mode drawing evaluate",
     "training": (
-        "losses optim overrides help config sizing task directory stopping step header run recovery loop"
+        "losses optim overrides choices help config sizing task directory stopping step header run "
+        "recovery loop"
     ),
     "inference": "page export convert score photograph predictor predict pictures report compared compare",
     "job": "",
@@ -69,7 +70,7 @@ OWNERS: dict[str, set[str]] = {
     "torchmetrics": {"evaluation.metrics"},
     "webdataset": {"data.shards.packing"},
     "hydra": {"training.config"},
-    "omegaconf": {"training.config"},
+    "omegaconf": {"training.choices", "training.config"},
     "yaml": {"checkpoint.reader", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA | {"evaluation.drawing"},
@@ -90,7 +91,7 @@ OWNERS: dict[str, set[str]] = {
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
 HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml")
-SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/**/__init__.py")
+SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/__main__.py", "segformer/**/__init__.py")
 KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks
 
 BANNED_IMPORTS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
@@ -270,7 +271,7 @@ def module_files() -> dict[str, str]:
     found = {}
     library = ROOT / "segformer"
     for path in sorted(library.rglob("*.py")):
-        if path.name != "__init__.py":
+        if path.name not in ("__init__.py", "__main__.py"):
             found[".".join(path.relative_to(library).with_suffix("").parts)] = path.read_text("utf-8")
     return found
 

@@ -1,6 +1,6 @@
 """A copy of the code beside the run: a job that starts in two days runs what was submitted today.
 
-<target>/segformer launch conf data_prep pyproject.toml     as they were
+<target>/segformer launch conf data_prep pyproject.toml     as they were; of a wheel segformer/ has the others
 <target>/CODE.json      git commit, whether files differed from it, sha256 over all files
 <target>/CODE.diff      the difference to the commit, where there is one
 """
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from segformer.errors import ConfigError, reraise_as
-from segformer.files import staged
+from segformer.files import HOME, PACKAGE, staged
 from segformer.telemetry.machine import git
 
-PARTS = ("segformer", "launch", "conf", "data_prep", "pyproject.toml")
+ROOT = PACKAGE.parent
+PARTS = ("segformer", "launch", "conf", "data_prep", "pyproject.toml") if HOME == ROOT else ("segformer",)
+INSIDE = HOME.relative_to(ROOT)  # where launch/ and data_prep/ are, here and in a copy
 LEFT_OUT = "data_prep/sample/"  # data, which shards are made of, not code
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from segformer.errors import ConfigError
-from segformer.slurm.code import copy_code
+from segformer.slurm.code import INSIDE, ROOT, copy_code
 from segformer.slurm.queue import submit_script
 from segformer.slurm.script import JobFolder, command_script
 from segformer.slurm.settings import SlurmConfig
-from segformer.slurm.submission import ROOT, make_folder, plain_path, show_script
+from segformer.slurm.submission import make_folder, plain_path, show_script
 
 EVALUATE, SHARD = "launch/evaluate.py", "data_prep/shard.py"
 MAX_TASKS = 1000  # MaxArraySize is 1001 where a site has not raised it
@@ -63,7 +63,7 @@ def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[J
     for argument in arguments:
         if not argument.isprintable():
             raise ConfigError(f"{argument!r} is refused: it becomes part of a shell script")
-    check = [sys.executable, str(ROOT / script), *arguments, "--check"]
+    check = [sys.executable, str(ROOT / INSIDE / script), *arguments, "--check"]
     tried = subprocess.run(check, capture_output=True, text=True, check=False)
     if tried.returncode:
         message = (tried.stderr.strip() or f"{script} failed").splitlines()[-1]
@@ -72,7 +72,7 @@ def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[J
     folder = JobFolder(top / kind / "0001") if cfg.dry_run else make_folder(top, kind)
     if not cfg.dry_run:
         copy_code(ROOT, folder.code)
-    return folder, shlex.join([sys.executable, "-u", str(folder.code / script), *arguments])
+    return folder, shlex.join([sys.executable, "-u", str(folder.code / INSIDE / script), *arguments])
 
 
 def _submit(cfg: SlurmConfig, script: Path, text: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from segformer.slurm.attempts import attempt_line
+from segformer.slurm.code import INSIDE
 from segformer.slurm.settings import SlurmConfig, minutes
 
 
@@ -36,7 +37,7 @@ class JobFolder:
 
 def training_script(cfg: SlurmConfig, name: str, folder: JobFolder, directory: Path, run_dir: Path) -> str:
     """The script of the training job called `name` whose files are in `folder`, run in `directory`."""
-    start = [sys.executable, "-u", str(folder.code / "launch" / "slurm_job.py")]
+    start = [sys.executable, "-u", str(folder.code / INSIDE / "launch" / "slurm_job.py")]
     lines = [
         "trap : TERM USR2 CONT",
         attempt_line(run_dir, cfg.ranks_per_node),

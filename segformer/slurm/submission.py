@@ -25,7 +25,7 @@ from segformer.checkpoint.reader import CONFIG
 from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.files import write_atomic
 from segformer.slurm.attempts import attempts, step_of
-from segformer.slurm.code import copy_code
+from segformer.slurm.code import ROOT, copy_code
 from segformer.slurm.queue import JobState, job_state, slurm, submit_script, would_start
 from segformer.slurm.script import JobFolder, training_script
 from segformer.slurm.settings import SlurmConfig
@@ -34,7 +34,6 @@ from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, load_config, save_config
 from segformer.training.sizing import BATCH, fitting_batch, needs_sizing
 
-ROOT = Path(__file__).resolve().parents[2]
 WATCH_S = 5.0
 PATIENCE = 12  # looks at a job that Slurm doesn't know: its controller may be starting again
 _PATH = re.compile(r"[A-Za-z0-9._/+@=-]+(?: [A-Za-z0-9._/+@=-]+)*")

@@ -82,7 +82,8 @@ def _version(package: str) -> str | None:
 
 def git(root: Path, *command: str) -> bytes | None:
     """Output of git; None where it, or the repository, is not there."""
-    if not shutil.which("git"):
+    # A wheel may lie below the repository of something else.
+    if not shutil.which("git") or not (root / ".git").exists():
         return None
     line = ["git", "--no-optional-locks", "-C", str(root), *command]
     done = subprocess.run(line, capture_output=True, check=False)

@@ -10,6 +10,7 @@ folder and drop results.
     python launch/train.py experiment=sample steps=100      overrides in hydra's grammar
     python launch/train.py --help                           every key, explained, with its value
     python launch/train.py ... --check                      composes and checks, and does nothing else
+    python launch/train.py ... --conf mydir                 with the files of one's own (choices.py)
     --local_rank=N                                          from `deepspeed`; ignored, the environment has it
 
 Values from the environment (`${oc.env:...}`) are refused: they would end up in saved configurations and in
@@ -39,6 +40,7 @@ from segformer.data.sources.division import EVAL_SPLIT
 from segformer.distributed.engine import EngineConfig
 from segformer.errors import (
     ConfigError,
+    as_started,
     at_least,
     ending,
     is_main_rank,
@@ -51,12 +53,12 @@ from segformer.files import write_atomic
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
 from segformer.telemetry.profiling import ProfileConfig
+from segformer.training.choices import CONF, choices, conf_folders, take_conf
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
 from segformer.training.overrides import check_values, checked, flat, give_way, refusal, unreadable
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 FROZEN = (
     "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
     "optim", "engine.grad_clip", "engine.sync_batchnorm",
@@ -207,7 +209,8 @@ def to_run_config(settings: dict[str, Any], source: str) -> RunConfig:
 def compose(schema: type[_T], config_name: str, overrides: list[str]) -> _T:
     """conf/<config_name>.yaml with `overrides`, checked against `schema`.
 
-    The YAML's defaults list starts with `<config_name>_schema`, so that an unknown key fails.
+    Among the overrides may be --conf=<folder> (choices.py). The YAML's defaults list starts with
+    `<config_name>_schema`, so that an unknown key fails.
 
     Raises:
         ConfigError: unknown key, group option or value; it names the nearest that exists.
@@ -240,6 +243,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -248,11 +252,17 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     store.store(name=f"{config_name}_schema", node=schema)
     for variant in VARIANTS:
         store.store(group="model", name=variant, node={"variant": variant})
-    names = choices(config_name)
+    options, overrides = take_conf(overrides)
+    own = conf_folders(options)
+    names = choices(config_name, own)
     taken = [checked(schema, names, override) for override in overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra_compose(config_name, overrides=taken)
+            path = GlobalHydra.instance().config_loader().get_search_path()
+            for folder in reversed(own):
+                path.prepend("own", f"file://{folder}")
+            again = [f"hydra.searchpath={[f'file://{CONF}']}"] if own else []  # hydra looks at the path anew
+            composed = hydra_compose(config_name, overrides=taken + again)
         _refuse_resolvers(composed)
         OmegaConf.resolve(composed)
         if issubclass(schema, RunConfig):
@@ -271,16 +281,6 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
             if name not in names and re.match(rf"{re.escape(name)}\b", key):
                 message = refusal(schema, key, printable(given))
         raise ConfigError(message) from error
-
-
-def choices(config_name: str) -> dict[str, list[str]]:
-    """Names that each group of a command can be set to: files of conf/<group>, variants of the model."""
-    from omegaconf import OmegaConf
-
-    defaults = OmegaConf.load(CONF / f"{config_name}.yaml").defaults
-    groups = [key.split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
-    found = {group: sorted(path.stem for path in CONF.glob(f"{group}/*.yaml")) for group in groups}
-    return {group: [*VARIANTS, *names] if group == "model" else names for group, names in found.items()}
 
 
 def _refuse_resolvers(config: Any) -> None:
@@ -325,7 +325,8 @@ def cli(
 
             values = OmegaConf.to_container(_compose(schema, config_name, overrides))
             usage = inspect.getdoc(sys.modules["__main__"]) or ""
-            pydoc.pager(help_text(schema, values, usage, choices(config_name)) + "\n")  # type: ignore[arg-type]
+            names = choices(config_name, conf_folders(take_conf(overrides)[0]))
+            pydoc.pager(as_started(help_text(schema, values, usage, names)) + "\n")  # type: ignore[arg-type]
             return
         try:
             cfg = compose(schema, config_name, overrides)

@@ -28,6 +28,7 @@ FIRST = (
 def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: dict[str, list[str]]) -> str:
     """The help of a command: `usage` first, then names by group, then the keys of `schema`."""
     lines = [usage, "", "--check looks at the settings and does nothing else."]
+    lines += ["--conf <folder> adds files of your own: <folder>/data/mine.yaml is data=mine."]
     if choices:
         lines += ["", "NAMES, to be chosen by group=name"]
         for group, names in choices.items():

@@ -3,7 +3,6 @@
 import ast
 import re
 import runpy
-import shutil
 import sys
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
@@ -14,8 +13,8 @@ from segformer.errors import ConfigError, SegformerError
 from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
 from segformer.training import config
+from segformer.training.choices import CONF
 from segformer.training.config import (
-    CONF,
     FROZEN,
     RunConfig,
     cli,
@@ -170,13 +169,12 @@ def test_help_shows_names_and_the_values_of_this_command_line(monkeypatch, capsy
     assert re.search(r"^  data +ade20k, ", text, re.MULTILINE)
 
 
-def test_a_mistake_in_a_file_names_file_and_key(tmp_path, monkeypatch):
-    shutil.copytree(CONF, tmp_path / "conf")
-    monkeypatch.setattr(config, "CONF", tmp_path / "conf")
+def test_a_mistake_in_a_file_names_file_and_key(tmp_path):
+    (tmp_path / "conf/data").mkdir(parents=True)
     for line, wanted in (("clases: [a]", "data.clases"), ("classes: 3", "data.classes")):
         (tmp_path / "conf/data/mine.yaml").write_text(line)
         with pytest.raises(ConfigError) as caught:
-            run_config("data=mine")
+            run_config(f"--conf={tmp_path}/conf", "data=mine")
         assert "\n" not in str(caught.value)
         assert "data/mine" in str(caught.value)
         assert wanted in str(caught.value)
@@ -249,3 +247,34 @@ def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change(
 def test_the_micro_batch_shares_the_global_batch_out():
     cfg = run_config("global_batch=16")
     assert [cfg.batch_shape(ranks).micro_batch for ranks in (1, 2, 4, 16)] == [16, 8, 4, 1]
+
+
+def test_folders_of_ones_own_stand_beside_conf_and_win(tmp_path, monkeypatch, capsys):
+    for name, text in (
+        ("data/mine.yaml", "name: mine\nclasses: [a, b]\n"),
+        ("data/sample.yaml", "name: other\n"),
+        ("experiment/night.yaml", "# @package _global_\ndefaults:\n  - override /data: mine\nsteps: 7\n"),
+    ):
+        (tmp_path / "my conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my conf" / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    own = "--conf=my conf"
+    cfg = run_config(own, "experiment=night", "model=b1")
+    assert (cfg.data.name, cfg.data.classes, cfg.steps, cfg.model.variant) == ("mine", ["a", "b"], 7, "b1")
+    assert run_config(own, "experiment=sample").data.name == "other"
+    assert run_config("--conf", "my conf", "data=mine").data.name == "mine"
+    assert run_config("experiment=sample").data.name == "sample"
+    with pytest.raises(ConfigError, match=r"data=nine does not exist; use one of ade20k.*, mine, "):
+        run_config(own, "data=nine")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--conf", "my conf", "--help"])
+    cli(RunConfig, "config", lambda cfg: pytest.fail("it ran"))
+    assert re.search(r"^  experiment .*\bnight\b", capsys.readouterr().out, re.MULTILINE | re.DOTALL)
+
+
+def test_a_folder_that_would_replace_the_commands_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    with pytest.raises(ConfigError, match=r"config.yaml belongs to this system; .*experiment/config.yaml"):
+        run_config(f"--conf={tmp_path}")
+    for option in ("--conf=", "--conf=absent"):
+        with pytest.raises(ConfigError, match=f"{option} is no folder"):
+            run_config(option)

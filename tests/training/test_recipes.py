@@ -14,7 +14,8 @@ from segformer.distributed.engine import EngineConfig
 from segformer.errors import ConfigError
 from segformer.models.segformer import MiTClassifier, build_encoder, build_model
 from segformer.slurm.settings import SlurmConfig
-from segformer.training.config import CONF, RunConfig, compose
+from segformer.training.choices import CONF
+from segformer.training.config import RunConfig, compose
 from segformer.training.optim import build_optimizer, set_learning_rate
 
 RECIPES = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
