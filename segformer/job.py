@@ -1,10 +1,13 @@
-"""A whole job on all its ranks: train or continue a run, then export its model and write its report.
+"""A whole job on all its ranks: train or continue a run, then export its models and write its report.
 
 `launch/train.py` and the tasks of a Slurm job are this function.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from segformer.checkpoint.reader import newest_state
 from segformer.distributed.world import init_world
 from segformer.inference.export import ExportConfig, export
 from segformer.inference.report import ReportConfig, report
@@ -13,7 +16,7 @@ from segformer.training.loop import train
 
 
 def run_job(cfg: RunConfig) -> None:
-    """Train on all ranks; rank zero then exports the newest checkpoint and writes the report.
+    """Train on all ranks; rank zero then exports the newest and the best checkpoint, and writes the report.
 
     Raises:
         SegformerError: see `train`; the export and the report are left out then.
@@ -25,4 +28,7 @@ def run_job(cfg: RunConfig) -> None:
         world.close()
     if world.is_main:
         export(ExportConfig(checkpoint=cfg.run_dir))
+        state = newest_state(Path(cfg.run_dir) / "checkpoints")
+        if state is not None and state.best_step is not None:  # None where no score is a number
+            export(ExportConfig(checkpoint=cfg.run_dir, step="best", output=f"{cfg.run_dir}/export_best"))
         report(ReportConfig(checkpoint=cfg.run_dir))

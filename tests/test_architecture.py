@@ -43,8 +43,8 @@ ROOMS: dict[str, str] = {
     "telemetry": "jsonl meter trackers machine progress logger profiling",
     "evaluation": "metrics bootstrap inference_mode drawing evaluate",
     "training": (
-        "losses optim overrides choices help config sizing task directory stopping step header run "
-        "recovery loop"
+        "losses optim early_stop overrides choices help config sizing task directory stopping step header "
+        "run recovery loop"
     ),
     "inference": "page export convert score photograph predictor predict pictures report compared compare",
     "job": "",

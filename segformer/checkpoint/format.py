@@ -54,6 +54,8 @@ class TrainState:
     "Step of best_score."
     evaluated: int = 0
     "The step that was evaluated last; 0 before the first, and in states of older versions."
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    "Step and scores of each evaluation of eval_every, for early_stop; an older version has none."
     corrupt: list[int] = field(default_factory=list)
     "Samples of the training split that were found corrupt and replaced."
     skipped: int = 0

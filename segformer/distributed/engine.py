@@ -266,8 +266,9 @@ def build_engine(
     size = sum(parameter.numel() for parameter in model.parameters())
     config = deepspeed_config(cfg, batch, stage=stage, precision=precision, num_parameters=size)
     deepspeed = _import_deepspeed()
-    from deepspeed.utils import logger
+    from deepspeed.utils import groups, logger
 
+    groups._WORLD_GROUP = None  # where the process trains again, that of a group which is closed by now
     logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     logger.addFilter(_is_news)
     if world.device.type == "cpu":

@@ -22,6 +22,7 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError, reraise_as, say
+from segformer.evaluation.metrics import SCORES
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
@@ -92,7 +93,10 @@ def export(cfg: ExportConfig) -> Path:
     weights = open_checkpoint(path, cfg.step)
     check_network(weights)
     write_export(weights, out)
-    say(f"exported step {weights.provenance['step']} of {run} to {out}")
+    name, title = next(iter(SCORES[weights.arch.kind].NAMES.items()))
+    scores = weights.provenance["scores"] or {}
+    scored = f", {title} {scores[name]:.4f}" if isinstance(scores.get(name), float) else ""
+    say(f"exported step {weights.provenance['step']} of {run} to {out}{scored}")
     return out
 
 

@@ -54,6 +54,7 @@ from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.telemetry.logger import TelemetryConfig
 from segformer.telemetry.profiling import ProfileConfig
 from segformer.training.choices import CONF, choices, conf_folders, take_conf
+from segformer.training.early_stop import EarlyStopConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
@@ -120,6 +121,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

@@ -29,12 +29,13 @@ from segformer.distributed.engine import determinism
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
 from segformer.errors import CheckpointError, RunTaken, reported
-from segformer.evaluation.metrics import Scores
+from segformer.evaluation.metrics import SCORES, Scores
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import Evaluated, duration
 from segformer.training.config import RunConfig
 from segformer.training.directory import leased
+from segformer.training.early_stop import stops_early
 from segformer.training.header import draw_first_batch
 from segformer.training.recovery import count_skipped, report_replaced, roll_back
 from segformer.training.run import Services, config_summary, set_up
@@ -77,14 +78,17 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
     accumulation = cfg.batch_shape(world.size).accumulation
     ahead: list[Batch] | None = None  # the micro batches of the next step, once they are fetched
     last = min(cfg.steps, cfg.stop_at or cfg.steps)  # of this start; the schedule is that of the whole run
+    scores: Scores | None = None  # of the state as it is
     telemetry.start(model.state.step)
     meter.reset()
-    while model.state.step < last:
+    while not _ending(cfg, model.state):
         if _evaluation_due(cfg, model.state):
-            if _evaluate(cfg, world, task, model, run) is None:
+            scores = _evaluate(cfg, world, task, model, run)
+            if scores is None:
                 break  # it is made when the run goes on
             if model.state.best_step == model.state.step != run.saved.step:  # the best is always on disk
                 _save(cfg, world, model, run)
+            continue  # unless it was the last
         start, waited = time.monotonic(), 0.0
         if ahead is None:
             ahead, waited = _fetch(run, accumulation)
@@ -99,7 +103,7 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
             stopping.ask()
             waited += more
         with run.profiler.step(model.state.step + 1):
-            outcome = train_step(cfg, world, task, model, batches, losses)
+            outcome, scores = train_step(cfg, world, task, model, batches, losses), None
         step, state = model.state.step, model.state
         meter.add(cfg.global_batch, waited, time.monotonic() - start - stopping.waited)
         if run.profiler.covers(step):
@@ -118,28 +122,55 @@ def _loop(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Serv
             report_replaced(cfg, world, state, run)
         if (step == last or step % cfg.checkpoint.save_every == 0) and not state.skipped_in_a_row:
             _save(cfg, world, model, run)
-    scores = _evaluate(cfg, world, task, model, run) if model.state.step >= last else None
+    return _end(cfg, world, task, model, run, scores)
+
+
+def _end(
+    cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services, scores: Scores | None
+) -> Scores:
+    """Evaluate, save and say how the start ends; all ranks. Raises the reason where the ranks stop."""
+    state, telemetry = model.state, run.telemetry
+    if not _ending(cfg, state):
+        scores = None
+    elif scores is None:
+        scores = _evaluate(cfg, world, task, model, run)
     run.checkpoints.settle()
-    # Of a finished run only a new best step is news: one that is shown again stays as it is.
-    whole = model.state.step == cfg.steps
-    news = run.saved.best_step != model.state.best_step if whole else run.saved != model.state
-    if model.state.step and (run.checkpoints.last_saved != model.state.step or news):
+    # Of a run with all its steps only a new best is news: one that is shown again stays as it is.
+    shown = scores is not None and state.step == cfg.steps
+    news = run.saved.best_step != state.best_step if shown else run.saved != state
+    if state.step and (run.checkpoints.last_saved != state.step or news):
         _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
     if scores is None:
-        raise stopping.reason(model.state.step, Path(cfg.run_dir) / "checkpoints")
+        raise run.stopping.reason(state.step, Path(cfg.run_dir) / "checkpoints")
     for row in scores.table(task.shards.classes).splitlines():
         telemetry.line(row)
-    telemetry.line(_ending(cfg, model.state))
+    if state.best_step is not None:
+        name = next(iter(scores.NAMES.values()))
+        best = f"best {name} {state.best_score:.4f} at step {state.best_step}"
+        telemetry.line(f"{best}, last {scores.score:.4f} at step {state.step}")
+    telemetry.line(_ending(cfg, state))
     return scores
 
 
 def _ending(cfg: RunConfig, state: TrainState) -> str:
-    """The last line of a start that ends as it should."""
-    if state.step >= cfg.steps:
-        return f"finished: all {cfg.steps} steps are done"
+    """Why training ends at this step, the last line of a start; "" where it goes on."""
+    if whole := _finished(cfg, state):
+        return whole
+    if not cfg.stop_at or state.step < cfg.stop_at:
+        return ""
     goes_on = "the same command without stop_at, or with a larger one, goes on"
     return f"paused at step {state.step} of {cfg.steps} by stop_at={cfg.stop_at}; {goes_on}"
+
+
+def _finished(cfg: RunConfig, state: TrainState) -> str:
+    """Why the whole run ends at this step; "" where it does not."""
+    if state.step >= cfg.steps:
+        return f"finished: all {cfg.steps} steps are done"
+    names = SCORES[cfg.data.task].NAMES
+    why = stops_early(cfg.early_stop, names, state.evaluations) if state.evaluated == state.step else ""
+    goes_on = "early_stop.patience=0, or a larger one, goes on"
+    return why and f"stopped early at step {state.step} of {cfg.steps}: {why}; {goes_on}"
 
 
 def _fetch(run: Services, count: int) -> tuple[list[Batch], float]:
@@ -182,6 +213,7 @@ def _evaluation_due(cfg: RunConfig, state: TrainState) -> bool:
 def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: Services) -> Scores | None:
     """Scores on the evaluation split, None where the ranks stop; remembers the best step; all ranks."""
     start, state, telemetry = time.monotonic(), model.state, run.telemetry
+    counts = _evaluation_due(cfg, state)
     swapped = contextlib.nullcontext() if model.ema is None else model.ema.swapped_in(world)
     count = task.shards.split(cfg.eval_split).num_samples
     where = f"in evaluation (eval_batch={cfg.eval_batch}); lower eval_batch"
@@ -198,16 +230,20 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     run.meter.reset()  # it does not count as training time
     if scores is None:
         return None
-    kind = "final" if state.step == cfg.steps else "eval"
+    if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
+        state.best_score, state.best_step = scores.score, state.step
+    state.evaluated = state.step
+    if counts:
+        found = {key: getattr(scores, key) for key in scores.NAMES}
+        known = {key: value for key, value in found.items() if math.isfinite(value)}
+        state.evaluations = [*state.evaluations, {"step": state.step, **known}]
+    kind = "final" if _finished(cfg, state) else "eval"
     values = scores.to_dict() | {"protocol": task.protocol}
     telemetry.scores(kind, state.step, values, task.shards.classes)
     telemetry.pictures(state.step, scores.pictures)
     of = "" if model.ema is None else " of the EMA"
     how = f"{count} images, {task.protocol}, in {duration(time.monotonic() - start)}"
     telemetry.line(f"step {state.step}: validation {scores.summary()}{of} ({how})")
-    if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
-        state.best_score, state.best_step = scores.score, state.step
-    state.evaluated = state.step
     return scores
 
 

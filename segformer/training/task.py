@@ -30,7 +30,7 @@ from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.evaluation.drawing import Gallery
 from segformer.evaluation.evaluate import evaluate, protocol_of
-from segformer.evaluation.metrics import Scores
+from segformer.evaluation.metrics import SCORES, Scores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import LEAST_SIDE, ModelConfig
@@ -233,12 +233,18 @@ def check_settings(cfg: RunConfig) -> None:
     """What can be said of settings without data, on this machine; doctor, --check and every start ask it.
 
     Raises:
-        ConfigError: crops that no network takes, no loss or one that a classifier can't have, a tracker that
-            is not set up, keys that DeepSpeed refuses.
+        ConfigError: crops that no network takes, no loss or one that a classifier can't have, a score to stop
+            by that the task has not, a tracker that is not set up, keys that DeepSpeed refuses.
     """
     if min(training_crop(cfg)) < LEAST_SIDE:
         crop = training_crop(cfg)
         raise ConfigError(f"{crop_key(cfg)}: crops of {crop}; the encoder needs {LEAST_SIDE} pixels a side")
     _check_loss(cfg)
+    names = SCORES[cfg.data.task].NAMES
+    if cfg.early_stop.metric not in (None, *names):
+        raise ConfigError(
+            f"early_stop.metric={cfg.early_stop.metric} is no score of {cfg.data.task}; use one of "
+            f"{', '.join(names)}"
+        )
     cfg.telemetry.check_trackers()
     check_extra(cfg.engine)

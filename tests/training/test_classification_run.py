@@ -51,7 +51,7 @@ def test_the_report_shows_curve_scores_and_classes_without_overlays(finished):
 def test_the_export_scores_as_the_run_did(finished, capsys):
     """On several ranks: training/test_task.py."""
     run, output = finished
-    table = output[output.index("class ") : output.index("exported")].strip().splitlines()
+    table = output[output.index("class ") : output.index("best ")].strip().splitlines()
     config = EvaluateConfig(checkpoint=str(run / "export"), loader=LoaderConfig(workers=0), batch=4)
     evaluate_checkpoint(config)
     printed = "".join(capsys.readouterr())

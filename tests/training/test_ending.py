@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,19 @@ from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import init_world
+from segformer.errors import ConfigError
 from segformer.evaluation.metrics import Scores
 from segformer.models.variants import VARIANTS
 from segformer.training import loop
 from segformer.training.config import RunConfig, compose
+from segformer.training.early_stop import EarlyStopConfig, stops_early
+from segformer.training.run import check_start
 
 
 @pytest.fixture
 def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scores]]:
     """(name, overrides ...) -> the scores of a run of 6 steps, which is begun or goes on."""
-    from deepspeed.utils import groups
-
     monkeypatch.setitem(VARIANTS, *nano.SIZE)
-    groups._WORLD_GROUP = None  # DeepSpeed keeps that of a world which another test has closed
     small = ["model=nano", "augment.crop=[32,32]", "global_batch=2", "steps=6", "eval_every=2"]
     small += ["optim.ema=0.9", "model.drop_path_rate=0.1", "optim.warmup_steps=2", "optim.lr=1e-3"]
     world = init_world()
@@ -59,3 +60,67 @@ def test_a_paused_run_goes_on_as_if_it_had_not_been(run, tmp_path, metrics):
     assert steps_of(metrics, tmp_path / "whole", "eval") == [2, 4]
     assert steps_of(metrics, folder, "eval") == [2, 3, 3, 4], "that of step 4 is not repeated"
     assert steps_of(metrics, folder, "final") == [6]
+
+
+def plain_stop(scores: list[float], patience: int, gain: float) -> int | None:
+    """The number of the evaluation that ends a run, by looking back from each of them."""
+    best = [scores[0]]
+    for score in scores[1:]:
+        best.append(score if score > best[-1] and score >= best[-1] + gain else best[-1])
+    for number in range(patience, len(scores)):
+        if best[number] == best[number - patience]:
+            return number
+    return None
+
+
+def test_the_run_ends_at_the_evaluation_where_a_plain_loop_ends_it():
+    generator = random.Random(0)
+    names = {"miou": "mIoU", "macc": "mAcc"}
+    ends = set()
+    for _ in range(300):
+        scores = [generator.randrange(20) / 20 for _ in range(9)]
+        patience, gain = generator.randrange(1, 5), generator.choice((0.0, 0.1))
+        cfg = EarlyStopConfig(metric="macc", patience=patience, min_gain=gain)
+        rows = [{"step": 10 * k, "miou": 0.0, "macc": score} for k, score in enumerate(scores, 1)]
+        stopped = (k for k in range(len(rows)) if stops_early(cfg, names, rows[: k + 1]))
+        end = next(stopped, None)
+        assert end == plain_stop(scores, patience, gain), (scores, patience, gain)
+        ends.add(end)
+    assert len(ends) > 5
+    rows = [{"step": 10, "miou": 0.5}, {"step": 20}, {"step": 30, "miou": 0.5009}]
+    said = "no gain of 0.001 in mIoU for 2 evaluations, since 0.5000 at step 10"
+    assert stops_early(EarlyStopConfig(patience=2, min_gain=0.001), names, rows) == said
+    assert stops_early(EarlyStopConfig(patience=0), names, rows) == ""
+
+
+def test_an_early_stop_is_the_end_until_patience_grows_and_then_was_none(run, tmp_path, metrics):
+    whole, folder = run("whole"), tmp_path / "early"
+    stop = ["early_stop.metric=macc", "early_stop.min_gain=1"]  # the first is a gain, no other can be one
+    first = run("early", *stop, "early_stop.patience=1")
+    reason = "no gain of 1 in mAcc for 1 evaluation, since"
+    assert last_line(folder).startswith(f"stopped early at step 4 of 6: {reason}")
+    before = (folder / "checkpoints/step-00000004/model.safetensors").stat().st_mtime_ns
+    assert run("early", *stop, "early_stop.patience=1") == first
+    assert (folder / "checkpoints/step-00000004/model.safetensors").stat().st_mtime_ns == before
+    assert steps_of(metrics, folder, "train") == [1, 2, 3, 4], "a finished run trains nothing"
+    assert run("early", *stop, "early_stop.patience=2", "steps=6") == whole
+    assert_identical(saved_state(folder, 6), saved_state(tmp_path / "whole", 6))
+    left, right = (load_checkpoint(place / "checkpoints").state for place in (folder, tmp_path / "whole"))
+    assert left == right
+    assert (steps_of(metrics, folder, "eval"), steps_of(metrics, folder, "final")) == ([2], [4, 4, 6])
+
+
+def test_a_pause_does_not_move_an_early_stop(run, tmp_path):
+    stop = ["early_stop.patience=1", "early_stop.min_gain=1"]
+    run("paused", *stop, "stop_at=1")
+    run("paused", *stop, "stop_at=3")
+    run("paused", *stop)
+    assert last_line(tmp_path / "paused").startswith("stopped early at step 4 of 6")
+
+
+def test_a_score_that_the_task_has_not_is_refused(tiny):
+    check_start(compose(RunConfig, "config", tiny("right", "early_stop.metric=aacc")))
+    with pytest.raises(
+        ConfigError, match=r"early_stop.metric=top1 is no score of segmentation; use one of miou"
+    ):
+        check_start(compose(RunConfig, "config", tiny("wrong", "early_stop.metric=top1")))

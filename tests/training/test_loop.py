@@ -62,6 +62,11 @@ def test_a_run_leaves_metrics_checkpoints_export_and_report(finished, metrics):
     assert len(list((run_dir / "overlays").glob("*.jpg"))) == 2
     assert f"{100 * final[0]['miou']:.2f}" in output
     assert "report.html" in output
+    best, exported = open_checkpoint(run_dir, "best"), open_checkpoint(run_dir / "export_best")
+    assert all(torch.equal(exported.state[name], value) for name, value in best.state.items())
+    assert f"exported step {state.best_step} of {run_dir} to {run_dir}/export_best, mIoU" in output
+    told = f"best mIoU {state.best_score:.4f} at step {state.best_step}, last"
+    assert told in (run_dir / "log.txt").read_text()
 
 
 def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished):
@@ -79,7 +84,7 @@ def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished)
 
 def test_evaluating_the_run_gives_the_final_table(finished, capsys):
     run_dir, _, output = finished
-    table = output[output.index("class ") : output.index("exported")].strip().splitlines()
+    table = output[output.index("class ") : output.index("best ")].strip().splitlines()
     config = run_dir / "config.yaml"
     whole = config.read_text()
     config.write_text(whole.partition("augment:")[0])  # mean and std are gone, and the epsilons
@@ -92,7 +97,7 @@ def test_evaluating_the_run_gives_the_final_table(finished, capsys):
 @pytest.mark.slow
 def test_a_damaged_config_yaml_gives_the_same_table_or_one_line(finished, tmp_path, run_ranks):
     run_dir, _, output = finished
-    table = output[output.index("class ") : output.index("exported")].strip()
+    table = output[output.index("class ") : output.index("best ")].strip()
     folder = tmp_path / "copy"
     shutil.copytree(run_dir, folder)
     text = (folder / "config.yaml").read_bytes()
