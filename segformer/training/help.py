@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -27,6 +28,9 @@ FIRST = (
 
 def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: dict[str, list[str]]) -> str:
     """The help of a command: `usage` first, then names by group, then the keys of `schema`."""
+    for key in values.get("auto", []):  # what stands there is not what the run will have
+        *groups, name = key.split(".")
+        functools.reduce(dict.__getitem__, groups, values)[name] = "sized"
     lines = [usage, "", "--check looks at the settings and does nothing else."]
     lines += ["--conf <folder> adds files of your own: <folder>/data/mine.yaml is data=mine."]
     if choices:

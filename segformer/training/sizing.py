@@ -222,14 +222,17 @@ def _intervals(cfg: RunConfig, facts: Facts) -> Chosen:
     every = math.ceil(cfg.steps / count)
     save, keep = min(every, 2000), cfg.checkpoint.keep_every
     save = next(number for number in range(save, 0, -1) if keep % number == 0)
-    most = 4 * CROP[facts.kind] ** 2
+    values = {"eval_every": every, "checkpoint.save_every": save}
+    return values, f"{count} evaluations, so that they take about a tenth of the time at most"
+
+
+def _reports(cfg: RunConfig, facts: Facts) -> Chosen:
+    pixels = 4 * CROP[facts.kind] ** 2
     values = {
-        "eval_every": every,
-        "checkpoint.save_every": save,
-        "eval_batch": max(1, min(8, most // facts.eval_side)),
+        "eval_batch": max(1, min(8, pixels // facts.eval_side)),
         "telemetry.log_every": max(1, min(50, cfg.steps // 40)),
     }
-    return values, f"{count} evaluations, which take about a tenth of the time at most"
+    return values, f"images of up to {pixels} pixels in all; about 40 lines of log, more of a long run"
 
 
 def _class_weights(cfg: RunConfig, facts: Facts) -> Chosen:
@@ -241,7 +244,10 @@ def _class_weights(cfg: RunConfig, facts: Facts) -> Chosen:
     weights = balanced_weights(facts.class_pixels.tolist(), weighting or "auto")
     order = np.argsort(weights)[::-1]
     each = [f"{facts.classes[k]} {weights[k]:.2f} ({share[k]:.2%})" for k in order]
-    why = f"{weighting}: " if weighting else f"{rare} classes have under {RARE:.0%} of the pixels: "
+    if weighting:
+        why = "auto, which is sqrt: " if weighting == "auto" else f"{weighting}: "
+    else:
+        why = f"{rare} of {len(share)} classes with under {RARE:.0%} of the pixels; sqrt: "
     return {"loss.class_weights": weights}, why + listed(each, 12)
 
 
@@ -253,7 +259,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig, Facts], Chosen]], ...] 
     (("optim.lr", "optim.head_lr_factor"), _learning_rate),
     (("optim.warmup_steps",), _warmup),
     (("model.drop_path_rate",), _drop_path),
-    (("eval_every", "checkpoint.save_every", "eval_batch", "telemetry.log_every"), _intervals),
+    (("eval_every", "checkpoint.save_every"), _intervals),
+    (("eval_batch", "telemetry.log_every"), _reports),
     (("loss.class_weights",), _class_weights),
 )
 
