@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from segformer.distributed.world import World
@@ -43,6 +43,8 @@ class Watchdog:
     def __init__(self, folder: Path, world: World, timeout_s: float) -> None:
         self.path = folder / f"rank-{world.rank:05d}.txt"
         self.begun = False
+        self.record: Callable[[str], None] = lambda line: None
+        "Takes down the line that it ends the process with."
         self._world = world
         self._timeout_s = timeout_s
         self._last = time.monotonic()
@@ -70,6 +72,7 @@ class Watchdog:
             if time.monotonic() - self._last >= limit:
                 rank = "" if self._world.is_main else f"[rank {self._world.rank}] "
                 reason = self.lost(f"no progress for {limit:.0f} s")
+                self.record(f"RankLost: {reason}")
                 print(f"{rank}RankLost: {reason}", file=sys.stderr, flush=True)
                 os._exit(RankLost.exit_code)
 

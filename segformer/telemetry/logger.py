@@ -116,6 +116,17 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
+def _ended_by(error: BaseException) -> str:
+    """What ended a run, on one line."""
+    if isinstance(error, SegformerError):
+        return error_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped at once by Ctrl-C; the same command continues from the newest checkpoint"
+    if isinstance(error, SystemExit):  # of the rank that has the error
+        return f"ended by {'; '.join(getattr(error, '__notes__', [])) or 'another rank'}"
+    return f"ended by a bug: {type(error).__name__}: {printable(reason_of(error))}"
+
+
 class Telemetry:
     """The log of a run; a context manager, which closes bar, files and trackers also when training fails."""
 
@@ -163,25 +174,24 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if self.world.is_main and isinstance(error, SegformerError):
-            self._keep(error_line(error))  # printed where the command ends
-        self.close()
+        self.close("" if error is None else _ended_by(error))  # it is printed where the command ends
 
     def line(self, text: str) -> None:
         """Print a line (above the bar) and keep it in log.txt; rank zero."""
         if not self.world.is_main:
             return
         text = printable(text)
-        self._keep(text)
+        self.keep(text)
         with contextlib.suppress(OSError):  # a terminal that has gone does not take the run with it
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
             else:
                 print(text, file=sys.stderr, flush=True)
 
-    def _keep(self, text: str) -> None:
+    def keep(self, text: str) -> None:
         """A line for log.txt alone; rank zero."""
-        self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
+        if self.world.is_main:
+            self._log.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def of_rank(self, text: str) -> None:
         """A line about this rank alone: log.txt has that of rank zero, the others print theirs; any rank."""
@@ -211,7 +221,7 @@ class Telemetry:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.set_postfix_str(", ".join(figures))
-            self._keep(f"step {step} {'  '.join(figures)}")
+            self.keep(f"step {step} {'  '.join(figures)}")
         else:
             eta = duration((self.steps - step) * (values.get("step_s") or 0.0))
             self.line(f"step {step}/{self.steps}  {'  '.join(figures)}  eta {eta}")
@@ -270,14 +280,16 @@ class Telemetry:
                 self._bar.close()
             self._bar = None
 
-    def close(self) -> None:
-        """Close bar, trackers and files."""
+    def close(self, last: str = "") -> None:
+        """Close bar, trackers and files; `last` is the last line of log.txt."""
         if not self.world.is_main:
             return
         self.stop_bar()
         self._send(lambda tracker: tracker.close())
         for name, count in self._missed.items():
             self.line(f"{name} missed {count} entries; metrics.jsonl has them all")
+        if last:
+            self.keep(last)
         for file in (self._metrics, self._log):
             if file.lost:
                 self.line(f"{file.path}: {file.lost} lines could not be written; is the disk full?")

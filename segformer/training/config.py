@@ -70,6 +70,11 @@ SIZED = (
     "checkpoint.save_every", "telemetry.log_every",
 )  # fmt: skip
 "Keys that `auto` may list: those that sizing.py works out."
+# Of FROZEN, what decides the learning rate alone; it may change from optim.schedule_start on (directory.py).
+SCHEDULE = (
+    "steps", "optim.lr", "optim.schedule", "optim.schedule_start", "optim.power", "optim.warmup_steps",
+    "optim.warmup_start", "optim.min_lr_factor",
+)  # fmt: skip
 MOST_STEPS, MOST_IMAGES = 10**9, 2**20  # of a run, of a batch: above them stands a slip of the hand
 # Names of before 0.2 -> of now, where the command has the new one as a plain value.
 RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}

@@ -1,6 +1,7 @@
 """The directory of a run (docs/architecture.md draws it): who works in it, and the settings that it keeps.
 
-A run keeps the settings in FROZEN (config.py) for its life, from its first checkpoint on. What is left to be
+A run keeps the settings in FROZEN (config.py) for its life, from its first checkpoint on, but for an
+extension: docs/training.md has the table. What is left to be
 worked out (sizing.py) is decided here, by rank zero, once: a run that goes on has its numbers.
 """
 
@@ -9,19 +10,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from segformer.checkpoint.atomic import clean
-from segformer.checkpoint.format import step_name
+from segformer.checkpoint.format import TrainState, step_name
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import CONFIG, at_state, newest_state
 from segformer.distributed.rendezvous import find_place
 from segformer.distributed.world import World
 from segformer.errors import CheckpointError, ConfigError, reraise_as
 from segformer.training.config import (
+    SCHEDULE,
     RunConfig,
     frozen_difference,
     is_frozen,
@@ -114,13 +117,45 @@ def keep_config(cfg: RunConfig, run_dir: Path) -> None:
     """Compare the configuration with that of the run and write it down."""
     before = saved_config(cfg, run_dir)
     if before is not None and (changed := frozen_difference(before, cfg)):
-        export = run_dir / "export"
-        weights = export if (export / "model.safetensors").is_file() else run_dir
-        raise ConfigError(
-            f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); give what it "
-            f"has, or begin a new run from its weights: {free_name(cfg)} model.pretrained={weights}"
-        )
+        state = newest_state(run_dir / "checkpoints")
+        _check_extension(cfg, run_dir, changed, 0 if state is None else state.step)
     save_config(cfg, run_dir / CONFIG)
+
+
+def _check_extension(cfg: RunConfig, run_dir: Path, changed: list[str], step: int) -> None:
+    """ConfigError unless all that the run has learned up to `step` is what both configurations say: only the
+    length of a constant schedule changes, or a new schedule begins here."""
+    keys, does = {line.partition(":")[0] for line in changed}, "give what it has"
+    if step and keys <= set(SCHEDULE):
+        if cfg.steps < step:
+            does = f"it has come to step {step} already: give what it has, or more steps"
+        elif cfg.optim.schedule_start == step or (keys == {"steps"} and cfg.optim.schedule == "constant"):
+            return
+        elif cfg.steps > step:
+            does += f", add optim.schedule_start={step} for a new schedule from that step on"
+    export = run_dir / "export"
+    weights = export if (export / "model.safetensors").is_file() else run_dir
+    raise ConfigError(
+        f"{run_dir} belongs to a run of another configuration ({'; '.join(changed)}); {does}, or begin a new "
+        f"run from its weights: {free_name(cfg)} model.pretrained={weights}"
+    )
+
+
+def check_schedule_start(cfg: RunConfig, state: TrainState | None) -> None:
+    """CheckpointError where the checkpoint to go on from is older than the schedule, and had another."""
+    step, start = 0 if state is None else state.step, cfg.optim.schedule_start
+    if step >= start:
+        return
+    if state is None or not state.settings:
+        raise CheckpointError(f"{cfg.run_dir} has not come to optim.schedule_start={start} yet; leave it out")
+    before = to_run_config(at_state({}, state), f"{cfg.run_dir}/checkpoints/{step_name(step)}")
+    old = [f"{key}={reduce(getattr, key.split('.'), before)}" for key in SCHEDULE]
+    new = [f"{key}={reduce(getattr, key.split('.'), cfg)}" for key in SCHEDULE]
+    own = " ".join(one for one in old if one not in new)
+    raise CheckpointError(
+        f"the newest good checkpoint of {cfg.run_dir} is of step {step}, before "
+        f"optim.schedule_start={start}: first bring it there again, with {own}"
+    )
 
 
 def free_name(cfg: RunConfig) -> str:

@@ -66,6 +66,7 @@ def train(cfg: RunConfig, world: World) -> Scores:
         ) as telemetry,
         lost_ranks(watchdog),
     ):
+        watchdog.record = telemetry.keep
         for line in sizes:
             telemetry.line(line)
         task, model, run = set_up(cfg, world, telemetry, Stopping(world, flag, watchdog), lease)

@@ -26,8 +26,8 @@ along the depth, d_s being the blocks of the stages before stage s and L one mor
     warm-up  : for step < warmup_steps, a straight line from warmup_start to 1
     floor    : min_lr_factor
 
-`step` counts optimizer steps from 0; the first step runs at lr(0). There is no scheduler object: whoever
-resumes at a step has its lr, so nothing about it needs to be saved.
+`step` counts optimizer steps from 0, or from schedule_start; the first of them runs at lr(0). There is no
+scheduler object: whoever resumes at a step has its lr, so nothing about it needs to be saved.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class OptimConfig:
     "Momentum of sgd, 0 for none."
     schedule: str = "poly"
     "poly, cosine or constant; how the lr falls from the first step to the last."
+    schedule_start: int = 0
+    "Step at which the schedule begins, warm-up included: that of a run which is extended by a new one."
     power: float = 1.0
     "Exponent of the poly schedule."
     warmup_steps: int = 1500
@@ -98,7 +100,7 @@ class OptimConfig:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must be above 0 and at most 1")
         within(self, "optim.", frozen_stages=(0, 4), min_lr_factor=(0, 1))
         at_least(self, "optim.", weight_decay=0, eps=1e-37, power=0)  # fp32 has no smaller eps
-        at_least(self, "optim.", warmup_steps=0)
+        at_least(self, "optim.", warmup_steps=0, schedule_start=0)
         within(self, "optim.", head_lr_factor=(0, 1e6), warmup_start=(0, 1e6))
         if not self.lr > 0:
             raise ConfigError(f"optim.lr={self.lr} must be above 0")
@@ -110,7 +112,8 @@ class OptimConfig:
 
 
 def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
-    """lr(step) / base for step in [0, steps); see the module's formulas."""
+    """lr(step) / base for step in [schedule_start, steps); see the module's formulas."""
+    step, steps = step - cfg.schedule_start, steps - cfg.schedule_start
     decay = SCHEDULES[cfg.schedule](step / steps, cfg.power)
     decay = cfg.min_lr_factor + (1 - cfg.min_lr_factor) * decay
     if step < cfg.warmup_steps:
@@ -120,11 +123,13 @@ def lr_factor(cfg: OptimConfig, step: int, steps: int) -> float:
 
 def schedule_remark(cfg: OptimConfig, steps: int) -> str:
     """Remark on a warm-up that a run of `steps` steps does not outlast, for its log; or nothing."""
-    if cfg.warmup_steps < steps:
+    start = cfg.schedule_start
+    if cfg.warmup_steps < steps - start:
         return ""
-    peak = max(lr_factor(cfg, step, steps) for step in range(steps))
+    peak = max(lr_factor(cfg, step, steps) for step in range(start, steps))
+    length = f"steps={steps}" + (f" - optim.schedule_start={start}" if start else "")
     return (
-        f"optim.warmup_steps={cfg.warmup_steps} is not below steps={steps}: the lr only reaches "
+        f"optim.warmup_steps={cfg.warmup_steps} is not below {length}: the lr only reaches "
         f"{100 * peak:.2g} % of optim.lr={cfg.lr:g}"
     )
 

@@ -38,7 +38,7 @@ from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import LossSpike, Meter
 from segformer.telemetry.profiling import Profiler
 from segformer.training.config import RunConfig
-from segformer.training.directory import free_name
+from segformer.training.directory import check_schedule_start, free_name
 from segformer.training.header import log_start
 from segformer.training.optim import build_optimizer, freeze_stages
 from segformer.training.step import ModelState
@@ -230,6 +230,7 @@ def newest_checkpoint(
         while calm and found is not None and found.state.skipped_in_a_row:
             before = [step for step in list_steps(folder) if step < found.state.step]
             found = load_checkpoint(folder, step=before[-1]) if before else None
+        check_schedule_start(cfg, None if found is None else found.state)
         return None if found is None else found.state.step
 
     step = world.on_main(newest)

@@ -16,7 +16,13 @@ from pathlib import Path
 
 from segformer.distributed.watchdog import Watchdog
 from segformer.distributed.world import StopFlag, World
-from segformer.errors import Preempted, SegformerError
+from segformer.errors import Preempted, SegformerError, error_line
+
+MEANING = {
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "the terminal was closed",
+    signal.SIGUSR2: "the time limit of a job is near",
+}
 
 
 class Stopping:
@@ -54,10 +60,15 @@ class Stopping:
     def reason(self, step: int, folder: Path) -> BaseException:
         """The error on the rank that has one, a silent exit on the others; or Preempted. All ranks."""
         signals = [number for number in self._world.gather(self._flag.signal) if number is not None]
-        mine = self._failure.exit_code if self._failure else 0
-        if codes := [code for code in self._world.gather(mine) if code]:
-            return self._failure or SystemExit(min(codes))  # 2 before 76: starting again would not mend it
+        mine = None if self._failure is None else (self._failure.exit_code, error_line(self._failure))
+        failures = [(*one, rank) for rank, one in enumerate(self._world.gather(mine)) if one is not None]
+        if failures:
+            code, line, rank = min(failures)  # 2 before 76: starting again would not mend it
+            silent = SystemExit(code)
+            silent.add_note(f"rank {rank}: {line}")  # for the log
+            return self._failure or silent
         name = signal.Signals(signals[0]).name
+        name += f" ({MEANING[signals[0]]})" if signals[0] in MEANING else ""
         self._flag.signal = signals[0]  # on all ranks: they end now, deaf to further ones
         if not step:
             return Preempted(f"stopped before the first step by {name}; the same command begins again")

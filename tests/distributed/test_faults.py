@@ -162,6 +162,7 @@ def test_a_rank_that_hangs_or_dies_ends_the_others_in_one_line(
     assert processes[0].returncode == 76, output
     assert output.count("RankLost: another rank has ended or hangs (") == 1
     assert "Traceback" not in output
+    assert "RankLost: another rank" in (tmp_path / "lost/log.txt").read_text().splitlines()[-1]
     stacks = tmp_path / "lost" / "stacks" / "rank-00000.txt"
     if sent == signal.SIGSTOP:
         assert str(stacks) in output

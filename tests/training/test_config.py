@@ -16,9 +16,11 @@ from segformer.training import config
 from segformer.training.choices import CONF
 from segformer.training.config import (
     FROZEN,
+    SCHEDULE,
     RunConfig,
     cli,
     compose,
+    frozen,
     frozen_difference,
     load_config,
     save_config,
@@ -233,8 +235,8 @@ def test_the_frozen_part_names_what_changed_and_lets_places_and_machines_change(
     before = run_config("experiment=sample")
     free = ("name=x", "micro_batch=2", "loader.workers=3", "engine.zero_stage=3", "data.shards=x")
     assert frozen_difference(before, run_config("experiment=sample", *free)) == []
-    frozen = ("steps=7", "model=b1", "optim.lr=0.1", "engine.grad_clip=1", "classification.size=48")
-    assert frozen_difference(before, run_config("experiment=sample", *frozen)) == [
+    kept = ("steps=7", "model=b1", "optim.lr=0.1", "engine.grad_clip=1", "classification.size=48")
+    assert frozen_difference(before, run_config("experiment=sample", *kept)) == [
         "classification.size: 224 -> 48",
         "engine.grad_clip: 0.0 -> 1.0",
         "model.variant: b0 -> b1",
@@ -278,3 +280,20 @@ def test_a_folder_that_would_replace_the_commands_is_refused(tmp_path):
     for option in ("--conf=", "--conf=absent"):
         with pytest.raises(ConfigError, match=f"{option} is no folder"):
             run_config(option)
+
+
+def test_the_table_of_what_may_change_on_a_run_is_that_of_the_schema():
+    """docs/training.md names every setting once; the rows are FROZEN, SCHEDULE and the rest."""
+    text = (ROOT / "docs/training.md").read_text()
+    table = text.partition("| settings | once the run has a checkpoint |")[2].split("\n\n")[0]
+    stay, schedule, free = (re.findall("`([^`]+)`", line.split("|")[1]) for line in table.splitlines()[2:])
+    assert sorted(schedule) == sorted(SCHEDULE)
+    assert sorted([*stay, "steps"]) == sorted(FROZEN)
+    assert {key.partition(".")[0] for key in [*stay, *schedule, *free]} == {f.name for f in fields(RunConfig)}
+    for row, others in ((free, [*stay, *schedule]), (stay, [*free, *schedule])):
+        assert not set(row) & set(others)
+    cfg = compose(RunConfig, "config", ["experiment=sample"])
+    kept = frozen(cfg)
+    assert not [key for key in free if "." in key and key.partition(".")[2] in kept[key.partition(".")[0]]]
+    places = {key.partition(".")[2] for key in free if key.startswith("data.")}
+    assert {f.name for f in fields(cfg.data)} - places == kept["data"].keys()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.distributed.world import init_world
-from segformer.errors import ConfigError
+from segformer.errors import CheckpointError, ConfigError, Preempted
 from segformer.evaluation.metrics import Scores
 from segformer.models.variants import VARIANTS
 from segformer.training import loop
 from segformer.training.config import RunConfig, compose
+from segformer.training.directory import check_start
 from segformer.training.early_stop import EarlyStopConfig, stops_early
-from segformer.training.run import check_start
+from segformer.training.task import Segmentation
 
 
 @pytest.fixture
@@ -124,3 +128,95 @@ def test_a_score_that_the_task_has_not_is_refused(tiny):
         ConfigError, match=r"early_stop.metric=top1 is no score of segmentation; use one of miou"
     ):
         check_start(compose(RunConfig, "config", tiny("wrong", "early_stop.metric=top1")))
+
+
+def test_a_constant_schedule_is_extended_by_more_steps(run, tmp_path):
+    constant = "optim.schedule=constant"
+    run("whole", constant)
+    run("longer", constant, "steps=3")
+    with pytest.raises(ConfigError, match="it has come to step 3 already"):
+        run("longer", constant, "steps=2")
+    run("longer", constant)
+    assert_identical(saved_state(tmp_path / "longer", 6), saved_state(tmp_path / "whole", 6))
+
+
+def test_a_run_is_extended_by_a_new_schedule_and_goes_back_no_further(run, tmp_path, metrics):
+    """Stopped on the way it ends with the same bits; the lr is the formula counted from the old end."""
+    old = ["steps=4", "checkpoint.save_every=2", "checkpoint.keep_last=9"]
+    more = ["optim.schedule_start=4", "steps=8", "optim.warmup_steps=1", "optim.lr=5e-4"]
+    with pytest.raises(CheckpointError, match="; leave it out"):
+        run("early", *old, *more)
+    run("whole", *old)
+    with pytest.raises(ConfigError) as refused:
+        run("whole", *old, "steps=8")
+    assert "(steps: 4 -> 8); give what it has, add optim.schedule_start=4 for a new" in str(refused.value)
+    assert "begin a new run from its weights: run_dir=" in str(refused.value)
+    folder = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", folder)
+    run("whole", *old, *more)
+    rates = [row["lr"] for row in metrics(tmp_path / "whole")]
+    assert rates[4:] == pytest.approx([5e-4 * 1e-6, *(5e-4 * (1 - k / 4) for k in (1, 2, 3))], rel=1e-5)
+    run("stopped", *old, *more, "stop_at=5")
+    flip(folder / "checkpoints/step-00000005/model.safetensors")
+    run("stopped", *old, *more, "stop_at=7")
+    assert "damaged" in (folder / "log.txt").read_text()
+    for step in (7, 6, 4):
+        flip(folder / f"checkpoints/step-{step:08d}/model.safetensors")
+    with pytest.raises(CheckpointError, match="is of step 2, before ") as early:
+        run("stopped", *old, *more)
+    own = str(early.value).partition("first bring it there again, with ")[2].split()
+    assert own == ["steps=4", "optim.lr=0.001", "optim.schedule_start=0", "optim.warmup_steps=2"]
+    run("stopped", *old, *own)
+    run("stopped", *old, *more)
+    assert_identical(saved_state(folder, 8), saved_state(tmp_path / "whole", 8))
+
+
+def flip(path: Path) -> None:
+    """Damage a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def broken() -> None:
+    raise TypeError("an error\nof this program")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def without_memory() -> None:
+    raise MemoryError
+
+
+def signaled() -> None:
+    os.kill(os.getpid(), signal.SIGUSR2)
+
+
+@pytest.mark.parametrize(
+    ("accident", "error", "said"),
+    [
+        (broken, TypeError, "ended by a bug: TypeError: an error of this program"),
+        (interrupted, KeyboardInterrupt, "stopped at once by Ctrl-C; the same command continues from the ne"),
+        (
+            without_memory,
+            ConfigError,
+            "ConfigError: rank 0 is out of memory in step 2 (micro_batch=2, crop",
+        ),
+        (signaled, Preempted, "Preempted: stopped at step 2 by SIGUSR2 (the time limit of a job is near); "),
+    ],
+)
+def test_the_last_line_of_the_log_says_what_ended_the_run(run, tmp_path, monkeypatch, accident, error, said):
+    task_loss = Segmentation.loss
+    steps = iter(range(99))
+
+    def loss(*given: Any) -> Any:
+        if next(steps) == 1:
+            accident()
+        return task_loss(*given)
+
+    monkeypatch.setattr(Segmentation, "loss", loss)
+    with pytest.raises(error):
+        run("accident")
+    assert last_line(tmp_path / "accident").startswith(said)
