@@ -97,7 +97,8 @@ def settled(cfg: RunConfig, *, device: str, world_size: int) -> tuple[RunConfig,
             cfg = kept(cfg, load_config(run_dir / CONFIG), cfg.auto)
     if not needs_sizing(cfg):
         return cfg, []
-    return sized(cfg, open_shards(cfg), device=device, world_size=world_size)
+    cfg, lines = sized(cfg, open_shards(cfg), device=device, world_size=world_size)
+    return cfg, ["worked out for this data and device; what is given with the command stays:", *lines]
 
 
 def saved_config(cfg: RunConfig, run_dir: Path) -> RunConfig | None:

@@ -37,6 +37,8 @@ CPU_FLOPS = 77e9  # of two cores: b0 trains on 19 crops of 256 x 256 a second
 SHORT_EPOCHS = 50  # below, regularization costs more than it gains
 RARE = 0.01  # share of the pixels of a class
 SCRATCH_LR, FINETUNE_LR = 1e-3, 6e-5  # of b0 in batches of 8; of every encoder in batches of 16
+# Steps below which the lr is raised by sqrt(these / steps), and by how much at most.
+SHORTER = {"scratch": (5000, 1.5), "finetune": (10_000, 4.0)}
 
 Chosen = tuple[dict[str, Any], str]
 
@@ -187,22 +189,24 @@ def _scale(cfg: RunConfig, facts: Facts) -> Chosen:
 
 def _learning_rate(cfg: RunConfig, facts: Facts) -> Chosen:
     sizes, batch = VARIANTS[cfg.model.variant], cfg.global_batch
+    usual, most = SHORTER["finetune" if cfg.model.pretrained else "scratch"]
+    raised = min(most, max(1.0, math.sqrt(usual / cfg.steps)))
+    details = f"in batches of {batch}" + (f", {cfg.steps} steps are few" if raised > 1 else "")
     if not cfg.model.pretrained:
         small = VARIANTS["b0"]
         width = math.sqrt(sizes.embed_dims[-1] / small.embed_dims[-1])
         depth = (sum(sizes.depths) / sum(small.depths)) ** 0.25
-        lr = SCRATCH_LR * math.sqrt(batch / 8) / width / depth
-        why = f"random weights of {cfg.model.variant} in batches of {batch}"
+        lr = SCRATCH_LR * math.sqrt(batch / 8) / width / depth * raised
+        why = f"random weights of {cfg.model.variant} {details}"
         return {"optim.lr": _rounded(lr), "optim.head_lr_factor": 1.0}, why
-    weights = read_weights(cfg.model.pretrained)
-    fits = weights.arch.kind == "segmentation" and weights.arch.num_classes == len(facts.classes)
-    fits = fits and weights.metadata.classes in ([], facts.classes)
+    arch = (weights := read_weights(cfg.model.pretrained)).arch
+    fits = (arch.kind, arch.num_classes) == ("segmentation", len(facts.classes))
     lr = FINETUNE_LR * math.sqrt(batch / 16)
-    why = "the whole model is trained already" if fits else "a trained encoder, and a head that is new"
-    return {
-        "optim.lr": _rounded(lr),
-        "optim.head_lr_factor": 1.0 if fits else 10.0,
-    }, f"{why}, in batches of {batch}"
+    if fits and weights.metadata.classes in ([], facts.classes):
+        why = f"the whole model is trained already, in batches of {batch}"
+        return {"optim.lr": _rounded(lr), "optim.head_lr_factor": 1.0}, why
+    why = f"a trained encoder and a new head {details}"
+    return {"optim.lr": _rounded(lr * raised), "optim.head_lr_factor": 10.0}, why
 
 
 def _warmup(cfg: RunConfig, facts: Facts) -> Chosen:

@@ -102,7 +102,8 @@ def test_evaluations_are_about_ten_and_fewer_where_they_cost_a_tenth_of_the_trai
 def test_the_lr_follows_what_is_trained_already_and_what_is_new():
     def rates(change: dict, classes: int = 2) -> tuple[float, float]:
         shards = index(400, 256, 256, pixels=[50] * classes)
-        cfg = with_values(scratch(), {"auto": ["optim.lr", "optim.head_lr_factor"]} | change)
+        long = {"steps": 20_000} | change
+        cfg = with_values(scratch(), {"auto": ["optim.lr", "optim.head_lr_factor"]} | long)
         cfg, _ = sized(cfg, shards, device="cuda", world_size=1)
         return cfg.optim.lr, cfg.optim.head_lr_factor
 
@@ -110,6 +111,7 @@ def test_the_lr_follows_what_is_trained_already_and_what_is_new():
     assert plain[1] == 1
     assert rates({"global_batch": 32})[0] == pytest.approx(2 * plain[0], rel=0.05)
     of = {name: rates({"global_batch": 8, "model.variant": name})[0] for name in ("b1", "b2", "b5")}
+    assert rates({"global_batch": 8, "steps": 100})[0] == pytest.approx(1.5 * plain[0], rel=0.05)
     assert of["b5"] < of["b2"] < of["b1"] < plain[0]
     weights = SimpleNamespace(
         arch=SimpleNamespace(kind="segmentation", num_classes=3), metadata=SimpleNamespace(classes=[])
