@@ -1,7 +1,7 @@
 """SegFormer in PyTorch and the system that trains it.
 
-`import segformer` gives the model, and a trained one in use, each loaded on first use; all else is imported
-by its module (segformer.training.loop, segformer.data.shards.format and so on).
+`import segformer` gives the model, a trained one in use, and training, evaluation and export, each loaded
+on first use; all else is imported by its module (segformer.training.loop, segformer.data.shards.format ...).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from segformer.api import TrainingResult, evaluate, export, train
     from segformer.errors import CheckpointError, ConfigError, DataError, SegformerError
     from segformer.inference.predictor import Prediction, Predictor
     from segformer.models.segformer import MiTClassifier, SegFormer, build_model
@@ -22,6 +23,10 @@ _HOME = {
     "ConfigError": "segformer.errors",
     "DataError": "segformer.errors",
     "SegformerError": "segformer.errors",
+    "TrainingResult": "segformer.api",
+    "evaluate": "segformer.api",
+    "export": "segformer.api",
+    "train": "segformer.api",
     "VARIANTS": "segformer.models.variants",
     "MiTClassifier": "segformer.models.segformer",
     "ModelConfig": "segformer.models.variants",
@@ -41,7 +46,11 @@ __all__ = [
     "Predictor",
     "SegFormer",
     "SegformerError",
+    "TrainingResult",
     "build_model",
+    "evaluate",
+    "export",
+    "train",
 ]
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from segformer.checkpoint.reader import newest_state
 from segformer.distributed.world import init_world
+from segformer.evaluation.metrics import Scores
 from segformer.inference.export import ExportConfig, export
 from segformer.inference.report import ReportConfig, report
 from segformer.training.config import RunConfig
 from segformer.training.loop import train
 
 
-def run_job(cfg: RunConfig) -> None:
+def run_job(cfg: RunConfig) -> Scores:
     """Train on all ranks; rank zero then exports the newest and the best checkpoint, and writes the report.
 
     Raises:
@@ -23,7 +24,7 @@ def run_job(cfg: RunConfig) -> None:
     """
     world = init_world(cfg.engine.timeout_s)
     try:
-        train(cfg, world)
+        scores = train(cfg, world)
     finally:
         world.close()
     if world.is_main:
@@ -32,3 +33,4 @@ def run_job(cfg: RunConfig) -> None:
         if state is not None and state.best_step is not None:  # None where no score is a number
             export(ExportConfig(checkpoint=cfg.run_dir, step="best", output=f"{cfg.run_dir}/export_best"))
         report(ReportConfig(checkpoint=cfg.run_dir))
+    return scores

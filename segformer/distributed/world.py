@@ -11,10 +11,12 @@ other ranks' ones.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,13 +100,21 @@ class World:
         return outcome[0]
 
     def close(self) -> None:
-        """Leave the process group, so that the interpreter ends without warnings."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            # A thread of gloo may still be dropping the tensors of the last collective, which takes the
-            # interpreter. Where that has begun to end, the process seems to abort ("terminate called without
-            # an active exception", twice in about 100 starts on a busy machine): give the thread its turn.
-            time.sleep(0.2)
+        """Leave the process group, so that the interpreter ends without warnings.
+
+        A process alone keeps it until then: DeepSpeed holds on to the first group that it sees.
+        """
+        if self.size > 1:
+            _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo may still be dropping the tensors of the last collective, which takes the
+        # interpreter. Where that has begun to end, the process seems to abort ("terminate called without
+        # an active exception", twice in about 100 starts on a busy machine): give the thread its turn.
+        time.sleep(0.2)
 
 
 def init_world(timeout_s: float = 600.0) -> World:
@@ -142,6 +152,8 @@ def init_world(timeout_s: float = 600.0) -> World:
 def _join(place: Place, device: torch.device, timeout_s: float) -> None:
     """Make the process group; all ranks."""
     store, on_gpu = meet(place, timeout_s), device.type != "cpu"
+    if place.size == 1:
+        atexit.register(_leave)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -167,7 +179,8 @@ def limit_threads(world: World) -> None:
 
 
 class StopFlag:
-    """Set by a signal; the loop looks at it once a step.
+    """Set by a signal; the loop looks at it once a step. Only the main thread of a process may listen to
+    signals: in another one nothing sets it.
 
     Restores the previous handlers when it is left; but where an error leaves it after a signal, the process
     is about to end, and only Ctrl-C still does something (errors.ending). SIGHUP that is ignored (nohup)
@@ -179,7 +192,8 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        taken = [number for number in SIGNALS if number not in nohup]
+        here = threading.current_thread() is threading.main_thread()
+        taken = [number for number in SIGNALS if here and number not in nohup]
         self._previous = {number: signal.signal(number, self._set) for number in taken}
         return self
 

@@ -1,0 +1,146 @@
+"""Training, evaluation and export from Python: the numbers of the commands, in one process."""
+
+import multiprocessing
+import signal
+import threading
+
+import cv2
+import nano
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segformer
+from segformer.checkpoint.reader import newest_state
+from segformer.data.shards.format import ShardSet
+from segformer.errors import ConfigError, DataError
+from segformer.inference.export import open_checkpoint
+from segformer.models.variants import VARIANTS
+from segformer.training.config import RunConfig, compose
+
+CLASSES = ["background", "nucleus"]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Keywords of a run of four steps of MiT-nano."""
+    monkeypatch.setitem(VARIANTS, *nano.SIZE)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return {
+        "model": "nano", "run_dir": tmp_path / "run", "steps": 4, "global_batch": 4, "eval_every": 2,
+        "overlays": 0, "augment": {"crop": [64, 64]}, "optim": {"lr": 1e-2, "betas": [0.9, 0.99]},
+        "loader": {"workers": 0},
+    }  # fmt: skip
+
+
+class Nuclei(torch.utils.data.Dataset):
+    """A set of one's own: some images as paths, some as arrays, the masks alike."""
+
+    def __init__(self, root, split):
+        self.images = sorted((root / "images" / split).iterdir())
+        self.masks = sorted((root / "masks" / split).iterdir())
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, mask = self.images[index], self.masks[index]
+        if index % 2:
+            image, mask = (
+                cv2.imread(str(image))[..., ::-1],
+                torch.from_numpy(cv2.imread(str(mask), -1)).long(),
+            )
+        return image, mask
+
+
+def in_a_thread(function):
+    """What a call gives, or raises, where no handlers of signals can be set."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.slow
+def test_a_dataset_is_trained_on_twice_in_one_process_and_continued_in_a_thread(tiny_root, small, tmp_path):
+    sets = {"train": Nuclei(tiny_root, "train"), "val": Nuclei(tiny_root, "val"), "classes": CLASSES}
+    before = signal.getsignal(signal.SIGTERM)
+    result = segformer.train("experiment=scratch", **sets, **small)
+    assert (result.run, result.export) == (tmp_path / "run", tmp_path / "run/export")
+    assert open_checkpoint(result.best).provenance["step"] == result.best_step
+    shards = ShardSet.open(str(tmp_path / "run/data"))
+    assert [shards.split(name).num_samples for name in ("train", "val")] == [16, 3]
+    assert not (tmp_path / "run/.data").exists()
+    state = newest_state(tmp_path / "run/checkpoints")
+    assert (result.best_step, result.best_score) == (state.best_step, state.best_score)
+
+    again = small | {"run_dir": tmp_path / "again"}
+    in_a_thread(lambda: segformer.train("experiment=scratch", **sets, **again, stop_at=2))
+    other = in_a_thread(lambda: segformer.train("experiment=scratch", **sets, **again))
+    assert other.scores.to_dict() == result.scores.to_dict()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert multiprocessing.active_children() == []
+
+    scores = segformer.evaluate(result.run, loader={"workers": 0})
+    assert scores.confusion == result.scores.confusion
+    out = segformer.export(result.run, output=tmp_path / "exported", step="best")
+    masks = [segformer.Predictor(out, device="cpu")(str(path)).mask for path in sets["val"].images]
+    assert [mask.shape for mask in masks] == [cv2.imread(str(p)).shape[:2] for p in sets["val"].images]
+
+
+def test_settings_are_those_of_the_command_line(monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr("segformer.api.run_job", lambda cfg: taken.append(cfg))
+    monkeypatch.setattr("segformer.api.newest_state", lambda folder: None)
+    segformer.train(
+        "experiment=sample", run_dir=tmp_path, optim={"lr": 1e-3, "betas": (0.9, 0.95)}, micro_batch=None,
+        data={"label_map": {7: 1}, "classes": ["a (b)", "c"]}, augment={"hflip": 0, "photometric": False},
+    )  # fmt: skip
+    written = [
+        "experiment=sample", f"run_dir={tmp_path}", "optim.lr=1e-3", "optim.betas=[0.9,0.95]",
+        "micro_batch=null", "data.label_map={7: 1}", 'data.classes=["a (b)","c"]', "augment.hflip=0",
+        "augment.photometric=false",
+    ]  # fmt: skip
+    assert taken == [compose(RunConfig, "config", written)]
+    segformer.train(taken[0])
+    assert taken[1] is taken[0]
+    with pytest.raises(ConfigError, match=r"^stps is not a setting; did you mean steps\?$"):
+        segformer.train("experiment=sample", stps=4)
+    with pytest.raises(ConfigError, match=r"^stp is not a setting; did you mean step\?$"):
+        segformer.evaluate(tmp_path, stp=4)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (
+            (np.zeros((8, 8, 3)), np.zeros((8, 8), int)),
+            r"train\[1\]: .*float64 \(8, 8, 3\); of values from 0",
+        ),
+        ((np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8))), r"train\[1\]: its mask is an array of float64"),
+        ((np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 300)), r"train\[1\]: its mask has ids from 300"),
+        (np.zeros((8, 8, 3), np.uint8), r"train\[1\]: it is a ndarray; an item is a pair"),
+        (("absent.jpg", np.zeros((8, 8), int)), r"train\[1\]: No such file"),
+        (("a.tif", np.zeros((8, 8), int)), r"train\[1\]: 'a.tif' is no file of .jpg"),
+        ((np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2)), r"ids?.* 2\b"),
+    ],
+)
+def test_an_item_that_cant_be_learnt_from_is_named(tmp_path, item, message):
+    good = [(Image.fromarray(np.full((8, 8, 3), k, np.uint8)), np.eye(8, dtype=int)) for k in (1, 2, 3)]
+    with pytest.raises(DataError, match=message):
+        segformer.train(train=[good[0], item], val=good[1:], classes=CLASSES, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run/.data").exists()
+
+
+def test_a_dataset_needs_names_a_length_and_both_splits(tmp_path):
+    pairs = [(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=int))]
+    for given, message in (
+        ({"train": pairs, "val": pairs}, "classes is empty"),
+        ({"train": pairs, "classes": CLASSES}, "val is no dataset"),
+        ({"train": iter(pairs), "val": pairs, "classes": CLASSES}, "train is no dataset"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            segformer.train(run_dir=tmp_path / "run", **given)
