@@ -60,6 +60,15 @@ def test_twenty_stops_at_random_steps_change_no_bit(small, tmp_path, train_many,
     assert_identical(saved_state(tmp_path / "stopped", 62), saved_state(tmp_path / "whole", 62))
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_extension_pause_and_early_stop_killed_at_any_moment_end_in_the_same_bits(small, tmp_path, run_ranks):
+    options = ("optim.ema=0.9", "model.drop_path_rate=0.1", "augment.crop=[32,32]", "global_batch=2")
+    given = (str(tmp_path), json.dumps(small("run", *options)))
+    output = run_ranks(1, "tests/distributed/kill_training.py", *given)
+    assert int(output[0].splitlines()[-1]) > 5
+
+
 def launchers(port):
     """Commands that start two ranks, by the name of the launcher, and what they add to the environment."""
     python = [sys.executable]
