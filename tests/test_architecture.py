@@ -51,7 +51,7 @@ ROOMS: dict[str, str] = {
     "api": "",
     "sweep": "plan queue",
     "slurm": "attempts settings queue code script after task submission commands",
-    "doctor": "memory scan judge doctor",
+    "doctor": "memory measure scan judge advice doctor",
 }
 ORDER = [
     f"{room.rstrip('.')}.{module}" if module else room

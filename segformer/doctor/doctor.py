@@ -2,7 +2,10 @@
 
     source   every file of the folder that data_prep/shard.py would read
     shards   what training reads: index, digest, a sample of the images
-    run      classes, batch arithmetic, readers against chunks, memory of a GPU
+    run      classes, batch arithmetic, readers against chunks, memory of a GPU, and what would waste the hour
+             (advice.py); with measure=true three steps of it (measure.py)
+
+A recipe that sizes itself (experiment=scratch) is judged with the numbers that it takes from the shards.
 
     output/doctor.json   findings and numbers
     output/source.png    contact sheets: samples beside their colored masks, rare classes first
@@ -23,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.listing import class_folders
+from segformer.doctor.advice import facts_of, judge_recipe
 from segformer.doctor.judge import (
     judge_batch,
     judge_labels,
@@ -35,6 +40,7 @@ from segformer.doctor.judge import (
     judge_settings,
     judge_source,
 )
+from segformer.doctor.measure import Measured, judge_measured, measure
 from segformer.doctor.memory import forecast
 from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
 from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as
@@ -42,6 +48,7 @@ from segformer.evaluation.drawing import beside, grid, legend, panels, write_pic
 from segformer.files import write_atomic
 from segformer.models.variants import LEAST_SIDE
 from segformer.training.config import RunConfig
+from segformer.training.sizing import needs_sizing, sized
 from segformer.training.task import check_settings, training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
@@ -67,6 +74,8 @@ class DoctorConfig(RunConfig):
     "Random images per split of the shards that are read; -1 = all."
     pictures: int = 24
     "Samples on a contact sheet; 0 = no sheets."
+    measure: bool = False
+    "Train three steps on this device: seconds, memory and hours of the run. Needs shards."
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -84,6 +93,7 @@ class Report:
     source: list[SplitScan] = dataclasses.field(default_factory=list)
     shards: list[SplitScan] = dataclasses.field(default_factory=list)
     memory: dict[str, int] | None = None
+    measured: Measured | None = None
     sheets: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Contact sheets, PIL images, by file name."""
 
@@ -128,8 +138,9 @@ def look(cfg: DoctorConfig) -> Report:
     if not report.findings:
         report.add(FAIL, "data", "nothing to look at; give root=<source folder> or data.shards=<shards>")
     if cfg.data.task == "segmentation" and report.classes:
-        sizes = {} if shards is None else {n: split.shard_sizes for n, split in shards.splits.items()}
-        _look_at_run(cfg, sizes, report)
+        _look_at_run(cfg, shards, report)
+    if cfg.measure and not report.failures:
+        _measure(cfg, shards, report)
     return report
 
 
@@ -186,18 +197,56 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
 
-def _look_at_run(cfg: DoctorConfig, shard_sizes: dict[str, list[int]], report: Report) -> None:
-    samples = {scan.name: scan.samples for scan in report.shards or report.source}
-    num_classes = len(report.classes)
+def _look_at_run(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> None:
+    scans = report.shards or report.source
+    samples, num_classes = {scan.name: scan.samples for scan in scans}, len(report.classes)
     with report.failing("settings"):
         check_settings(cfg)
     report.findings += judge_settings(cfg, num_classes, samples)
+    if report.failures and needs_sizing(cfg):
+        return
+    with report.failing("recipe"):
+        cfg = _worked_out(cfg, shards, report)
+    if needs_sizing(cfg):
+        return
     with report.failing("batch"):
         batch = cfg.batch_shape(cfg.ranks)
-        report.findings += judge_batch(cfg, batch, samples, shard_sizes)
+        sizes = {} if shards is None else {n: split.shard_sizes for n, split in shards.splits.items()}
+        report.findings += judge_batch(cfg, batch, samples, sizes)
         if min(training_crop(cfg)) >= LEAST_SIDE:
             report.memory = forecast(cfg, num_classes, batch)
             report.findings.append(judge_memory(report.memory, cfg.gpu_gib))
+    if facts := facts_of(cfg, scans, report.classes, _device(cfg) != "cpu", cfg.ranks):
+        report.findings += judge_recipe(cfg, facts)
+
+
+def _worked_out(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> DoctorConfig:
+    """The settings with the numbers that the recipe takes from the shards; as they are without these."""
+    if shards is None:
+        if needs_sizing(cfg):
+            text = "its numbers are worked out from the shards; look again when they are there"
+            report.add(OK, "recipe", text)
+        return cfg
+    found, lines = sized(cfg, shards, device=_device(cfg), world_size=cfg.ranks)
+    for line in lines:
+        report.add(OK, "recipe", line)
+    assert isinstance(found, DoctorConfig)
+    return found
+
+
+def _device(cfg: DoctorConfig) -> str:
+    """Type of the devices of the run that is planned."""
+    return "cuda" if cfg.gpu_gib is not None or torch.cuda.is_available() else "cpu"
+
+
+def _measure(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> None:
+    if shards is None:
+        report.add(WARN, "measured", "measure=true needs shards; write them with data_prep/shard.py")
+        return
+    with report.failing("measured"):
+        found, _ = sized(cfg, shards, device=_device(cfg), world_size=cfg.ranks)
+        report.measured = measure(found, shards, found.batch_shape(cfg.ranks))
+        report.findings.append(judge_measured(found, report.measured))
 
 
 def _draw_sheet(
@@ -244,6 +293,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "source": {scan.name: split(scan) for scan in report.source},
         "shards": {scan.name: split(scan) for scan in report.shards},
         "memory_bytes": memory and memory | {"total": sum(memory.values())},
+        "measured": report.measured and report.measured.to_dict(),
     }
 
 

@@ -105,7 +105,7 @@ def train_step(
     engine.train()
     buffers = [buffer.clone() for buffer in model.buffers]
     seen: list[Tensor] = []
-    with enough_memory(world.rank, lambda: _too_large(cfg, step, len(batches[0].images))):
+    with enough_memory(world.rank, lambda: too_large(cfg, step, len(batches[0].images))):
         for index, batch in enumerate(batches):
             torch.manual_seed(derive_seed(cfg.seed, "step", step, index, world.rank))
             batch = batch.to(world.device, non_blocking=True)
@@ -141,7 +141,8 @@ def enough_memory(rank: int, describe: Callable[[], str]) -> Iterator[None]:
         raise ConfigError(f"rank {rank} is out of memory {describe()}") from error
 
 
-def _too_large(cfg: RunConfig, step: int, micro_batch: int) -> str:
+def too_large(cfg: RunConfig, step: int, micro_batch: int) -> str:
+    """Where memory ran out in a step, and what to use instead; for `enough_memory`."""
     crop = "x".join(map(str, training_crop(cfg)))
     lower = [size for size in range(1, micro_batch) if micro_batch % size == 0]
     use = f"a smaller {crop_key(cfg)}, model.checkpointing=[1,2], or engine.zero_stage=3"

@@ -50,6 +50,7 @@ def write_set(root: Path, masks: Masks = three_classes, train: int = 5, val: int
 def examined(root: Path | str, *overrides: str, pictures: int = 0) -> Report:
     """What the doctor says of a folder, with settings of a small run."""
     given = ["data=folder", "steps=10", "global_batch=4", "augment.crop=[32,32]", f"root={root}"]
+    given += ["augment.resize=[]", "optim.lr=1e-3", "optim.warmup_steps=1", "eval_every=2"]
     given += [] if any("classes=" in o for o in overrides) else [f"data.classes={CLASSES}"]
     return look(compose(DoctorConfig, "doctor", [*given, f"pictures={pictures}", *overrides]))
 
