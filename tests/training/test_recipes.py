@@ -30,6 +30,8 @@ def recipe(name: str, *more: str) -> RunConfig:
 def test_a_recipe_states_goal_command_and_source_and_leaves_the_machine_alone(name):
     cfg = recipe(name)
     assert cfg.name == name
+    assert bool(cfg.auto) == (name in ("finetune", "scratch"))
+    assert (cfg.epochs, cfg.loss.class_weighting) == (None, "")
     assert max(cfg.optim.warmup_steps, cfg.eval_every, cfg.checkpoint.save_every) <= cfg.steps
     text = (CONF / "experiment" / f"{name}.yaml").read_text()
     assert text.startswith("# @package _global_\n# Goal: ")

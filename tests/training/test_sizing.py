@@ -19,10 +19,11 @@ from segformer.distributed.world import init_world
 from segformer.errors import ConfigError
 from segformer.models.macs import training_flops
 from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.slurm.script import JobFolder
 from segformer.slurm.settings import SlurmConfig
-from segformer.slurm.submission import describe, with_batch
+from segformer.slurm.submission import describe, progress, with_batch
 from segformer.training import losses
-from segformer.training.config import SIZED, RunConfig, compose, load_config
+from segformer.training.config import SIZED, RunConfig, compose, load_config, save_config
 from segformer.training.directory import settled
 from segformer.training.loop import train
 from segformer.training.losses import balanced_weights
@@ -218,6 +219,16 @@ def test_slurm_shares_a_batch_that_is_not_worked_out_yet():
         ready = with_batch(cfg, run)
         assert ready.global_batch == batch
         assert "global_batch" not in ready.auto
+
+
+def test_the_status_of_a_job_knows_the_steps_once_the_run_has_begun(tmp_path):
+    folder = JobFolder(tmp_path / "slurm/0001")
+    folder.path.mkdir(parents=True)
+    save_config(scratch(), folder.config)
+    assert load_config(folder.config).auto == scratch().auto
+    assert progress(tmp_path, folder) == "0 of ?"
+    save_config(sized(scratch(), index(40, 64, 64), device="cuda", world_size=1)[0], tmp_path / "config.yaml")
+    assert progress(tmp_path, folder) == "0 of 750"
 
 
 def test_a_run_of_scratch_keeps_its_numbers_on_another_device(tmp_path, tiny_shards, monkeypatch):
