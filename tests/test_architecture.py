@@ -40,13 +40,15 @@ ROOMS: dict[str, str] = {
     "models.": "layers mit encoders head",
     "models.weights": "key_maps bundle class_map tensor_files read write load",
     "models..": "segformer macs",
-    "telemetry": "jsonl meter trackers machine progress logger profiling",
+    "telemetry": "jsonl meter confusion trackers machine progress logger profiling",
     "evaluation": "metrics bootstrap inference_mode drawing evaluate",
     "training": (
         "losses optim early_stop overrides choices help config sizing task directory stopping step header "
         "run recovery loop"
     ),
-    "inference": "page export convert score photograph predictor predict pictures report compared compare",
+    "inference": (
+        "page export convert score photograph predictor predict pictures provenance report compared compare"
+    ),
     "job": "",
     "api": "",
     "sweep": "plan queue",
@@ -82,6 +84,7 @@ OWNERS: dict[str, set[str]] = {
         "inference.predictor",
         "inference.predict",
         "inference.pictures",
+        "telemetry.confusion",
     },
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},

@@ -32,14 +32,16 @@ h1, p, td:first-child, figcaption { overflow-wrap: anywhere; }
 .card b { display: block; font-size: 26px; line-height: 1.2; }
 img { display: block; width: 100%; height: auto; border-radius: 12px; background: #fff; }
 .table { overflow-x: auto; }
+.natural img { width: auto; max-width: none; border-radius: 0; }
 table { width: 100%; border-spacing: 0; }
 th, td, b { text-align: right; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 12px; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 .total tr:last-child td { font-weight: 600; }
 th:first-child, td:first-child, .card b { text-align: left; }
+td:first-child { min-width: 110px; }
 .facts td { text-align: left; overflow-wrap: anywhere; }
-.facts td:first-child { color: var(--soft); width: 30%; min-width: 100px; }
+.facts td:first-child { color: var(--soft); width: 30%; }
 .chip { display: inline-block; width: 14px; height: 14px; border-radius: 4px; margin-right: 8px;
         border: 1px solid #7b8794; vertical-align: -2px; }
 .bar { width: 30%; }
@@ -47,7 +49,7 @@ th:first-child, td:first-child, .card b { text-align: left; }
 figure { margin: 0 0 16px; }
 pre { margin: 0; overflow-x: auto; font-size: 13px; line-height: 1.45; }
 @media (max-width: 560px) { .bar { display: none; } h1 { font-size: 23px; } .gallery { margin: 0 -8px; }
-  th, td { padding: 6px 8px; } }
+  th, td { padding: 6px; font-size: 14px; } }
 """
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg"}
 
@@ -87,6 +89,11 @@ def image(path: Path, alt: str = "") -> Html:
 def figure(path: Path, caption: str) -> Html:
     """A picture above its caption."""
     return element("figure", image(path), element("figcaption", caption))
+
+
+def natural(path: Path) -> Html:
+    """A picture with fine print, at its own size in a box that scrolls."""
+    return element("div", image(path), class_="table natural")
 
 
 def cards(values: Mapping[str, object]) -> Html:

@@ -1,6 +1,7 @@
 """The pictures of a run: the curve of its training, and what the model sees beside what it should see.
 
     curve.png       loss (each log line, and smoothed), validation score at the right, learning rate below
+    classes.png     IoU of each class over the steps
     overlays/*.jpg  image | target | prediction, with the colors of the classes that occur in either
 
 Both are drawn for a phone as well: text is at least 1/45 of a picture's width.
@@ -9,6 +10,7 @@ Both are drawn for a phone as well: text is at least 1/45 of a picture's width.
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.errors import printable
 from segformer.evaluation.drawing import INK, grid, legend, panels, write_picture
 from segformer.evaluation.metrics import SCORES
 from segformer.files import write_atomic
@@ -24,10 +27,12 @@ from segformer.telemetry.jsonl import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL import Image
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 LOSS, SCORE, RATE, GRID = "#0072B2", "#D55E00", "#5F6B7A", "#E4E7EB"
+MOST_CURVES = 24  # classes with a curve of their own
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
@@ -59,14 +64,7 @@ def write_curve(run_dir: Path) -> Path | None:
     steps, losses = series(rows, ("train",), "loss")
     if not len(steps):
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = Figure(figsize=(9, 5.6), dpi=150, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
+    figure, (top, bottom) = _figure((9, 5.6), 2, 1, sharex=True, height_ratios=[5, 1])
     _draw_loss(top, steps, losses)
     _draw_score(top.twinx(), rows)
     rate_steps, rates = series(rows, ("train",), "lr")
@@ -76,14 +74,33 @@ def write_curve(run_dir: Path) -> Path | None:
     bottom.set_ylabel("lr", color=RATE, fontsize=14)
     bottom.set_xlabel("optimizer step", color=INK, fontsize=14)
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes in (top, bottom):
+    return _save(figure, run_dir / "curve.png")
+
+
+def _figure(size: tuple[float, float], rows: int, columns: int, **options: Any) -> tuple["Figure", Any]:
+    """A figure of `size` inches and its axes, which have a grid and no frame."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=size, dpi=150, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, **options)
+    for axes in panels.flat:
         axes.grid(True, color=GRID, linewidth=0.9)
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         axes.spines[:].set_visible(False)
         axes.tick_params(colors=INK, labelsize=12, length=0)
-    path, drawn = run_dir / "curve.png", io.BytesIO()
-    figure.savefig(drawn, format="png")
+    return figure, panels
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of a class's name
+        figure.savefig(drawn, format="png")
     with writing(path):
         write_atomic(path, drawn.getvalue())
     return path
@@ -122,6 +139,31 @@ def _draw_score(axes: "Axes", rows: list[dict[str, Any]]) -> None:
     place["ha"] = "right" if best == len(values) - 1 and best else "center"
     text = f"{values[best]:.1f}"
     axes.annotate(text, (steps[best], values[best]), color=SCORE, fontsize=14, fontweight="bold", **place)
+
+
+def write_class_curves(run_dir: Path, classes: list[str]) -> Path | None:
+    """Draw the IoU of each class over the steps as run_dir/classes.png; None before a second evaluation.
+
+    Of more than MOST_CURVES classes those whose last IoU is lowest.
+    """
+    rows = [row for row in history(run_dir) if row["kind"] in ("eval", "final") and row.get("iou")]
+    if len(rows) < 2:
+        return None
+    steps = [int(row["step"]) for row in rows]
+    ious = 100 * np.array([[np.nan if v is None else v for v in row["iou"]] for row in rows], np.float64)
+    shown = sorted(np.argsort(ious[-1], kind="stable")[:MOST_CURVES].tolist())
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    figure, panels = _figure((9, 0.5 + 2.2 * down), down, across, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes, k in zip(panels.flat, shown, strict=False):
+        axes.plot(steps, ious[:, k], color=SCORE, linewidth=2, marker="o", markersize=4)
+        axes.set_ylim(0, 100)
+        last = "-" if np.isnan(ious[-1, k]) else f"{ious[-1, k]:.0f}"
+        name = printable(classes[k] if k < len(classes) else f"class {k}")
+        axes.set_title(f"{name[:18]} {last}", fontsize=15, color=INK, parse_math=False)
+    return _save(figure, run_dir / "classes.png")
 
 
 def mean_iou(target: np.ndarray, prediction: np.ndarray) -> float | None:

@@ -1,6 +1,8 @@
 """The report of a run: one page of its scores, curve, pictures and configuration.
 
-    runs/<name>/report.html     scores, table of classes, curve.png, overlays/*.jpg, configuration
+    runs/<name>/report.html     scores, how they came about, curve.png, table of classes, classes.png,
+                                confusion.png, overlays/*.jpg, overlays/worst/*.jpg, train_batch.jpg,
+                                configuration
 
 It opens offline on any device: pictures are base64 inside it, and nothing is fetched. Every text that comes
 from the run is escaped. A run without evaluation, checkpoint or shards gets a report without those parts, and
@@ -8,11 +10,13 @@ a classifier one without overlays.
 """
 
 import contextlib
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from segformer.checkpoint.format import TrainState
 from segformer.checkpoint.reader import CONFIG, newest_state, stored_config
@@ -21,7 +25,8 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported, say
-from segformer.evaluation.metrics import SCORES
+from segformer.evaluation.drawing import write_picture
+from segformer.evaluation.metrics import SCORES, ClassificationScores, Row, SegmentationScores
 from segformer.files import write_atomic
 from segformer.inference.page import (
     Html,
@@ -33,20 +38,33 @@ from segformer.inference.page import (
     figure,
     folded,
     image,
+    natural,
     page,
     percent,
     section,
     table,
 )
-from segformer.inference.pictures import history, series, write_curve, write_overlays
+from segformer.inference.pictures import (
+    MOST_CURVES,
+    history,
+    mean_iou,
+    series,
+    write_class_curves,
+    write_curve,
+    write_overlays,
+)
 from segformer.inference.predict import writing
 from segformer.inference.predictor import Predictor
-from segformer.models.encoders import BACKBONES
-from segformer.models.variants import VARIANTS
+from segformer.inference.provenance import provenance
+from segformer.telemetry.confusion import confusion_picture, mistakes
 from segformer.training.config import RunConfig, as_yaml, to_run_config
-from segformer.training.task import training_crop
+from segformer.training.header import FIRST_BATCH, network_name
+from segformer.training.task import open_shards, training_crop
 
-MANY_CLASSES = 200  # a longer table is folded away
+MANY_CLASSES, FEW_CLASSES = 200, 5  # a longer table is folded away; so many need no list of mistakes
+MISTAKES = 10  # of a list of pairs that are confused
+LOOKED, LOOK_S = 32, 20.0  # validation images and seconds in which the worst are looked for, at most
+WORST = "overlays/worst"
 NO_EVALUATION = "No evaluation has been made yet."
 
 
@@ -77,11 +95,12 @@ def report(cfg: ReportConfig) -> Path:
     count = run_config.overlays if cfg.overlays is None else cfg.overlays
     if write_curve(run) is None:
         say("report: nothing has been logged yet, so there is no curve")
+    looked = 0
     if count and run_config.data.task == "segmentation":
-        _draw_overlays(run, run_config, count, cfg.device)
+        looked = _draw_overlays(run, run_config, count, cfg.device)
     path = run / "report.html"
     with writing(path):
-        write_atomic(path, _page(run, run_config))
+        write_atomic(path, _page(run, run_config, state, looked))
     for label, name in (("curve", "curve.png"), ("image, target, prediction", "overlays")):
         if (run / name).exists():
             say(f"{label}: {run / name}")
@@ -89,44 +108,74 @@ def report(cfg: ReportConfig) -> Path:
     return path
 
 
-def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> None:
-    """Predict `count` images spread evenly over the evaluation split and draw them beside their targets."""
+def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> int:
+    """Draw `count` images of the evaluation split beside their targets, half of them the worst ones found.
+
+    Returns how many were looked at for the worst: evenly spread ones, in random order, until there are LOOKED
+    or LOOK_S seconds have passed. The other half is spread evenly over the rest of the split.
+    """
+    scores: dict[int, float] = {}
     # A report of what there is beats none.
     with reported(lambda error: say(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
         predictor = Predictor(run, device=device)
         split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
         reader = ShardReader(split)
-        ids = np.linspace(0, split.num_samples - 1, min(count, split.num_samples)).round().astype(int)
-        raws = (reader.read(sample_id) for sample_id in ids.tolist())
-        decoded = ((raw.key, decode_image(raw.image), decode_mask(raw.target)) for raw in raws)
-        samples = ((key, image, target, predictor(image).mask) for key, image, target in decoded)
-        write_overlays(samples, run / "overlays", classes=predictor.classes, palette=predictor.palette)
+
+        def seen(sample_id: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+            raw = reader.read(sample_id)
+            image = decode_image(raw.image)
+            return raw.key, image, decode_mask(raw.target), predictor(image).mask
+
+        until = time.monotonic() + LOOK_S
+        spread = _spread(np.arange(split.num_samples), LOOKED)
+        for sample_id in np.random.default_rng(0).permutation(spread).tolist() if count > 1 else ():
+            _, _, target, prediction = seen(sample_id)
+            if (score := mean_iou(target, prediction)) is not None:
+                scores[sample_id] = score
+            if time.monotonic() > until:
+                break
+        worst = sorted(scores, key=scores.__getitem__)[: count // 2]
+        even = _spread(np.setdiff1d(np.arange(split.num_samples), worst), count - len(worst)).tolist()
+        for ids, folder in ((even, run / "overlays"), (worst, run / WORST)):
+            write_overlays(map(seen, ids), folder, classes=predictor.classes, palette=predictor.palette)
+    return len(scores)
 
 
-def _page(run: Path, cfg: RunConfig) -> str:
-    """The report as HTML, from config.yaml, metrics.jsonl, curve.png and overlays/."""
+def _spread(ids: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the ids, spread evenly."""
+    return ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)]
+
+
+def _page(run: Path, cfg: RunConfig, state: TrainState, looked: int) -> str:
+    """The report as HTML, from config.yaml, metrics.jsonl, shards and the pictures in the run."""
     rows = history(run)
     evaluations = [row for row in rows if row["kind"] in ("eval", "final")]
-    figures = [figure(path, path.stem[3:]) for path in sorted((run / "overlays").glob("*.jpg"))]
-    curve = run / "curve.png"
+    shards, names = _shards(cfg), class_names(cfg)
+    curve, batch = run / "curve.png", run / FIRST_BATCH
     parts = [
         element("h1", cfg.name),
         element("p", _subtitle(cfg)),
         _cards(rows, evaluations, cfg),
+        section("How it came about", table((), provenance(run, cfg, state, rows, shards), "facts")),
         section("Training", image(curve)) if curve.is_file() else Html(),
-        _class_table(evaluations[-1], cfg) if evaluations else element("p", NO_EVALUATION),
-        section("Validation images", element("div", *figures, class_="gallery")) if figures else Html(),
+        _classes(run, evaluations[-1], cfg, names, shards) if evaluations else element("p", NO_EVALUATION),
+        _gallery("Validation images", run / "overlays"),
+        _gallery(f"The worst of {looked or 'the'} validation images looked at", run / WORST),
+        section("The first batch, as the model sees it", image(batch)) if batch.is_file() else Html(),
         folded("Configuration", element("pre", as_yaml(asdict(cfg)))),
     ]
     return page(cfg.name, parts)
 
 
+def _gallery(title: str, folder: Path) -> Html:
+    figures = [figure(path, path.stem[3:]) for path in sorted(folder.glob("*.jpg"))]
+    return section(title, element("div", *figures, class_="gallery")) if figures else Html()
+
+
 def _subtitle(cfg: RunConfig) -> str:
     crop = " x ".join(map(str, training_crop(cfg)))
-    backbone = BACKBONES[VARIANTS[cfg.model.variant].backbone].title
-    network = backbone if cfg.data.task == "classification" else "SegFormer"
     return (
-        f"{network}-{cfg.model.variant.upper()} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
+        f"{network_name(cfg)} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
         f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"
     )
 
@@ -134,12 +183,15 @@ def _subtitle(cfg: RunConfig) -> str:
 def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: RunConfig) -> Html:
     last = evaluations[-1] if evaluations else {}
     (key, first), *others = SCORES[cfg.data.task].NAMES.items()
-    _, scores = series(rows, ("eval", "final"), key)
+    scored, scores = series(rows, ("eval", "final"), key)
+    best = int(scores.argmax()) if len(scores) else 0
     steps, losses = series(rows, ("train",), "loss")
     _, rates = series(rows, ("train",), "images_per_s")
     values = {
-        first: percent(last.get(key)),
-        f"best {first}": percent(scores.max() if len(scores) else None),
+        f"{first}, step {last.get('step', '-')}": percent(last.get(key)),
+        f"best {first}, step {scored[best]}" if len(scores) else f"best {first}": (
+            percent(float(scores[best]) if len(scores) else None)
+        ),
         **{name: percent(last.get(other)) for other, name in others},
         "last loss": f"{losses[-1]:.3f}" if len(losses) else "-",
         f"of {cfg.steps} steps": str(steps[-1]) if len(steps) else "0",
@@ -148,37 +200,64 @@ def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: R
     return cards(values)
 
 
-def _class_table(row: dict[str, Any], cfg: RunConfig) -> Html:
-    """The scores of every class, the first of them also as a bar, and those of all classes together."""
-    heads: tuple[str, ...]
-    scores: list[tuple[Any, ...]]
-    total: tuple[Any, ...]
-    if "iou" in row:
-        heads, total = ("IoU, %", "accuracy, %"), ("mean", row.get("miou"), row.get("macc"))
-        scores = list(zip(row["iou"], row["acc"], strict=True))
-    else:
-        counts = row.get("counts") or []
-        heads, images = ("top-1, %", "top-5, %", "images"), sum(count for count, *_ in counts)
-        total = ("all", row.get("top1"), row.get("top5"), images)
-        scores = [(*(hits / n if n else None for hits in right), n) for n, *right in counts]
-    names, colors = class_names(cfg), class_palette(cfg.data)
-    lines = []
-    for k, figures in enumerate(scores):
-        name = escape(names[k] if k < len(names) else f"class {k}")
-        mark = chip(colors[k]) if k < len(colors) else ""
-        lines.append((Html(mark + name), bar(figures[0]), *map(percent, figures)))
-    lines.append((total[0], bar(None), *map(percent, total[1:])))
-    shown = table(("class", Html('<th class="bar"></th>'), *heads), lines, "total")
-    title = f"Classes at step {int(row['step'])}"
-    if len(lines) > MANY_CLASSES:
-        return folded(title, shown)
-    return section(title, shown)
+def _classes(
+    run: Path, row: dict[str, Any], cfg: RunConfig, names: list[str], shards: ShardSet | None
+) -> Html:
+    """The scores of every class, the first of them also as a bar; their curves; what is taken for what."""
+    kind = SegmentationScores if "confusion" in row else ClassificationScores
+    counts = row.get("confusion") or row.get("counts") or []
+    if not counts:
+        return Html()
+    names = [names[k] if k < len(names) else f"class {k}" for k in range(len(counts))]
+    lines = kind.from_counts(torch.tensor(counts)).rows(names)
+    if shards is not None and "confusion" in row:
+        for name in (cfg.train_split, cfg.eval_split):
+            pixels = shards.split(name).class_pixels
+            for line, count in zip(lines, [*pixels.tolist(), int(pixels.sum())], strict=True):
+                line[f"of {name}"] = count / max(1, int(pixels.sum()))
+    shown = _class_table(lines, class_palette(cfg.data))
+    title = f"Classes at step {int(row['step'])}, %"
+    parts = [folded(title, shown) if len(names) > MANY_CLASSES else section(title, shown)]
+    if curves := write_class_curves(run, names):
+        few = "" if len(names) <= MOST_CURVES else f" of the {MOST_CURVES} classes where it is lowest"
+        parts.append(section(f"IoU{few} over the steps, %", image(curves)))
+    if "confusion" in row:
+        parts.append(_confusion(run / "confusion.png", counts, names))
+    return Html("".join(parts))
+
+
+def _class_table(lines: list[Row], colors: np.ndarray) -> Html:
+    heads = ["recall" if head == "accuracy" else head for head in lines[0] if head != "pixels"]
+    rows = []
+    for k, line in enumerate(lines):
+        name, *figures = (value for head, value in line.items() if head != "pixels")
+        mark = chip(colors[k]) if k < min(len(colors), len(lines) - 1) else ""
+        share = figures[0] if k < len(lines) - 1 else None  # the last line is that of all classes
+        rows.append((Html(mark + escape(name)), bar(share), *map(percent, figures)))
+    return table((heads[0], Html('<th class="bar"></th>'), *heads[1:]), rows, "total")
+
+
+def _confusion(path: Path, counts: list[list[int]], names: list[str]) -> Html:
+    """The confusion matrix, and where there are many classes the pairs that are confused most."""
+    with writing(path):
+        write_picture(path, confusion_picture(counts, names))
+    parts = [section("Confusion matrix", natural(path))]
+    if len(names) > FEW_CLASSES:
+        heads = ("class", "taken for", "% of its pixels", "pixels")
+        found = mistakes(counts, MISTAKES)
+        pairs = [(names[m.label], names[m.prediction], percent(m.share), f"{m.pixels:,}") for m in found]
+        parts.append(section("Confused most", table(heads, pairs)))
+    return Html("".join(parts))
 
 
 def class_names(cfg: RunConfig) -> list[str]:
     """The names in the configuration, or in the shards where it leaves them to these; [] without both."""
-    if named := cfg.data.classes or cfg.data.class_dirs:
-        return list(named)
+    shards = None if cfg.data.classes or cfg.data.class_dirs else _shards(cfg)
+    return list(cfg.data.classes or cfg.data.class_dirs or (shards.classes if shards else ()))
+
+
+def _shards(cfg: RunConfig) -> ShardSet | None:
+    """The shards of the run, with both its splits; None where they can't be opened."""
     with contextlib.suppress(ConfigError, DataError):
-        return ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=False).classes
-    return []
+        return open_shards(cfg, verify=False)
+    return None

@@ -7,7 +7,7 @@ Rank zero alone writes; on other ranks every method returns at once.
                      <rates of meter.py>, "memory_gib", "host_memory_gib", "loss_spike", ...}
                     {"kind": "eval" | "final", "step", "miou", "macc", "aacc", "iou", "acc", "confusion",
                      "protocol"}
-                    {"kind": "replaced" | <an event>, "step", ...}
+                    {"kind": "start" | "end" | "replaced" | <an event>, "step", ...}
     log.txt         the lines that were printed, with the time of day
 
 Unknown values are null, never guesses. Non-finite numbers are written as strings, because JSON has no NaN.
@@ -43,9 +43,11 @@ from segformer.errors import (
     reported,
     say,
 )
+from segformer.telemetry.confusion import confusion_picture
 from segformer.telemetry.jsonl import LineFile
+from segformer.telemetry.machine import now
 from segformer.telemetry.progress import duration, on_terminal, open_bar, train_figures
-from segformer.telemetry.trackers import Tensorboard, Wandb, confusion_picture, without_secrets
+from segformer.telemetry.trackers import Tensorboard, Wandb, without_secrets
 
 WANDB_MODES = ("disabled", "offline", "online")
 Tracker = Wandb | Tensorboard
@@ -142,6 +144,7 @@ class Telemetry:
     ):
         self.world, self.steps = world, steps
         self._cfg = cfg
+        self._step = 0
         self._bar: Any = None
         self._trackers: dict[str, Tracker] = {}
         self._missed: Counter[str] = Counter()
@@ -174,7 +177,18 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.close("" if error is None else _ended_by(error))  # it is printed where the command ends
+        reason = "" if error is None else _ended_by(error)  # it is printed where the command ends
+        if reason:
+            self._ended(reason)
+        self.close(reason)
+
+    def end(self, reason: str) -> None:
+        """Say why this start ends where no error does it, and record it; rank zero."""
+        self.line(reason)
+        self._ended(reason)
+
+    def _ended(self, reason: str) -> None:
+        self.event("end", self._step, time=now(), reason=reason)
 
     def line(self, text: str) -> None:
         """Print a line (above the bar) and keep it in log.txt; rank zero."""
@@ -202,12 +216,14 @@ class Telemetry:
 
     def start(self, step: int) -> None:
         """Begin to show progress from `step`; rank zero."""
+        self._step = step
         self._send(lambda tracker: tracker.begin(step))
         if self.world.is_main and self._show_bar and step < self.steps:
             self._bar = open_bar(step, self.steps)
 
     def advance(self) -> None:
         """One optimizer step is done; rank zero."""
+        self._step += 1
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update(1)
@@ -242,7 +258,7 @@ class Telemetry:
                 curves |= {f"{name}/{label}": v for label, v in zip(names, entries, strict=True)}
         self._scalars("eval", step, curves)
         if values.get("confusion"):
-            picture = confusion_picture(values["confusion"])
+            picture = np.asarray(confusion_picture(values["confusion"], classes))
             self._send(lambda tracker: tracker.pictures(step, {"eval/confusion": picture}))
 
     def replaced(self, step: int, sample_id: int, reason: str) -> None:

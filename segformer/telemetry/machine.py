@@ -31,13 +31,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def start_row(world: World) -> dict[str, str | None]:
     """The fields of the row, beside its kind and step."""
     return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
         "command": command_line(sys.argv),
         "devices": f"{world.size} x {device_name(world.device)}",
         "python": platform.python_version(),
         **{name: _version(name) for name in ("segformer", "torch", "deepspeed")},
         "commit": commit(ROOT),
     }
+
+
+def now() -> str:
+    """Date and time in UTC: 2026-03-01T12:00:00+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -23,7 +23,6 @@ import numpy as np
 from segformer.errors import reason_of, reported
 
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
-_DARK, _EMPTY = np.array((8, 48, 107)), 224  # blue; gray where a class has no pixels
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,20 +38,6 @@ def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kept[key] = without_secrets(value) if isinstance(value, Mapping) else value
     return kept
-
-
-def confusion_picture(counts: Any) -> np.ndarray:
-    """Counts (K, K), rows labels and columns predictions -> uint8 (S, S, 3), S about 600.
-
-    Each row is a share of the label's pixels: white 0, dark blue 1. Rows of classes without pixels are gray.
-    """
-    counts = np.asarray(counts, np.float64)
-    totals = counts.sum(1, keepdims=True)
-    share = counts / np.maximum(totals, 1)
-    colors = 255 - share[..., None] * (255 - _DARK)
-    colors[totals[:, 0] == 0] = _EMPTY
-    cell = max(1, min(60, 600 // len(counts)))
-    return colors.round().astype(np.uint8).repeat(cell, 0).repeat(cell, 1)
 
 
 class Wandb:

@@ -150,7 +150,7 @@ def _end(
         name = next(iter(scores.NAMES.values()))
         best = f"best {name} {state.best_score:.4f} at step {state.best_step}"
         telemetry.line(f"{best}, last {scores.score:.4f} at step {state.step}")
-    telemetry.line(_ending(cfg, state))
+    telemetry.end(_ending(cfg, state))
     return scores
 
 

@@ -13,6 +13,7 @@ from comparing import assert_identical, saved_state
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
+from segformer.telemetry.jsonl import read_metrics
 
 STEPS = 10
 
@@ -90,7 +91,7 @@ def test_a_damaged_sample_ends_a_run_and_the_steps_before_it_are_kept(damaged):
     folder, outcomes = damaged
     assert (error := only_error(outcomes["hit"])).count("train-000002.tar")
     assert (folder / "hit/log.txt").read_text().splitlines()[-1].endswith(error), "whichever rank met it"
-    steps = len((folder / "hit" / "metrics.jsonl").read_text().splitlines())
+    steps = len(list(read_metrics(folder / "hit", "train")))
     assert list_steps(folder / "hit" / "checkpoints") == ([steps] if steps else [])
     assert steps < 16 / 4, "every sample is read in the first epoch"
 

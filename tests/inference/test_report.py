@@ -10,7 +10,10 @@ from browser import open_page
 from checkpoints import make_run
 from PIL import Image
 
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError
 from segformer.evaluation.drawing import PANEL
 from segformer.inference.pictures import (
@@ -19,9 +22,11 @@ from segformer.inference.pictures import (
     mean_iou,
     series,
     smoothed,
+    write_class_curves,
     write_curve,
     write_overlays,
 )
+from segformer.inference.predictor import Predictor
 from segformer.inference.report import ReportConfig, report
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
@@ -29,6 +34,8 @@ from segformer.training.config import RunConfig, compose, save_config
 
 PALETTE = np.array([[0, 0, 0], [0, 200, 80]], np.uint8)
 CLASSES = ["background", "nucleus"]
+OVERLAYS = ("overlays", "overlays/worst")
+CONFUSION = [[750, 250], [0, 250]]
 
 
 class References(html.parser.HTMLParser):
@@ -59,10 +66,12 @@ def write_metrics(run, steps=60, evaluations=(30, 60)):
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             row = {"kind": "train", "step": step, "loss": 1 / step, "lr": 1e-3 / step, "images_per_s": 8.0}
+            row["step_s"] = 0.5
             file.write(json.dumps(row) + "\n")
         for step in evaluations:
             row = {"kind": "eval", "step": step, "miou": step / 100, "macc": 0.7, "aacc": 0.9}
-            file.write(json.dumps({**row, "iou": [0.95, None], "acc": [0.97, 0.4]}) + "\n")
+            lists = {"iou": [0.75, 0.5], "acc": [0.75, 1.0], "confusion": CONFUSION}
+            file.write(json.dumps(row | lists) + "\n")
 
 
 @pytest.fixture
@@ -81,9 +90,10 @@ def trained(tmp_path, tiny_shards):
 
 def test_a_run_gets_curve_overlays_and_a_report_of_them(trained):
     page = page_of(trained, overlays=3)
-    assert len(list((trained / "overlays").glob("*.jpg"))) == 3
-    assert page.tags.count("img") == 4  # the curve and three overlays
-    for shown in ("60.0", "nucleus-40.0", "95.0", "97.0", "sample", "global_batch: 8"):
+    assert len(list((trained / "overlays").glob("*.jpg"))) == 2
+    assert len(list((trained / "overlays/worst").glob("*.jpg"))) == 1
+    assert page.tags.count("img") == 6  # three overlays, curve, curves of the classes, confusion matrix
+    for shown in ("60.0mIoU, step 60", "nucleus50.0100.050.066.7", "sample", "global_batch: 8"):
         assert shown in page.text
     text = (trained / "report.html").read_text("utf-8")
     assert page.links
@@ -91,6 +101,72 @@ def test_a_run_gets_curve_overlays_and_a_report_of_them(trained):
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
+
+
+def test_the_figures_of_the_classes_are_those_of_counted_pixels(trained):
+    """CONFUSION as two lists of pixels, scored as sets."""
+    label = np.repeat([0, 0, 1, 1], np.ravel(CONFUSION))
+    prediction = np.repeat([0, 1, 0, 1], np.ravel(CONFUSION))
+    text = page_of(trained, overlays=0).text
+    for k, name in enumerate(CLASSES):
+        true, found = set(np.flatnonzero(label == k)), set(np.flatnonzero(prediction == k))
+        both = len(true & found)
+        figures = (both / len(true | found), both / len(true), both / len(found))
+        f1 = 2 * both / (len(true) + len(found))
+        assert name + "".join(f"{100 * value:.1f}" for value in (*figures, f1)) in text
+    with Image.open(trained / "confusion.png") as matrix:
+        assert matrix.width == 320
+
+
+def test_the_report_says_how_its_scores_came_about(trained, tiny_shards):
+    start = {
+        "kind": "start",
+        "step": 0,
+        "time": "2026-03-01T12:00:00+00:00",
+        "command": "train.py a=1",
+    }
+    start |= {"devices": "2 x H200", "python": "3.12.1", "torch": "2.11", "deepspeed": None, "commit": "abc1"}
+    end = {"kind": "end", "step": 60, "time": "2026-03-01T13:30:00+00:00", "reason": "early stop at step 60"}
+    with (trained / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in (start, end)))
+    text = page_of(trained, overlays=0).text
+    shards = ShardSet.open(tiny_shards)
+    for shown in (
+        "digest d",
+        f"split train, {shards.split('train').num_samples} images",
+        f"split val, {shards.split('val').num_samples} images; whole images, each at its own size",
+        "random weights",
+        "best mIoU 60.0 at step 60, last mIoU 60.0 at step 60",
+        "30s in 60 steps, 2026-03-01 12:00 to 2026-03-01 13:30 UTC, 1 start",
+        "early stop at step 60",
+        "2 x H200; torch 2.11, Python 3.12.1",
+        "commit abc1",
+        "train.py a=1",
+    ):
+        assert shown in text
+    pixels = shards.split("train").class_pixels
+    assert f"{100 * pixels[1] / pixels.sum():.1f}" in text
+
+
+def test_half_of_the_overlays_are_the_worst_of_the_images_that_were_looked_at(trained, tiny_shards):
+    page_of(trained, overlays=3)
+    split, predictor = ShardSet.open(tiny_shards).split("val"), Predictor(trained, device="cpu")
+    scores = {}
+    for raw in map(ShardReader(split).read, range(split.num_samples)):
+        prediction = predictor(decode_image(raw.image)).mask
+        scores[raw.key] = mean_iou(decode_mask(raw.target), prediction)
+    worst = sorted(scores, key=scores.get)[:1]
+    drawn = {folder: {p.stem[3:] for p in (trained / folder).glob("*.jpg")} for folder in OVERLAYS}
+    assert drawn["overlays/worst"] == {key.replace("/", "_") for key in worst}
+    assert len(drawn["overlays"]) == 2
+    assert not drawn["overlays"] & drawn["overlays/worst"]
+
+
+def test_a_class_of_any_name_has_a_curve(run):
+    write_metrics(run)
+    assert write_class_curves(run, ["$x_{1$", "\u6c34\x1b[2J"]) == run / "classes.png"
+    write_metrics(run, evaluations=(30,))
+    assert write_class_curves(run, CLASSES) is None, "one point is no curve"
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -118,7 +194,7 @@ def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(run, capsys):
         file.write(json.dumps({**row, "counts": [[1000, 700, 900], [0, 0, 0]]}) + "\n")
     page = page_of(run)
     assert page.tags.count("img") == 1
-    scores = ("62.5top-1", "75.0best top-1", "87.5top-5", "cat70.090.01,000", "dog--0")
+    scores = ("62.5top-1, step 60", "75.0best top-1, step 30", "87.5top-5", "cat70.090.01,000", "dog--0")
     for shown in (*scores, "crops of 96 x 96"):
         assert shown in page.text
     assert "mIoU" not in page.text
@@ -146,7 +222,7 @@ def test_text_of_the_run_is_escaped(run):
     Image.new("RGB", (4, 4)).save(run / "overlays/00_<b onload=x>&.jpg")
     page = page_of(run, overlays=0)
     assert "script" not in page.tags
-    assert page.tags.count("img") == 2, "curve and overlay"
+    assert page.tags.count("img") == 4, "curve, curves of the classes, confusion matrix and overlay"
     assert "b" not in page.tags[page.tags.index("figure") :]
     assert "<script>alert(1)</script>" in page.text
 

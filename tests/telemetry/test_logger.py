@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from segformer.distributed.world import World
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, Preempted
+from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.logger import Telemetry, TelemetryConfig
 from segformer.telemetry.progress import duration, train_figures
 
@@ -138,6 +139,27 @@ def test_a_line_speaks_of_mfu_stragglers_spikes_and_skipped_steps_only_where_the
     assert train_figures({"loss": None}) == ["no finite loss"]
     assert train_figures({"lr/backbone.00": 1e-5, "lr/head": 6e-4}) == ["no finite loss", "lr 6.0e-04"]
     assert "loss spike nanx" in train_figures(VALUES | {"loss_spike": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (Preempted("stopped at step 41 by SIGTERM"), "Preempted: stopped at step 41 by SIGTERM"),
+        (ZeroDivisionError("division by zero"), "ended by a bug: ZeroDivisionError: division by zero"),
+        (None, "finished: all steps are done"),
+    ],
+)
+def test_what_ended_a_start_is_in_the_log_and_in_metrics(error, text, tmp_path):
+    with contextlib.suppress(Preempted, ZeroDivisionError), telemetry(tmp_path, progress=False) as log:
+        log.start(40)
+        log.advance()
+        if error:
+            raise error
+        log.end(text)
+    row = newest_row(tmp_path, "end")
+    assert (row["step"], row["reason"]) == (41, text)
+    assert row["time"].endswith("+00:00")
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1].endswith(f" {text}")
 
 
 def test_an_event_is_an_object_of_its_own(tmp_path):
