@@ -110,6 +110,7 @@ def trials(overrides: list[str], cfg: SearchConfig) -> list[Trial]:
         else:
             fixed.append(override)
     seeds = axes.pop("seed", [])
+    axes = dict(sorted(axes.items()))  # so that runs have the same names whatever the order of the command
     if not axes and not seeds:
         raise ConfigError("nothing varies; give a list such as optim.lr=1e-4,3e-4 or seed=0,1,2")
     settings = _drawn(axes, cfg) if cfg.random and axes else _combined(axes)

@@ -117,7 +117,7 @@ def describe(cfg: SweepConfig, overrides: list[str]) -> None:
 
 def _summary(jobs: list[Job], stages: list[Rung]) -> str:
     steps = [f"{rung.settings} to {100 * rung.share:.3g}% of the steps" for rung in stages[:-1]]
-    ladder = f"; settings: {', '.join([*steps, f'{stages[-1].settings} to the end'])}" if steps else ""
+    ladder = f": {', '.join([*steps, f'{stages[-1].settings} to the end'])}" if steps else ""
     return f"{len(jobs)} runs of {stages[0].settings} settings{ladder}"
 
 
