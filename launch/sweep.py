@@ -22,6 +22,7 @@ from segformer.errors import importing
 with importing(__name__):
     from segformer.sweep.plan import SweepConfig
     from segformer.sweep.queue import plan_of, sweep
+    from segformer.training.choices import take_conf
     from segformer.training.config import cli
 
 OPTIONS = ("--help", "-h", "--check")
@@ -30,9 +31,9 @@ OPTIONS = ("--help", "-h", "--check")
 def main() -> None:
     """The command line; see above."""
     ours = {field.name for field in fields(SweepConfig)}
-    given = sys.argv[1:]
+    conf, given = take_conf(sys.argv[1:])
     own = [one for one in given if one in OPTIONS or re.split(r"[.=]", one, maxsplit=1)[0] in ours]
-    training = [one for one in given if one not in own]
+    training = [*conf, *(one for one in given if one not in own)]
     train = [sys.executable, str(Path(__file__).with_name("train.py"))]
     sys.argv[1:] = own
     cli(

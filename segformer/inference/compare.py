@@ -72,7 +72,7 @@ def compare(cfg: CompareConfig) -> Path:
         ConfigError: there are not two runs, or of different tasks, or the output can't be written.
         CheckpointError: what is given is no run, or is damaged.
     """
-    folders, output = _folders(cfg.runs), Path(cfg.output)
+    folders, output = run_folders(cfg.runs), Path(cfg.output)
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} runs are given; give two or more: runs=[runs/a,runs/b]")
     entries = [open_entry(path) for path in folders]
@@ -97,7 +97,7 @@ def compare(cfg: CompareConfig) -> Path:
     return output / "index.html"
 
 
-def _folders(given: list[str]) -> list[Path]:
+def run_folders(given: list[str]) -> list[Path]:
     """The run directories that are meant: a folder without config.yaml stands for the runs in it."""
     found: dict[Path, None] = {}
     for text in given:

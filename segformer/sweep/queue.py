@@ -111,7 +111,7 @@ def describe(cfg: SweepConfig, overrides: list[str]) -> None:
     """Print the commands of a sweep's runs, in the form that a shell takes."""
     jobs, stages = plan_of(cfg, overrides)
     for job in jobs:
-        print(shlex.join(["python", "launch/train.py", *_to(stages[0], job).overrides]))
+        say(shlex.join(["python", "launch/train.py", *_to(stages[0], job).overrides]))
     say(_summary(jobs, stages), file=sys.stderr)
 
 
