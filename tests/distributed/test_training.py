@@ -36,9 +36,9 @@ def damage(shards, copy, *names):
 def test_a_stopped_run_continues_bit_for_bit(
     small, tmp_path, start_ranks, wait_for_steps, train_many, metrics
 ):
-    options = ("model.drop_path_rate=0.1", "model.dropout=0.1", "loader.workers=1", "engine.zero_stage=2")
-    options += (f"steps={STEPS}",)
-    processes = start_ranks(2, "tests/nano.py", "launch/train.py", *small("stopped", *options))
+    options = ("model.drop_path_rate=0.1", "model.dropout=0.1", "engine.zero_stage=2", f"steps={STEPS}")
+    given = small("stopped", *options, "loader.workers=1")
+    processes = start_ranks(2, "tests/nano.py", "launch/train.py", *given)
     wait_for_steps(tmp_path / "stopped", 3, processes[0])
     processes[0].send_signal(signal.SIGHUP)  # a closed terminal; the first rank alone
     while processes[0].poll() is None:  # further signals don't change how they end
