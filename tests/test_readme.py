@@ -39,6 +39,7 @@ SHORT = ("global_batch=2", "augment.crop=[64,64]", "overlays=1", "telemetry.log_
 NOT_RUN = {
     r"launch/slurm\.py|srun ": "needs a cluster: tests/slurm",
     r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
+    r"launch/sweep\.py|compare\.py runs/lr": "trains many times: tests/sweep",
     r"launch/bench\.py": "measures for minutes: tests/bench",
     r"^docs/results\.md": "measured, for minutes to hours",
     r"<|\[\.\.\.\]|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
@@ -108,9 +109,9 @@ def found_commands() -> list[Command]:
 @cache
 def schema_of(script: str) -> tuple[type, str]:
     """The dataclass of a script, and its file of conf/."""
-    text = (ROOT / script).read_text()
-    (found,) = set(re.findall(r'cli\((\w+), "(\w+)"', text))
-    return runpy.run_path(str(ROOT / script))[found[0]], found[1]
+    found = set(re.findall(r'cli\(\s*(\w+),\s*"(\w+)"', (ROOT / script).read_text()))
+    ((name, config_name),) = found
+    return runpy.run_path(str(ROOT / script))[name], config_name
 
 
 def check_overrides(script: str, arguments: list[str]) -> None:
@@ -119,31 +120,32 @@ def check_overrides(script: str, arguments: list[str]) -> None:
     names = choices(config_name)
     if "experiment" in names:
         names["experiment"].append("roads")  # which docs/recipes.md writes
-    given = [checked(schema, names, one) for one in arguments if one not in ("--help", "--check")]
-    lacking = {field.name for field in fields(schema) if field.default == "???"}
-    assert lacking <= {one.lstrip("+").partition("=")[0] for one in given} or "--help" in arguments, (
-        "a key is missing"
-    )
+    given = [checked(schema, names, one).lstrip("+").partition("=")[0] for one in arguments if "=" in one]
+    if all("=" in one for one in arguments):  # no --help, no path in the place of a key
+        lacking = {field.name for field in fields(schema) if field.default == "???"} - set(given)
+        assert not lacking, f"it needs {lacking}"
 
 
-def check_slurm(arguments: list[str]) -> None:
-    """The same of launch/slurm.py, whose keys are those of a job and of another script."""
-    others = {"shard": "data_prep/shard.py", "evaluate": "launch/evaluate.py"}
-    command = arguments[0] if arguments and "=" not in arguments[0] else ""
-    split = runpy.run_path(str(ROOT / "launch/slurm.py"))["split_overrides"]
-    job, rest = split([one for one in arguments if "=" in one and not one.startswith("tasks=")])
-    check_overrides("launch/slurm.py", job)
-    check_overrides(others.get(command, "launch/train.py"), rest)
+def check_command(command: Command) -> None:
+    """The same of a command; those of a job and of a sweep take the keys of another script, too."""
+    script, arguments = command.script, command.arguments
+    if script in ("launch/slurm.py", "launch/sweep.py"):
+        own = {field.name for field in fields(schema_of(script)[0])} | {"cluster", "local", "tasks"}
+        other = {"shard": "data_prep/shard.py", "evaluate": "launch/evaluate.py"}.get((arguments or [""])[0])
+        rest = [one for one in arguments if "=" in one and re.split(r"[.=]", one)[0] not in own]
+        arguments = [one for one in arguments if one not in rest and not one.startswith("tasks=")]
+        lists = script == "launch/sweep.py"  # of values: each for itself
+        rest = [re.sub(r"=(\w+\()?([^,[)]*?)(,|\.\.\d).*", r"=\2", one) if lists else one for one in rest]
+        check_overrides(other or "launch/train.py", rest)
+    if "stepz=" not in command.text:
+        check_overrides(script, arguments)
 
 
 def test_every_command_of_every_document_is_accepted():
     wrong = []
     for command in found_commands():
         try:
-            if command.script == "launch/slurm.py":
-                check_slurm(command.arguments)
-            elif "stepz=" not in command.text:
-                check_overrides(command.script, command.arguments)
+            check_command(command)
         except (SegformerError, AssertionError) as error:
             wrong.append(f"{command.document}: {command.text}: {error}")
     assert not wrong, "\n".join(wrong)
