@@ -1,5 +1,5 @@
 # make train   train MiT-B0 on the sample that this repository ships: runs/sample/
-# make test    the tests (about 8 minutes on two cores)
+# make test    the tests (about 7 minutes on two cores)
 # make install, make install-dev   what training needs into .venv; what the tests need, too
 # make test-slurm   the long tests on a real Slurm, which they bring up on this machine (needs root)
 # make test-slow   the tests marked slow: compilers, all ZeRO stages and launchers, many stops, the README as a new user runs it
