@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ def user(tmp_path_factory, tiny_root):
     shapes.write_folders(folder / "photos", {"train": 6, "val": 3})
     for kind in ("images", "masks"):
         (folder / "photos" / kind).symlink_to(tiny_root / kind)
+    shutil.copy(next((tiny_root / "images/val").iterdir()), folder / "photo.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
