@@ -1,11 +1,12 @@
-"""Compare runs: scores with intervals, curves, settings that differ, the same images side by side.
+"""Compare runs: scores with intervals, curves, settings, the same images.
 
-    python launch/compare.py runs/a runs/b runs/c
-    python launch/compare.py runs=[runs/a,runs/b] output=comparison
-    python launch/compare.py runs/lr            every run in a folder, such as that of a sweep
+python launch/compare.py runs/a runs/b runs/c
+python launch/compare.py runs=[runs/a,runs/b] output=comparison
+python launch/compare.py runs/lr         every run in a folder, as of a sweep
 
-The first run is the one that the others are held against. Prints a table and writes
-<output>/index.html, a page that opens offline, and <output>/comparison.csv.
+The first run is the one that the others are held against. Prints a table and
+writes <output>/index.html, a page that opens offline, and
+<output>/comparison.csv.
 """
 
 import json

@@ -1,15 +1,17 @@
 """Train the same thing with several settings, and compare the runs.
 
-    python launch/sweep.py name=lr experiment=sample optim.lr=1e-4,3e-4,1e-3 seed=0,1
-    python launch/sweep.py name=wide experiment=sample sweep.random=20 sweep.halving=3 \\
-        'optim.lr=log(1e-5,1e-2)' model.dropout=0.0..0.3
+python launch/sweep.py name=lr experiment=sample optim.lr=3e-4,1e-3 seed=0,1
+python launch/sweep.py name=wide experiment=sample sweep.random=20 \\
+    sweep.halving=3 'optim.lr=log(1e-5,1e-2)' model.dropout=0.0..0.3
 
-Takes every override of launch/train.py. A list with commas is tried value by value, several lists in
-every combination; ranges are drawn from (sweep.random). With sweep.halving=3 all settings are trained
-to a part of their steps, and one in three goes on from there.
+Takes every override of launch/train.py. A list with commas is tried value by
+value, several lists in every combination; ranges are drawn from
+(sweep.random). With sweep.halving=3 all settings are trained to a part of
+their steps, and one in three goes on from there.
 
-The runs are runs/<name>/<settings>, one process for each GPU (sweep.jobs=2: two at a time). Stopped by
-Ctrl-C they save their states; the same command goes on. At the end they are compared.
+The runs are runs/<name>/<settings>, one process for each GPU (sweep.jobs=2:
+two at a time). Stopped by Ctrl-C they save their states; the same command goes
+on. At the end they are compared.
 """
 
 import re
