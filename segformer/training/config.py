@@ -266,7 +266,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _store(schema, config_name, tuple(VARIANTS))
+    _store(schema, config_name, tuple(VARIANTS))  # type: ignore[arg-type]
     options, overrides = take_conf(overrides)
     own = conf_folders(options)
     names = choices(config_name, own)
