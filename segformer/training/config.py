@@ -20,7 +20,6 @@ wandb.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import pydoc
 import re
@@ -247,26 +246,19 @@ def _whole(schema: type[_T], composed: Any) -> _T:
     return OmegaConf.to_object(composed)  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=1)  # hydra has one store, and the last schema of a name counts
-def _store(schema: type[Any], config_name: str, variants: tuple[str, ...]) -> None:
-    """Hand hydra the schema of a command and a choice of `model` for each variant."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name=f"{config_name}_schema", node=schema)
-    for variant in variants:
-        store.store(group="model", name=variant, node={"variant": variant})
-
-
 def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _store(schema, config_name, tuple(VARIANTS))  # type: ignore[arg-type]
+    store = ConfigStore.instance()
+    store.store(name=f"{config_name}_schema", node=schema)
+    for variant in VARIANTS:
+        store.store(group="model", name=variant, node={"variant": variant})
     options, overrides = take_conf(overrides)
     own = conf_folders(options)
     names = choices(config_name, own)
