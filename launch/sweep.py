@@ -38,12 +38,7 @@ def main() -> None:
     training = [*conf, *(one for one in given if one not in own)]
     train = [sys.executable, str(Path(__file__).with_name("train.py"))]
     sys.argv[1:] = own
-    cli(
-        SweepConfig,
-        "sweep",
-        lambda cfg: sweep(cfg, training, train),
-        lambda cfg: plan_of(cfg, training),
-    )
+    cli(SweepConfig, "sweep", lambda cfg: sweep(cfg, training, train), lambda cfg: plan_of(cfg, training))
     if {"--help", "-h"} & set(own):
         print("\nAnd every key of launch/train.py.")
 

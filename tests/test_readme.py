@@ -40,7 +40,7 @@ SHORT = ("global_batch=2", "augment.crop=[64,64]", "overlays=1", "telemetry.log_
 NOT_RUN = {
     r"launch/slurm\.py|srun ": "needs a cluster: tests/slurm",
     r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
-    r"launch/sweep\.py|compare\.py runs/lr": "trains many times: tests/sweep",
+    r"launch/sweep\.py|compare\.py runs[/=]": "needs many runs: tests/sweep, tests/inference/test_compare.py",
     r"launch/bench\.py": "measures for minutes: tests/bench",
     r"^docs/results\.md": "measured, for minutes to hours",
     r"<|\[\.\.\.\]|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
