@@ -148,10 +148,10 @@ def _imbalance(cfg: RunConfig, facts: Facts) -> Advice:
 
 
 CHECKS: tuple[tuple[str, Callable[[RunConfig, Facts], Advice]], ...] = (
-    ("learning rate", _learning_rate),
     ("resize", _resize),
     ("crop", _crop),
     ("length", _length),
+    ("learning rate", _learning_rate),
     ("warm-up", _warmup),
     ("evaluation", _evaluation),
     ("rare classes", _imbalance),

@@ -59,7 +59,7 @@ def test_the_defaults_on_a_small_set_are_warned_of_and_all_remedies_together_lea
     default: RunConfig,
 ) -> None:
     found = warned(default)
-    expected = ["learning rate", "resize", "crop", "length", "warm-up", "evaluation", "rare classes"]
+    expected = ["resize", "crop", "length", "learning rate", "warm-up", "evaluation", "rare classes"]
     assert list(found) == expected
     assert "160000 steps are 5,311 epochs of 482 images" in found["length"]
     assert "pole 0.60%" in found["rare classes"]
