@@ -1,11 +1,15 @@
 """Training, evaluation and export from Python: the numbers of the commands, in one process."""
 
 import multiprocessing
+import re
 import signal
 import threading
+from pathlib import Path
 
 import cv2
 import nano
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,7 @@ from segformer.inference.export import open_checkpoint
 from segformer.models.variants import VARIANTS
 from segformer.training.config import RunConfig, compose
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["background", "nucleus"]
 
 
@@ -144,3 +149,53 @@ def test_a_dataset_needs_names_a_length_and_both_splits(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             segformer.train(run_dir=tmp_path / "run", **given)
+
+
+def blocks():
+    """The examples of docs/python.md."""
+    return re.findall(r"^```py\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_document_run(tiny_root, tiny_shards, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, target in (("photos", tiny_root), ("data/mine", tiny_shards)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    first, second, *_ = sorted((tiny_root / "images/val").iterdir())
+    Image.open(first).convert("RGB").save("photo.jpg")
+    Image.open(second).convert("L").save("gray.png")
+    short = ["model=nano", "steps=2", "global_batch=2", "eval_every=2", "overlays=0", "augment.crop=[64,64]"]
+
+    def shortened(schema, name, overrides):
+        more = {"config": [*short, "loader.workers=0"], "evaluate": ["loader.workers=0"]}.get(name, [])
+        return compose(schema, name, [*overrides, *more])
+
+    monkeypatch.setattr("segformer.api.compose", shortened)
+    predict, more, train, arrays = blocks()
+    names = {"names": [path.stem for path in (tiny_root / "images/train").iterdir()]}
+    for code in (train, predict, more, arrays):
+        exec(code, names)
+    assert names["scores"].miou == pytest.approx(names["result"].scores.miou, abs=1)
+    assert Path("overlay.jpg").exists()
+    assert names["several"][0].probabilities.shape[0] == 2
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tiny_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.read(ROOT / "docs/first_hour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    short = 'steps=2, global_batch=2, overlays=1, augment={"crop": [64, 64]}, loader={"workers": 0}'
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("../data_prep/sample", str(tiny_root)).replace("steps=100", short)
+    done = nbclient.NotebookClient(
+        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    printed = [out for cell in done.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in printed) == 2  # the curve, the overlay
+    text = "".join(out.get("text", "") for out in printed)
+    assert "shards: data/sample" in text
+    assert (tmp_path / "exports/sample/model.safetensors").is_file()
