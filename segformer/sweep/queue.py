@@ -79,11 +79,11 @@ class Job:
 
 
 def _ended(run_dir: Path) -> bool:
-    """The run has made its last evaluation, and the model of that step has been exported."""
-    final = newest_row(run_dir, "final")
+    """The run has made its last evaluation, exported the model of that step, and then written its report."""
+    final, export = newest_row(run_dir, "final"), run_dir / "export" / "config.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        exported = read_json(run_dir / "export" / "config.json")["segformer"]["step"]
-        return final is not None and (run_dir / "report.html").is_file() and exported == final["step"]
+        reported = (run_dir / "report.html").stat().st_mtime >= export.stat().st_mtime
+        return final is not None and reported and read_json(export)["segformer"]["step"] == final["step"]
     return False
 
 
