@@ -192,7 +192,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tiny_root, tmp_path, 
     for cell in notebook.cells:
         cell.source = cell.source.replace("../data_prep/sample", str(tiny_root)).replace("steps=100", short)
     done = nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=600, resources={"metadata": {"path": tmp_path}}
     ).execute()
     printed = [out for cell in done.cells for out in cell.get("outputs", [])]
     assert sum("image/png" in out.get("data", {}) for out in printed) == 2  # the curve, the overlay
