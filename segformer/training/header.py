@@ -34,10 +34,10 @@ FIRST_BATCH = "train_batch.jpg"
 
 
 def network_name(cfg: RunConfig) -> str:
-    """The network of a run as papers call it: SegFormer-B0, or the backbone alone of a classifier."""
-    backbone = BACKBONES[VARIANTS[cfg.model.variant].backbone].title
-    network = backbone if cfg.data.task == "classification" else "SegFormer"
-    return f"{network}-{cfg.model.variant.upper()}"
+    """The network of a run as papers call it: SegFormer-B0, ConvNeXt-PICO; MiT-B0 as a classifier."""
+    backbone = VARIANTS[cfg.model.variant].backbone
+    own = cfg.data.task == "segmentation" and backbone == "mit"
+    return f"{'SegFormer' if own else BACKBONES[backbone].title}-{cfg.model.variant.upper()}"
 
 
 def log_start(

@@ -230,7 +230,7 @@ def test_a_terminal_that_goes_away_does_not_take_the_run_with_it(tmp_path):
     with subprocess.Popen([sys.executable, "-c", TERMINAL, str(tmp_path)], text=True, **pipes) as run:
         os.close(other)
         assert run.stdout.readline() == "half\n"
-        assert b"2/4 [" in os.read(main, 4096)
+        assert re.search(rb"[12]/4 \[", os.read(main, 4096))  # the bar leaves out what comes within 0.1 s
         os.close(main)  # as when the connection to the machine is lost
         out, _ = run.communicate("\n", timeout=60)
     assert out == "ended\n"
