@@ -136,10 +136,7 @@ def _end(
     elif scores is None:
         scores = _evaluate(cfg, world, task, model, run)
     run.checkpoints.settle()
-    # Of a run with all its steps only a new best is news: one that is shown again stays as it is.
-    shown = scores is not None and state.step == cfg.steps
-    news = run.saved.best_step != state.best_step if shown else run.saved != state
-    if state.step and (run.checkpoints.last_saved != state.step or news):
+    if state.step and (run.checkpoints.last_saved != state.step or run.saved != state):
         _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
     if scores is None:
@@ -169,7 +166,8 @@ def _finished(cfg: RunConfig, state: TrainState) -> str:
     if state.step >= cfg.steps:
         return f"finished: all {cfg.steps} steps are done"
     names = SCORES[cfg.data.task].NAMES
-    why = stops_early(cfg.early_stop, names, state.evaluations) if state.evaluated == state.step else ""
+    here = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
+    why = stops_early(cfg.early_stop, names, state.evaluations) if here else ""
     goes_on = "early_stop.patience=0, or a larger one, goes on"
     return why and f"stopped early at step {state.step} of {cfg.steps}: {why}; {goes_on}"
 
@@ -231,14 +229,15 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     run.meter.reset()  # it does not count as training time
     if scores is None:
         return None
-    if math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score):
-        state.best_score, state.best_step = scores.score, state.step
     state.evaluated = state.step
     if counts:
         found = {key: getattr(scores, key) for key in scores.NAMES}
         known = {key: value for key, value in found.items() if math.isfinite(value)}
         state.evaluations = [*state.evaluations, {"step": state.step, **known}]
     kind = "final" if _finished(cfg, state) else "eval"
+    better = math.isfinite(scores.score) and (state.best_score is None or scores.score > state.best_score)
+    if better and (counts or kind == "final"):  # a pause elsewhere would make a best that the run has not
+        state.best_score, state.best_step = scores.score, state.step
     values = scores.to_dict() | {"protocol": task.protocol}
     telemetry.scores(kind, state.step, values, task.shards.classes)
     telemetry.pictures(state.step, scores.pictures)

@@ -137,6 +137,56 @@ def test_a_pause_does_not_move_an_early_stop(run, tmp_path):
     assert last_line(tmp_path / "paused").startswith("stopped early at step 4 of 6")
 
 
+def test_patience_that_comes_with_a_pause_is_judged_at_the_next_evaluation_that_counts(run, tmp_path):
+    run("late", "stop_at=5")
+    run("late", "early_stop.patience=1", "early_stop.min_gain=1", "stop_at=5")
+    assert last_line(tmp_path / "late").startswith("paused at step 5 of 6")
+    run("late", "early_stop.patience=1", "early_stop.min_gain=1", "steps=6")
+    assert last_line(tmp_path / "late").startswith("finished")
+
+
+def test_a_pause_between_two_evaluations_is_no_best(run, tmp_path, monkeypatch, metrics):
+    """Scores rise up to step 3, the pause, and fall from there on."""
+    evaluate = Segmentation.evaluate
+
+    def scored(self: Segmentation, engine: Any, *given: Any, **more: Any) -> Any:
+        scores = evaluate(self, engine, *given, **more)
+        monkeypatch.setattr(type(scores), "score", next(values), raising=False)
+        return scores
+
+    monkeypatch.setattr(Segmentation, "evaluate", scored)
+    values = iter([0.2, 0.9, 0.3, 0.1])
+    run("paused", "stop_at=3")
+    state = load_checkpoint(tmp_path / "paused/checkpoints").state
+    assert (state.evaluated, state.best_step, state.best_score) == (3, 2, 0.2)
+    run("paused")
+    state = load_checkpoint(tmp_path / "paused/checkpoints").state
+    assert (state.best_step, state.best_score) == (4, 0.3)
+
+
+def test_the_last_evaluation_is_saved_and_an_extension_does_not_repeat_it(run, tmp_path, metrics):
+    constant, folder = "optim.schedule=constant", tmp_path / "longer"
+    run("longer", constant, "steps=2")
+    state = load_checkpoint(folder / "checkpoints").state
+    assert (state.evaluated, [row["step"] for row in state.evaluations]) == (2, [2])
+    run("longer", constant, "steps=4")
+    state = load_checkpoint(folder / "checkpoints").state
+    assert [row["step"] for row in state.evaluations] == [2, 4]
+    assert (steps_of(metrics, folder, "eval"), steps_of(metrics, folder, "final")) == ([], [2, 4])
+    written = (folder / "checkpoints/step-00000004/model.safetensors").stat().st_mtime_ns
+    run("longer", constant, "steps=4")
+    assert (folder / "checkpoints/step-00000004/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_schedule_that_begins_at_the_end_is_refused_and_changes_nothing(run, tmp_path):
+    run("ended", "steps=2")
+    before = (tmp_path / "ended/config.yaml").read_bytes()
+    for more in (["steps=2"], ["steps=1"]):
+        with pytest.raises(ConfigError, match=r"optim.schedule_start=2 must be below steps=[12], where"):
+            run("ended", *more, "optim.schedule_start=2")
+    assert (tmp_path / "ended/config.yaml").read_bytes() == before
+
+
 def test_a_score_that_the_task_has_not_is_refused(tiny):
     check_start(compose(RunConfig, "config", tiny("right", "early_stop.metric=aacc")))
     with pytest.raises(
