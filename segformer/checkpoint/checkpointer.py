@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from segformer.checkpoint.atomic import commit, delete
 from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
-from segformer.errors import CheckpointError, ConfigError, at_least, listed
+from segformer.errors import CheckpointError, at_least, listed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,11 +52,6 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", save_every=1, keep_last=1, keep_every=0, max_failures=1, notice_s=0)
-        if self.keep_every % self.save_every:
-            raise ConfigError(
-                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
-                f"checkpoint.save_every={self.save_every}: other steps are not saved"
-            )
 
 
 class _Outcome(NamedTuple):

@@ -13,7 +13,7 @@ from segformer.data.sources.content import WARN, Finding, override
 from segformer.doctor.scan import SplitScan
 from segformer.errors import listed
 from segformer.training.config import RunConfig
-from segformer.training.sizing import FINETUNE_LR, MOST_EPOCHS, RARE, RULES, Facts, with_values
+from segformer.training.sizing import FINETUNE_LR, MOST_EPOCHS, RARE, RULES, Facts, with_values, written
 
 LEAST_EPOCHS, LONGEST_WARMUP, EVALUATIONS = 2, 0.1, 5
 SLOW_LR = 2e-4  # of random weights in batches of 8: below it the encoder hardly leaves its place
@@ -77,8 +77,7 @@ def _learning_rate(cfg: RunConfig, facts: Facts) -> Advice:
 
 def _length(cfg: RunConfig, facts: Facts) -> Advice:
     epochs, take = cfg.steps * cfg.global_batch / facts.images, chosen(cfg, facts, "steps")
-    many = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
-    text = f"{cfg.steps} steps are {many} epochs of {facts.images} images"
+    text = f"{cfg.steps} steps are {written(epochs)} epochs of {facts.images} images"
     if epochs > MOST_EPOCHS and take["steps"] < cfg.steps:
         return f"{text}: far more than they teach", take
     if epochs < LEAST_EPOCHS and take["steps"] > cfg.steps:

@@ -35,6 +35,7 @@ from segformer.data.sources.masks import color_remedy, unknown_ids
 from segformer.doctor.scan import SplitScan
 from segformer.errors import listed
 from segformer.training.config import RunConfig
+from segformer.training.sizing import written
 
 MUCH_IGNORED = 0.5  # share of ignored pixels above which somebody should look
 TIGHT = 0.85  # share of a GPU's memory above which the forecast is a warning: context and fragmentation
@@ -194,7 +195,7 @@ def judge_batch(
     ranks, count = batch.world_size, samples.get(cfg.train_split)
     if count is not None:
         epochs = cfg.steps * cfg.global_batch / max(1, count)
-        text = f"{batch}; {cfg.steps} steps are {epochs:.1f} epochs of {count}"
+        text = f"{batch}; {cfg.steps} steps are {written(epochs)} epochs of {count}"
         if count < cfg.global_batch:
             yield Finding(WARN, "batch", f"{text}: one step holds images more than once; lower global_batch")
         else:

@@ -32,6 +32,7 @@ from segformer.slurm.settings import SlurmConfig
 from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, load_config, save_config
+from segformer.training.directory import as_begun
 from segformer.training.sizing import BATCH, fitting_batch, needs_sizing
 
 WATCH_S = 5.0
@@ -55,7 +56,9 @@ def plain_path(name: str, path: Path | str) -> Path:
 
 
 def with_batch(cfg: SlurmConfig, run: RunConfig) -> RunConfig:
-    """The run with a batch that all its numbers of ranks can share, where it is left to be worked out."""
+    """The run with the batch that it began with, else one that all its numbers of ranks can share, where that
+    is left to be worked out."""
+    run = as_begun(run)
     if "global_batch" not in run.auto:
         return run
     usual = BATCH["gpu" if cfg.gpus_per_node else "cpu"]

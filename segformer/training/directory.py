@@ -90,15 +90,22 @@ def check_run(cfg: RunConfig) -> None:
 
 def settled(cfg: RunConfig, *, device: str, world_size: int) -> tuple[RunConfig, list[str]]:
     """The configuration in plain numbers: those that its run has already, else as `sized` works them out."""
+    cfg = as_begun(cfg)
+    if not needs_sizing(cfg):
+        return cfg, []
+    cfg, lines = sized(cfg, open_shards(cfg), device=device, world_size=world_size)
+    head = f"worked out for this data and {world_size} x {device}; what is given with the command stays:"
+    return cfg, [head, *lines]
+
+
+def as_begun(cfg: RunConfig) -> RunConfig:
+    """The configuration with the numbers that its run has for what is left to be worked out, if it has any."""
     run_dir = Path(cfg.run_dir)
     if cfg.auto and (saved := saved_config(cfg, run_dir)) is not None:
         cfg = kept(cfg, saved, [key for key in cfg.auto if is_frozen(key)])
         with contextlib.suppress(ConfigError, CheckpointError):  # of a damaged one they are worked out again
             cfg = kept(cfg, load_config(run_dir / CONFIG), cfg.auto)
-    if not needs_sizing(cfg):
-        return cfg, []
-    cfg, lines = sized(cfg, open_shards(cfg), device=device, world_size=world_size)
-    return cfg, ["worked out for this data and device; what is given with the command stays:", *lines]
+    return cfg
 
 
 def saved_config(cfg: RunConfig, run_dir: Path) -> RunConfig | None:

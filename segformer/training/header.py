@@ -28,6 +28,7 @@ from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.machine import start_row
 from segformer.training.config import RunConfig
 from segformer.training.optim import schedule_remark
+from segformer.training.sizing import written
 from segformer.training.task import Task, training_crop
 
 FIRST_BATCH = "train_batch.jpg"
@@ -60,7 +61,7 @@ def log_start(
     )
     crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
     epochs = cfg.steps * cfg.global_batch / max(1, train_split.num_samples)
-    telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps = {epochs:.1f} epochs")
+    telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps = {written(epochs)} epochs")
     if remark := schedule_remark(cfg.optim, cfg.steps):
         telemetry.line(remark)
     if pretrained := getattr(model, "pretrained", ""):

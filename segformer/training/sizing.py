@@ -4,8 +4,8 @@
 this machine is asked, so that the same command means the same run. RULES is the order of decisions, each a
 function of the configuration as far as it is decided: (values, reason). docs/recipes.md has the reasons.
 
-A start asks it once, before the run has a checkpoint (run.py); config.yaml holds plain numbers from then on,
-and a run that goes on, here or elsewhere, keeps them.
+A start asks it (directory.py); config.yaml holds plain numbers then. A run that has a checkpoint keeps those of
+`auto`, here or elsewhere; `epochs` and loss.class_weighting, functions of the data alone, are worked out again.
 """
 
 from __future__ import annotations
@@ -103,9 +103,11 @@ def sized(cfg: RunConfig, shards: ShardSet, *, device: str, world_size: int) -> 
     if not needs_sizing(cfg):
         return cfg, []
     if shards.task != "segmentation" and (cfg.auto or cfg.loss.class_weighting):
+        asked = f"loss.class_weights={cfg.loss.class_weighting}"
+        asked = "a recipe that sizes itself (experiment=scratch, finetune)" if cfg.auto else asked
         raise ConfigError(
-            f"auto={cfg.auto} is worked out for segmentation only, and {cfg.data.shards} is for "
-            f"{shards.task}; use experiment=imagenet_300ep, or give the settings"
+            f"{asked} is for segmentation only, and {cfg.data.shards} is for {shards.task}; use "
+            "experiment=imagenet_300ep, or give the settings"
         )
     open_keys = set(cfg.auto)
     open_keys |= {"steps"} if cfg.epochs is not None else set()
@@ -174,10 +176,10 @@ def _length(cfg: RunConfig, facts: Facts) -> Chosen:
             minutes = max(1, round(epochs * flops / CPU_FLOPS / 60))
             why = f", about {minutes} minutes on two cores"
             if epochs < usual:
-                why += f": a first look, a GPU would take epochs={_written(usual)}"
+                why += f": a first look, a GPU would take epochs={written(usual)}"
         epochs = math.floor(epochs) if epochs >= 1 else epochs
     steps = max(1, math.ceil(round(epochs * facts.images / batch, 6)))
-    text = f"{_written(epochs)} epochs of {facts.images} images in batches of {batch}{why}"
+    text = f"{written(epochs)} epochs of {facts.images} images in batches of {batch}{why}"
     return {"steps": steps}, text
 
 
@@ -223,20 +225,28 @@ def _intervals(cfg: RunConfig, facts: Facts) -> Chosen:
     height, width = _size(cfg)
     trained = 3 * cfg.steps * cfg.global_batch * height * width  # forward and backward
     count = int(min(10, max(2, trained / 10 / facts.eval_pixels)))
-    every = math.ceil(cfg.steps / count)
-    save, keep = min(every, 2000), cfg.checkpoint.keep_every
-    save = next(number for number in range(save, 0, -1) if keep % number == 0)
-    values = {"eval_every": every, "checkpoint.save_every": save}
-    return values, f"{count} evaluations, so that they take about a tenth of the time at most"
+    why = f"{count} evaluations, so that they take about a tenth of the time at most"
+    return {"eval_every": math.ceil(cfg.steps / count)}, why
 
 
-def _reports(cfg: RunConfig, facts: Facts) -> Chosen:
+def _saves(cfg: RunConfig, facts: Facts) -> Chosen:
+    save, keep = min(cfg.eval_every, 2000), cfg.checkpoint.keep_every
+    why = "at every evaluation" if save == cfg.eval_every else "often enough for evaluations this far apart"
+    if keep % save:  # the next lower divisor, unless that would save much more often
+        save = next((number for number in range(save, save // 4, -1) if keep % number == 0), keep)
+        why = f"checkpoint.keep_every={keep} is a multiple of it"
+    return {"checkpoint.save_every": save}, why
+
+
+def _eval_batch(cfg: RunConfig, facts: Facts) -> Chosen:
     pixels = 4 * CROP[facts.kind] ** 2
-    values = {
-        "eval_batch": max(1, min(8, pixels // facts.eval_side)),
-        "telemetry.log_every": max(1, min(50, cfg.steps // 40)),
-    }
-    return values, f"images of up to {pixels} pixels in all; about 40 lines of log, more of a long run"
+    return {
+        "eval_batch": max(1, min(8, pixels // facts.eval_side))
+    }, f"images of up to {pixels} pixels in all"
+
+
+def _log_every(cfg: RunConfig, facts: Facts) -> Chosen:
+    return {"telemetry.log_every": max(1, min(50, cfg.steps // 40))}, "about 40 lines, more of a long run"
 
 
 def _class_weights(cfg: RunConfig, facts: Facts) -> Chosen:
@@ -263,8 +273,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[RunConfig, Facts], Chosen]], ...] 
     (("optim.lr", "optim.head_lr_factor"), _learning_rate),
     (("optim.warmup_steps",), _warmup),
     (("model.drop_path_rate",), _drop_path),
-    (("eval_every", "checkpoint.save_every"), _intervals),
-    (("eval_batch", "telemetry.log_every"), _reports),
+    (("eval_every",), _intervals),
+    (("checkpoint.save_every",), _saves),
+    (("eval_batch",), _eval_batch),
+    (("telemetry.log_every",), _log_every),
     (("loss.class_weights",), _class_weights),
 )
 
@@ -281,8 +293,9 @@ def _rounded(lr: float) -> float:
     return float(f"{lr:.2g}")
 
 
-def _written(epochs: float) -> str:
-    return f"{epochs:.3g}"
+def written(epochs: float) -> str:
+    """A number of epochs as it is shown."""
+    return f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
 
 
 def _short(value: Any) -> str:

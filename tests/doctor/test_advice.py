@@ -75,7 +75,7 @@ def test_the_defaults_on_a_small_set_are_warned_of_and_all_remedies_together_lea
         ("learning rate", {"optim.lr": 6e-5}, "random ones hardly learn"),
         ("learning rate", {"optim.lr": 6e-4, "model.pretrained": "x.pth"}, "optim.lr=6e-05"),
         ("length", {"steps": 20000}, "664 epochs of 482"),
-        ("length", {"steps": 50, "optim.warmup_steps": 2, "eval_every": 10}, "1.7 epochs"),
+        ("length", {"steps": 50, "optim.warmup_steps": 2, "eval_every": 10}, "1.66 epochs"),
         ("warm-up", {"optim.warmup_steps": 401}, "10% of 4000 steps; optim.warmup_steps=200"),
         ("evaluation", {"eval_every": 4000}, "nothing is scored before the end"),
         ("evaluation", {"eval_every": 801}, "20% of the run"),

@@ -77,7 +77,7 @@ def test_a_sound_folder_passes_with_its_statistics(tmp_path: Path) -> None:
     share = f"{100 * (5 * 640 - train.ignored_pixels) / (5 * 1920 - train.ignored_pixels):.3g} %"
     rarest = f"all 3 seen; the rarest is 'sky', {share} of the labelled pixels, in 5 of 5 images"
     assert f"train: classes: {rarest}" in texts(report, OK)
-    assert any("10 steps are 8.0 epochs of 5" in text for text in texts(report, OK))
+    assert any("10 steps are 8 epochs of 5" in text for text in texts(report, OK))
     assert "forecast" in texts(report, OK)[-1]
 
 

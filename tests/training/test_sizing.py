@@ -27,7 +27,7 @@ from segformer.training.config import SIZED, RunConfig, compose, load_config, sa
 from segformer.training.directory import settled
 from segformer.training.loop import train
 from segformer.training.losses import balanced_weights
-from segformer.training.sizing import sized, with_values
+from segformer.training.sizing import sized, with_values, written
 
 
 def index(count: int, height: int | list[int], width: int | list[int], pixels=(60, 40), held: int = 10):
@@ -98,6 +98,46 @@ def test_evaluations_are_about_ten_and_fewer_where_they_cost_a_tenth_of_the_trai
     assert intervals(held=5000) == (500, 500)
     long, _ = sized(replace(scratch(), epochs=4000), index(400, 256, 256), device="cuda", world_size=1)
     assert (long.eval_every, long.checkpoint.save_every) == (10_000, 2000)
+
+
+def test_saves_follow_the_evaluations_and_checkpoints_that_stay_and_say_so():
+    def saves(*given: str) -> tuple[int, str]:
+        cfg, lines = sized(scratch("steps=1000", *given), index(400, 256, 256), device="cpu", world_size=1)
+        reason = next(line for line in lines if line.startswith("checkpoint.save_every="))
+        return cfg.checkpoint.save_every, reason.partition(": ")[2]
+
+    assert saves("eval_every=70") == (70, "at every evaluation")
+    assert saves("eval_every=7000") == (2000, "often enough for evaluations this far apart")
+    for keep, every in ((150, 75), (160, 80), (997, 997), (7, 7), (10**9 + 7, 10**9 + 7)):
+        assert saves("eval_every=80", f"checkpoint.keep_every={keep}")[0] == every
+    assert saves("eval_every=80", "checkpoint.keep_every=150")[1].startswith("checkpoint.keep_every=150 is")
+    with pytest.raises(ConfigError, match=r"keep_every=150 must be a multiple of checkpoint.save_every=80"):
+        scratch("checkpoint.keep_every=150", "checkpoint.save_every=80")
+    only, lines = sized(scratch("checkpoint.save_every=9"), index(40, 64, 64), device="cpu", world_size=1)
+    assert not any("save_every" in line for line in lines)
+    assert only.checkpoint.save_every == 9
+
+
+def test_a_schedule_that_begins_after_the_steps_that_are_worked_out_is_refused():
+    cfg = scratch("epochs=1", "optim.schedule_start=50")
+    with pytest.raises(ConfigError, match=r"optim.schedule_start=50 must be below steps=50"):
+        sized(cfg, index(400, 64, 64), device="cpu", world_size=1)
+
+
+def test_a_set_for_classification_is_refused_in_the_words_of_the_command():
+    shards = index(40, 64, 64)
+    shards.task = "classification"
+    with pytest.raises(
+        ConfigError, match=r"^a recipe that sizes itself \(experiment=scratch, finetune\) is "
+    ):
+        sized(scratch(), shards, device="cpu", world_size=1)
+    cfg = compose(RunConfig, "config", ["experiment=sample", "loss.class_weights=inverse"])
+    with pytest.raises(ConfigError, match=r"^loss.class_weights=inverse is for segmentation only, and "):
+        sized(cfg, shards, device="cpu", world_size=1)
+
+
+def test_epochs_are_shown_with_as_many_digits_as_say_something():
+    assert [written(e) for e in (0.0137, 13.7, 300, 5311.2)] == ["0.0137", "13.7", "300", "5,311"]
 
 
 def test_the_lr_follows_what_is_trained_already_and_what_is_new():
@@ -253,6 +293,10 @@ def test_a_run_of_scratch_keeps_its_numbers_on_another_device(tmp_path, tiny_sha
     assert "steps=4: 2 epochs of 16 images in batches of 8" in log
     again, _ = settled(cfg, device="cuda", world_size=8)
     assert asdict(again) == asdict(saved)
+    on_slurm = SlurmConfig(nodes="1-2", gpus_per_node=4)  # a new run would take 16
+    assert with_batch(on_slurm, cfg).global_batch == 8
+    with pytest.raises(ConfigError, match="global_batch=8"):
+        describe(SlurmConfig(nodes="3", gpus_per_node=1), cfg)
     Path(run_dir / "config.yaml").write_text("damaged: [")
     again, _ = settled(cfg, device="cuda", world_size=8)
     assert (again.steps, again.global_batch, again.optim) == (saved.steps, saved.global_batch, saved.optim)
