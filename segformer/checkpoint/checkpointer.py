@@ -53,6 +53,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least(self, "checkpoint.", save_every=1, keep_last=1, keep_every=0, max_failures=1, notice_s=0)
 
+    def check_kept(self) -> None:
+        """ConfigError where a step that shall stay is not saved."""
+        if self.keep_every % self.save_every:
+            raise ConfigError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of "
+                f"checkpoint.save_every={self.save_every}: other steps are not saved"
+            )
+
 
 class _Outcome(NamedTuple):
     """How a save went."""

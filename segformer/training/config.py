@@ -145,17 +145,11 @@ class RunConfig:
             raise ConfigError(
                 f"profile.steps={self.profile.steps} begins after the last of {self.steps} steps"
             )
-        if counted and self.optim.schedule_start >= self.steps:
-            raise ConfigError(
-                f"optim.schedule_start={self.optim.schedule_start} must be below steps={self.steps}, where the "
-                "schedule ends; give more steps, or leave it out"
-            )
-        save, keep = self.checkpoint.save_every, self.checkpoint.keep_every
-        if "checkpoint.save_every" not in self.auto and keep % save:
-            raise ConfigError(
-                f"checkpoint.keep_every={keep} must be a multiple of checkpoint.save_every={save}: other steps "
-                "are not saved"
-            )
+        if counted and (start := self.optim.schedule_start) >= self.steps:
+            text = f"optim.schedule_start={start} must be below steps={self.steps}"
+            raise ConfigError(f"{text}; give more steps, or leave it out")
+        if "checkpoint.save_every" not in self.auto:
+            self.checkpoint.check_kept()
         if self.micro_batch is not None and "global_batch" not in self.auto:
             BatchShape(self.global_batch, self.micro_batch, world_size=1)
 

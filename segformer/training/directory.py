@@ -99,7 +99,7 @@ def settled(cfg: RunConfig, *, device: str, world_size: int) -> tuple[RunConfig,
 
 
 def as_begun(cfg: RunConfig) -> RunConfig:
-    """The configuration with the numbers that its run has for what is left to be worked out, if it has any."""
+    """The configuration with the numbers that its run has already for what is left to be worked out."""
     run_dir = Path(cfg.run_dir)
     if cfg.auto and (saved := saved_config(cfg, run_dir)) is not None:
         cfg = kept(cfg, saved, [key for key in cfg.auto if is_frozen(key)])
