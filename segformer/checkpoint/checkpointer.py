@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from segformer.checkpoint.atomic import commit, delete
 from segformer.checkpoint.format import Checkpoint, check_finite, step_name, writers_of
 from segformer.checkpoint.reader import list_steps
-from segformer.errors import CheckpointError, at_least, listed
+from segformer.errors import CheckpointError, ConfigError, at_least, listed
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,8 +4,8 @@
 this machine is asked, so that the same command means the same run. RULES is the order of decisions, each a
 function of the configuration as far as it is decided: (values, reason). docs/recipes.md has the reasons.
 
-A start asks it (directory.py); config.yaml holds plain numbers then. A run that has a checkpoint keeps those of
-`auto`, here or elsewhere; `epochs` and loss.class_weighting, functions of the data alone, are worked out again.
+A start asks it (directory.py), and config.yaml holds plain numbers then. A run that has a checkpoint keeps
+those of `auto`, here or elsewhere; `epochs` and loss.class_weighting are worked out at every start.
 """
 
 from __future__ import annotations

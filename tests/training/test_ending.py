@@ -182,7 +182,7 @@ def test_a_schedule_that_begins_at_the_end_is_refused_and_changes_nothing(run, t
     run("ended", "steps=2")
     before = (tmp_path / "ended/config.yaml").read_bytes()
     for more in (["steps=2"], ["steps=1"]):
-        with pytest.raises(ConfigError, match=r"optim.schedule_start=2 must be below steps=[12], where"):
+        with pytest.raises(ConfigError, match=r"optim.schedule_start=2 must be below steps=[12]; give more"):
             run("ended", *more, "optim.schedule_start=2")
     assert (tmp_path / "ended/config.yaml").read_bytes() == before
 
