@@ -240,9 +240,8 @@ def _saves(cfg: RunConfig, facts: Facts) -> Chosen:
 
 def _eval_batch(cfg: RunConfig, facts: Facts) -> Chosen:
     pixels = 4 * CROP[facts.kind] ** 2
-    return {
-        "eval_batch": max(1, min(8, pixels // facts.eval_side))
-    }, f"images of up to {pixels} pixels in all"
+    batch = max(1, min(8, pixels // facts.eval_side))
+    return {"eval_batch": batch}, f"images of up to {pixels} pixels in all"
 
 
 def _log_every(cfg: RunConfig, facts: Facts) -> Chosen:
