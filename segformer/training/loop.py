@@ -136,7 +136,12 @@ def _end(
     elif scores is None:
         scores = _evaluate(cfg, world, task, model, run)
     run.checkpoints.settle()
-    if state.step and (run.checkpoints.last_saved != state.step or run.saved != state):
+    # Of a run with all its steps a new best or evaluation is news: one that is shown again stays as it is,
+    # also where an older version did not note its evaluation (0).
+    news, before = run.saved != state, run.saved.evaluated
+    if scores is not None and state.step == cfg.steps:
+        news = run.saved.best_step != state.best_step or before not in (0, state.evaluated)
+    if state.step and (run.checkpoints.last_saved != state.step or news):
         _save(cfg, world, model, run, last=True)
     telemetry.stop_bar()
     if scores is None:
