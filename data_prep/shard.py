@@ -8,6 +8,7 @@ A run that was ended, in any way, is continued by the same command.
 
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import numpy as np
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_turned, write_shards
-from segformer.data.sources.content import Histogram, Labels, judge_content, turned_text
+from segformer.data.sources.content import Histogram, Labels, judge_content, no_classes, turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.division import is_training
 from segformer.data.sources.folder import left_out_text
-from segformer.errors import ConfigError, listed, printable, say
+from segformer.data.sources.listing import find_samples
+from segformer.data.sources.masks import mask_ids
+from segformer.errors import ConfigError, DataError, listed, printable, say
 from segformer.training.config import cli
 
 
@@ -57,6 +60,8 @@ def shard(cfg: ShardConfig) -> None:
         raise ConfigError("no output folder; give output=<folder for the shards>")
     part = _part(cfg.part) if cfg.part else None
     if cfg.data.task == "segmentation":
+        if not cfg.data.classes:
+            raise ConfigError(no_classes(first_ids(cfg.data, Path(root))))
         label_table(cfg.data)  # refuses what it cannot map before anything is read
     write_shards(
         cfg.data,
@@ -85,6 +90,18 @@ def shard(cfg: ShardConfig) -> None:
     print(f"shards: {out}  (digest {shards.digest[:12]})")
 
 
+def first_ids(cfg: DatasetConfig, root: Path, count: int = 16) -> set[int]:
+    """The raw ids in a few masks of the first split, as far as they can be read."""
+    found: set[int] = set()
+    samples, defects, _ = find_samples(cfg, root, cfg.splits[0])
+    if not samples and defects:
+        raise defects[0]
+    for sample in samples[:: -(-len(samples) // count) or 1]:
+        with suppress(DataError):
+            found.update(np.unique(mask_ids(cfg, Path(sample.mask_file or ""))).tolist())
+    return found
+
+
 def _part(text: str) -> tuple[int, int]:
     """3/16 -> (3, 16)."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text, re.ASCII)
@@ -108,7 +125,7 @@ def label_map_text(data: DatasetConfig, seen: Counter[int]) -> str:
     total = max(1, seen.total())
 
     def share(raw: int) -> str:
-        return f"{100 * seen[raw] / total:.2f} %" if seen[raw] else "NEVER SEEN"
+        return f"{100 * seen[raw] / total:.2f} %" if seen[raw] else "never seen"
 
     raw_ids = [int(raw) for raw in np.flatnonzero((table >= 0) & (table != IGNORE_INDEX))]
     width = max(len(name) for name in data.classes)
@@ -116,7 +133,8 @@ def label_map_text(data: DatasetConfig, seen: Counter[int]) -> str:
     for raw in raw_ids:
         lines.append(f"{raw:>6} -> {table[raw]:>3} {data.classes[table[raw]]:<{width}}  {share(raw):>10}")
     ignored = [int(raw) for raw in np.flatnonzero(table == IGNORE_INDEX)]
-    lines.append("ignored (-> 255): " + ", ".join(f"{raw} ({share(raw)})" for raw in ignored))
+    if ignored := [raw for raw in ignored if seen[raw] or raw in data.label_map]:
+        lines.append("ignored (-> 255): " + ", ".join(f"{raw} ({share(raw)})" for raw in ignored))
     return "\n".join(map(printable, lines))
 
 

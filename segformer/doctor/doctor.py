@@ -31,7 +31,7 @@ import torch
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
 from segformer.data.sources.dataset import class_palette
-from segformer.data.sources.listing import class_folders
+from segformer.data.sources.listing import class_folders, no_root
 from segformer.doctor.advice import facts_of, judge_recipe
 from segformer.doctor.judge import (
     judge_batch,
@@ -146,7 +146,7 @@ def look(cfg: DoctorConfig) -> Report:
 
 def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
     if not root.is_dir():
-        report.add(FAIL, "source", f"{str(root)!r} is not a folder; give root=<folder of the data set>")
+        report.add(FAIL, "source", no_root(root))
         return
     if cfg.data.task == "classification" and not report.classes:
         with contextlib.suppress(DataError):  # a finding on the listing says why

@@ -25,6 +25,7 @@ from segformer.data.sources.content import (
     Labels,
     id_remedy,
     judge_content,
+    no_classes,
     runs,
     turned_text,
 )
@@ -92,7 +93,7 @@ def _label_ids(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Finding:
     about = "label ids"
     found = {raw for scan in scans for raw in scan.raw_pixels}
     if not cfg.classes:
-        return Finding(FAIL, about, f"data.classes is empty, masks hold {runs(found)}; name the classes")
+        return Finding(FAIL, about, no_classes(found))
     if not found:
         return Finding(FAIL, about, "no mask could be read; see the findings on files")
     unknown = unknown_ids(cfg, list(found))

@@ -58,7 +58,7 @@ from segformer.training.early_stop import EarlyStopConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import check_values, checked, flat, give_way, refusal, unreadable
+from segformer.training.overrides import check_values, checked, flat, give_way, refusal, unquoted, unreadable
 
 FROZEN = (
     "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
@@ -267,6 +267,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     options, overrides = take_conf(overrides)
     own = conf_folders(options)
     names = choices(config_name, own)
+    unquoted(overrides)
     taken = [checked(schema, names, override) for override in overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -117,6 +117,29 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     return f"++{key}={value}" if value.startswith("{") else override
 
 
+def unquoted(overrides: list[str]) -> None:
+    """Refuse a list or table that a shell has cut at its spaces.
+
+    Raises:
+        ConfigError: it gives the whole override, quoted.
+    """
+    for index, first in enumerate(overrides):
+        whole = first
+        for further in overrides[index + 1 :]:
+            if not _open(whole) or re.match(r"[+~]*[\w.]+=", further):
+                break
+            whole = f"{whole} {further}"
+        if whole != first and not _open(whole):
+            quoted = shlex.quote(printable(whole))
+            raise ConfigError(f"{printable(first)} is cut at a space; quote it: {quoted}")
+
+
+def _open(override: str) -> bool:
+    """The value is a list or table without an end."""
+    value = re.sub(_QUOTED, "", override.partition("=")[2])
+    return value.startswith(("[", "{")) and sum(map(value.count, "[{")) > sum(map(value.count, "]}"))
+
+
 def give_way(composed: Any, given: set[str]) -> None:
     """What a recipe leaves to be worked out gives way to what the command line says."""
     for one, other in (("epochs", "steps"), ("loss.class_weighting", "loss.class_weights")):

@@ -220,6 +220,8 @@ def _unseen(
         text = f"{_names(classes[lost])} never seen in {train}{scored}; "
         if remedy := _map_remedy(labels, found):
             text += f"{remedy}{labels.again}; "
+        elif found and not labels.label_map and found.isdisjoint(np.flatnonzero(lost).tolist()):
+            text += f"masks hold {runs(found)} only: leave the name out of data.classes; "
         yield Finding(FAIL, about, f"{text}if that is meant: {_allowing(classes[lost])}")
     for name, split in others.items():
         if (missing := seen & (split.class_pixels == 0)).any():
@@ -273,6 +275,15 @@ def id_remedy(labels: Labels, found: set[int]) -> str:
     if proposed.get(0) == IGNORE_INDEX:
         return f"if 0 means 'no label' (reduce_zero_label): {shown}; if it is one, data.classes lacks a name"
     return f"masks hold {runs(found)}; if these are the {count} classes: {shown}"
+
+
+def no_classes(found: set[int]) -> str:
+    """What to say where no class has a name; found: the raw ids in the masks, as far as they are known."""
+    last = max(found - {IGNORE_INDEX}, default=1)
+    names = ["background", *(f"class{k}" for k in range(1, max(1, last) + 1))]
+    hold = f", masks hold {runs(found)}" if found else ""
+    example = override("data.classes", names if len(names) <= LISTED else ["background", "leaf"])
+    return f"data.classes is empty{hold}; name the classes in the order of their ids, such as {example}"
 
 
 def other_classes(wanted: Sequence[str], found: Sequence[str], where: str) -> str:

@@ -12,6 +12,7 @@ Refused: settings that contradict each other, named by their key."""
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -139,9 +140,11 @@ class DatasetConfig:
             yield f"val_share={self.val_share}; use a share of the images, 0 to below 1"
         folders = {self.folder("image", split) for split in self.splits}
         if self.val_share and (len(self.splits) != 2 or self.split_lists or len(folders) > 1):
+            two = " 'data.splits=[train,val]'" if len(self.splits) != 2 else ""
+            lists = ", and leave data.split_lists out" if self.split_lists else ""
             yield (
-                f"val_share={self.val_share} divides one folder into two splits, without split_lists; set "
-                "data.image_dir (and data.mask_dir) to it, without {split}, and data.splits to the two"
+                f"val_share={self.val_share} divides one folder into two splits; give "
+                f"{self.one_folder(self.val_share)}{two}{lists}"
             )
 
     def _class_problems(self) -> Iterator[str]:
@@ -173,10 +176,22 @@ class DatasetConfig:
         pattern = self.image_dir if kind == "image" else self.mask_dir
         return pattern.replace("{split}", self.split_dirs.get(split, split))
 
+    def one_folder(self, share: float, **folders: str) -> str:
+        """Overrides that divide one folder (image=, mask=; else the first split's) into two splits."""
+        first = self.splits[0] if self.splits else "train"
+        kinds = ("image", "mask") if self.task == "segmentation" else ("image",)
+        dirs = {f"{kind}_dir": folders.get(kind) or self.folder(kind, first) for kind in kinds}
+        return " ".join(setting(key, value) for key, value in ({"val_share": f"{share}"} | dirs).items())
+
     def ends(self, kind: str) -> tuple[str, ...]:
         """How the names of images or masks (kind: image or mask) end, in small letters."""
         end = (self.image_suffix if kind == "image" else self.mask_suffix).lower()
         return (end,) if end.endswith(IMAGE_SUFFIXES) else tuple(end + suffix for suffix in IMAGE_SUFFIXES)
+
+
+def setting(key: str, text: str) -> str:
+    """`data.key=text`, for a key that takes a text or number, quoted for a shell."""
+    return shlex.quote(f"data.{key}={text}")
 
 
 def _color_problems(key: str, colors: list[list[int]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from segformer.data.sources.content import override
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.errors import DataError, listed
 
-_SHARES = (0.1, 0.2, 0.3, 0.5)  # what is proposed: the first that leaves no split empty
+_SHARES = (0.2, 0.1, 0.3, 0.5)  # what is proposed: the first that leaves no split empty
 _SHOWN = 3  # images in a message
 
 
@@ -28,7 +28,7 @@ def divided(cfg: DatasetConfig, split: str, keys: set[str]) -> set[str]:
     chosen = _below(cfg, keys, cfg.val_share)
     own = chosen if split == cfg.splits[1] else keys - chosen
     if keys and not own:
-        share = _working_share(cfg, keys)
+        share = working_share(cfg, keys)
         do = f"set {override('data.val_share', share)}" if share else "name the images in data.split_lists"
         raise DataError(f"data.val_share={cfg.val_share} leaves no image for {split} of {len(keys)}; {do}")
     return own
@@ -42,7 +42,7 @@ def _below(cfg: DatasetConfig, keys: set[str], share: float) -> set[str]:
     return {key for key in keys if draw(key) < share}
 
 
-def _working_share(cfg: DatasetConfig, keys: set[str]) -> float:
+def working_share(cfg: DatasetConfig, keys: set[str]) -> float:
     """A usual share that leaves no split empty; 0 where none does."""
     return next((share for share in _SHARES if 0 < len(_below(cfg, keys, share)) < len(keys)), 0)
 
@@ -62,7 +62,7 @@ def same_files(cfg: DatasetConfig, images: Mapping[str, Sequence[tuple[str, str]
             do = "name each image in one list of data.split_lists only"
         elif len(shared) == len(places[first]) == len(places[second]):
             do = "divide the folder by lists (data.split_lists)"
-            if len(cfg.splits) == 2 and (share := _working_share(cfg, {places[first][f] for f in shared})):
+            if len(cfg.splits) == 2 and (share := working_share(cfg, {places[first][f] for f in shared})):
                 do = f"divide the folder: {override('data.val_share', share)}, or by lists (data.split_lists)"
         yield _in_both(first, second, "", [places[first][place] for place in sorted(shared)], do)
 

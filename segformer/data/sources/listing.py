@@ -13,13 +13,13 @@ Both give defects (the kinds stand at `Defect`) beside what can be used: the doc
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, label_table
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, label_table, setting
 from segformer.data.sources.decode import (
     image_orientation,
     orientation_text,
@@ -27,7 +27,7 @@ from segformer.data.sources.decode import (
     value_range,
     whole_image,
 )
-from segformer.data.sources.division import divided
+from segformer.data.sources.division import divided, working_share
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
 from segformer.data.sources.masks import Defect, mask_ids, unknown_ids
 from segformer.errors import DataError, is_name, listed, printable, reraise_as
@@ -139,7 +139,7 @@ def find_samples(
         else:
             keys, of = set().union(*(side.files for side in sides)), ""
             keys = divided(cfg, split, keys)
-            remedy = "add what is missing or remove the others"
+            remedy = _without_split(cfg, sides) or "add what is missing or remove the others"
             defects += _foreign(cfg, sides[0], others[sides[0].folder])
         for side in sides:
             end, there = "|".join(side.ends), kinds[side.folder]
@@ -214,13 +214,78 @@ def _about(names: Iterable[str], what: str, remedy: str) -> Iterator[Defect]:
 def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
     """The image or mask folder of a split; DataError where it is not there."""
     folder = root / cfg.folder(kind, split)
-    for what, path, remedy in (
-        ("data root", root, "give root=<folder of the data set>"),
-        (f"{kind} folder", folder, f"set data.{kind}_dir, data.split_dirs or data.splits"),
-    ):
-        if not os.path.isdir(path):  # False too where its parents may not be entered
-            raise DataError(f"{what} {str(path)!r} is not a folder; {remedy}")
+    if not os.path.isdir(root):  # False too where its parents may not be entered
+        raise DataError(no_root(root))
+    if not os.path.isdir(folder):
+        remedy = ""
+        with suppress(OSError):
+            remedy = _divided_folder(cfg, root, split) or _other_folder(cfg, root, kind, split)
+        remedy = remedy or f"set data.{kind}_dir, data.split_dirs or data.splits"
+        raise DataError(f"{kind} folder {str(folder)!r} is not a folder; {remedy}")
     return str(folder)
+
+
+def no_root(root: Path) -> str:
+    """What to say where the root is not there; where a relative path was looked for."""
+    where = "" if root.is_absolute() else f" ({os.path.abspath(root)})"
+    return f"data root {str(root)!r} is not a folder{where}; give root=<folder of the data set>"
+
+
+def _divided_folder(cfg: DatasetConfig, root: Path, split: str) -> str:
+    """How to divide what one folder holds, that of the other split or of none; "" without one."""
+    kinds = ("image", "mask") if cfg.task == "segmentation" else ("image",)
+    here = any(os.path.isdir(root / cfg.folder(kind, split)) for kind in kinds)
+    if here or len(cfg.splits) != 2 or cfg.split_lists:
+        return ""
+    above = {kind: os.path.dirname(cfg.folder(kind, split)) for kind in kinds}
+    for one in ({kind: cfg.folder(kind, other) for kind in kinds} for other in cfg.splits):
+        if all(_holds(cfg, kind, root / name) for kind, name in one.items()):
+            break
+    else:
+        one = above
+        if not all(name and _holds(cfg, kind, root / name, below=False) for kind, name in one.items()):
+            return ""
+    folder = str(root / one["image"])
+    share = cfg.val_share or working_share(cfg, {*by_key(folder, files_below(folder), cfg.ends("image"))[0]})
+    return f"divide the one folder there is: {cfg.one_folder(share, **one)}" if share else ""
+
+
+def _other_folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
+    """The folders beside the missing one that could be meant; "" without any."""
+    own, other = cfg.image_dir, cfg.mask_dir
+    if kind == "mask":
+        own, other = other, own
+    first, _, rest = own.partition("/")
+    if "{split}" in first:
+        return ""
+    names = [name for name in sorted(_folders_in(str(root))) if name not in (first, other.partition("/")[0])]
+    patterns = [f"{name}/{rest}".rstrip("/") for name in names]
+    end = cfg.split_dirs.get(split, split)
+    found = [name for name in patterns if _holds(cfg, kind, root / name.replace("{split}", end))]
+    there = listed((name.partition("/")[0] for name in found), SHOWN)
+    return f"there is {there}: give {' or '.join(setting(f'{kind}_dir', n) for n in found)}" if found else ""
+
+
+def _holds(cfg: DatasetConfig, kind: str, folder: Path, *, below: bool = True) -> bool:
+    """The folder, or one below it, holds a file that could be an image or mask."""
+    walk = os.walk(folder)
+    names = (name for _, _, files in (walk if below else [next(walk, ("", [], []))]) for name in files)
+    return any(name.lower().endswith(cfg.ends(kind)) and not is_hidden(name) for name in names)
+
+
+def _without_split(cfg: DatasetConfig, sides: list[_Side]) -> str:
+    """What to set where the keys of a folder begin with the splits; "" where none do."""
+    splits = {cfg.split_dirs.get(split, split) for split in cfg.splits}
+    found = []
+    for side in sides:
+        pattern = cfg.image_dir if side.kind == "image" else cfg.mask_dir
+        if (
+            "{split}" not in pattern
+            and side.files
+            and {key.partition("/")[0] for key in side.files} <= splits
+        ):
+            found.append(setting(f"{side.kind}_dir", f"{pattern}/{{split}}"))
+    return f"it has a folder for each split: give {' '.join(found)}" if found else ""
 
 
 def _listed_keys(cfg: DatasetConfig, root: Path, split: str) -> set[str]:

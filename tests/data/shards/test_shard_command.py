@@ -1,5 +1,7 @@
 """data_prep/shard.py with its settings, and the shipped sample."""
 
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,16 @@ SAMPLE = Path(__file__).resolve().parents[3] / "data_prep/sample"
     [
         (["data=camvid"], ConfigError, "no source folder; give root="),
         (["data=folder", "root=.", "output="], ConfigError, "no output folder; give output="),
-        (["data=sample", "root=nowhere"], DataError, "data root 'nowhere' is not a folder"),
+        (
+            ["data=sample", "root=nowhere"],
+            DataError,
+            r"data root 'nowhere' is not a folder \(/.*/nowhere\); ",
+        ),
+        (
+            ["data=sample", "data.classes=[background,", "leaf]"],
+            ConfigError,
+            r"is cut at a space; quote it: 'data.classes=\[background, leaf\]'",
+        ),
         (["data=sample", "part=3/3"], ConfigError, "part='3/3'; use <index>/<count>"),
     ],
 )
@@ -29,6 +40,60 @@ def test_wrong_input_is_refused_by_name(
 ) -> None:
     with pytest.raises(kind, match=message):
         command("shard", *arguments)
+
+
+def pasted(line: str, start: str) -> list[str]:
+    """The overrides that a message proposes after `start`."""
+    found = shlex.split(line.partition(start)[2].partition(";")[0])
+    return found[: next((i for i, word in enumerate(found) if "=" not in word), None)]
+
+
+@pytest.mark.parametrize("layout", ["no val", "flat", "labels", "labels without split"])
+def test_what_is_proposed_for_another_layout_works_as_it_is_pasted(
+    layout: str, make_folder: Callable[..., Path], tmp_path: Path, command: Callable[..., list[str]]
+) -> None:
+    root, given = make_folder(tmp_path / "set", {"train": 12, "val": 2}), ["data.allow_unseen=[*]"]
+    if layout in ("no val", "flat"):
+        for kind in ("images", "masks"):
+            shutil.rmtree(root / kind / "val")
+            if layout == "flat":
+                shutil.copytree(root / kind / "train", root / kind, dirs_exist_ok=True)
+                shutil.rmtree(root / kind / "train")
+        divide = ["data.val_share=0.2", *(f"data.{k}_dir={k}s/train" for k in ("image", "mask"))]
+        start, proposed = "folder there is: ", divide
+        if layout == "flat":
+            proposed = [one.replace("/train", "") for one in divide]
+            with pytest.raises(ConfigError) as alone:  # without a look at the disk
+                command("shard", "data=folder", f"root={root}", f"output={tmp_path}/x", "data.val_share=0.2")
+            assert pasted(str(alone.value), "splits; give ") == divide
+            given += divide
+    else:
+        (root / "masks").rename(root / "labels")
+        given += ["data.mask_dir=labels"] * (layout != "labels")
+        start, proposed = "give ", ["data.mask_dir=labels/{split}"]
+    call = ["data=folder", f"root={root}", f"output={tmp_path}/out", "workers=1", "data.classes=[a,b,c]"]
+    with pytest.raises(DataError) as refused:
+        command("shard", *call, *given)
+    assert pasted(str(refused.value), start) == proposed
+    command("shard", *call, *given, *proposed)
+    assert sum(split.num_samples for split in ShardSet.open(tmp_path / "out").splits.values()) >= 12
+
+
+def test_missing_class_names_and_one_too_many_are_answered_with_the_ids_of_the_masks(
+    make_folder: Callable[..., Path], tmp_path: Path, command: Callable[..., list[str]]
+) -> None:
+    root = make_folder(tmp_path / "set", {"train": 4, "val": 2})
+    call = ["data=folder", f"root={root}", f"output={tmp_path}/out", "workers=1"]
+    with pytest.raises(ConfigError) as refused:
+        command("shard", *call)
+    assert "masks hold 0 to 2" in str(refused.value)
+    assert pasted(str(refused.value), "such as ") == ["data.classes=[background,class1,class2]"]
+    for path in (root / "masks").rglob("*.png"):
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(mask == 255, 0, mask))
+    with pytest.raises(DataError, match="'d' never seen in train; masks hold 0 to 2 only: leave the"):
+        command("shard", *call, "data.classes=[a,b,c,d]")
+    assert not any(line.startswith("ignored") for line in command("shard", *call, "data.classes=[a,b,c]"))
 
 
 @pytest.mark.parametrize(("out", "reason"), [("file/x/y", "Not a directory"), ("n" * 300, "too long")])
@@ -54,7 +119,7 @@ def test_the_command_says_what_was_seen_of_the_label_map_and_where_the_shards_ar
     share = [f"{100 * count / pixels.sum():.2f} %" for count in pixels]
     lines = [" ".join(line.split()) for line in printed]
     assert lines[0].startswith("label map")
-    assert {f"0 -> 0 land {share[0]}", f"2 -> 2 sea {share[2]}", "7 -> 1 ship NEVER SEEN"} < set(lines)
+    assert {f"0 -> 0 land {share[0]}", f"2 -> 2 sea {share[2]}", "7 -> 1 ship never seen"} < set(lines)
     assert f"ignored (-> 255): 1 ({share[1]}), 255 ({share[255]})" in lines
     assert {"train: 4 images in 2 shards", "val: 2 images in 1 shards"} < set(lines)
     assert "not used of images/train: 1 x hidden (.DS_Store), 2 x .tif (x.tif, ...)" in lines
