@@ -185,7 +185,8 @@ def _length(cfg: RunConfig, facts: Facts) -> Chosen:
 
 def _scale(cfg: RunConfig, facts: Facts) -> Chosen:
     wide = _epochs(cfg, facts) >= SHORT_EPOCHS
-    why = "evaluation takes images at their own size" + ("" if wide else ", and a short run stays near it")
+    why = "evaluation takes images at their own size"
+    why += "" if wide or "augment.scale" not in cfg.auto else ", and a short run stays near it"
     return {"augment.resize": [], "augment.scale": [0.5, 2.0] if wide else [0.7, 1.5]}, why
 
 
@@ -193,21 +194,22 @@ def _learning_rate(cfg: RunConfig, facts: Facts) -> Chosen:
     sizes, batch = VARIANTS[cfg.model.variant], cfg.global_batch
     usual, most = SHORTER["finetune" if cfg.model.pretrained else "scratch"]
     raised = min(most, max(1.0, math.sqrt(usual / cfg.steps)))
-    details = f"in batches of {batch}" + (f", {cfg.steps} steps are few" if raised > 1 else "")
+    details = f" in batches of {batch}" + (f", {cfg.steps} steps are few" if raised > 1 else "")
+    details = details if "optim.lr" in cfg.auto else ""  # nothing to the factor of the head
     if not cfg.model.pretrained:
         small = VARIANTS["b0"]
         width = math.sqrt(sizes.embed_dims[-1] / small.embed_dims[-1])
         depth = (sum(sizes.depths) / sum(small.depths)) ** 0.25
         lr = SCRATCH_LR * math.sqrt(batch / 8) / width / depth * raised
-        why = f"random weights of {cfg.model.variant} {details}"
+        why = f"random weights of {cfg.model.variant}{details}"
         return {"optim.lr": _rounded(lr), "optim.head_lr_factor": 1.0}, why
     arch = (weights := read_weights(cfg.model.pretrained)).arch
     fits = (arch.kind, arch.num_classes) == ("segmentation", len(facts.classes))
     lr = FINETUNE_LR * math.sqrt(batch / 16)
     if fits and weights.metadata.classes in ([], facts.classes):
-        why = f"the whole model is trained already, in batches of {batch}"
+        why = "the whole model is trained already" + details.partition(",")[0]
         return {"optim.lr": _rounded(lr), "optim.head_lr_factor": 1.0}, why
-    why = f"a trained encoder and a new head {details}"
+    why = f"a trained encoder and a new head{details}"
     return {"optim.lr": _rounded(lr * raised), "optim.head_lr_factor": 10.0}, why
 
 

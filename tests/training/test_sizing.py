@@ -138,6 +138,13 @@ def test_epochs_are_shown_with_as_many_digits_as_say_something():
     assert [written(e) for e in (0.0137, 13.7, 300, 5311.2)] == ["0.0137", "13.7", "300", "5,311"]
 
 
+def test_a_reason_is_of_the_keys_that_are_worked_out():
+    given = ["steps=100", "optim.lr=0.1", "augment.scale=[1,2]"]
+    lines = sized(scratch(*given), index(400, 64, 64), device="cpu", world_size=1)[1]
+    assert "optim.head_lr_factor=1: random weights of b0" in lines
+    assert "augment.resize=[]: evaluation takes images at their own size" in lines
+
+
 def test_the_lr_follows_what_is_trained_already_and_what_is_new():
     def rates(change: dict, classes: int = 2) -> tuple[float, float]:
         shards = index(400, 256, 256, pixels=[50] * classes)
