@@ -1,5 +1,7 @@
 """Write a data set as shards.
 
+    python data_prep/shard.py data=folder root=photos output=data/mine \\
+        'data.classes=[background,leaf]'
     python data_prep/shard.py data=sample root=<dir> output=<dir>
 
 root and output default to data.root and data.shards of conf/data/<name>.yaml.

@@ -1,5 +1,6 @@
 """Score a run or an export on a split.
 
+    python launch/evaluate.py checkpoint=runs/mine
     python launch/evaluate.py checkpoint=runs/sample split=val
     deepspeed --num_accelerators 4 launch/evaluate.py checkpoint=runs/sample
 

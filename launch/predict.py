@@ -1,6 +1,7 @@
 """Segment photographs.
 
-python launch/predict.py checkpoint=runs/sample input=photos output=masks
+python launch/predict.py checkpoint=runs/mine input=photos/images/val \\
+    output=predictions/mine
 """
 
 from segformer.errors import importing

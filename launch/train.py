@@ -1,5 +1,6 @@
 """Train a SegFormer, or continue it; then export it and write the report.
 
+python launch/train.py experiment=scratch data.shards=data/mine name=mine
 python launch/train.py experiment=sample
 deepspeed --num_accelerators 2 launch/train.py experiment=sample
 torchrun --nproc-per-node 8 launch/train.py experiment=sample

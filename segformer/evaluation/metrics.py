@@ -63,8 +63,8 @@ class Scores:
         return float(getattr(self, next(iter(self.NAMES))))
 
     def summary(self) -> str:
-        """One line for the log."""
-        return ", ".join(f"{name} {getattr(self, key):.4f}" for key, name in self.NAMES.items())
+        """One line for the log, in per cent."""
+        return ", ".join(f"{name} {percent(getattr(self, key))}" for key, name in self.NAMES.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; the pictures are left out."""
@@ -266,8 +266,13 @@ def figure(value: str | float | int | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
+def percent(share: float) -> str:
+    """A share as it stands in a line of text: 57.26%."""
+    return f"{100 * share:.2f}%"
+
+
 def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, with all digits; an empty field where there is no score."""
+    """Rows as CSV, shares from 0 to 1 with all digits; an empty field where there is no score."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -30,7 +30,15 @@ from segformer.errors import ConfigError, at_least, say
 from segformer.evaluation.bootstrap import REPLICATES, mean_iou
 from segformer.evaluation.drawing import INK, grid, legend, panels, write_picture
 from segformer.files import write_atomic
-from segformer.inference.compared import Comparison, Entry, common_images, open_entry, read_sample, scored
+from segformer.inference.compared import (
+    MARK,
+    Comparison,
+    Entry,
+    common_images,
+    open_entry,
+    read_sample,
+    scored,
+)
 from segformer.inference.export import check_output
 from segformer.inference.page import Html, element, figure, folded, page, percent, section, table
 from segformer.inference.pictures import GRID, series, smoothed
@@ -189,6 +197,8 @@ def _page(found: Comparison, output: Path, pictures: list[tuple[Path, str]], not
         "what other images would give, and nothing about another seed."
     )
     seeds = element("p", "Runs that differ in their seed alone: what another seed would give.")
+    if any(map(found.differs, range(len(found.entries)))):
+        over_images = f"{over_images} {MARK}"
     curves = "Evaluations of the validation split, and the loss of the log lines."
     parts = [
         element("h1", f"{len(found.entries)} runs compared"),

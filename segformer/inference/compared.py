@@ -33,6 +33,7 @@ from segformer.training.config import RunConfig, to_run_config
 from segformer.training.overrides import flat
 
 PLACES = ("name", "run_dir", "stop_at")  # settings that say nothing about what was learned
+MARK = "* The interval excludes 0: the run differs from the first one on images like these."
 Span = tuple[float, float]
 
 
@@ -218,6 +219,11 @@ class Comparison:
         first, other = self.entries[0].last, self.entries[index].last
         return other - first if index and first is not None and other is not None else None
 
+    def differs(self, index: int) -> bool:
+        """The interval of the difference excludes 0."""
+        low, high = self.differences[index] or (0, 0)
+        return low > 0 or high < 0
+
     def csv(self) -> str:
         """`rows` as CSV."""
         text, rows = io.StringIO(), self.rows()
@@ -235,6 +241,7 @@ class Comparison:
         for index, entry in enumerate(self.entries):
             of = "" if entry.step == entry.config.steps else f" of {entry.config.steps}"
             span, paired = _span(self.intervals[index]), _span(self.differences[index], "+")
+            paired += " *" if self.differs(index) else ""
             sure = [span, _signed(self.difference(index)), paired] if over_images else []
             line = [entry.name, f"{entry.step}{of}", _percent(entry.last), *sure, _percent(entry.best)]
             rate = "-" if entry.rate is None else f"{entry.rate:.1f}"
@@ -252,10 +259,9 @@ class Comparison:
         return ["settings", "seeds", f"mean {self.score}", "standard deviation"], lines
 
     def text(self) -> str:
-        """Both tables, aligned."""
-        return "\n\n".join(
-            _aligned([heads, *lines]) for heads, lines in (self.table(), self.seeds()) if lines
-        )
+        """Both tables, aligned, and what a mark in them means."""
+        tables = [_aligned([heads, *lines]) for heads, lines in (self.table(), self.seeds()) if lines]
+        return "\n\n".join([*tables, *([MARK] if any(map(self.differs, range(len(self.entries)))) else [])])
 
 
 def _percent(value: float | None) -> str:
@@ -263,11 +269,11 @@ def _percent(value: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+.2f}"
+    return "-" if value is None else f"{100 * value:+z.2f}"
 
 
 def _span(span: Span | None, sign: str = "") -> str:
-    return "-" if span is None else " to ".join(f"{100 * value:{sign}.1f}" for value in span)
+    return "-" if span is None else " to ".join(f"{100 * value:{sign}z.2f}" for value in span)
 
 
 def _aligned(rows: list[list[str]]) -> str:

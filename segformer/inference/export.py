@@ -21,8 +21,8 @@ from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.errors import CheckpointError, ConfigError, reraise_as, say
-from segformer.evaluation.metrics import SCORES
+from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
+from segformer.evaluation.metrics import SCORES, percent
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
@@ -95,7 +95,7 @@ def export(cfg: ExportConfig) -> Path:
     write_export(weights, out)
     name, title = next(iter(SCORES[weights.arch.kind].NAMES.items()))
     scores = weights.provenance["scores"] or {}
-    scored = f", {title} {scores[name]:.4f}" if isinstance(scores.get(name), float) else ""
+    scored = f", {title} {percent(scores[name])}" if isinstance(scores.get(name), float) else ""
     say(f"exported step {weights.provenance['step']} of {run} to {out}{scored}")
     return out
 
@@ -112,6 +112,10 @@ def open_checkpoint(path: str | Path, step: str = "newest", storage: StorageConf
         ConfigError: `step` is none of the three, contradicts `path`, or is given for an export.
     """
     source = Path(path)
+    if not source.exists() and not is_run(source):
+        beside = sorted(map(str, filter(is_run, source.parent.glob("*"))))
+        such = f", such as {listed(beside)}" if beside else ""
+        raise CheckpointError(f"{path} does not exist; give a run, one of its checkpoints or an export{such}")
     if source.is_dir() and not is_run(source) and not (source / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{path} is neither a run (it has no config.yaml) nor an export (it has no config.json); give a "

@@ -133,7 +133,7 @@ def percent(value: Any) -> str:
     """A share as per cent, a count with commas; "-" for what was not measured or did not occur."""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{100 * value:.1f}" if isinstance(value, float) and value == value else "-"
+    return f"{100 * value:.2f}" if isinstance(value, float) and value == value else "-"
 
 
 def chip(color: Sequence[int]) -> Html:

@@ -137,7 +137,7 @@ def _draw_score(axes: "Axes", rows: list[dict[str, Any]]) -> None:
     best = int(np.argmax(values))
     place: dict[str, Any] = {"xytext": (0, 9 if values[best] < 90 else -22), "textcoords": "offset points"}
     place["ha"] = "right" if best == len(values) - 1 and best else "center"
-    text = f"{values[best]:.1f}"
+    text = f"{values[best]:.2f}"
     axes.annotate(text, (steps[best], values[best]), color=SCORE, fontsize=14, fontweight="bold", **place)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from segformer.data.loading.photometric import Normalize
-from segformer.errors import ConfigError, DataError, reraise_as
+from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.evaluation.drawing import overlay, write_picture
 from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, check_images, trained_at
 from segformer.inference.export import build, open_checkpoint
@@ -41,6 +41,10 @@ class Prediction:
     classes: list[str]
     palette: np.ndarray
     "(K, 3) uint8 RGB, the colors of the classes."
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Prediction({height}x{width}: {listed([f'{k} {v:.0%}' for k, v in self.shares.items()])})"
 
     @property
     def shares(self) -> dict[str, float]:

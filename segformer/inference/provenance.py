@@ -61,7 +61,7 @@ def _best_and_last(cfg: RunConfig, rows: list[dict[str, Any]]) -> str:
     if not len(steps):
         return ""
     places = (("best", int(values.argmax())), ("last", -1))
-    return ", ".join(f"{word} {name} {100 * values[k]:.1f} at step {steps[k]}" for word, k in places)
+    return ", ".join(f"{word} {name} {100 * values[k]:.2f} at step {steps[k]}" for word, k in places)
 
 
 def _time(run: Path, rows: list[dict[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import newest_state
 from segformer.distributed.world import StopFlag
 from segformer.errors import START_ALONE, ConfigError, Preempted, SegformerError, listed, reraise_as, say
-from segformer.evaluation.metrics import SCORES
+from segformer.evaluation.metrics import SCORES, percent
 from segformer.files import lock, read_json
 from segformer.inference.compare import CompareConfig, compare
 from segformer.sweep.plan import Rung, SweepConfig, Trial, best, keep_plan, rungs, trials
@@ -161,6 +161,7 @@ class Queue:
                     if (code := process.poll()) is not None:
                         del at_work[slot]
                         self._report(job, code, time.monotonic() - since)
+                        say(f"{sum(one.done() for one in jobs)} of {len(jobs)} done")
         finally:  # a second Ctrl-C, or a bug
             for _, process, _ in at_work.values():
                 process.kill()
@@ -169,6 +170,7 @@ class Queue:
     def _start(self, job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Start a run in a session of its own: Ctrl-C reaches it by us alone, and once."""
         say(shlex.join(["python", "launch/train.py", *job.overrides]))
+        say(f"log: {_output(job)}")
         own = {key: value for key, value in os.environ.items() if key not in _OF_RANKS}
         with _output(job).open("ab") as output:
             return subprocess.Popen(
@@ -185,7 +187,8 @@ class Queue:
         name, took = job.trial.name, duration(seconds)
         if code == 0 and job.done():
             score, where = job.score(), f"at step {job.stop_at}" if job.stop_at else "at the end"
-            shown = "no score" if score is None else f"{100 * score:.2f}"
+            metric = next(iter(SCORES[job.config.data.task].NAMES.values()))
+            shown = "no score" if score is None else f"{metric} {percent(score)}"
             say(f"{name}: {shown} {where} ({took})")
         elif self._stop.signal is None:
             self.failed.append(name)

@@ -46,7 +46,7 @@ def stops_early(
             best, best_step, waited = score, row["step"], 0
     if not 0 < cfg.patience <= waited:
         return ""
-    gain = f"gain of {cfg.min_gain:g}" if cfg.min_gain else "gain"
-    since = f"since {best:.4f} at step {best_step}" if best_step else "yet"
+    gain = f"gain of {100 * cfg.min_gain:g}%" if cfg.min_gain else "gain"
+    since = f"since {100 * best:.2f}% at step {best_step}" if best_step else "yet"
     count = f"{waited} evaluation{'s' * (waited > 1)}"
     return f"no {gain} in {names[metric]} for {count}, {since}"

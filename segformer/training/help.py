@@ -21,9 +21,15 @@ WIDTH = 80
 _SHOWN = 48  # characters of a value
 FIRST = (
     *("name", "data.shards", "data.classes", "model.pretrained", "epochs", "steps", "global_batch"),
-    *("optim.lr", "augment.crop", "eval_every", "engine.precision", "loader.workers", "telemetry.wandb"),
+    *("optim.lr", "augment.crop", "eval_every", "stop_at", "early_stop.patience", "engine.precision"),
+    *("loader.workers", "telemetry.wandb"),
 )
 """What most training runs set; shown before everything else by the commands that have them."""
+FIRST_NAMES = {
+    "experiment": ("scratch", "Recipe; scratch and finetune are sized from the data and the device"),
+    "data": ("folder", "Data set: a file of conf/data, or of your own --conf folder"),
+}
+"""What most runs choose by name before any key: group -> a usual name, what it is."""
 
 
 def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: dict[str, list[str]]) -> str:
@@ -40,9 +46,11 @@ def help_text(schema: type[Any], values: dict[str, Any], usage: str, choices: di
     leaves = {key: (value, text) for key, value, text in _leaves(schema, values)}
     if set(FIRST) <= leaves.keys():
         lines += ["", "KEYS TO BEGIN WITH; all others follow and may stay as they are"]
+        for group, (name, text) in FIRST_NAMES.items():
+            lines += _wrapped(text, f"{f'  {group}={name}':30} ", " " * 31)
         for key in FIRST:
-            given, text = f"  {key}={leaves[key][0]}".ljust(30), leaves[key][1]
-            lines += _wrapped(re.split(r"[;:] |\. ", text)[0].rstrip("."), f"{given} ", " " * 31)
+            text = re.split(r"[;:] |\. ", leaves[key][1])[0].rstrip(".")
+            lines += _wrapped(text, f"{f'  {key}={leaves[key][0]}':30} ", " " * 31)
     required = [f for f in dataclasses.fields(schema) if f.default == "???"]
     if required:
         lines += ["", "REQUIRED", *_keys(schema, values, "", required)]

@@ -29,7 +29,7 @@ from segformer.distributed.engine import determinism
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
 from segformer.errors import CheckpointError, RunTaken, reported
-from segformer.evaluation.metrics import SCORES, Scores
+from segformer.evaluation.metrics import SCORES, Scores, percent
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import Evaluated, duration
@@ -150,8 +150,8 @@ def _end(
         telemetry.line(row)
     if state.best_step is not None:
         name = next(iter(scores.NAMES.values()))
-        best = f"best {name} {state.best_score:.4f} at step {state.best_step}"
-        telemetry.line(f"{best}, last {scores.score:.4f} at step {state.step}")
+        best = f"best {name} {percent(state.best_score)} at step {state.best_step}"
+        telemetry.line(f"{best}, last {percent(scores.score)} at step {state.step}")
     telemetry.end(_ending(cfg, state))
     return scores
 

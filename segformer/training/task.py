@@ -164,7 +164,8 @@ def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
 
 def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
     """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
-    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify)
+    source = f"data={cfg.data.name or '<name>'}{'' if cfg.data.root else ' root=<folder>'}"
+    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify, source=source)
     if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
         raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
     if cfg.model.num_classes not in (None, len(shards.classes)):

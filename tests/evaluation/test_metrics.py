@@ -159,7 +159,7 @@ def test_top_1_and_top_5_equal_a_sort_of_every_image():
     assert (scores.top1, scores.top5) == (hits[:, 1].sum() / 80, hits[:, 2].sum() / 80)
     assert scores.acc == [*(hits[:8, 1] / hits[:8, 0]), None]
     assert scores.macc == pytest.approx(np.mean(hits[:8, 1] / hits[:8, 0]))
-    assert scores.summary().startswith(f"top-1 {scores.top1:.4f}, top-5 {scores.top5:.4f}")
+    assert scores.summary().startswith(f"top-1 {100 * scores.top1:.2f}%, top-5 {100 * scores.top5:.2f}%")
 
 
 def test_a_model_that_says_nothing_is_right_for_its_first_class_only():
@@ -219,5 +219,5 @@ def test_pictures_are_no_part_of_the_numbers():
     scores.pictures = {"a": np.zeros((2, 6, 3), np.uint8)}
     assert "pictures" not in scores.to_dict()
     assert scores == SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
-    assert scores.summary() == f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
+    assert scores.summary() == "mIoU 66.67%, mAcc 83.33%, aAcc 80.00%"
     assert scores.score == scores.miou

@@ -88,6 +88,18 @@ def test_scores_are_those_of_the_evaluation_with_their_intervals(runs, compared,
     assert [row["optim.lr"] for row in rows] == ["0.001", "0.002"]
 
 
+def test_differences_have_two_decimals_no_minus_zero_and_a_mark_where_0_is_excluded(runs):
+    found = Comparison([open_entry(run) for run in runs])
+    for (low, high), shown in {
+        (-0.00004, 0.0142): "+0.00 to +1.42",
+        (0.001, 0.0142): "+0.10 to +1.42 *",
+        (-0.0142, -0.001): "-1.42 to -0.10 *",
+    }.items():
+        found.intervals[1], found.differences[1] = (0.5, 0.6), (low, high)
+        assert found.table()[1][1][5] == shown
+        assert ("* The interval excludes 0" in found.text()) == shown.endswith("*")
+
+
 def test_the_page_opens_in_a_browser_and_shows_all_of_it(compared):
     text = compared.read_text("utf-8")
     for shown in ("2 runs compared", "Settings that differ", "optim.lr", "nucleus", "Validation images"):

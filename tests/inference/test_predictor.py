@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from segformer.data.loading.photometric import Normalize
-from segformer.errors import DataError
+from segformer.errors import CheckpointError, DataError
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.predictor import Predictor
@@ -134,10 +134,19 @@ def test_shares_overlay_and_file_are_those_of_the_mask(predictor, tmp_path):
     np.testing.assert_array_equal(
         found.overlay(alpha=0.3), overlay(smooth(), found.mask, np.array(PALETTE), 0.3)
     )
+    told = ", ".join(f"{name} {100 * share:.0f}%" for name, share in found.shares.items())
+    assert repr(found) == f"Prediction(48x64: {told})"
     found.save(tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as picture:
         np.testing.assert_array_equal(np.array(picture), found.mask)
         assert picture.getpalette()[:9] == [value for color in PALETTE for value in color]
+
+
+def test_a_run_that_is_not_there_names_those_beside_it(tmp_path):
+    for name in ("mine", "lr"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"an export, such as \S+/lr, \S+/mine$"):
+        Predictor(tmp_path / "nope")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_run_gets_curve_overlays_and_a_report_of_them(trained):
     assert len(list((trained / "overlays").glob("*.jpg"))) == 2
     assert len(list((trained / "overlays/worst").glob("*.jpg"))) == 1
     assert page.tags.count("img") == 6  # three overlays, curve, curves of the classes, confusion matrix
-    for shown in ("60.0mIoU, step 60", "nucleus50.0100.050.066.7", "sample", "global_batch: 8"):
+    for shown in ("60.00mIoU, step 60", "nucleus50.00100.0050.0066.67", "sample", "global_batch: 8"):
         assert shown in page.text
     text = (trained / "report.html").read_text("utf-8")
     assert page.links
@@ -113,7 +113,7 @@ def test_the_figures_of_the_classes_are_those_of_counted_pixels(trained):
         both = len(true & found)
         figures = (both / len(true | found), both / len(true), both / len(found))
         f1 = 2 * both / (len(true) + len(found))
-        assert name + "".join(f"{100 * value:.1f}" for value in (*figures, f1)) in text
+        assert name + "".join(f"{100 * value:.2f}" for value in (*figures, f1)) in text
     with Image.open(trained / "confusion.png") as matrix:
         assert matrix.width == 320
 
@@ -136,7 +136,7 @@ def test_the_report_says_how_its_scores_came_about(trained, tiny_shards):
         f"split train, {shards.split('train').num_samples} images",
         f"split val, {shards.split('val').num_samples} images; whole images, each at its own size",
         "random weights",
-        "best mIoU 60.0 at step 60, last mIoU 60.0 at step 60",
+        "best mIoU 60.00 at step 60, last mIoU 60.00 at step 60",
         "30s in 60 steps, 2026-03-01 12:00 to 2026-03-01 13:30 UTC, 1 start",
         "early stop at step 60",
         "2 x H200; torch 2.11, Python 3.12.1",
@@ -145,7 +145,7 @@ def test_the_report_says_how_its_scores_came_about(trained, tiny_shards):
     ):
         assert shown in text
     pixels = shards.split("train").class_pixels
-    assert f"{100 * pixels[1] / pixels.sum():.1f}" in text
+    assert f"{100 * pixels[1] / pixels.sum():.2f}" in text
 
 
 def test_half_of_the_overlays_are_the_worst_of_the_images_that_were_looked_at(trained, tiny_shards):
@@ -194,7 +194,7 @@ def test_a_classifier_gets_its_curve_and_classes_and_no_overlays(run, capsys):
         file.write(json.dumps({**row, "counts": [[1000, 700, 900], [0, 0, 0]]}) + "\n")
     page = page_of(run)
     assert page.tags.count("img") == 1
-    scores = ("62.5top-1, step 60", "75.0best top-1, step 30", "87.5top-5", "cat70.090.01,000", "dog--0")
+    scores = ("62.50top-1, step 60", "75.00best top-1, step 30", "87.50top-5", "cat70.0090.001,000", "dog--0")
     for shown in (*scores, "crops of 96 x 96"):
         assert shown in page.text
     assert "mIoU" not in page.text

@@ -34,7 +34,7 @@ def test_the_shapes_are_learned(finished, metrics):
     (final,) = metrics(run, "final")
     assert final["top1"] > 0.9
     assert sum(images for images, *_ in final["counts"]) == 31
-    assert f"validation top-1 {final['top1']:.4f}" in output
+    assert f"validation top-1 {100 * final['top1']:.2f}%" in output
     assert re.search(r"^all 3 .*\s31$", output, re.M)
 
 

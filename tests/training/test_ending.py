@@ -107,7 +107,7 @@ def test_the_run_ends_at_the_evaluation_where_a_plain_loop_ends_it():
         ends.add(end)
     assert len(ends) > 5
     rows = [{"step": 10, "miou": 0.5}, {"step": 20}, {"step": 30, "miou": 0.5009}]
-    said = "no gain of 0.001 in mIoU for 2 evaluations, since 0.5000 at step 10"
+    said = "no gain of 0.1% in mIoU for 2 evaluations, since 50.00% at step 10"
     assert stops_early(EarlyStopConfig(patience=2, min_gain=0.001), names, rows) == said
     assert stops_early(EarlyStopConfig(patience=0), names, rows) == ""
 
@@ -116,7 +116,7 @@ def test_an_early_stop_is_the_end_until_patience_grows_and_then_was_none(run, tm
     whole, folder = run("whole"), tmp_path / "early"
     stop = ["early_stop.metric=macc", "early_stop.min_gain=1"]  # the first is a gain, no other can be one
     first = run("early", *stop, "early_stop.patience=1")
-    reason = "no gain of 1 in mAcc for 1 evaluation, since"
+    reason = "no gain of 100% in mAcc for 1 evaluation, since"
     assert last_line(folder).startswith(f"stopped early at step 4 of 6: {reason}")
     before = (folder / "checkpoints/step-00000004/model.safetensors").stat().st_mtime_ns
     assert run("early", *stop, "early_stop.patience=1") == first

@@ -65,7 +65,7 @@ def test_a_run_leaves_metrics_checkpoints_export_and_report(finished, metrics):
     best, exported = open_checkpoint(run_dir, "best"), open_checkpoint(run_dir / "export_best")
     assert all(torch.equal(exported.state[name], value) for name, value in best.state.items())
     assert f"exported step {state.best_step} of {run_dir} to {run_dir}/export_best, mIoU" in output
-    told = f"best mIoU {state.best_score:.4f} at step {state.best_step}, last"
+    told = f"best mIoU {100 * state.best_score:.2f}% at step {state.best_step}, last"
     assert told in (run_dir / "log.txt").read_text()
 
 

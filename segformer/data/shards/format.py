@@ -149,16 +149,22 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, path: str | Path | Storage, config: StorageConfig | None = None, *, verify: bool = True
+        cls,
+        path: str | Path | Storage,
+        config: StorageConfig | None = None,
+        *,
+        verify: bool = True,
+        source: str = "data=<name>",
     ) -> "ShardSet":
         """Open what sharding wrote, at a path or URL; DataError when it is missing, damaged or incomplete.
 
         config: how remote shards are read. verify: check sha256 and sense of every index and the size of
         every tar; without it only dataset.json, and the length of an index when its split is used.
+        source: the overrides that name the data set, for the message that there are no shards.
         """
         storage = Storage.at(path, config)
         with _complete(storage):
-            shards = cls(storage, _description(storage), verify=verify)
+            shards = cls(storage, _description(storage, source), verify=verify)
         if verify:
             tars = [shard for entry in shards.content["splits"].values() for shard in entry["shards"]]
             with ThreadPoolExecutor(1 if storage.is_local else _REQUESTS) as pool:
@@ -208,12 +214,12 @@ def _check_size(storage: Storage, name: str, size: int) -> None:
         raise DataError(f"shard {storage.where(name)!r} has {found} bytes instead of {size}; {AGAIN}")
 
 
-def _description(storage: Storage) -> dict[str, Any]:
+def _description(storage: Storage, source: str) -> dict[str, Any]:
     """dataset.json, its digest checked."""
     if storage.is_local and not Path(storage.root, _FILE).is_file():
         raise DataError(
             f"no shards in {storage.root!r}; "
-            f"write them: python data_prep/shard.py data=<name> output={storage.root}"
+            f"write them: python data_prep/shard.py {source} output={storage.root}"
         )
     content: dict[str, Any] = parse_json(storage.read(_FILE, limit=DESCRIPTION_LIMIT))
     if (content["format"], content["version"]) != (FORMAT, VERSION) or content["task"] not in TASKS:
