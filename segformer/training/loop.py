@@ -148,7 +148,7 @@ def _end(
         raise run.stopping.reason(state.step, Path(cfg.run_dir) / "checkpoints")
     for row in scores.table(task.shards.classes).splitlines():
         telemetry.line(row)
-    if state.best_step is not None:
+    if state.best_score is not None:
         name = next(iter(scores.NAMES.values()))
         best = f"best {name} {percent(state.best_score)} at step {state.best_step}"
         telemetry.line(f"{best}, last {percent(scores.score)} at step {state.step}")
