@@ -18,9 +18,12 @@ set. An image is a path of a JPEG or PNG, or what inference/photograph.py takes;
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +32,8 @@ import cv2
 import numpy as np
 
 from segformer.checkpoint.reader import newest_state
-from segformer.data.shards.sharding import write_shards
+from segformer.data.loading.workers import refuse_second_run
+from segformer.data.shards.sharding import OtherSet, write_shards
 from segformer.data.sources.dataset import IGNORE_INDEX, IMAGE_SUFFIXES, DatasetConfig
 from segformer.errors import ConfigError, DataError, is_main_rank, reraise_as
 from segformer.evaluation.metrics import Scores
@@ -76,13 +80,23 @@ def train(
 ) -> TrainingResult:
     """Train, or continue, a run; then export it and write its report, as launch/train.py does.
 
-    overrides: settings as on the command line, or one composed RunConfig. train, val, classes: see above.
+    overrides: settings as on the command line, or one composed RunConfig, which is left as it is. train, val,
+    classes: see above.
 
     Raises:
         SegformerError: as `segformer.training.loop.train`; Preempted after Ctrl-C, when the state is saved.
     """
-    if len(overrides) == 1 and isinstance(overrides[0], RunConfig):
-        cfg = overrides[0]
+    refuse_second_run()
+    if isinstance(classes, str):
+        raise ConfigError(f"classes={classes!r} is one text; give a list of names: classes=[{classes!r}]")
+    if any(isinstance(override, RunConfig) for override in overrides):
+        if len(overrides) > 1 or settings or classes:
+            raise ConfigError(
+                "a RunConfig has all settings, so no others are taken beside it; set them in it, "
+                "such as cfg.steps = 500, or give texts and keywords alone"
+            )
+        cfg = copy.deepcopy(overrides[0])
+        assert isinstance(cfg, RunConfig)
     else:
         given = [str(override) for override in overrides]
         if train is not None and not any(override.startswith("data=") for override in given):
@@ -102,6 +116,7 @@ def train(
 
 def evaluate(checkpoint: str | Path, *overrides: str, **settings: Any) -> Scores:
     """Score a run or an export on a split, as launch/evaluate.py does, and return the scores."""
+    refuse_second_run()
     given = [f"checkpoint={checkpoint}", *overrides]
     return evaluate_checkpoint(_composed(EvaluateConfig, "evaluate", given, settings))
 
@@ -135,14 +150,39 @@ def _write(cfg: DatasetConfig, splits: dict[str, Pairs | None], run: Path) -> No
                 raise ConfigError(
                     f"{split} is no dataset; give one with a length whose items are (image, mask)"
                 )
+            if not len(pairs):
+                raise DataError(f"{split} is empty; give at least one pair (image, mask)")
             for kind in ("images", "masks"):
                 (source / kind / split).mkdir(parents=True)
             for index in range(len(pairs)):
+                pair = _item(pairs, split, index)
                 with reraise_as(DataError, f"{split}[{index}]", on=(DataError, OSError)):
-                    _write_pair(pairs[index], source, f"{split}/{index:06d}", cfg.image_range)
-        write_shards(cfg, source, Path(cfg.shards), seed=0, samples_per_shard=256, workers=1)
+                    _write_pair(pair, source, f"{split}/{index:06d}", cfg.image_range)
+        try:
+            write_shards(cfg, source, Path(cfg.shards), seed=0, samples_per_shard=256, workers=1)
+        except OtherSet as error:
+            what = f"{cfg.shards} holds other pairs, with which this run began"
+            raise DataError(f"{what}; give these, or another name=") from error
+        except DataError as error:  # its files are not those of the caller
+            raise DataError(_by_index(str(error), source)) from error
     finally:
         shutil.rmtree(source, ignore_errors=True)
+        with suppress(OSError):  # a refused call leaves nothing
+            run.rmdir()
+
+
+def _item(pairs: Pairs, split: str, index: int) -> Any:
+    try:
+        return pairs[index]
+    except Exception as error:
+        error.add_note(f"raised by {split}[{index}] of the dataset")
+        raise
+
+
+def _by_index(text: str, source: Path) -> str:
+    """A message about the files of the pairs that names items: masks/train/000001.png -> train[1]."""
+    file = rf"'?(?:{re.escape(str(source))}/(?:images|masks)/)?\b([\w-]+)/(\d{{6}})\b(?:\.\w+)?'?"
+    return re.sub(file, lambda found: f"{found[1]}[{int(found[2])}]", text)
 
 
 def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) -> None:
@@ -156,7 +196,7 @@ def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) 
             raise DataError(f"{str(image)!r} is no file of {', '.join(IMAGE_SUFFIXES)}")
         shutil.copyfile(image, f"{target}{Path(image).suffix.lower()}")
     else:
-        cv2.imwrite(f"{target}.png", cv2.cvtColor(to_pixels(image, image_range), cv2.COLOR_RGB2BGR))
+        _write_png(Path(f"{target}.png"), cv2.cvtColor(to_pixels(image, image_range), cv2.COLOR_RGB2BGR))
     target = folder / "masks" / f"{name}.png"
     if isinstance(mask, str | Path):
         shutil.copyfile(mask, target)
@@ -170,4 +210,8 @@ def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) 
         raise DataError(
             f"its mask has ids from {ids.min()} to {ids.max()}; give class ids, and 255 where none counts"
         )
-    cv2.imwrite(str(target), ids.astype(np.uint8))
+    _write_png(target, ids.astype(np.uint8))
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())

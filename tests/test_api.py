@@ -1,8 +1,11 @@
 """Training, evaluation and export from Python: the numbers of the commands, in one process."""
 
 import multiprocessing
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -111,7 +114,11 @@ def test_settings_are_those_of_the_command_line(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert taken == [compose(RunConfig, "config", written)]
     segformer.train(taken[0])
-    assert taken[1] is taken[0]
+    assert taken[1] == taken[0]
+    assert taken[1] is not taken[0]
+    for more in (("steps=4",), ()):
+        with pytest.raises(ConfigError, match="a RunConfig has all settings"):
+            segformer.train(taken[0], *more, **({} if more else {"steps": 4}))
     with pytest.raises(ConfigError, match=r"^stps is not a setting; did you mean steps\?$"):
         segformer.train("experiment=sample", stps=4)
     with pytest.raises(ConfigError, match=r"^stp is not a setting; did you mean step\?$"):
@@ -130,7 +137,14 @@ def test_settings_are_those_of_the_command_line(monkeypatch, tmp_path):
         (np.zeros((8, 8, 3), np.uint8), r"train\[1\]: it is a ndarray; an item is a pair"),
         (("absent.jpg", np.zeros((8, 8), int)), r"train\[1\]: No such file"),
         (("a.tif", np.zeros((8, 8), int)), r"train\[1\]: 'a.tif' is no file of .jpg"),
-        ((np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2)), r"ids?.* 2\b"),
+        (
+            (np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2)),
+            r"^mask train\[1\] holds the ids 2, outside 0 to 1",
+        ),
+        (
+            (np.zeros((8, 8, 3), np.uint8), np.eye(9, dtype=int)),
+            r"^mask train\[1\] is 9 x 9 pixels, its image 8 x 8",
+        ),
     ],
 )
 def test_an_item_that_cant_be_learnt_from_is_named(tmp_path, item, message):
@@ -146,9 +160,47 @@ def test_a_dataset_needs_names_a_length_and_both_splits(tmp_path):
         ({"train": pairs, "val": pairs}, "classes is empty"),
         ({"train": pairs, "classes": CLASSES}, "val is no dataset"),
         ({"train": iter(pairs), "val": pairs, "classes": CLASSES}, "train is no dataset"),
+        ({"train": [], "val": pairs, "classes": CLASSES}, "train is empty"),
+        ({"train": pairs, "val": pairs, "classes": "ab"}, "classes='ab' is one text"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, DataError), match=message):
             segformer.train(run_dir=tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
+
+
+def test_other_pairs_and_an_error_of_the_dataset_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("segformer.api.run_job", lambda cfg: None)
+    monkeypatch.setattr("segformer.api.newest_state", lambda folder: None)
+    pairs = [(np.full((8, 8, 3), k, np.uint8), np.eye(8, dtype=int)) for k in range(4)]
+    given = {"classes": CLASSES, "run_dir": tmp_path / "run"}
+    segformer.train(train=pairs[:2], val=pairs[2:3], **given)
+    segformer.train(train=pairs[:2], val=pairs[2:3], **given)  # known again
+    with pytest.raises(DataError, match=r"holds other pairs, .*; give these, or another name="):
+        segformer.train(train=pairs[1:2], val=pairs[2:3], **given)
+
+    class Broken(list):
+        def __getitem__(self, index):
+            raise KeyError(index)
+
+    with pytest.raises(KeyError) as raised:
+        segformer.train(train=Broken(pairs), val=pairs, **given)
+    assert raised.value.__notes__ == ["raised by train[0] of the dataset"]
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_ends_with_one_line_that_names_it(tiny_shards, tmp_path):
+    (tmp_path / "x.py").write_text(
+        f"import segformer\nsegformer.train('experiment=sample', 'data.shards={tiny_shards}', steps=1, "
+        f"run_dir={str(tmp_path / 'run')!r}, loader={{'workers': 1}}, global_batch=2, "
+        "augment={'crop': [64, 64]}, optim={'warmup_steps': 0})\n"
+    )
+    line = [sys.executable, str(tmp_path / "x.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert 'put what it does below if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 1
+    assert "WorkerLost" not in done.stderr
 
 
 def blocks():

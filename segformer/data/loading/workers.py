@@ -41,8 +41,18 @@ POLL_SECONDS = 5  # how often a waiting trainer looks whether its workers are al
 _LEFT_TO_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SHM = "/dev/shm, by which they hand batches over"
 _MORE_SHM = "use loader.workers=0, or enlarge it (docker run --shm-size=8g)"
+_SECOND_RUN = os.EX_CONFIG  # exit code
 _T = TypeVar("_T")
 print_line = partial(print, file=sys.stderr, flush=True)
+
+
+def refuse_second_run() -> None:
+    """End a worker that, as it imports the script of its trainer, comes to the call that has started it.
+
+    Its trainer says so: see `WorkerStream`.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing's own check
+        os._exit(_SECOND_RUN)
 
 
 def start_server() -> None:
@@ -164,7 +174,13 @@ class WorkerStream(Generic[_T]):
                 return next(iterator, None)
             except RuntimeError as error:
                 if "exited unexpectedly" in str(error):
-                    raise WorkerLost(_cause({process.exitcode for process in processes})) from error
+                    codes = {process.exitcode for process in processes}
+                    if _SECOND_RUN in codes:
+                        raise ConfigError(
+                            "loader processes import the script that started them; put what it does below "
+                            'if __name__ == "__main__": (or give loader={"workers": 0})'
+                        ) from None
+                    raise WorkerLost(_cause(codes)) from error
                 if "Too many open files" in str(error):
                     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
                     do = "raise the limit, or lower loader.workers or loader.prefetch"

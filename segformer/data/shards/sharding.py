@@ -57,6 +57,11 @@ NOTE = ".sources.json"
 ALLOWANCES = ("allow_unseen", "allow_duplicates")  # settings that change no shard
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
+
+class OtherSet(DataError):  # noqa: N818  a state of the folder
+    """The folder holds other shards, or something else."""
+
+
 _SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
 
 
@@ -129,7 +134,7 @@ def write_shards(
     remedy = "give another output=<folder>, or make room and run this again: it keeps what is finished"
     with reraise_as(DataError, what, remedy):
         if _occupied(target) and not (target / "dataset.json").is_file():
-            raise DataError(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
+            raise OtherSet(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
     listing, left_out = _list(cfg, root)
     work = WorkFolder(target, _identity(settings, listing))
     kept = trim(cfg, listing, workers)
@@ -272,7 +277,7 @@ def _check_finished(settings: Settings, tasks: list[ShardTask], work: WorkFolder
         same = run(_is_same, checks, images=images, workers=workers, desc="comparing")
         other = [] if len(tasks) == len(sources) and all(same) else ["the source"]
     if other:
-        raise DataError(f"{what} (differing: {', '.join(other)}); {refusal}")
+        raise OtherSet(f"{what} (differing: {', '.join(other)}); {refusal}")
     work.clear()
 
 
