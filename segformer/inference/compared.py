@@ -9,6 +9,7 @@ import io
 import statistics
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +23,28 @@ from segformer.checkpoint.reader import CONFIG, newest_state, stored_config
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.errors import CheckpointError, ConfigError, DataError, listed, printable, say
+from segformer.errors import CheckpointError, ConfigError, DataError, listed, printable, reraise_as, say
 from segformer.evaluation.bootstrap import class_iou, image_areas, interval, mean_iou, replicates
 from segformer.evaluation.metrics import SCORES
 from segformer.files import sha256_of, write_atomic
 from segformer.inference.pictures import history, series
 from segformer.inference.predictor import Predictor
-from segformer.telemetry.progress import duration
+from segformer.telemetry.progress import duration, evaluated
 from segformer.training.config import RunConfig, to_run_config
 from segformer.training.overrides import flat
 
 PLACES = ("name", "run_dir", "stop_at")  # settings that say nothing about what was learned
 MARK = "* The interval excludes 0: the run differs from the first one on images like these."
+# What numpy raises of a damaged archive.
+DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 Span = tuple[float, float]
 
 
@@ -62,6 +73,11 @@ class Entry:
     def step(self) -> int:
         """Steps done, as its newest checkpoint or its log says."""
         return self.state.step or max((int(row["step"]) for row in self.rows), default=0)
+
+    @property
+    def ended(self) -> bool:
+        """Its last evaluation is that of its newest step: it was trained to its end."""
+        return any(row["kind"] == "final" and row["step"] >= self.step for row in self.rows)
 
     @cached_property
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
@@ -142,21 +158,28 @@ def read_sample(reader: ShardReader, sample_id: int) -> tuple[np.ndarray, np.nda
 
 
 def scored(entry: Entry, split: Split, device: str) -> np.ndarray:
-    """Areas of each image under the newest checkpoint, computed, or as they were kept by an earlier call."""
+    """Areas of each image under the newest checkpoint, computed, or as they were kept by an earlier call.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read, or a run that is being trained took it away meanwhile.
+    """
+    entry.state = newest_state(entry.folder / "checkpoints") or entry.state  # of a run that is being trained
     checkpoint = entry.folder / "checkpoints" / step_name(entry.state.step)
-    source = f"{sha256_of(checkpoint / MANIFEST)} {split.digest}"
+    with reraise_as(CheckpointError, f"{checkpoint} can't be read", "start the comparison again"):
+        source = f"{sha256_of(checkpoint / MANIFEST)} {split.digest}"
     path = entry.folder / "scores" / f"{split.name}-images.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(path) as kept:
+    with contextlib.suppress(*DAMAGED), path.open("rb") as file, np.load(file) as kept:
         if str(kept["source"]) == source:
             return np.asarray(kept["areas"])
     say(f"scoring {entry.folder} at step {entry.state.step} on {split.num_samples} images", file=sys.stderr)
     predictor, reader = Predictor(entry.folder, step=str(entry.state.step), device=device), ShardReader(split)
-    areas = np.stack(
-        [
-            image_areas(target, predictor(image).mask, len(predictor.classes))
-            for image, target in (read_sample(reader, index) for index in range(split.num_samples))
-        ]
-    )
+    found = []
+    with evaluated(split.num_samples, lambda line: say(line, file=sys.stderr)) as advance:
+        for index in range(split.num_samples):
+            image, target = read_sample(reader, index)
+            found.append(image_areas(target, predictor(image).mask, len(predictor.classes)))
+            advance(1)
+    areas = np.stack(found)
     data = io.BytesIO()
     np.savez_compressed(data, areas=areas, source=np.array(source))
     with contextlib.suppress(OSError):  # somebody else's run is scored again the next time
@@ -187,12 +210,17 @@ class Comparison:
         self.differences: list[Span | None] = [None, *pairs]
         "95% interval of each score less the first one, over the same images."
 
-    def groups(self) -> dict[str, list[Entry]]:
-        """Settings -> the runs that differ in their seed alone, where there are several of some."""
-        found: dict[str, list[Entry]] = {}
+    def groups(self) -> list[tuple[str, list[Entry], dict[str, str]]]:
+        """(Settings, a run of each seed, name -> why it is left out) of the runs that differ in their seed
+        alone; [] where no two do.
+
+        Of the runs with a score those count that have ended, or, where none has, those of the furthest step.
+        """
+        alike: dict[str, list[Entry]] = {}
         for index, entry in enumerate(self.entries):
-            found.setdefault(self.told(index, seed=False), []).append(entry)
-        return found if len(found) < len(self.entries) else {}
+            alike.setdefault(self.told(index, seed=False), []).append(entry)
+        found = [(told, *_of_seeds(members)) for told, members in alike.items()]
+        return found if len(found) < len(self.entries) else []
 
     def told(self, index: int, *, seed: bool = True, most: int = 1000) -> str:
         """The settings of a run that are not the same in all, as overrides."""
@@ -250,18 +278,40 @@ class Comparison:
 
     def seeds(self) -> tuple[list[str], list[list[str]]]:
         """(Heads, lines) of the scores over seeds; no lines where no runs differ in their seed alone."""
-        lines = []
-        for told, members in self.groups().items():
+        lines, groups = [], self.groups()
+        for told, members, left in groups:
             known = [entry.last for entry in members if entry.last is not None]
             spread = f"{100 * statistics.stdev(known):.2f}" if len(known) > 1 else "-"
             mean = _percent(statistics.mean(known) if known else None)
-            lines.append([told or "all", str(len(known)), mean, spread])
-        return ["settings", "seeds", f"mean {self.score}", "standard deviation"], lines
+            why = listed((f"{name} ({reason})" for name, reason in left.items()), 1000)
+            lines.append([told or "all", str(len(known)), mean, spread, why])
+        heads = ["settings", "seeds", f"mean {self.score}", "standard deviation", "left out"]
+        most = len(heads) if any(left for _, _, left in groups) else len(heads) - 1
+        return heads[:most], [line[:most] for line in lines]
 
     def text(self) -> str:
         """Both tables, aligned, and what a mark in them means."""
         tables = [_aligned([heads, *lines]) for heads, lines in (self.table(), self.seeds()) if lines]
         return "\n\n".join([*tables, *([MARK] if any(map(self.differs, range(len(self.entries)))) else [])])
+
+
+def _of_seeds(members: list[Entry]) -> tuple[list[Entry], dict[str, str]]:
+    """(A run of each seed, name -> why it is left out) of runs that differ in their seed alone."""
+    scored = [entry for entry in members if entry.last is not None]
+    ended, furthest = any(entry.ended for entry in scored), max((entry.step for entry in scored), default=0)
+    taken: dict[int, Entry] = {}
+    left = {}
+    for entry in members:
+        seed = entry.config.seed
+        if entry.last is None:
+            left[entry.name] = "no score"
+        elif not (entry.ended if ended else entry.step == furthest):
+            left[entry.name] = f"step {entry.step}"
+        elif seed in taken:
+            left[entry.name] = f"seed {seed} again"
+        else:
+            taken[seed] = entry
+    return list(taken.values()), left
 
 
 def _percent(value: float | None) -> str:
@@ -280,7 +330,7 @@ def _aligned(rows: list[list[str]]) -> str:
     """Rows as text: names at the left, numbers at the right, settings at the left again."""
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = rows[0][-1] == "settings"
+    last = rows[0][-1] in ("settings", "left out")
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
