@@ -16,10 +16,12 @@ from segformer.errors import importing
 
 with importing(__name__):
     from segformer.inference.compare import CompareConfig, compare
+    from segformer.training.choices import take_conf
     from segformer.training.config import cli
 
 if __name__ == "__main__":
-    paths = [one for one in sys.argv[1:] if "=" not in one and not one.startswith("-")]
-    others = [one for one in sys.argv[1:] if one not in paths]
+    conf, given = take_conf(sys.argv[1:])
+    paths = [one for one in given if "=" not in one and not one.startswith("-")]
+    others = [*conf, *(one for one in given if one not in paths)]
     sys.argv[1:] = [*([f"runs=[{','.join(map(json.dumps, paths))}]"] if paths else []), *others]
     cli(CompareConfig, "compare", compare)

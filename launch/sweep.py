@@ -23,7 +23,7 @@ from segformer.errors import importing
 
 with importing(__name__):
     from segformer.sweep.plan import SweepConfig
-    from segformer.sweep.queue import plan_of, sweep
+    from segformer.sweep.queue import check, sweep
     from segformer.training.choices import take_conf
     from segformer.training.config import cli
 
@@ -38,7 +38,7 @@ def main() -> None:
     training = [*conf, *(one for one in given if one not in own)]
     train = [sys.executable, str(Path(__file__).with_name("train.py"))]
     sys.argv[1:] = own
-    cli(SweepConfig, "sweep", lambda cfg: sweep(cfg, training, train), lambda cfg: plan_of(cfg, training))
+    cli(SweepConfig, "sweep", lambda cfg: sweep(cfg, training, train), lambda cfg: check(cfg, training))
     if {"--help", "-h"} & set(own):
         print("\nAnd every key of launch/train.py.")
 

@@ -17,6 +17,7 @@ finished is compared as far as it is; an export, and what is damaged, is refused
 
 import glob
 import io
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,10 @@ class CompareConfig:
         check_output(self.output, "a page, a table and pictures are written into a folder")
 
 
-def compare(cfg: CompareConfig) -> Path:
+def compare(cfg: CompareConfig, *, logged: Collection[str] = ()) -> Path:
     """Print the table of some runs and write their page; returns the path of index.html.
+
+    logged: those of cfg.runs that are compared by their logs alone.
 
     Raises:
         ConfigError: there are not two runs, or of different tasks, or the output can't be written.
@@ -90,6 +93,8 @@ def compare(cfg: CompareConfig) -> Path:
     note, split = common_images(entries) if cfg.images else ("images=0", None)
     if split is not None:
         for entry in entries:
+            if str(entry.folder) in logged:
+                continue
             entry.areas = scored(entry, split, cfg.device)
     found = Comparison(entries)
     print(found.text())
@@ -165,7 +170,7 @@ def _pictures(entries: list[Entry], split: Split, folder: Path, cfg: CompareConf
     folder.mkdir(exist_ok=True)
     for old in folder.glob("[0-9][0-9].jpg"):
         old.unlink()
-    shown = entries[:MOST_PREDICTIONS]
+    shown = [entry for entry in entries if entry.areas is not None][:MOST_PREDICTIONS]
     areas = np.stack([entry.areas for entry in shown if entry.areas is not None])
     ids, reader = chosen(areas, cfg.images), ShardReader(split)
     masks: list[list[np.ndarray]] = [[] for _ in ids]

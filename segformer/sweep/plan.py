@@ -14,6 +14,7 @@ the steps, the best 1/f of them to f^-(k-1), and so on to the end; k is the larg
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -28,8 +29,9 @@ from segformer.files import read_json, write_atomic
 
 FILE = "sweep.json"
 MOST_RUNS = 1000
-_NUMBER = r"-?\d+(?:\.\d*)?(?:e[+-]?\d+)?"
-_RANGE = re.compile(rf"(log)\(({_NUMBER}), ?({_NUMBER})\)|({_NUMBER})\.\.({_NUMBER})")
+_NUMBER = r"\s*([+-]?(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*"
+_RANGE = re.compile(rf"\s*(log)\({_NUMBER},{_NUMBER}\)\s*|{_NUMBER}\.\.{_NUMBER}", re.IGNORECASE)
+_MEANT = re.compile(r"\s*log\(|\s*[+-]?[\d.]+(?:e[+-]?\d+)?\s*\.\.(?![./])", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -102,8 +104,9 @@ def trials(overrides: list[str], cfg: SearchConfig) -> list[Trial]:
     fixed: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
+        key = key.lstrip("+")
         values = _values(override, value)
-        if key in axes or (len(values) > 1 and any(one.startswith(f"{key}=") for one in fixed)):
+        if key in axes or (len(values) > 1 and any(one.lstrip("+").startswith(f"{key}=") for one in fixed)):
             raise ConfigError(f"{key} is given twice; give one list: {key}=a,b,c")
         if len(values) > 1 or _RANGE.fullmatch(value):
             axes[key] = values
@@ -151,27 +154,35 @@ def best(scores: dict[str, float | None], count: int) -> list[str]:
     return [name for name, _ in sorted(known, key=lambda pair: -pair[1])[:count]]
 
 
-def keep_plan(folder: Path, overrides: list[str], cfg: SearchConfig, planned: list[Trial]) -> None:
-    """Write the plan into the folder of the sweep, or find the same one there.
+def keep_plan(
+    folder: Path, overrides: list[str], cfg: SearchConfig, planned: list[Trial], steps: list[int]
+) -> list[int]:
+    """Write the plan into the folder of the sweep, or find the same one there; the steps of each run.
+
+    steps: as they are worked out here; a sweep that goes on elsewhere has those of its first start.
 
     Raises:
         ConfigError: another plan is there; it names what differs.
     """
     path = folder / FILE
     settings = {key: value for key, value in asdict(cfg).items() if key != "jobs"}
-    plan = {"overrides": overrides, "sweep": settings, "runs": [asdict(trial) for trial in planned]}
+    plan = {"overrides": overrides, "sweep": settings, "steps": steps}
+    plan |= {"runs": [asdict(trial) for trial in planned]}
     if not path.exists():
-        return write_atomic(path, json.dumps(plan, indent=1))
+        write_atomic(path, json.dumps(plan, indent=1))
+        return steps
     damaged = (OSError, ValueError, KeyError, TypeError, AttributeError)
     with reraise_as(ConfigError, f"{path} can't be read", "choose another name=...", on=damaged):
-        old, new = _described(read_json(path)), _described(plan)
+        found = read_json(path)
+        old, new = _described(found), _described(plan)
+        before = [int(count) for count in found.get("steps", steps)]
     if old != new:
         gone, come = listed(sorted(old - new)) or "nothing more", listed(sorted(new - old)) or "nothing more"
         raise ConfigError(
             f"{folder} is another sweep: it has {gone}, and this command has {come}; give what it has to go "
             "on with it, or choose another name=..."
         )
-    return None
+    return before
 
 
 def _described(plan: dict[str, Any]) -> set[str]:
@@ -182,6 +193,8 @@ def _values(override: str, value: str) -> list[str]:
     """The values between the commas of `value` that are in no brackets and no quotes."""
     if _RANGE.fullmatch(value):
         return [value]
+    if _MEANT.match(value):
+        raise ConfigError(f"{override} is no range; write log(1e-5,1e-2), or 0.0..0.3, between two numbers")
     parts, depth, quote = [""], 0, ""
     for sign in value:
         if sign in "'\"" and quote in ("", sign):
@@ -192,9 +205,16 @@ def _values(override: str, value: str) -> list[str]:
         else:
             parts[-1] += sign
     values = [part.strip() for part in parts]
-    if len(values) > 1 and ("" in values or len(set(values)) < len(values)):
+    if len(values) > 1 and ("" in values or len(set(map(_same, values))) < len(values)):
         raise ConfigError(f"{override} has an empty value or the same one twice; write values as a,b,c")
     return values
+
+
+def _same(value: str) -> float | str:
+    """What values that mean the same have in common: 1e-3 and 0.001 are one number."""
+    with contextlib.suppress(ValueError):
+        return float(value)
+    return value
 
 
 def _combined(axes: dict[str, list[str]]) -> list[dict[str, str]]:
@@ -246,5 +266,6 @@ def _names(runs: list[dict[str, str]]) -> list[str]:
         for run in runs
     ]
     names = [re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_-.") for name in names]
-    plain = len(set(names)) == len(names) and all(_NAME.fullmatch(name) for name in names)
+    folded = {name.casefold() for name in names}  # some file systems don't tell A from a
+    plain = len(folded) == len(names) and all(_NAME.fullmatch(name) for name in names)
     return names if plain else [f"run{index:03d}" for index in range(len(names))]

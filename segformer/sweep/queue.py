@@ -22,13 +22,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from segformer.checkpoint.lease import Lease
-from segformer.checkpoint.reader import newest_state
+from segformer.checkpoint.reader import CONFIG, newest_state
+from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import StopFlag
 from segformer.errors import START_ALONE, ConfigError, Preempted, SegformerError, listed, reraise_as, say
 from segformer.evaluation.metrics import SCORES, percent
@@ -39,6 +40,7 @@ from segformer.telemetry.jsonl import newest_row, read_metrics
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig, compose
 from segformer.training.directory import check_start, settled
+from segformer.training.task import open_shards
 
 POLL_S = 0.2
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,12 +54,24 @@ class Job:
     folder: Path
     config: RunConfig
     stop_at: int | None = None
+    steps: int | None = None
+    "Its steps, where a sweep by rungs has worked them out."
 
     @property
     def overrides(self) -> list[str]:
         """What launch/train.py is started with."""
+        given = self.trial.overrides
+        if self.steps:
+            given = [
+                *(one for one in given if one.lstrip("+").partition("=")[0] != "epochs"),
+                f"steps={self.steps}",
+            ]
         place = [f"name={self.trial.name}", f"run_dir={self.folder}"]
-        return [*self.trial.overrides, *place, *([f"stop_at={self.stop_at}"] if self.stop_at else [])]
+        return [*given, *place, *([f"stop_at={self.stop_at}"] if self.stop_at else [])]
+
+    def of(self, steps: int) -> Job:
+        """The job with the steps that the sweep has for it, wherever they were worked out."""
+        return replace(self, config=replace(self.config, steps=steps), steps=self.steps and steps)
 
     def done(self) -> bool:
         """The run has been trained that far, evaluated there and saved."""
@@ -79,11 +93,12 @@ class Job:
 
 
 def _ended(run_dir: Path) -> bool:
-    """The run has made its last evaluation, exported the model of that step, and then written its report."""
+    """The run has made its last evaluation, exported the model of that step, and written its report of it."""
     final, export = newest_row(run_dir, "final"), run_dir / "export" / "config.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        reported = (run_dir / "report.html").stat().st_mtime >= export.stat().st_mtime
-        return final is not None and reported and read_json(export)["segformer"]["step"] == final["step"]
+        step = read_json(export)["segformer"]["step"]
+        told = f", step {step}<" in (run_dir / "report.html").read_text("utf-8")
+        return told and final is not None and final["step"] == step
     return False
 
 
@@ -98,13 +113,28 @@ def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Run
     planned = trials(overrides, cfg.sweep)
     stages = rungs(len({trial.setting for trial in planned}), cfg.sweep.halving)
     jobs, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+    opened: dict[str, ShardSet] = {}
+
+    def shards_of(run: RunConfig) -> ShardSet:
+        """The shards of a run, opened once for all runs that ask the same of them."""
+        asked = (run.data, run.loader.storage, run.model.num_classes, run.train_split, run.eval_split)
+        if str(asked) not in opened:
+            opened[str(asked)] = open_shards(run)
+        return opened[str(asked)]
+
     for trial in planned:
         folder = Path("runs", cfg.name, trial.name)
         run = compose(RunConfig, "config", [*trial.overrides, f"name={trial.name}", f"run_dir={folder}"])
         check_start(run)
-        run, _ = settled(run, device=device, world_size=1)
-        jobs.append(Job(trial, folder, run))
+        by_rungs = len(stages) > 1 and ("steps" in run.auto or run.epochs is not None)
+        run, _ = settled(run, device=device, world_size=1, opened=shards_of)
+        jobs.append(Job(trial, folder, run, steps=run.steps if by_rungs else None))
     return jobs, stages
+
+
+def check(cfg: SweepConfig, overrides: list[str]) -> None:
+    """What --check does: all runs are composed and checked, and a line says what the sweep would do."""
+    say(_summary(*plan_of(cfg, overrides)))
 
 
 def describe(cfg: SweepConfig, overrides: list[str]) -> None:
@@ -113,6 +143,9 @@ def describe(cfg: SweepConfig, overrides: list[str]) -> None:
     for job in jobs:
         say(shlex.join(["python", "launch/train.py", *_to(stages[0], job).overrides]))
     say(_summary(jobs, stages), file=sys.stderr)
+    if jobs[0].steps:
+        where = "a GPU" if torch.cuda.is_available() else "a CPU"
+        say(f"steps and stop_at are worked out for this machine, with {where}", file=sys.stderr)
 
 
 def _summary(jobs: list[Job], stages: list[Rung]) -> str:
@@ -124,7 +157,7 @@ def _summary(jobs: list[Job], stages: list[Rung]) -> str:
 def _to(rung: Rung, job: Job) -> Job:
     """The job of a run at a rung."""
     steps = max(1, round(rung.share * job.config.steps))
-    return Job(job.trial, job.folder, job.config, steps if steps < job.config.steps else None)
+    return replace(job, stop_at=steps if steps < job.config.steps else None)
 
 
 class Queue:
@@ -256,23 +289,31 @@ def sweep(cfg: SweepConfig, overrides: list[str], train: list[str]) -> list[Job]
         return []
     jobs, stages = plan_of(cfg, overrides)
     folder = Path("runs", cfg.name)
+    if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
+        raise ConfigError(f"{folder} is a run, and a sweep is a folder of runs; choose another name=...")
     with reraise_as(ConfigError, f"{folder} can't be used", "choose another name=..."):
         folder.mkdir(parents=True, exist_ok=True, mode=0o750)
     with _taken(folder) as running:
-        keep_plan(folder, overrides, cfg.sweep, [job.trial for job in jobs])
+        steps = [job.config.steps for job in jobs]
+        steps = keep_plan(folder, overrides, cfg.sweep, [job.trial for job in jobs], steps)
+        jobs = [job.of(count) for job, count in zip(jobs, steps, strict=True)]
         say(f"{folder}: {_summary(jobs, stages)}")
         with StopFlag() as stop:
             queue = Queue(train, running, stop, f"the same command goes on with {folder}")
             finalists = _by_rungs(queue, jobs, stages, cfg.sweep.jobs)
         others = [job for job in jobs if job.trial not in [finalist.trial for finalist in finalists]]
-        scored = [str(job.folder) for job in [*finalists, *_ranked(others)] if job.score() is not None]
+        scored = [str(job.folder) for job in [*finalists, *_ranked(others)]]
+        left = [str(job.folder) for job in others]
         if len(scored) > 1:
-            compare(CompareConfig(runs=scored, output=str(folder / "comparison"), images=cfg.images))
+            shown = CompareConfig(runs=scored, output=str(folder / "comparison"), images=cfg.images)
+            compare(shown, logged=left)
     if queue.failed:
         raise SegformerError(
             f"{len(queue.failed)} of {len(jobs)} runs failed: {listed(queue.failed)}; the same command tries "
             "them again"
         )
+    if not scored:
+        raise SegformerError(f"none of the {len(jobs)} runs has a score that is a number; see {folder}/*.out")
     return finalists
 
 

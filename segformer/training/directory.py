@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.format import TrainState, step_name
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import CONFIG, at_state, newest_state
+from segformer.data.shards.format import ShardSet
 from segformer.distributed.rendezvous import find_place
 from segformer.distributed.world import World
 from segformer.errors import CheckpointError, ConfigError, reraise_as
@@ -77,6 +78,8 @@ def check_start(cfg: RunConfig) -> None:
     """ConfigError where a run could not begin whatever the data is."""
     if not cfg.data.shards:
         raise ConfigError("data.shards is empty; give data.shards=<folder or URL of shards>")
+    if (Path(cfg.run_dir) / "sweep.json").exists():
+        raise ConfigError(f"{cfg.run_dir} is the folder of a sweep, which holds runs; give {free_name(cfg)}")
     check_settings(cfg)
 
 
@@ -88,12 +91,17 @@ def check_run(cfg: RunConfig) -> None:
         print(line)
 
 
-def settled(cfg: RunConfig, *, device: str, world_size: int) -> tuple[RunConfig, list[str]]:
-    """The configuration in plain numbers: those that its run has already, else as `sized` works them out."""
+def settled(
+    cfg: RunConfig, *, device: str, world_size: int, opened: Callable[[RunConfig], ShardSet] = open_shards
+) -> tuple[RunConfig, list[str]]:
+    """The configuration in plain numbers: those that its run has already, else as `sized` works them out.
+
+    opened: gives the shards, where they are needed.
+    """
     cfg = as_begun(cfg)
     if not needs_sizing(cfg):
         return cfg, []
-    cfg, lines = sized(cfg, open_shards(cfg), device=device, world_size=world_size)
+    cfg, lines = sized(cfg, opened(cfg), device=device, world_size=world_size)
     head = f"worked out for this data and {world_size} x {device}; what is given with the command stays:"
     return cfg, [head, *lines]
 

@@ -54,7 +54,7 @@ def main() -> None:
         file.write(json.dumps(row) + "\n")
     (run / "export").mkdir(exist_ok=True)
     (run / "export/config.json").write_text(json.dumps({"segformer": {"step": last}}))
-    (run / "report.html").touch()
+    (run / "report.html").write_text(f"<td>mIoU, step {last}</td>")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def test_a_grid_has_every_combination_and_names_say_which():
     assert len(set(names)) == 12
     settings = {trial.setting for trial in trials(["optim.lr=1e-4,3e-4", "seed=0,1"], SearchConfig())}
     assert settings == {"optim.lr=1e-4", "optim.lr=3e-4"}, "a seed is no setting"
+    for sign in ("+", "++"):
+        assert trials([f"{sign}seed=0,1", "steps=5"], SearchConfig()) == trials(
+            ["seed=0,1", "steps=5"], SearchConfig()
+        )
 
 
 def test_a_list_in_brackets_and_a_text_in_quotes_are_one_value():
@@ -40,6 +44,7 @@ def test_names_that_would_be_long_or_the_same_are_numbers():
     assert varied(["a.b=x y,x-y", "c=1"])[1] == ["b-x_y", "b-x-y"]
     assert varied(["a=x+,x-"])[1] == ["run000", "run001"]
     assert varied([f"key={'v' * 70},1"])[1] == ["run000", "run001"]
+    assert varied(["a=b,B"])[1] == ["run000", "run001"]
     assert varied(["a.lr=1,2", "b.lr=1,2"])[1][0] == "a.lr1_b.lr1"
 
 
@@ -58,12 +63,20 @@ def test_draws_lie_in_their_ranges_and_each_meets_every_seed():
     assert {value["model"] for value in values} == {"b0", "b1"}
 
 
+@pytest.mark.parametrize("text", ["log(1E-5, 1e-1)", " Log( .00001 ,.1)", ".00001 .. .1", "1E-5..1e-1"])
+def test_ranges_are_read_as_people_write_numbers(text):
+    found = trials([f"optim.lr={text}"], SearchConfig(random=20))
+    assert all(1e-5 <= float(one.overrides[0].partition("=")[2]) <= 0.1 for one in found)
+
+
 @pytest.mark.parametrize(
     ("overrides", "settings", "words"),
     [
         (["steps=5"], {}, "nothing varies"),
         (["optim.lr=log(1e-5,1e-3)"], {}, r"is a range; add sweep.random=20"),
-        (["optim.lr=1e-3,1e-3"], {}, "the same one twice"),
+        (["optim.lr=1e-3,0.001"], {}, "the same one twice"),
+        (["optim.lr=log(1e-5;1e-3)"], {"random": 2}, r"optim.lr=log\(1e-5;1e-3\) is no range"),
+        (["optim.lr=0.1..x"], {"random": 2}, "is no range"),
         (["optim.lr=1e-3,"], {}, "an empty value"),
         (["optim.lr=log(0,1)"], {"random": 2}, "the first above 0"),
         (["optim.lr=3..2"], {"random": 2}, "the first below the second"),
@@ -103,14 +116,14 @@ def test_the_best_are_those_of_a_sorted_list_and_without_a_score_nobody_is():
 def test_another_plan_under_the_same_name_is_refused_with_the_difference(tmp_path):
     given, cfg = ["experiment=sample", "optim.lr=1e-4,3e-4"], SearchConfig(jobs=1)
     planned = trials(given, cfg)
-    keep_plan(tmp_path, given, cfg, planned)
+    keep_plan(tmp_path, given, cfg, planned, [9, 9])
     before = (tmp_path / "sweep.json").read_bytes()
-    keep_plan(tmp_path, given, SearchConfig(jobs=3), planned)
+    assert keep_plan(tmp_path, given, SearchConfig(jobs=3), planned, [5, 5]) == [9, 9]
     with pytest.raises(ConfigError, match=r"has optim.lr=1e-4,3e-4, .* has optim.lr=1,2; give"):
-        keep_plan(tmp_path, ["experiment=sample", "optim.lr=1,2"], cfg, planned)
+        keep_plan(tmp_path, ["experiment=sample", "optim.lr=1,2"], cfg, planned, [9, 9])
     with pytest.raises(ConfigError, match=r"this command has sweep.halving=2"):
-        keep_plan(tmp_path, given, SearchConfig(halving=2), planned)
+        keep_plan(tmp_path, given, SearchConfig(halving=2), planned, [9, 9])
     assert (tmp_path / "sweep.json").read_bytes() == before
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(ConfigError, match=r"sweep.json can't be read"):
-        keep_plan(tmp_path, given, cfg, planned)
+        keep_plan(tmp_path, given, cfg, planned, [9, 9])

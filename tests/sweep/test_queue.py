@@ -1,6 +1,7 @@
 """The queue of a sweep: what it trains, how far, and that a stop or a kill costs nothing."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from segformer.sweep import queue
 from segformer.sweep.plan import SearchConfig, SweepConfig
 from segformer.sweep.queue import Job, plan_of, sweep
 from segformer.training.config import RunConfig, compose
+from segformer.training.directory import check_start
 
 RATES = ("0.001", "0.01", "0.03", "0.1")
 FIXED = ("experiment=sample", "data.shards=nowhere", f"steps={STEPS}")
@@ -42,7 +44,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "POLL_S", 0.01)
     monkeypatch.setattr(queue, "compose", composed)
     compared: list[list[str]] = []
-    monkeypatch.setattr(queue, "compare", lambda cfg: compared.append(cfg.runs))
+    monkeypatch.setattr(queue, "compare", lambda cfg, logged: compared.append(cfg.runs))
     return tmp_path / "runs/s", compared
 
 
@@ -156,3 +158,46 @@ def test_a_wrong_run_is_refused_before_anything_is_written(place, monkeypatch):
     with pytest.raises(ConfigError, match="a sweep is one process"):
         halving()
     assert not folder.exists()
+
+
+def test_a_run_is_no_folder_of_a_sweep_nor_the_reverse(place):
+    folder, _ = place
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").touch()
+    with pytest.raises(ConfigError, match=r"runs/s is the folder of a sweep, .*; give name=s_2"):
+        check_start(cached((*FIXED, "name=s")))
+    (folder / "sweep.json").rename(folder / "config.yaml")
+    with pytest.raises(ConfigError, match=r"runs/s is a run, and a sweep is a folder of runs"):
+        halving()
+
+
+def test_a_run_has_ended_where_log_export_and_report_are_of_one_step_whatever_their_times(place):
+    folder, _ = place
+    run, export = folder / "x", folder / "x/export"
+    export.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"kind": "final", "step": 8, "miou": 0.5}\n')
+    for exported, told, ended in ((8, 8, True), (8, 4, False), (4, 8, False), (8, 80, False)):
+        (run / "report.html").write_text(f"<td>mIoU, step {told}</td>")
+        (export / "config.json").write_text(json.dumps({"segformer": {"step": exported}}))  # later
+        assert queue._ended(run) == ended
+
+
+def test_rungs_keep_the_steps_of_the_first_start(place, monkeypatch, tiny_shards):
+    opened, open_shards = [], queue.open_shards
+    monkeypatch.setattr(queue, "open_shards", lambda cfg: opened.append(1) or open_shards(cfg))
+    lines = ["experiment=scratch", f"data.shards={tiny_shards}", "epochs=3", "optim.lr=0.01,0.1"]
+    cfg = SweepConfig(name="s", sweep=SearchConfig(halving=2))
+    jobs, _ = plan_of(cfg, lines)
+    assert opened == [1], "once for all runs"
+    assert {job.steps for job in jobs} == {jobs[0].config.steps}
+    elsewhere = jobs[0].of(40)
+    assert "steps=40" in elsewhere.overrides
+    assert "epochs=3" not in elsewhere.overrides
+    assert compose(RunConfig, "config", elsewhere.overrides).steps == 40
+    assert queue._to(queue.Rung(0.25, 2), elsewhere).stop_at == 10
+
+
+def test_a_sweep_without_any_score_says_so(place, monkeypatch):
+    monkeypatch.setattr(Job, "score", lambda self: None)
+    with pytest.raises(SegformerError, match=r"none of the 2 runs has a score that is a number"):
+        sweep(SweepConfig(name="s"), [*FIXED, "optim.lr=0.01,0.1", "seed=0"], TRAIN)
