@@ -21,6 +21,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ from segformer.doctor.judge import (
 from segformer.doctor.measure import Measured, judge_measured, measure
 from segformer.doctor.memory import forecast
 from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
-from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as
+from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as, say
 from segformer.evaluation.drawing import beside, grid, legend, panels, write_picture
 from segformer.files import write_atomic
 from segformer.models.variants import LEAST_SIDE
@@ -120,10 +122,20 @@ def doctor(cfg: DoctorConfig) -> None:
         for name, sheet in report.sheets.items():
             write_picture(output / f"{name}.png", sheet)
     print(as_text(report))
-    print(f"files: {output}")
+    say(f"files: {output}")
     if report.failures:
         count = len(report.findings)
         raise DataError(f"training should not start: {report.failures} of {count} checks failed (see FAIL)")
+    warnings = sum(finding.level == WARN for finding in report.findings)
+    seen = f"{warnings} warnings, nothing that stops training" if warnings else "nothing was found"
+    sheets = " and ".join(str(output / f"{name}.png") for name in report.sheets)
+    say(f"{seen}; look at {sheets}: do the masks fit?" if sheets else seen)
+    if report.shards:
+        own = {field.name for field in dataclasses.fields(DoctorConfig)} - {
+            field.name for field in dataclasses.fields(RunConfig)
+        }
+        kept = [word for word in sys.argv[1:] if "=" in word and word.partition("=")[0] not in own]
+        say(f"next: python launch/train.py {shlex.join(kept)}".rstrip())
 
 
 def look(cfg: DoctorConfig) -> Report:

@@ -222,7 +222,8 @@ def judge_memory(found: Mapping[str, int], gib: float | None) -> Finding:
     total = sum(found.values())
     text = f"forecast {_gib(total)} a GPU ({parts})"
     if gib is None:
-        return Finding(OK, "memory", f"{text}; gpu_gib=<GiB of a GPU> compares it")
+        text = f"forecast {_gib(total)} on each GPU, should it run on some ({parts})"
+        return Finding(OK, "memory", f"{text}; gpu_gib=<GiB of one> compares it")
     share = total / 2**30 / gib
     text += f", {100 * share:.0f} % of {gib:.0f} GiB"
     if share <= TIGHT:

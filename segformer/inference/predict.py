@@ -90,8 +90,10 @@ def predict(cfg: PredictConfig) -> list[Path]:
             found.save(target)
             picture = Image.fromarray(found.overlay(cfg.alpha))
             write_picture(_overlay_path(target), picture, quality=90, subsampling=0)
-        largest = ", ".join(f"{name} {share:.0%}" for name, share in [*found.shares.items()][:4])
+        shares = [*found.shares.items()][:4]
+        largest = ", ".join(f"{name} {f'{share:.0%}' if share >= 0.005 else '<1%'}" for name, share in shares)
         say(f"{source} -> {target}: {largest}")
+    say(f"predictions: {output} ({len(plan)} picture{'s' * (len(plan) > 1)}: mask and overlay of each)")
     pictures = {kind: found for kind, found in unused.items() if kind in (*SUFFIXES, *OTHER_PICTURES)}
     if pictures:
         raise DataError(
@@ -135,8 +137,22 @@ def _pictures(source: Path) -> tuple[list[Path], LeftOut]:
     unused = left_out(set(names).difference(used))
     if not used:
         there = f", but {left_out_text(unused)}" if unused else ""
-        raise DataError(f"input={source} holds no picture ({', '.join(SUFFIXES)}){there}; give their folder")
+        below = [f"input={path} ({count} picture{'s' * (count > 1)})" for path, count in _below(source)]
+        do = f"give {' or '.join(below)}" if below else "give a folder of pictures"
+        raise DataError(f"input={source} holds no picture ({', '.join(SUFFIXES)}){there}; {do}")
     return [source / name for name in used], unused
+
+
+def _below(source: Path) -> list[tuple[Path, int]]:
+    """The first folders below one that hold pictures, and how many."""
+    found = []
+    for path, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        used = sum(Path(name).suffix.lower() in SUFFIXES and not is_hidden(name) for name in names)
+        found += [(Path(path), used)] if used else []
+        if len(found) == 2:
+            break
+    return found
 
 
 def _plan(images: list[Path], source: Path, output: Path) -> list[tuple[Path, Path]]:

@@ -272,6 +272,7 @@ def test_a_good_look_ends_quietly_and_leaves_numbers_for_machines(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "FAIL" not in printed.out
+    assert "warnings, nothing that stops training" in printed.out
     written = json.loads((tmp_path / "out/doctor.json").read_text())
     assert written["may_start"] is True
     assert written["source"]["train"]["class_images"] == [5, 5, 5]

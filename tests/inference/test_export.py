@@ -265,7 +265,7 @@ def test_what_save_pretrained_wrote_has_the_usual_names_colors_and_view(tmp_path
     assert open_checkpoint(tmp_path / "a").metadata.view == [224, 256]
     opened = open_checkpoint(tmp_path / "b").metadata
     assert opened.classes == ["class 0", "class 1", "class 2", "class 3"]
-    assert opened.palette[:3] == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert opened.palette[:3] == [[0, 0, 0], [230, 159, 0], [86, 180, 233]]
     assert opened.mean == [123.675, 116.28, 103.53]
 
 

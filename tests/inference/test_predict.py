@@ -74,7 +74,10 @@ def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(checkpoint, photo
     for name, size in (("a", (21, 33)), ("b", (70, 50))):
         with Image.open(tmp_path / f"deep/out/{name}_overlay.jpg") as picture:
             assert picture.size == size
-    assert "b.JPG" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "b.JPG" in said
+    assert " 0%" not in said
+    assert said.splitlines()[-1] == f"predictions: {tmp_path}/deep/out (2 pictures: mask and overlay of each)"
 
 
 def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoint):
@@ -226,7 +229,8 @@ def test_an_output_that_is_no_folder_is_refused_before_anything(checkpoint, tmp_
     [
         ("missing.jpg", "out", DataError, "missing.jpg is no file or folder"),
         ("pipe", "out", DataError, "pipe is no file or folder"),
-        ("empty", "out", DataError, "holds no"),
+        ("empty", "out", DataError, "holds no picture .*; give a folder of pictures"),
+        ("root", "out", DataError, r"holds no picture .*; give input=.*root/images/val \(1 picture\)"),
         ("twins", "out", DataError, "b.JPG and b.png would both become"),
         ("photos/a.png", "photos", ConfigError, "would overwrite the input"),
         ("photos", "photos/../photos", ConfigError, "output=.*photos is the input folder: .*choose another"),
@@ -238,6 +242,8 @@ def test_places_that_do_not_fit_are_refused_and_nothing_changes(
     checkpoint, photos, tmp_path, source, output, error, message
 ):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "root/images/val").mkdir(parents=True)
+    shutil.copy(photos / "a.png", tmp_path / "root/images/val")
     os.mkfifo(tmp_path / "pipe")
     shutil.copytree(photos, tmp_path / "twins")
     shutil.copy(photos / "a.png", tmp_path / "twins/b.png")

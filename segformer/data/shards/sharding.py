@@ -45,7 +45,7 @@ from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Labels, check_content
-from segformer.data.sources.dataset import DatasetConfig, class_palette
+from segformer.data.sources.dataset import DatasetConfig, class_palette, voc_palette
 from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import Sample, class_folders, find_samples
@@ -267,7 +267,11 @@ def _check_finished(settings: Settings, tasks: list[ShardTask], work: WorkFolder
     what, refusal = f"{str(work.out)!r} exists and holds something else", _OTHER_PLACE
     with reraise_as(DataError, what, refusal, on=DataError):
         content = ShardSet.open(work.out).content
-    other = [key for key, value in _description(settings).items() if content.get(key) != value]
+    wanted, count = _description(settings), len(settings.cfg.classes)
+    if not settings.cfg.palette and content.get("palette") == voc_palette(count).tolist():
+        wanted["palette"] = content["palette"]  # that of few classes was once this one, too
+    differing = [key for key, value in wanted.items() if content.get(key) != value]
+    other = [_changed(key, content.get(key), wanted[key]) for key in differing]
     if not other:
         shards = [shard for split in content["splits"].values() for shard in split["shards"]]
         sources = {shard["file"]: shard["source_sha256"] for shard in shards}
@@ -279,6 +283,12 @@ def _check_finished(settings: Settings, tasks: list[ShardTask], work: WorkFolder
     if other:
         raise OtherSet(f"{what} (differing: {', '.join(other)}); {refusal}")
     work.clear()
+
+
+def _changed(key: str, there: Any, here: Any) -> str:
+    """A setting that differs from that of finished shards, with both values where they are short."""
+    old, new = (str(value).replace("'", "") for value in (there, here))
+    return f"{key}: {old} there, {new} here" if len(old + new) < 160 else key
 
 
 def _is_same(check: tuple[Sequence[Sample], str | None, str | None]) -> bool:

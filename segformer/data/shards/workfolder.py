@@ -79,7 +79,7 @@ class WorkFolder:
     def _remove_others(self) -> None:
         others = [path for path in self.path.iterdir() if path.is_dir() and path != self.own]
         if any(path for other in others for path in other.glob("parts/*.json")):
-            print(f"{self.path} holds shards of other settings or other files; starting over")
+            print(f"what an earlier try with other settings or files left in {self.path} is removed")
         for other in others:
             files.remove(other)
 

@@ -31,6 +31,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TASKS = ("segmentation", "classification")
 ANY = "*"  # in a list of names: all
 
+_OKABE_ITO = (
+    *((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)),
+    *((240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
 
 
@@ -206,11 +210,21 @@ def _color_problems(key: str, colors: list[list[int]]) -> Iterator[str]:
 
 
 def class_palette(cfg: DatasetConfig) -> np.ndarray:
-    """The colors of the classes, uint8 (K, 3); Pascal VOC's bit-reversed scheme where none are given."""
+    """The colors of the classes, uint8 (K, 3).
+
+    Where none are given: of up to 8 classes black and those of Okabe and Ito, which are bright and differ for
+    the color-blind, too; of more those of Pascal VOC.
+    """
     if cfg.palette:
         return np.array(cfg.palette, np.uint8)
-    index = np.arange(len(cfg.classes))
-    palette = np.zeros((len(cfg.classes), 3), np.uint8)
+    count = len(cfg.classes)
+    return np.array(_OKABE_ITO[:count], np.uint8) if 0 < count <= len(_OKABE_ITO) else voc_palette(count)
+
+
+def voc_palette(count: int) -> np.ndarray:
+    """Pascal VOC's bit-reversed scheme, uint8 (count, 3)."""
+    index = np.arange(count)
+    palette = np.zeros((count, 3), np.uint8)
     for bit in range(8):
         for channel in range(3):
             palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)

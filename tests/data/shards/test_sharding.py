@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 from samples import list_samples
 
 from segformer.data.shards import pool
-from segformer.data.shards.format import ShardSet
+from segformer.data.shards.format import ShardSet, content_digest
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.sharding import write_shards
 from segformer.data.shards.verify import find_defects
@@ -26,6 +27,7 @@ from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask, image_header
 from segformer.data.sources.listing import load_sample
 from segformer.errors import ConfigError, DataError
+from segformer.files import write_atomic
 
 # webdataset closes the tars that it opens by garbage collection, which Python reports.
 leaves_files_open = pytest.mark.filterwarnings(
@@ -148,6 +150,9 @@ def test_a_folder_that_holds_something_else_is_refused(
 
     refused(cfg, root)
     refused(replace(cfg, classes=["a", "b", "c"]), out)
+    there, here = ", ".join(cfg.classes), ", ".join(cfg.classes[::-1])
+    with pytest.raises(DataError, match=rf"differing: classes: \[{there}\] there, \[{here}\] here"):
+        write(replace(cfg, classes=cfg.classes[::-1]), root, out)
     refused(cfg, out, seed=4)
     repaint(root / "masks/train/000.png")
     refused(cfg, out)
@@ -323,6 +328,10 @@ def test_a_finished_set_is_known_again_without_reading_the_source(
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     (out / ".sources.json").unlink()
     write(cfg, root, out)
+    content = json.loads((out / "dataset.json").read_text())
+    content["palette"] = [[0, 0, 0], [128, 0, 0], [0, 128, 0]]  # that earlier versions gave to three classes
+    write_atomic(out / "dataset.json", json.dumps(content | {"digest": content_digest(content)}))
+    write(cfg, root, out)
 
 
 def test_a_second_process_is_refused(folder: Path, config: DatasetConfig, tmp_path: Path) -> None:
@@ -357,7 +366,7 @@ def test_other_settings_or_files_start_over_and_say_so(
             (source / f"new{end}").write_bytes((source / f"000{end}").read_bytes())
     write(config, interrupted, tmp_path / "out", seed=seed)
     printed = capsys.readouterr().out
-    assert "holds shards of other settings or other files; starting over" in printed
+    assert "what an earlier try with other settings or files left in " in printed
     assert "are kept" not in printed
     write(config, interrupted, tmp_path / "undisturbed", seed=seed)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "undisturbed")

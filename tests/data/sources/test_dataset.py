@@ -10,6 +10,13 @@ def test_generated_colours_are_those_of_pascal_voc() -> None:
     assert {index: palette[index].tolist() for index in known} == known
 
 
+def test_few_classes_have_bright_colours_on_black() -> None:
+    palette = class_palette(DatasetConfig(classes=list("abcdefgh")))
+    assert palette[:2].tolist() == [[0, 0, 0], [230, 159, 0]]
+    assert (palette[1:].max(1) >= 158).all()
+    assert len({tuple(color) for color in palette.tolist()}) == 8
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
