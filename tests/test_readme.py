@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import shapes
 
+from segformer.__main__ import commands as installed
 from segformer.distributed.rendezvous import free_port
 from segformer.errors import SegformerError
 from segformer.inference.convert import ConvertConfig, convert
@@ -38,6 +39,7 @@ DOCUMENTS = [
 SHORT = ("global_batch=2", "augment.crop=[64,64]", "overlays=1", "telemetry.log_every=1", "loader.workers=0")
 
 NOT_RUN = {
+    r": segformer ": "the script of that name, as it is: tests/test_package.py",
     r"launch/slurm\.py|srun ": "needs a cluster: tests/slurm",
     r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
     r"launch/sweep\.py|compare\.py runs[/=]": "needs many runs: tests/sweep, tests/inference/test_compare.py",
@@ -54,7 +56,11 @@ NOT_RUN = {
 }
 """What a command that isn't run lacks here, and where it is tested."""
 
-PROGRAM = r"(?:python|deepspeed|torchrun|srun)\b[^\n`]*? ?(?:launch|data_prep)/\w+\.py"
+INSTALLED = {name: str(path.relative_to(ROOT)) for name, path in installed().items()}
+PROGRAM = (
+    r"(?:(?:python|deepspeed|torchrun|srun)\b[^\n`]*? ?(?:launch|data_prep)/\w+\.py"
+    rf"|(?<![\w.])segformer (?:{'|'.join(INSTALLED)})(?![\w.]))"
+)
 ARGUMENTS = r"""(?: (?![#(])(?:'[^']*'|"[^"]*"|<[^>]*>|[^\s;()'"<])+)*"""  # two spaces begin a note beside it
 
 
@@ -84,6 +90,7 @@ def commands(document: Path) -> Iterator[Command]:
         ]
         text = f"{found[1]}{given}"
         script = found[1].split()[-1]
+        script = INSTALLED.get(script, script)
         yield Command(name, text, script, arguments)
 
 
@@ -120,7 +127,7 @@ def check_overrides(script: str, arguments: list[str]) -> None:
     schema, config_name = schema_of(script)
     names = choices(config_name)
     if "experiment" in names:
-        names["experiment"].append("roads")  # which docs/recipes.md writes
+        names["experiment"] += ["roads", "night"]  # which docs/recipes.md and docs/python.md write
     given = [checked(schema, names, one).lstrip("+").partition("=")[0] for one in arguments if "=" in one]
     if all("=" in one for one in arguments):  # no --help, no path in the place of a key
         lacking = {field.name for field in fields(schema) if field.default == "???"} - set(given)
