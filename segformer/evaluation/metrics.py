@@ -15,11 +15,11 @@ Classification:
     top-1, top-5: shares of all images (with fewer than five classes top-5 is 1)
     accuracy_k: top-1 of the images of class k      mAcc: its mean over classes
 
-A class absent from labels and predictions has no IoU and no F1, one absent from the labels no accuracy, one
-that is never predicted no precision: they are None and left out of the means, as in mmsegmentation's
-nan_to_num=None evaluation. Counts are int64, so that sums
-over ranks and batches are exact and do not depend on their order. Refuses labels that are neither a class nor
-255.
+A class absent from labels and predictions has no IoU, precision and F1, one absent from the labels no
+accuracy: they are None and left out of the means, as in mmsegmentation's nan_to_num=None evaluation. The
+precision of a class with labels that is never predicted is 0, as of torchmetrics' zero_division=0.
+Counts are int64, so that sums over ranks and batches are exact and do not depend on their order. Refuses
+labels that are neither a class nor 255.
 
 Shapes: B batch, h w logits, H W label, K classes.
 """
@@ -113,9 +113,10 @@ class SegmentationScores(Scores):
 
     @property
     def precision(self) -> list[float | None]:
-        """Share of the pixels predicted as each class that are labeled so."""
-        pixels = torch.tensor(self.confusion, dtype=torch.float64)
-        return _ratios(pixels.diag(), pixels.sum(0))
+        """Share of the pixels predicted as each class that are labeled so; 0 where a label is never met."""
+        found = torch.tensor(self.confusion, dtype=torch.float64)
+        labeled, predicted = found.sum(1), found.sum(0)
+        return _ratios(found.diag(), torch.where(labeled > 0, predicted.clamp(min=1), predicted))
 
     @property
     def f1(self) -> list[float | None]:

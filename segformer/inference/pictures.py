@@ -190,10 +190,10 @@ def write_overlays(
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("[0-9][0-9]_*.jpg"):
+        for old in out.glob("[0-9][0-9]*_*.jpg"):
             old.unlink()
         for index, (key, image, target, prediction) in enumerate(samples):
-            path = out / f"{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[-80:]}.jpg"
+            path = out / f"{index:04d}_{re.sub(r'[^A-Za-z0-9._-]+', '_', key)[-80:]}.jpg"
             picture = comparison(image, target, prediction, classes=classes, palette=palette)
             write_picture(path, picture, quality=90, subsampling=0)
 

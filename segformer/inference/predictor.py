@@ -12,7 +12,7 @@ but for rounding.
 Shapes: B batch, H W image, K classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,6 +26,7 @@ from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConf
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.photograph import Photograph, to_pixels
 from segformer.models.ops.argmax import upsample_argmax
+from segformer.training.overrides import check_values, type_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +70,14 @@ class Prediction:
 class Predictor:
     """A model with everything it needs to be used on photographs."""
 
-    def __init__(self, path: str | Path, *, step: str = "newest", device: str = "auto", **mode: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        step: str | int = "newest",
+        device: str | torch.device = "auto",
+        **mode: Any,
+    ) -> None:
         """Open an export directory, or the checkpoint of a run that `step` names (see `open_checkpoint`).
 
         mode: settings of InferenceModeConfig, such as flip=True, long_side=1024 or window=[512, 512]. Images
@@ -77,10 +85,16 @@ class Predictor:
 
         Raises:
             CheckpointError: there is no such model.
-            ConfigError: it is a classifier, or the device is not there.
+            ConfigError: it is a classifier, the device is not there, or a setting is wrong.
         """
-        settings, self.device = InferenceModeConfig(**mode), _device(device)
-        trained = open_checkpoint(path, step)
+        given: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in mode.items()
+        }
+        for name in given:
+            type_of(InferenceModeConfig, name)
+        check_values(InferenceModeConfig, asdict(InferenceModeConfig()) | given)
+        settings, self.device = InferenceModeConfig(**given), _device(str(device))
+        trained = open_checkpoint(path, str(step))
         if trained.arch.kind != "segmentation":
             raise ConfigError(
                 f"{path} is a classifier of {trained.arch.num_classes} classes: it names a whole image and "
@@ -112,6 +126,8 @@ class Predictor:
             DataError: an image is refused (photograph.py); of a list, it says which one.
             ConfigError: the mode leaves nothing of an image.
         """
+        if batch < 1:
+            raise ConfigError(f"batch={batch} must be 1 or more")
         if not isinstance(images, list | tuple):
             pixels = to_pixels(images, self.image_range)
             return self._predict([pixels], probabilities)[0]
@@ -148,6 +164,7 @@ class Predictor:
 
 def _device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = "cpu" if name == "cpu:0" else name
     known = ["cpu", *["cuda"][:count], *(f"cuda:{index}" for index in range(count))]
     if name != "auto" and name not in known:
         raise ConfigError(f"device={name!r} is not there; use auto or one of {', '.join(known)}")

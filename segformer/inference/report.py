@@ -64,6 +64,7 @@ from segformer.training.task import open_shards, training_crop
 MANY_CLASSES, FEW_CLASSES = 200, 5  # a longer table is folded away; so many need no list of mistakes
 MISTAKES = 10  # of a list of pairs that are confused
 LOOKED, LOOK_S = 32, 20.0  # validation images and seconds in which the worst are looked for, at most
+MOST_PICTURES = 40  # of a gallery: they are part of the page
 WORST = "overlays/worst"
 NO_EVALUATION = "No evaluation has been made yet."
 
@@ -168,7 +169,10 @@ def _page(run: Path, cfg: RunConfig, state: TrainState, looked: int) -> str:
 
 
 def _gallery(title: str, folder: Path) -> Html:
-    figures = [figure(path, path.stem[3:]) for path in sorted(folder.glob("*.jpg"))]
+    paths = sorted(folder.glob("*.jpg"))
+    figures = [figure(path, path.stem.partition("_")[2]) for path in paths[:MOST_PICTURES]]
+    if len(paths) > MOST_PICTURES:
+        title += f" (the first {MOST_PICTURES} of {len(paths)} in {folder.name})"
     return section(title, element("div", *figures, class_="gallery")) if figures else Html()
 
 

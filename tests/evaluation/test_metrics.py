@@ -80,6 +80,8 @@ def test_absent_classes_are_none_and_outside_the_means():
     assert scores.acc == [2 / 4, 1.0, None, None]
     assert scores.precision == [1.0, 2 / 3, None, 0.0]
     assert scores.f1 == [2 * 2 / (2 + 4), 2 * 2 / (3 + 2), None, 0.0]
+    never = SegmentationScores.from_counts(torch.tensor([[2, 0, 0], [3, 0, 0], [0, 0, 0]]))
+    assert never.precision == [2 / 5, 0.0, None]  # labeled, never predicted: as zero_division=0
     assert scores.miou == pytest.approx((2 / 4 + 2 / 3 + 0) / 3)
     assert scores.macc == pytest.approx(3 / 4)
     assert scores.aacc == pytest.approx(4 / 6)

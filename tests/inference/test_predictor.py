@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from segformer.data.loading.photometric import Normalize
-from segformer.errors import CheckpointError, DataError
+from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.evaluation.drawing import overlay
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.predictor import Predictor
@@ -171,3 +171,25 @@ def test_what_would_have_to_be_guessed_is_refused_with_what_to_do(predictor, ima
         predictor(image)
     with pytest.raises(DataError, match=f"image 1 of 2: .*{message}"):
         predictor([smooth(), image])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": 48}, r"^window=48 must be a list of whole numbers"),
+        ({"flip": "yes"}, r"^flip=yes must be true or false$"),
+        ({"nope": 1}, r"^nope is not a setting"),
+        ({"long_side": "x"}, r"^long_side=x must be a whole number or null"),
+    ],
+)
+def test_a_wrong_setting_is_refused_as_on_the_command_line(checkpoint, given, message):
+    with pytest.raises(ConfigError, match=message):
+        Predictor(checkpoint, **given)
+
+
+def test_a_device_of_torch_and_a_batch_of_nothing(checkpoint):
+    for device in (torch.device("cpu"), "cpu:0"):
+        found = Predictor(checkpoint, device=device, window=(32, 32))
+        assert found.device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="batch=0 must be 1 or more"):
+        found([smooth()], batch=0)

@@ -156,7 +156,7 @@ def test_half_of_the_overlays_are_the_worst_of_the_images_that_were_looked_at(tr
         prediction = predictor(decode_image(raw.image)).mask
         scores[raw.key] = mean_iou(decode_mask(raw.target), prediction)
     worst = sorted(scores, key=scores.get)[:1]
-    drawn = {folder: {p.stem[3:] for p in (trained / folder).glob("*.jpg")} for folder in OVERLAYS}
+    drawn = {folder: {p.stem[5:] for p in (trained / folder).glob("*.jpg")} for folder in OVERLAYS}
     assert drawn["overlays/worst"] == {key.replace("/", "_") for key in worst}
     assert len(drawn["overlays"]) == 2
     assert not drawn["overlays"] & drawn["overlays/worst"]
@@ -292,7 +292,7 @@ def test_overlays_replace_those_of_an_earlier_report_and_leave_other_files(run):
     write_overlays([sample, sample], out, classes=CLASSES, palette=PALETTE)
     (out / "mine.txt").touch()
     write_overlays([sample], out, classes=CLASSES, palette=PALETTE)
-    assert sorted(p.name for p in out.iterdir()) == ["00_a_b_c.jpg", "mine.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["0000_a_b_c.jpg", "mine.txt"]
 
 
 def test_on_a_full_disk_pictures_and_report_are_whole_or_absent(run):
