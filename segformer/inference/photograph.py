@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_PIXELS
@@ -60,7 +61,7 @@ def to_pixels(image: Photograph, image_range: Sequence[int] = ()) -> np.ndarray:
         image = image.detach().cpu()
         if image.ndim == 3 and image.shape[0] in (1, 3):
             image = image.permute(1, 2, 0)[:, :, 0 if image.shape[0] == 1 else slice(None)]
-        image = image.numpy()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
         kind = type(image).__name__
         raise DataError(f"an image is a path, an array, a tensor or a PIL picture, not a {kind}")
@@ -79,6 +80,7 @@ def from_array(pixels: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarra
         elif pixels.ndim == 4:
             do = "of several images give a list: list(images)"
         raise DataError(f"{what}; {do}")
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)  # big-endian, as FITS has them
     if pixels.dtype not in (np.uint8, np.uint16):
         do = "give uint8 (0 to 255) or uint16"
         if pixels.dtype.kind == "f" and pixels.size and pixels.min() >= 0 and pixels.max() <= 1:

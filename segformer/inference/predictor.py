@@ -59,12 +59,19 @@ class Prediction:
         return overlay(self.image, self.mask, self.palette, alpha)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as an indexed PNG: pixel values are class ids, colors the palette."""
+        """Write the mask as an indexed PNG: pixel values are class ids, colors the palette.
+
+        Raises:
+            ConfigError: the name ends in something else than .png, or can't be written.
+        """
         from PIL import Image
 
+        if Path(path).suffix.lower() != ".png":
+            raise ConfigError(f"{path}: class ids stay what they are in PNG only; end the name in .png")
         indexed = Image.fromarray(self.mask)
         indexed.putpalette(np.pad(self.palette, ((0, 256 - len(self.palette)), (0, 0))).tobytes())
-        write_picture(Path(path), indexed, optimize=True)
+        with reraise_as(ConfigError, f"{path} can't be written", "choose another place"):
+            write_picture(Path(path), indexed, optimize=True)
 
 
 class Predictor:

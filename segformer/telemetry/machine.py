@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -46,10 +47,10 @@ def now() -> str:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """A command as a shell takes it, without the overrides that hold a secret."""
-    pairs = [argument.partition("=") for argument in argv]
-    kept = without_secrets({key: value for key, equals, value in pairs if equals})
-    return shlex.join(key + equals + value for key, equals, value in pairs if not equals or key in kept)
+    """A command as a shell takes it, without the overrides that hold a secret and the passwords of URLs."""
+    pairs = ((argument, *argument.partition("=")[::2]) for argument in argv)
+    kept = (argument for argument, key, value in pairs if without_secrets({key: value or key}))
+    return shlex.join(re.sub(r"(?<=://)[^/@\s]+@", "", argument) for argument in kept)
 
 
 def device_name(device: torch.device) -> str:

@@ -140,6 +140,16 @@ def test_shares_overlay_and_file_are_those_of_the_mask(predictor, tmp_path):
     with Image.open(tmp_path / "mask.png") as picture:
         np.testing.assert_array_equal(np.array(picture), found.mask)
         assert picture.getpalette()[:9] == [value for color in PALETTE for value in color]
+    for place, words in (("mask.jpg", "end the name in .png"), ("none/mask.png", "choose another place")):
+        with pytest.raises(ConfigError, match=words):
+            found.save(tmp_path / place)
+
+
+def test_big_endian_arrays_are_read_and_floats_of_any_kind_refused_in_words(predictor):
+    deep = smooth().astype(np.uint16) * 257
+    np.testing.assert_array_equal(predictor(deep.astype(">u2")).mask, predictor(deep).mask)
+    with pytest.raises(DataError, match="float32"):
+        predictor(torch.zeros(3, 40, 48, dtype=torch.bfloat16))
 
 
 def test_a_run_that_is_not_there_names_those_beside_it(tmp_path):

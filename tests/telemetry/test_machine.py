@@ -40,6 +40,8 @@ def test_a_command_is_one_for_a_shell_without_its_secrets(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
     argv = ["launch/train.py", "--check", "name=two words", "wandb_key=x", "data.root=/a/hunter2hunter2/b"]
     assert command_line(argv) == "launch/train.py --check 'name=two words'"
+    twice = ["name=hunter2hunter2", "name=ok", "data.shards=s3://me:pw@host/a@b", "hunter2hunter2"]
+    assert command_line(twice) == "name=ok data.shards=s3://host/a@b"
 
 
 def test_the_commit_is_that_of_a_checkout_with_its_changes(checkout):
