@@ -45,7 +45,7 @@ NOT_RUN = {
     r"launch/sweep\.py|compare\.py runs[/=]": "needs many runs: tests/sweep, tests/inference/test_compare.py",
     r"launch/bench\.py": "measures for minutes: tests/bench",
     r"^docs/results\.md": "measured, for minutes to hours",
-    r"<|\[\.\.\.\]|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
+    r"<|\[\.\.\.\]| \.\.\.$|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
         "stands for the reader's files: tests/models/weights"
     ),
     r" (data|experiment)=(ade20k|cityscapes|coco|imagenet|camvid|roads)|runs/(ade20k|city|camvid|mit_b2)": (
