@@ -18,6 +18,7 @@ FLAT_MIB = 24  # allowed growth of a process between the third and the tenth epo
 
 # Stock webdataset leaves its tar open when its iterator is dropped.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_the_loader_is_measured_against_both_pipelines_in_both_modes(tmp_path, rows_of):
     threads = torch.get_num_threads()
     loader.measure(loader.LoaderBench(sets="ade", images=4, batch=2, batches=1, repeats=2), "", tmp_path)
@@ -82,6 +83,7 @@ def test_a_start_is_measured_on_a_set_that_is_valid(tmp_path, rows_of):
     assert {"samples", "workers", "open_s", "first_batch_s"} <= row.keys()
 
 
+@pytest.mark.slow
 def test_memory_stays_over_ten_epochs(tmp_path, rows_of):
     memory.measure(memory.MemoryBench(images=24, epochs=10, workers=1, batch=4), "", tmp_path)
     rows = rows_of(tmp_path / "memory.csv")
@@ -90,6 +92,7 @@ def test_memory_stays_over_ten_epochs(tmp_path, rows_of):
         assert float(rows[9][process]) - float(rows[2][process]) < FLAT_MIB, process
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_order(root, tmp_path, rows_of):
     command = [sys.executable, "launch/bench.py", f"output={tmp_path}", "bench=order"]
     command += ["order.samples='500,20000'", "order.batches=5", "order.repeats=1"]

@@ -60,6 +60,7 @@ def fake(name, most, error=torch.OutOfMemoryError):
     return Entry(name, contender=contenders.Contender(name, torch.nn.Linear(1, 1), functions, functions))
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_that_of_ours_and_transformers(rules, capsys):
     cell = Cell.parse("inference/b0/32x32/max")
     entries = [fake("fused", 100), fake("transformers", 11, RuntimeError), fake("original", 2)]
@@ -76,6 +77,7 @@ def test_the_largest_batch_is_that_of_ours_and_transformers(rules, capsys):
         (5, 0.0, 8, ["", "left out: the time limit of peers.minutes"]),
     ],
 )
+@pytest.mark.slow
 def test_the_largest_batch_is_halved_until_what_is_compiled_fits_too(
     rules, monkeypatch, most, deadline, batch, notes
 ):

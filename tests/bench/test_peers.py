@@ -109,6 +109,7 @@ def test_the_bound_is_the_larger_of_arithmetic_and_memory():
     assert 1e7 < found.bandwidth < 1e14
 
 
+@pytest.mark.slow
 def test_a_short_run_gives_every_row_its_numbers_and_a_picture(tmp_path, monkeypatch, rows_of):
     limits = roofline.Peaks(1e11, 1e10, "measured")
     monkeypatch.setattr(peers, "peaks", lambda *_: limits)
@@ -148,6 +149,7 @@ def test_a_short_run_gives_every_row_its_numbers_and_a_picture(tmp_path, monkeyp
     assert (tmp_path / "pictures/peers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_training_step_holds_the_gradients(rules, tmp_path):
     contenders.write_weights("b0", 5, tmp_path / "b0")
     cell = contenders.Cell.parse("training/b0/64x64/1")

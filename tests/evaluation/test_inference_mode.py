@@ -289,6 +289,7 @@ def write_model(state, classes, out, shards, **extra):
     return out
 
 
+@pytest.mark.slow
 def test_evaluate_takes_the_keys_and_prints_the_mode(exported, run_ranks):
     given = [
         "short_side=64",

@@ -170,6 +170,7 @@ def ran(tmp_path_factory):
     return cases
 
 
+@pytest.mark.slow
 def test_a_server_gets_values_pictures_and_the_step_they_belong_to(ran):
     case = ran["online"]
     streams = [json.loads(body)["files"] for body in case.server.bodies if body.startswith(b'{"files"')]
@@ -186,6 +187,7 @@ def test_a_server_gets_values_pictures_and_the_step_they_belong_to(ran):
     assert not case.lines, "silent where all is well"
 
 
+@pytest.mark.slow
 def test_offline_keeps_one_run_id_over_restarts(ran):
     identifier = (ran["offline"].run_dir / "wandb_id.txt").read_text()
     # The folders' names end otherwise when both runs began within one second.
@@ -193,6 +195,7 @@ def test_offline_keeps_one_run_id_over_restarts(ran):
     assert [path.name for path in recorded] == [f"run-{identifier}.wandb"] * 2
 
 
+@pytest.mark.slow
 def test_a_server_that_can_t_be_used_means_offline_and_one_line(ran):
     case = ran["silent"]
     assert len(case.lines) == 1, case.err
@@ -202,11 +205,13 @@ def test_a_server_that_can_t_be_used_means_offline_and_one_line(ran):
     assert b"eval/miou" in recorded
 
 
+@pytest.mark.slow
 def test_neither_the_start_nor_a_step_waits_longer_than_documented(ran):
     assert all(case.times["open"] < TIMEOUT_S + 5 for case in ran.values())
     assert {name: case.times["slowest"] for name, case in ran.items() if case.times["slowest"] > 2} == {}
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(ran):
     case = ran["stops"]
     assert case.times["close"] < TIMEOUT_S + 6
@@ -217,6 +222,7 @@ def test_a_server_that_stops_to_answer_costs_the_end_of_the_run_a_bounded_time(r
     assert b"train/loss" in next(case.run_dir.glob("wandb/run-*/run-*.wandb")).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_file_and_in_nothing_that_is_sent(ran):
     for case in ran.values():
         files = [path for path in case.run_dir.parent.rglob("*") if path.is_file()]
@@ -228,6 +234,7 @@ def test_the_key_is_in_no_file_and_in_nothing_that_is_sent(ran):
     assert any(b"0.5" in body for body in server.bodies), "the rest of the configuration is sent"
 
 
+@pytest.mark.slow
 def test_no_machine_is_described(ran):
     sent = b"".join([*ran["online"].server.bodies, *ran["online"].server.uploads.values()])
     for private in (sys.executable, os.getcwd(), socket.gethostname()):

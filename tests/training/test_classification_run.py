@@ -29,6 +29,7 @@ def finished(tmp_path_factory, run_ranks):
     return folder / "run", run_ranks(1, "launch/train.py", *overrides)[0]
 
 
+@pytest.mark.slow
 def test_the_shapes_are_learned(finished, metrics):
     run, output = finished
     (final,) = metrics(run, "final")
@@ -38,6 +39,7 @@ def test_the_shapes_are_learned(finished, metrics):
     assert re.search(r"^all 3 .*\s31$", output, re.M)
 
 
+@pytest.mark.slow
 def test_the_report_shows_curve_scores_and_classes_without_overlays(finished):
     run, output = finished
     page = html.unescape((run / "report.html").read_text())
@@ -48,6 +50,7 @@ def test_the_report_shows_curve_scores_and_classes_without_overlays(finished):
     assert not (run / "overlays").exists()
 
 
+@pytest.mark.slow
 def test_the_export_scores_as_the_run_did(finished, capsys):
     """On several ranks: training/test_task.py."""
     run, output = finished
@@ -59,6 +62,7 @@ def test_the_export_scores_as_the_run_did(finished, capsys):
     assert "(short side 56, center 48x48)" in printed
 
 
+@pytest.mark.slow
 def test_shards_with_masks_do_not_score_a_classifier(finished, tiny_shards):
     config = EvaluateConfig(checkpoint=str(finished[0] / "export"), shards=str(tiny_shards))
     with pytest.raises(ConfigError, match=r"is a model for classification, .* was sharded for segmentation"):
