@@ -84,9 +84,11 @@ def compare(cfg: CompareConfig, *, logged: Collection[str] = ()) -> Path:
         CheckpointError: what is given is no run, or is damaged.
     """
     folders, output = run_folders(cfg.runs), Path(cfg.output)
-    if len(folders) < 2:
-        raise ConfigError(f"{len(folders)} runs are given; give two or more: runs=[runs/a,runs/b]")
     entries = [open_entry(path) for path in folders]
+    if len(entries) < 2:
+        raise ConfigError(
+            f"a comparison needs two or more runs, not {len(entries)}; give runs=[runs/a,runs/b]"
+        )
     leaves = [path.resolve().name for path in folders]
     for entry, leaf in zip(entries, leaves, strict=True):
         entry.name = leaf if leaves.count(leaf) == 1 else str(entry.folder)

@@ -6,9 +6,10 @@
     tensor    the same, or (3, H, W) and (1, H, W), as torch has them
     picture   of PIL, turned upright
 
-Refuses what it would have to guess: other types and ranges of values, channels first in an array,
-transparency; damaged files, several pictures in one file, more than MAX_PIXELS or MAX_FILE_BYTES. The order
-of the channels can't be seen: whoever read BGR by OpenCV must turn it.
+Files and pictures lose their transparency, as in training. Refuses what it would have to guess: other types
+and ranges of values, channels first or a fourth one in an array; damaged files, several pictures in one file,
+more than MAX_PIXELS or MAX_FILE_BYTES. The order of the channels can't be seen: whoever read BGR by OpenCV
+must turn it.
 """
 
 import struct

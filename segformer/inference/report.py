@@ -231,7 +231,7 @@ def _classes(
 
 
 def _class_table(lines: list[Row], colors: np.ndarray) -> Html:
-    heads = ["recall" if head == "accuracy" else head for head in lines[0] if head != "pixels"]
+    heads = [head for head in lines[0] if head != "pixels"]
     rows = []
     for k, line in enumerate(lines):
         name, *figures = (value for head, value in line.items() if head != "pixels")

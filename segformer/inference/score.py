@@ -118,7 +118,10 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         record |= {"settings": settings(mode)} if view is None else {}
         say(f"{_title(record)} in {duration(seconds)}", file=sys.stderr)
         print(scores.table(classes), flush=True)
-        differs = [] if shards.digest == trained.provenance.get("digest") else [Path(record["shards"]).name]
+        other = f"{Path(record['shards']).name}-{shards.digest[:8]}"  # folders of one name hold other images
+        differs = [] if shards.digest == trained.provenance.get("digest") else [other]
+        usual = resolve_precision(EngineConfig(), world.device)
+        differs += [] if record["dtype"] == usual else [record["dtype"]]
         if cfg.step != "newest" or Path(cfg.checkpoint) != run_folder(Path(cfg.checkpoint)):
             differs.append(f"step {record['step']}")
         if record["protocol"] != protocol_of(view, _mode(None, trained, split)):

@@ -1,8 +1,8 @@
 """The directory of a run (docs/architecture.md draws it): who works in it, and the settings that it keeps.
 
 A run keeps the settings in FROZEN (config.py) for its life, from its first checkpoint on, but for an
-extension: docs/training.md has the table. What is left to be
-worked out (sizing.py) is decided here, by rank zero, once: a run that goes on has its numbers.
+extension: docs/training.md has the table. What is left to be worked out (sizing.py) is decided here, by rank
+zero, once: a run that goes on has its numbers.
 """
 
 from __future__ import annotations

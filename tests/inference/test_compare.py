@@ -204,7 +204,7 @@ def test_what_can_not_be_compared_is_refused_in_words(runs, tmp_path):
     export = tmp_path / "export"
     export.mkdir()
     (export / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"1 runs are given; give two or more"):
+    with pytest.raises(ConfigError, match=r"needs two or more runs, not 1"):
         refused(runs[0], runs[0])
     with pytest.raises(CheckpointError, match="is an export, which has neither curve nor settings"):
         refused(runs[0], export)

@@ -13,6 +13,7 @@ from nano import SIZE
 from segformer.data.loading.loader import LoaderConfig
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
+from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import ConfigError
 from segformer.inference.export import ExportConfig, export
@@ -20,6 +21,7 @@ from segformer.inference.predict import Predictor
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_model
 from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.training.config import RunConfig, compose
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +76,19 @@ def test_the_scores_are_written_into_the_run_with_what_they_are_of(run, tiny_sha
         assert set(line) == {"-"} or f"| {' | '.join(cells)} |" in text
 
 
-def test_what_differs_from_the_plain_evaluation_is_in_the_name(run, tiny_shards):
+def test_what_differs_from_the_plain_evaluation_is_in_the_name(run, tiny_shards, tiny_root, tmp_path):
     evaluated(run, short_side=64, flip=True)
     evaluated(run, step="10", split="train")
     evaluated(run / "checkpoints/step-00000020", shards=str(tiny_shards))
     found = {path.name for path in (run / "scores").glob("*.json")}
     assert {"val-short-side-64-flip.json", "train-step-10.json", "val-step-20.json"} <= found
+    for place in ("a/tiny", "b/tiny"):  # other images in folders of one name
+        data = compose(RunConfig, "config", ["data=sample"]).data
+        write_shards(data, tiny_root, tmp_path / place, seed=ord(place[0]), samples_per_shard=6, workers=1)
+        evaluated(run, shards=str(tmp_path / place))
+    assert len(list((run / "scores").glob("val-tiny-*.json"))) == 2
+    evaluated(run, precision="bf16")
+    assert (run / "scores/val-bf16.json").is_file()
     record = json.loads((run / "scores/val-short-side-64-flip.json").read_text())
     assert (record["protocol"], record["settings"]) == ("short side 64, flip", ["short_side=64", "flip=True"])
 
