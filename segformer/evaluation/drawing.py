@@ -1,5 +1,6 @@
 """Pictures of masks: over a photograph, beside target and prediction, in a grid with a legend.
 
+    displayed  an image of any channels and dtype as RGB
     overlay    a mask in its colors over its photograph, regions outlined
     panels     a photograph and its masks, at one size
     beside     panels as one picture: image | target | prediction
@@ -40,6 +41,20 @@ FONT = 36  # readable on a phone: 1/45 of the width of three panels
 INK, FRAME = "#1F2933", "#7B8794"
 
 Legend = list[tuple[str, tuple[int, int, int]]]
+
+
+def displayed(pixels: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) of any dtype as uint8 (H, W, 3); 3 x uint8 is shown as it is.
+
+    Others by their first three channels, or one as gray, each from its 2nd to its 98th percentile.
+    """
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return pixels
+    shown = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
+    shown = shown.astype(np.float32)
+    low, high = np.percentile(shown, (2, 98), axis=(0, 1))
+    shown = (shown - low) / np.maximum(high - low, 1e-12) * 255
+    return np.repeat(shown.round().clip(0, 255).astype(np.uint8), 3 // shown.shape[2], axis=2)
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float = 0.5) -> np.ndarray:

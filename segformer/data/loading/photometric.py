@@ -6,7 +6,8 @@ tell which pixels are padding, no color or label stands for it.
 
 Distortion: brightness +-32, contrast 0.5-1.5 before or after, saturation 0.5-1.5, hue +-18 of 180, each with
 probability 0.5, in the 8-bit HSV of OpenCV with its rounding (the order and the casts of
-PhotoMetricDistortion in mmsegmentation).
+PhotoMetricDistortion in mmsegmentation). Channels that are not 3 x uint8 have brightness and contrast only,
+after normalization.
 
 Shapes: B batch, H W image.
 """
@@ -34,12 +35,14 @@ class Distortion(NamedTuple, Generic[_T]):
     contrast_after: _T
 
 
+GREY_STD = 57.0  # of ImageNet's colors: what brightness is measured by where channels are no colors
 MOST_SIDE = 2**15 - 1  # pixels; OpenCV resamples no larger picture
 
 
 def check_lists(config: object, prefix: str, *ranges: str) -> None:
-    """Refuse `mean` or `std` of other than 3 values, and ranges other than [smallest, largest] above 0."""
-    for name, length in {**dict.fromkeys(ranges, 2), "mean": 3, "std": 3}.items():
+    """Refuse `mean` and `std` of different lengths, and ranges other than [smallest, largest] above 0."""
+    channels = max(1, len(config.mean))  # type: ignore[attr-defined]
+    for name, length in {**dict.fromkeys(ranges, 2), "mean": channels, "std": channels}.items():
         values = list(getattr(config, name))
         if len(values) != length or (name != "mean" and min(values) <= 0):
             raise ConfigError(f"{prefix}{name}={values}; use {length} values above 0")
@@ -70,9 +73,9 @@ def blur(image: np.ndarray, valid: Sequence[int], sigma: float) -> None:
 
 
 class Normalize(nn.Module):
-    """uint8 batch -> distorted, normalized float32 batch, on its device. Nothing to train or save.
+    """Batch of pixels -> distorted, normalized float32 batch, on its device. Nothing to train or save.
 
-    mean, std: of red, green, blue, 0-255.
+    mean, std: of each of the C channels, in the units of the pixels (red, green, blue: 0-255).
     """
 
     mean: Tensor
@@ -80,21 +83,24 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(list(mean)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1), persistent=False)
 
     def forward(
         self, images: Tensor, photometric: Tensor | None = None, valid: Tensor | None = None
     ) -> Tensor:
-        """images uint8 (B, 3, H, W) -> float32.
+        """images uint8, uint16 or float32 (B, C, H, W) -> float32.
 
         photometric: float32 (B, 5), the fields of Distortion. valid: int64 (B, 2), height and width that are
         not padding. None = no distortion, no padding.
         """
         pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
-        if photometric is not None:
+        colors = images.dtype == torch.uint8 and images.shape[1] == 3
+        if photometric is not None and colors:
             pixels = distort(pixels, photometric)
         pixels = (pixels - self.mean) / self.std
+        if photometric is not None and not colors:
+            pixels = distort_normalized(pixels, photometric)
         if valid is None:
             return pixels
         rows = torch.arange(pixels.shape[2], device=pixels.device).view(1, 1, -1, 1)
@@ -111,6 +117,14 @@ def distort(pixels: Tensor, photometric: Tensor) -> Tensor:
     colored = (by.saturation != 1) | (by.hue != 0)
     pixels = torch.where(colored, _shift_hsv(pixels, by.saturation, by.hue), pixels)
     return (pixels * by.contrast_after).clamp(0, 255).floor()
+
+
+def distort_normalized(pixels: Tensor, photometric: Tensor) -> Tensor:
+    """Brightness and contrast about the mean, of normalized channels (B, C, H, W) that are no colors of 8
+    bits: one value for all channels, in units of their standard deviation. Saturation and hue mean nothing.
+    """
+    by = Distortion(*photometric.view(-1, len(Distortion._fields), 1, 1, 1).unbind(1))  # each (B, 1, 1, 1)
+    return (pixels + by.brightness / GREY_STD) * by.contrast_before * by.contrast_after
 
 
 def _shift_hsv(pixels: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:

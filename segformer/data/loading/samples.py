@@ -23,6 +23,7 @@ from segformer.data.loading.mixing import draw_donor, draw_mosaic, paste
 from segformer.data.loading.photometric import Distortion, blur, draw_distortion
 from segformer.data.shards.format import Split
 from segformer.data.shards.reader import CorruptSampleError, ShardReader
+from segformer.data.sources.dataset import Pixels
 from segformer.data.sources.decode import decode_image, decode_label, decode_mask
 from segformer.errors import DataError
 
@@ -54,7 +55,7 @@ class Batch:
     """One micro batch. B samples of one size."""
 
     images: Tensor
-    """uint8 (B, 3, h, w), RGB, in channels-last memory; padding is 0."""
+    """uint8, uint16 or float32 (B, C, h, w), RGB where C is 3, in channels-last memory; padding is 0."""
     targets: Tensor
     """uint8 (B, h, w), train ids and 255; int64 (B,), class ids, for classification."""
     sample_ids: Tensor
@@ -148,7 +149,7 @@ class Samples:
         return Sample(sample_id, image, mask, distortion, valid)
 
     def picture(self, sample_id: int) -> tuple[np.ndarray, Any]:
-        """RGB uint8 (H, W, 3) with train ids uint8 (H, W) or class id, of the first good candidate."""
+        """Image (H, W, C) with train ids uint8 (H, W) or class id, of the first good candidate."""
         first = None
         for candidate in self._candidates(sample_id):
             try:
@@ -177,6 +178,8 @@ class Samples:
         target: Any
         try:
             image = decode_image(raw.image)
+            if (found := Pixels(image.shape[2], str(image.dtype))) != self.split.pixels:
+                raise DataError(f"image is {found}, the set {self.split.pixels}")
             if self.split.task == "classification":
                 target, fits = decode_label(raw.target), image.shape[:2] == size
                 if target != record["max_label"]:
@@ -201,7 +204,7 @@ def over_budget(count: int, budget: int, last: str) -> str:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples of one size. Images stay as they were decoded, colors last, behind a (3, h, w) view."""
+    """Stack samples of one size. Images stay as they were decoded, channels last, behind a (C, h, w) view."""
     images, first = _stacked([sample.image for sample in samples]), samples[0]
     targets = [sample.target for sample in samples]
     valid = None if first.valid is None else torch.tensor([sample.valid for sample in samples])
@@ -219,15 +222,16 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def _stacked(arrays: list[np.ndarray]) -> Tensor:
-    """uint8 arrays as one tensor; a worker's lies in the shared memory through which the trainer gets it.
+    """Arrays as one tensor; a worker's lies in the shared memory through which the trainer gets it.
 
     Otherwise the batch would be copied there when it is sent: 0.15 ms of 2.8 an image of 512 x 512.
     """
-    shape = (len(arrays), *arrays[0].shape)
+    shape, dtype = (len(arrays), *arrays[0].shape), getattr(torch, str(arrays[0].dtype))
     if get_worker_info() is None:
-        tensor = torch.empty(shape, dtype=torch.uint8)
+        tensor = torch.empty(shape, dtype=dtype)
     else:
-        storage: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-        tensor = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        storage: Any = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+        tensor = torch.empty(0, dtype=dtype).set_(storage).view(shape)
     np.stack(arrays, out=tensor.numpy())
     return tensor

@@ -1,10 +1,11 @@
 """The shard format, version 2, and opening it.
 
     out/dataset.json        task, classes, palette, label map, license; per split totals, class statistics,
-                            shards (bytes, sha256) and index (bytes, sha256); digest
-    out/train-000000.tar    members <key>.jpg (or <key>.image.png: the image) and <key>.png (8-bit grey mask
-                            of train ids, 255 = ignore) or <key>.cls (decimal class id); stock webdataset
-                            reads it
+                            shards (bytes, sha256) and index (bytes, sha256); digest. Where images are not
+                            3 x uint8: channels, dtype, and mean and std per channel over the training splits
+    out/train-000000.tar    members <key>.jpg (or <key>.image.png, or <key>.npy where not 3 x uint8: the
+                            image) and <key>.png (8-bit grey mask of train ids, 255 = ignore) or <key>.cls
+                            (decimal class id); stock webdataset reads it
     out/train.idx           one index a split (index.py)
 
 Every byte is covered: a crc32 per member in the index, a sha256 per tar and index in dataset.json, and
@@ -18,9 +19,10 @@ everything. Tars are never extracted."""
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import numpy as np
 
 from segformer.data.shards.index import NOT_AN_INDEX, is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
-from segformer.data.sources.dataset import TASKS
+from segformer.data.sources.dataset import DTYPES, MAX_CHANNELS, RGB, TASKS, Pixels
 from segformer.errors import DataError, reraise_as
 from segformer.files import parse_json
 
@@ -58,6 +60,7 @@ class Split:
         self.name = name
         self.digest = digest
         self.task: str = content["task"]
+        self.pixels = stored_pixels(content)
         self.files: list[str] = [shard["file"] for shard in entry["shards"]]
         self.shard_sizes: list[int] = [shard["samples"] for shard in entry["shards"]]
         self.num_samples: int = sum(self.shard_sizes)
@@ -65,6 +68,16 @@ class Split:
         self.class_pixels = np.array(entry["class_pixels"], np.int64)
         self._with_label: dict[int, np.ndarray] = {}
         self.records, self._labels, self._keys = self._read(entry, verify)
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return self.pixels.channels
+
+    @property
+    def dtype(self) -> str:
+        """Type of every channel, one of DTYPES."""
+        return self.pixels.dtype
 
     @property
     def heights(self) -> np.ndarray:
@@ -133,7 +146,8 @@ def _reopen(storage: Storage, name: str, digest: str) -> Split:
 class ShardSet:
     """A finished folder of shards: classes, palette, digest and the index of every split.
 
-    palette: uint8 (K, 3). content: dataset.json.
+    palette: uint8 (K, 3). channels, dtype: of every image. mean, std: per channel, in stored units over the
+    training splits; None for 3 x uint8. content: dataset.json.
     """
 
     def __init__(self, storage: Storage, content: dict[str, Any], *, verify: bool) -> None:
@@ -144,6 +158,9 @@ class ShardSet:
         self.task: str = content["task"]
         self.classes: list[str] = content["classes"]
         self.palette = np.array(content["palette"], np.uint8).reshape(-1, 3)
+        self.channels, self.dtype = stored_pixels(content)
+        self.mean: list[float] | None = content.get("mean")
+        self.std: list[float] | None = content.get("std")
         self._verify = verify
         self._splits: dict[str, Split] = {}
 
@@ -191,6 +208,11 @@ class ShardSet:
         return self._splits[name]
 
 
+def stored_pixels(content: Mapping[str, Any]) -> Pixels:
+    """Channels and dtype of the images, by dataset.json."""
+    return Pixels(content.get("channels", RGB.channels), content.get("dtype", RGB.dtype))
+
+
 def content_digest(content: dict[str, Any]) -> str:
     """sha256 (hex) of dataset.json without its own digest and what is said of files that are not used; it
     covers every tar and index by theirs."""
@@ -229,6 +251,8 @@ def _description(storage: Storage, source: str) -> dict[str, Any]:
     classes = content["classes"]
     if not all(isinstance(name, str) for name in classes) or len(content["palette"]) != len(classes):
         raise _unreadable(storage, "is not complete")
+    if not _pixels_are_sane(content):
+        raise _unreadable(storage, "says nothing sane of channels, dtype, mean and std")
     for split in content["splits"].values():
         index, shards = split["index"], split["shards"]
         numbers = [*split["class_pixels"], *(shard["samples"] for shard in shards)]
@@ -240,6 +264,23 @@ def _description(storage: Storage, source: str) -> dict[str, Any]:
         if not (_INDEX_NAME.fullmatch(index["file"]) and all(map(_TAR_NAME.fullmatch, names))):
             raise _unreadable(storage, "names a shard or index that is no plain file name")
     return content
+
+
+def _pixels_are_sane(content: dict[str, Any]) -> bool:
+    """One of DTYPES, and a mean and a std above 0 for each channel where not 3 x uint8."""
+    channels, dtype = pixels = stored_pixels(content)
+    mean: Any = content.get("mean")
+    std: Any = content.get("std")
+    if mean is None and std is None:
+        return pixels == RGB
+    return (
+        type(channels) is int
+        and 1 <= channels <= MAX_CHANNELS
+        and dtype in DTYPES
+        and all(isinstance(values, list) and len(values) == channels for values in (mean, std))
+        and all(type(value) in (int, float) and isfinite(value) for value in (*mean, *std))
+        and min(std) > 0
+    )
 
 
 def _unreadable(storage: Storage, what: str) -> DataError:

@@ -16,6 +16,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,9 @@ MAX_IMAGE_CLASSES = 65535  # of a classification set: the index of a shard keeps
 MAX_RAW_ID = 65535
 MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header is checked before decoding
 MAX_FILE_BYTES = 64 * 2**20
+MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # decoded, what an RGB image of MAX_PIXELS takes
+MAX_CHANNELS = 32
+DTYPES = ("uint8", "uint16", "float32")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TASKS = ("segmentation", "classification")
 ANY = "*"  # in a list of names: all
@@ -36,6 +40,19 @@ _OKABE_ITO = (
     *((240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)),
 )
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
+
+
+class Pixels(NamedTuple):
+    """What the images of a set hold: (H, W, channels) of a dtype of DTYPES."""
+
+    channels: int = 3
+    dtype: str = "uint8"
+
+    def __str__(self) -> str:
+        return f"{self.channels} x {self.dtype}"
+
+
+RGB = Pixels()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +89,10 @@ class DatasetConfig:
     """End of every mask file name, in any case; PNG."""
     image_range: list[int] = field(default_factory=list)
     """Values of 16-bit images that become 0 and 255; empty = their upper 8 bits."""
+    channels: int = 3
+    """Channels of every image, 1 to 32; of 3, gray files become three equal ones."""
+    dtype: str = ""
+    """uint8, uint16 or float32; empty = uint8, or that of the first file where it is a TIFF."""
     mask_colours: list[list[int]] = field(default_factory=list)
     """Masks that are painted in colors: [red, green, blue] of raw id 0, 1, ...; empty = masks hold ids."""
     classes: list[str] = field(default_factory=list)
@@ -121,6 +142,12 @@ class DatasetConfig:
             low, high = self.image_range if len(self.image_range) == 2 else (0, 0)
             if not 0 <= low < high <= MAX_RAW_ID:
                 yield f"image_range={self.image_range}; give [lowest,highest] of 0 to {MAX_RAW_ID}"
+            if self.dtype not in ("", "uint8"):
+                yield f"image_range makes 8 bits of 16, and data.dtype={self.dtype}; leave one of them out"
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            yield f"channels={self.channels}; use 1 to {MAX_CHANNELS}"
+        if self.dtype not in ("", *DTYPES):
+            yield f"dtype={self.dtype!r} is unknown; use {', '.join(DTYPES)}"
         yield from _color_problems("palette", self.palette)
         yield from _color_problems("mask_colours", self.mask_colours)
         last = len(self.classes) - 1
@@ -174,6 +201,11 @@ class DatasetConfig:
         for name in self.class_dirs:
             if name in ("", ".", "..") or "/" in name:
                 yield f"class_dirs names {name!r}; give the name of a folder, not a path"
+
+    @property
+    def pixels(self) -> Pixels:
+        """What its shards hold; a dtype that was left to the files counts as uint8."""
+        return Pixels(self.channels, self.dtype or RGB.dtype)
 
     def folder(self, kind: str, split: str) -> str:
         """`image_dir` or `mask_dir` (kind: image or mask) of a split, below root."""

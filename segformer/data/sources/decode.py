@@ -1,4 +1,4 @@
-"""Encoded members -> arrays. A closed set of formats: JPEG and PNG images, PNG masks, class ids as text.
+"""Encoded members -> arrays. A closed set of formats: JPEG, PNG and .npy images, PNG masks, class ids.
 
 The header is looked at before anything is decoded (format, size, MAX_PIXELS), and the result must be what the
 header said. DataError for everything else. Training and prediction decode with the same functions.
@@ -9,6 +9,7 @@ header, `upright` applies it."""
 
 import contextlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS
+from segformer.data.sources.dataset import MAX_CHANNELS, MAX_FILE_BYTES, MAX_PIXELS
 from segformer.errors import DataError, reraise_as
 from segformer.files import regular
 
@@ -59,16 +60,52 @@ def image_header(data: bytes) -> tuple[str, int, int]:
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
+# What np.save writes of an image: version 1.0 of NumPy's format, C order, one of DTYPES.
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '(\|u1|<u2|<f4)', 'fortran_order': False, "
+    rb"'shape': \(([1-9][0-9]{0,7}), ([1-9][0-9]{0,7}), ([1-9][0-9]?)\), \} *\n",
+    re.DOTALL,
+)
+_NPY_LIMIT = 192  # bytes of a header
+
+
+def encode_array(pixels: np.ndarray) -> bytes:
+    """An image (H, W, C) of one of DTYPES as the bytes of a .npy file."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(pixels), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def _decode_array(data: bytes) -> np.ndarray:
+    """The image of a .npy file; ValueError unless header and length are those that `encode_array` writes."""
+    found = _NPY.match(data[:_NPY_LIMIT])
+    if found is None or found.end() != 10 + int.from_bytes(found[1], "little"):
+        raise ValueError("not the .npy file of an image")
+    height, width, channels = (int(found[part]) for part in (3, 4, 5))
+    if height * width > MAX_PIXELS or channels > MAX_CHANNELS:
+        raise ValueError(
+            f"{width} x {height} x {channels} values, the limits are {MAX_PIXELS} pixels, {MAX_CHANNELS}"
+        )
+    dtype = np.dtype(found[2].decode())
+    if len(data) - found.end() != height * width * channels * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes are not those of {width} x {height} x {channels} {dtype}")
+    return np.frombuffer(data, dtype, offset=found.end()).reshape(height, width, channels).copy()
+
+
 def is_deep(data: bytes) -> bool:
     """A PNG of 16 bits a channel."""
     return data[:8] == PNG_MAGIC and data[24:25] == b"\x10"
 
 
 def decode_image(data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
-    """JPEG or PNG bytes -> RGB uint8 (H, W, 3), not turned by EXIF: masks belong to the stored pixels.
+    """An image of a shard -> (H, W, C): JPEG or PNG as RGB uint8, .npy as it is.
 
-    image_range: the values of 16 bits that become 0 and 255; without it their upper 8 bits are taken.
+    Not turned by EXIF: masks belong to the stored pixels. image_range: the values of 16 bits that become 0
+    and 255; without it their upper 8 bits are taken.
     """
+    if data[:6] == b"\x93NUMPY":
+        with reraise_as(DataError, "image cannot be decoded", on=ValueError):
+            return _decode_array(data)
     if not image_range or not is_deep(data):
         return _decode(data, _COLOR, 3)
     return eight_bits(_decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16), image_range)
