@@ -55,6 +55,7 @@ from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
 ALLOWANCES = ("allow_unseen", "allow_duplicates")  # settings that change no shard
+DIVISION = ("test_share", "fold", "group", "stratify")  # described where they are set
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
 
@@ -88,7 +89,8 @@ def _description(settings: Settings) -> dict[str, Any]:
             "min_share": cfg.min_share,
         }
         | ({"image_range": list(cfg.image_range)} if cfg.image_range else {})
-        | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.val_share else {})
+        | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.is_divided else {})
+        | {key: value for key in DIVISION if (value := getattr(cfg, key))}
     )
 
 

@@ -39,6 +39,8 @@ _OKABE_ITO = (
     *((0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115)),
     *((240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)),
 )
+_COUNT = {2: "two", 3: "three"}
+_FOLD = re.compile(r"([0-9]{1,4})/([0-9]{1,4})", re.ASCII)
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*")
 
 
@@ -74,7 +76,16 @@ class DatasetConfig:
     split_lists: dict[str, str] = field(default_factory=dict)
     """Split -> text file below root with one key a line; a split that is not named: every file there is."""
     val_share: float = 0.0
-    """Where two splits have one folder: the second's share of its images, by val_seed and key; 0: none."""
+    """Where all splits have one folder: the second's share of its images, by val_seed and key; 0: none."""
+    test_share: float = 0.0
+    """The third split's share; 0: there is none."""
+    fold: str = ""
+    """In the place of val_share: 2/5 = the second split is the second fifth, the first split the others."""
+    group: str = ""
+    """What belongs together and goes into one split: folder, a regular expression on the key whose first
+    (group) it is, or a column of a CSV; empty = each image by itself."""
+    stratify: bool = False
+    """Divide so that each class is in the same share of the images of every split; reads all masks."""
     val_seed: int = 0
     """Another seed, another division."""
     allow_duplicates: list[str] = field(default_factory=list)
@@ -166,17 +177,39 @@ class DatasetConfig:
             if unknown and (self.classes or key == "drop_classes"):
                 yield f"{key} names {listed(unknown)}, which data.classes does not have"
 
+    @property
+    def is_divided(self) -> bool:
+        """All splits are made of one pool of images."""
+        return bool(self.val_share or self.fold)
+
     def _division_problems(self) -> Iterator[str]:
-        if not 0 <= self.val_share < 1:
-            yield f"val_share={self.val_share}; use a share of the images, 0 to below 1"
-        folders = {self.folder("image", split) for split in self.splits}
-        if self.val_share and (len(self.splits) != 2 or self.split_lists or len(folders) > 1):
-            two = " 'data.splits=[train,val]'" if len(self.splits) != 2 else ""
-            lists = ", and leave data.split_lists out" if self.split_lists else ""
-            yield (
-                f"val_share={self.val_share} divides one folder into two splits; give "
-                f"{self.one_folder(self.val_share)}{two}{lists}"
-            )
+        for key in ("val_share", "test_share"):
+            if not 0 <= getattr(self, key) < 1:
+                yield f"{key}={getattr(self, key)}; use a share of the images, 0 to below 1"
+        if self.fold:
+            number, count = map(int, found.groups()) if (found := _FOLD.fullmatch(self.fold)) else (0, 0)
+            if not 1 <= number <= count >= 2:
+                yield f"fold={self.fold!r}; use <fold>/<folds>, such as 2/5"
+        if self.fold and self.val_share:
+            yield f"fold={self.fold} and data.val_share={self.val_share} both say what is val; leave one out"
+        if (both := self.val_share + self.test_share) >= 1:
+            yield f"val_share and data.test_share are {both:g} together; give less than 1"
+        for key in ("test_share", "group", "stratify"):
+            if (value := getattr(self, key)) and not self.is_divided:
+                yield f"{key}={value!r} divides nothing by itself; add data.val_share=0.2 or data.fold=1/5"
+        if self.group.count("(") and (wrong := _pattern_problem(self.group)):
+            yield f"group={self.group!r} {wrong}; use a regular expression whose first (group) is the group"
+        names = ["train", "val", "test"] if self.test_share else ["train", "val"]
+        if self.is_divided and (len(self.splits) != len(names) or self.split_lists):
+            give = f"give {setting('splits', '[' + ','.join(names) + ']')}"
+            lists = "leave data.split_lists out" if self.split_lists else ""
+            do = " and ".join(filter(None, (give if len(self.splits) != len(names) else "", lists)))
+            yield f"{self.dividing} divides one folder into {_COUNT[len(names)]} splits; {do}"
+
+    @property
+    def dividing(self) -> str:
+        """The setting that divides."""
+        return f"fold={self.fold}" if self.fold else f"val_share={self.val_share}"
 
     def _class_problems(self) -> Iterator[str]:
         count, limit = len(self.classes), MAX_IMAGE_CLASSES
@@ -212,12 +245,21 @@ class DatasetConfig:
         pattern = self.image_dir if kind == "image" else self.mask_dir
         return pattern.replace("{split}", self.split_dirs.get(split, split))
 
+    def check_one_folder(self) -> None:
+        """ConfigError where the splits of a folder of masks are divided, and have one each."""
+        if self.is_divided and len({self.folder("image", split) for split in self.splits}) > 1:
+            raise ConfigError(
+                f"data.{self.dividing} divides one folder into {_COUNT[len(self.splits)]} splits; give "
+                f"{self.one_folder(self.val_share)}"
+            )
+
     def one_folder(self, share: float, **folders: str) -> str:
         """Overrides that divide one folder (image=, mask=; else the first split's) into two splits."""
         first = self.splits[0] if self.splits else "train"
         kinds = ("image", "mask") if self.task == "segmentation" else ("image",)
         dirs = {f"{kind}_dir": folders.get(kind) or self.folder(kind, first) for kind in kinds}
-        return " ".join(setting(key, value) for key, value in ({"val_share": f"{share}"} | dirs).items())
+        how = {"fold": self.fold} if self.fold else {"val_share": f"{share}"}
+        return " ".join(setting(key, value) for key, value in (how | dirs).items())
 
     def ends(self, kind: str) -> tuple[str, ...]:
         """How the names of images or masks (kind: image or mask) end, in small letters."""
@@ -228,6 +270,13 @@ class DatasetConfig:
 def setting(key: str, text: str) -> str:
     """`data.key=text`, for a key that takes a text or number, quoted for a shell."""
     return shlex.quote(f"data.{key}={text}")
+
+
+def _pattern_problem(pattern: str) -> str:
+    try:
+        return "" if re.compile(pattern).groups else "has no group"
+    except re.error as error:
+        return f"is none ({error})"
 
 
 def _color_problems(key: str, colors: list[list[int]]) -> Iterator[str]:

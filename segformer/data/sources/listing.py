@@ -29,7 +29,7 @@ from segformer.data.sources.decode import (
 )
 from segformer.data.sources.division import divided, working_share
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
-from segformer.data.sources.masks import Defect, mask_ids, unknown_ids
+from segformer.data.sources.masks import Defect, classes_in, mask_ids, unknown_ids
 from segformer.errors import DataError, is_name, listed, printable, reraise_as
 from segformer.files import read_text
 
@@ -116,6 +116,7 @@ def find_samples(
     defects: list[Defect] = []
     left: dict[str, LeftOut] = {}
     labels: dict[str, int] = {}
+    cfg.check_one_folder()
     with _noting(defects, "listing"):
         sides = [
             _Side(kind, _folder(cfg, root, kind, split), cfg.ends(kind))
@@ -138,7 +139,8 @@ def find_samples(
                     left[cfg.folder(side.kind, split)][f"unlisted {side.kind}"] = found
         else:
             keys, of = set().union(*(side.files for side in sides)), ""
-            keys = divided(cfg, split, keys)
+            paths = {key: f"{side.folder}/{name}" for side in sides[1:] for key, name in side.files.items()}
+            keys = divided(cfg, split, keys, lambda asked: classes_in(cfg, asked, paths))
             remedy = _without_split(cfg, sides) or "add what is missing or remove the others"
             defects += _foreign(cfg, sides[0], others[sides[0].folder])
         for side in sides:

@@ -6,15 +6,20 @@
 A color that is not listed is a class without an entry, or a blend: masks that were resized smoothly have
 colors between those of two classes in lines along their borders, lossy formats scatter them."""
 
+import functools
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from segformer.data.sources.content import LISTED, SMOOTH, Labels, id_remedy, override
-from segformer.data.sources.dataset import DatasetConfig, label_table
+from segformer.data.sources.dataset import IGNORE_INDEX, MAX_RAW_ID, DatasetConfig, label_table
 from segformer.data.sources.decode import PNG_MAGIC, decode_pixels, read_file
 from segformer.errors import DataError
 
@@ -152,6 +157,32 @@ def _ids(cfg: DatasetConfig, masks: Sequence[Path]) -> Iterator[int]:
     for path in masks:
         with suppress(DataError):
             yield from np.unique(mask_ids(cfg, path)).tolist()
+
+
+def classes_in(cfg: DatasetConfig, keys: Sequence[str], masks: Mapping[str, str]) -> list[set[Any]]:
+    """The classes of each image: train ids in its mask, raw ids without data.classes; none where the mask is
+    not usable, which others say. Masks that rest are read once for all splits."""
+    if cfg.task == "classification":
+        return [{key.partition("/")[0]} for key in keys]
+    facts = []
+    for path in (masks.get(key, "") for key in keys):
+        found = os.stat(path) if os.path.exists(path) else None
+        facts.append((path, found and (found.st_size, found.st_mtime_ns)))
+    colors = tuple(map(tuple, cfg.mask_colours))
+    table = label_table(cfg) if cfg.classes else np.arange(MAX_RAW_ID + 1)
+    return [{int(table[raw]) for raw in ids} - {-1, IGNORE_INDEX} for ids in _read_ids(colors, tuple(facts))]
+
+
+@functools.lru_cache(maxsize=2)
+def _read_ids(colors: tuple[tuple[int, ...], ...], facts: tuple[tuple[str, Any], ...]) -> list[list[int]]:
+    cfg = DatasetConfig(mask_colours=[list(color) for color in colors])
+
+    def read(fact: tuple[str, Any]) -> list[int]:
+        return list(_ids(cfg, [Path(fact[0])]))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = pool.map(read, facts)
+        return list(tqdm(found, "classes", len(facts), unit="mask", leave=False, disable=None))
 
 
 def unknown_ids(cfg: DatasetConfig, found: Sequence[int]) -> list[int]:

@@ -88,7 +88,7 @@ def test_a_share_that_leaves_a_split_empty_names_one_that_does_not(
 )
 def test_a_share_that_divides_nothing_is_refused(config: DatasetConfig, more: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="divides one folder into two splits"):
-        replace(config, **ONE | {"val_share": 0.1} | more)
+        list_samples(replace(config, **ONE | {"val_share": 0.1} | more), Path("nowhere"), "val")
 
 
 @pytest.mark.parametrize(
