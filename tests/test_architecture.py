@@ -27,7 +27,9 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": "web dataset content decode division folder masks listing download",
-    "data.shards": "pool storage index format reader verify workfolder packing trimming joining sharding",
+    "data.shards": (
+        "pool storage index tiling format reader verify workfolder packing trimming joining sharding"
+    ),
     "data.loading": "order photometric crop classification mixing samples workers loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
@@ -41,7 +43,7 @@ ROOMS: dict[str, str] = {
     "models.weights": "key_maps bundle class_map tensor_files read write load",
     "models..": "segformer macs",
     "telemetry": "jsonl meter confusion trackers machine progress logger profiling",
-    "evaluation": "metrics bootstrap inference_mode drawing evaluate",
+    "evaluation": "metrics bootstrap inference_mode stitching drawing evaluate",
     "training": (
         "losses optim early_stop overrides choices help config sizing task directory stopping step header "
         "run recovery loop"

@@ -1,8 +1,8 @@
 """Evaluation: every validation image once over all ranks, one table of counts, the scores.
 
 Segmentation takes images as the inference mode says, whole and unscaled by default, and brings logits to the
-label's size in fp32, tile by tile (models/ops/argmax.py). Classification resizes the short side to
-eval_resize and cuts the center out.
+label's size in fp32, tile by tile (models/ops/argmax.py). A split of tiles is scored over its whole images
+(stitching.py). Classification resizes the short side to eval_resize and cuts the center out.
 
 The batches of a rank hold images of one size only; ranks may have different numbers of batches. Under ZeRO-3
 each forward is a collective, so a rank that has run out repeats a forward that doesn't count until all are
@@ -25,8 +25,9 @@ from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
-from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, protocol
+from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, of_tiles, protocol
 from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
+from segformer.evaluation.stitching import Stitching
 from segformer.models.ops.backend import BACKENDS, Backend
 
 
@@ -35,6 +36,12 @@ def protocol_of(view: ClassificationAugment | None, mode: InferenceModeConfig | 
     if view is not None:
         return f"short side {view.eval_resize}, center {view.size}x{view.size}"
     return protocol(mode or InferenceModeConfig())
+
+
+def mode_of(split: Split, mode: InferenceModeConfig | None = None) -> InferenceModeConfig:
+    """How images of a split go through the model where `mode` is asked for; ConfigError if it can't be."""
+    mode = mode or InferenceModeConfig()
+    return of_tiles(mode, split.tiled.tiling) if split.tiled else mode
 
 
 @torch.no_grad()
@@ -67,7 +74,7 @@ def evaluate(
         on_error: gets what is wrong with the data that this rank reads, and must make `should_stop` answer
             True on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cropped; None for segmentation.
-        mode: how images of segmentation go through the model; None for whole, at their own size.
+        mode: how images of segmentation go through the model; None for whole, at their own size; see mode_of.
         ops: backend of the operation that counts the pixels of a segmentation.
         on_batch: gets every batch of this rank and its logits, once they are counted.
         warn: gets a line where workers had to be started again.
@@ -75,7 +82,8 @@ def evaluate(
     metric = SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
     metric, training = metric.to(world.device), model.training
     model.eval()
-    network = InferenceMode(model, mode or InferenceModeConfig()) if view is None else model
+    network = InferenceMode(model, mode_of(split, mode)) if view is None else model
+    parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [batch]
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
     ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
     batches = eval_batches(split, loader, batch_size=batch_size, augment=view, warn=warn, **ranks)
@@ -92,7 +100,8 @@ def evaluate(
                 logits = network(normalize(images, None))
             if batch is not None:
                 with reported(on_error), _naming(split, batch):
-                    metric.update(logits, batch.targets)
+                    for part in parts(batch.sample_ids.tolist(), logits, batch.targets):
+                        metric.update(*part)
                 on_batch(batch, logits)
     model.train(training)
     return None if should_stop() else _compute(metric)

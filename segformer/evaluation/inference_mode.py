@@ -33,10 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segformer.data.shards.packing import reduced_size
+from segformer.data.shards.tiling import Size, Tiling, windows
 from segformer.errors import ConfigError, at_least
 from segformer.models.variants import LEAST_SIDE
-
-Size = tuple[int, int]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,6 +138,17 @@ def protocol(cfg: InferenceModeConfig) -> str:
     return ", ".join(parts) + (f" ({published[0]} protocol)" if published else "")
 
 
+def of_tiles(cfg: InferenceModeConfig, tiling: Tiling) -> InferenceModeConfig:
+    """The settings of a split that was cut into tiles: these are its windows. ConfigError for others."""
+    tiles = InferenceModeConfig(window=list(tiling.tile), stride=list(tiling.stride))
+    if (given := settings(cfg)) and _effect(cfg) != _effect(tiles):
+        raise ConfigError(
+            f"{', '.join(given)}: the split was cut into tiles, which are its {protocol(tiles)}; leave this "
+            "out, or score shards of whole images"
+        )
+    return tiles
+
+
 def _effect(cfg: InferenceModeConfig) -> list[object]:
     """The values of all settings, defaults written out."""
     values = {key.name: getattr(cfg, key.name) or 0 for key in fields(InferenceModeConfig)}
@@ -172,16 +182,6 @@ def check_images(cfg: InferenceModeConfig, sizes: Iterable[Size]) -> None:
                     f"{', '.join(settings(cfg))}: an image of {size[0]} x {size[1]} (height x width) becomes "
                     f"{height} x {width}; use a larger short_side or larger scales"
                 )
-
-
-def windows(size: Size, window: Size, stride: Size) -> list[tuple[slice, slice]]:
-    """Rows and columns of each window; the last ones are moved inwards to end at the border."""
-    lines = []
-    for side, length, step in zip(size, window, stride, strict=True):
-        count = max(side - length + step - 1, 0) // step + 1
-        ends = [min(index * step + length, side) for index in range(count)]
-        lines.append([slice(max(end - length, 0), end) for end in ends])
-    return [(rows, columns) for rows in lines[0] for columns in lines[1]]
 
 
 def _reduce(images: Tensor, size: Size) -> Tensor:

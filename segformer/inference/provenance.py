@@ -11,7 +11,7 @@ import numpy as np
 
 from segformer.checkpoint.format import TrainState
 from segformer.data.shards.format import ShardSet
-from segformer.evaluation.evaluate import protocol_of
+from segformer.evaluation.evaluate import mode_of, protocol_of
 from segformer.evaluation.metrics import SCORES
 from segformer.inference.pictures import series
 from segformer.telemetry.jsonl import newest_row, read_metrics
@@ -25,11 +25,12 @@ def provenance(
     """(what, text) of a run whose history (pictures.history) is `rows`."""
     average = f"average over the steps, EMA of decay {cfg.optim.ema:g}"
     view = cfg.classification if cfg.data.task == "classification" else None
+    mode = mode_of(shards.split(cfg.eval_split)) if shards else None
     digest = state.data_digest or (shards.digest if shards else "unknown")
     found = [
         ("data", f"{cfg.data.shards}, digest {digest[:12]}"),
         ("trained on", _split(cfg.train_split, shards)),
-        ("scored on", f"{_split(cfg.eval_split, shards)}; {_own_size(protocol_of(view))}"),
+        ("scored on", f"{_split(cfg.eval_split, shards)}; {_own_size(protocol_of(view, mode))}"),
         ("began from", cfg.model.pretrained or "random weights"),
         ("weights", average if cfg.optim.ema else "of the last step, not averaged"),
         ("scores", _best_and_last(cfg, rows)),
@@ -48,7 +49,7 @@ def provenance(
 
 
 def _split(name: str, shards: ShardSet | None) -> str:
-    return f"split {name}" if shards is None else f"split {name}, {shards.split(name).num_samples:,} images"
+    return f"split {name}" if shards is None else f"split {name}, {shards.split(name).extent}"
 
 
 def _own_size(protocol: str) -> str:

@@ -39,7 +39,7 @@ from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import World, init_world, limit_threads
 from segformer.errors import ConfigError, SegformerError, at_least, listed, reported, reraise_as, say
-from segformer.evaluation.evaluate import evaluate, protocol_of
+from segformer.evaluation.evaluate import evaluate, mode_of, protocol_of
 from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings, trained_at
 from segformer.evaluation.metrics import Row, Scores, as_csv, as_markdown
 from segformer.files import write_atomic
@@ -143,6 +143,8 @@ def _mode(cfg: InferenceModeConfig | None, trained: Weights, split: Split) -> In
     """The inference mode of `cfg`, or that of a plain evaluation: images are as large as in training."""
     names = [field.name for field in fields(InferenceModeConfig)]
     mode = InferenceModeConfig(**{name: getattr(cfg, name) for name in names if cfg is not None})
+    if split.tiled:
+        return mode_of(split, mode)
     longest = int(max(split.heights.max(), split.widths.max()))
     reduced = trained.arch.kind == "segmentation" and longest > trained.metadata.long_side
     return trained_at(mode, trained.metadata.long_side) if reduced else mode
@@ -163,8 +165,9 @@ def _record(
     cfg: EvaluateConfig, trained: Weights, shards: ShardSet, scores: Scores, world: World
 ) -> dict[str, Any]:
     """What was scored, on what, by what, and the scores: the content of the JSON file."""
-    device, said = world.device, trained.provenance
-    return {
+    device, said, split = world.device, trained.provenance, shards.split(cfg.split)
+    tiled = split.tiled
+    return ({"tiles": split.num_samples} if tiled else {}) | {
         "checkpoint": cfg.checkpoint,
         "step": said.get("step"),
         "averaged": said.get("averaged"),
@@ -172,7 +175,7 @@ def _record(
         "shards": cfg.shards or said.get("shards"),
         "digest": shards.digest,
         "split": cfg.split,
-        "images": shards.split(cfg.split).num_samples,
+        "images": len(tiled.images) if tiled else split.num_samples,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "ranks": world.size,
@@ -186,8 +189,9 @@ def _record(
 def _title(record: dict[str, Any]) -> str:
     """What was scored on what and how, in one line."""
     ema = " (EMA)" if record["averaged"] else ""
+    tiles = f" in {record['tiles']} tiles" if "tiles" in record else ""
     return (
-        f"{record['checkpoint']} at step {record['step']}{ema} on {record['images']} images of "
+        f"{record['checkpoint']} at step {record['step']}{ema} on {record['images']} images{tiles} of "
         f"{record['split']} ({record['protocol']})"
     )
 
@@ -242,5 +246,7 @@ def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
                 f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
                 "image; leave this out"
             )
+        if split.tiled:
+            mode_of(split, cfg)
         check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
     return trained, shards

@@ -57,7 +57,7 @@ def log_start(
     )
     telemetry.line(
         f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
-        f"images, {len(shards.classes)} classes"
+        f"{'tiles' if eval_split.tiled else 'images'}, {len(shards.classes)} classes"
     )
     crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
     epochs = cfg.steps * cfg.global_batch / max(1, train_split.num_samples)

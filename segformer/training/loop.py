@@ -219,7 +219,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     start, state, telemetry = time.monotonic(), model.state, run.telemetry
     counts = _evaluation_due(cfg, state)
     swapped = contextlib.nullcontext() if model.ema is None else model.ema.swapped_in(world)
-    count = task.shards.split(cfg.eval_split).num_samples
+    split = task.shards.split(cfg.eval_split)
     where = f"in evaluation (eval_batch={cfg.eval_batch}); lower eval_batch"
     with swapped, enough_memory(world.rank, lambda: where):
         scores = task.evaluate(
@@ -229,7 +229,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
             on_error=run.stopping.fail,
             warn=telemetry.of_rank,
             pictures=cfg.telemetry.pictures,
-            advance=Evaluated(count, telemetry.line).add,
+            advance=Evaluated(split.num_samples, telemetry.line).add,
         )
     run.meter.reset()  # it does not count as training time
     if scores is None:
@@ -247,7 +247,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     telemetry.scores(kind, state.step, values, task.shards.classes)
     telemetry.pictures(state.step, scores.pictures)
     of = "" if model.ema is None else " of the EMA"
-    how = f"{count} images, {task.protocol}, in {duration(time.monotonic() - start)}"
+    how = f"{split.extent}, {task.protocol}, in {duration(time.monotonic() - start)}"
     telemetry.line(f"step {state.step}: validation {scores.summary()}{of} ({how})")
     return scores
 

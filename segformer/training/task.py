@@ -29,7 +29,7 @@ from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError, SegformerError
 from segformer.evaluation.drawing import Gallery
-from segformer.evaluation.evaluate import evaluate, protocol_of
+from segformer.evaluation.evaluate import evaluate, mode_of, protocol_of
 from segformer.evaluation.metrics import SCORES, Scores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
@@ -54,7 +54,7 @@ class _Task:
     @property
     def protocol(self) -> str:
         """How an evaluation shows images to the model."""
-        return protocol_of(self.view)
+        return protocol_of(self.view, mode_of(self.shards.split(self.cfg.eval_split)))
 
     def evaluate(
         self,

@@ -161,11 +161,15 @@ def num_eval_batches(split: Split, world_size: int, batch_size: int) -> list[int
 
 
 def _eval_ids(split: Split, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
-    """One rank's batches: every world_size-th id in the order of sizes, cut where the size changes."""
+    """One rank's batches: every world_size-th id in the order of sizes, cut where the size changes.
+
+    Tiles, which of one image have one size, stay together and in order.
+    """
     heights, widths = split.heights, split.widths
     if split.task == "classification":  # cropped to one size
         heights = widths = np.zeros(split.num_samples, np.int32)
-    ids = np.lexsort((np.arange(split.num_samples), widths, heights))[rank::world_size]
+    ids = np.lexsort((np.arange(split.num_samples), widths, heights))
+    ids = ids[split.tiled.owners(world_size)[ids] == rank] if split.tiled else ids[rank::world_size]
     changes = np.flatnonzero((np.diff(heights[ids]) != 0) | (np.diff(widths[ids]) != 0)) + 1
     return [
         run[start : start + batch_size]

@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import numpy as np
 
 from segformer.data.shards.index import NOT_AN_INDEX, is_sane, parse_index
 from segformer.data.shards.storage import Storage, StorageConfig
+from segformer.data.shards.tiling import TiledSplit
 from segformer.data.sources.dataset import DTYPES, MAX_CHANNELS, RGB, TASKS, Pixels
 from segformer.errors import DataError, reraise_as
 from segformer.files import parse_json
@@ -68,6 +70,7 @@ class Split:
         self.class_pixels = np.array(entry["class_pixels"], np.int64)
         self._with_label: dict[int, np.ndarray] = {}
         self.records, self._labels, self._keys = self._read(entry, verify)
+        self._tiled: dict[str, Any] | None = entry.get("tiled")
 
     @property
     def channels(self) -> int:
@@ -88,6 +91,21 @@ class Split:
     def widths(self) -> np.ndarray:
         """Image widths in pixels, int32 (num_samples,)."""
         return self.records["width"]
+
+    @cached_property
+    def tiled(self) -> TiledSplit | None:
+        """The whole images that are scored, where the samples are their tiles."""
+        if self._tiled is None:
+            return None
+        what = f"split {self.name} of {self.storage.where(_FILE)!r} contradicts its index"
+        with reraise_as(DataError, what, AGAIN, on=NOT_AN_INDEX):
+            return TiledSplit.parse(self._tiled, self.heights, self.widths)
+
+    @property
+    def extent(self) -> str:
+        """How many images these are, for a line of text."""
+        count = f"{self.num_samples:,}"
+        return f"{len(self.tiled.images):,} images in {count} tiles" if self.tiled else f"{count} images"
 
     @property
     def keys(self) -> list[str]:

@@ -27,6 +27,7 @@ MAX_CLASSES = 255  # of a segmentation set: masks are written with 8 bits
 MAX_IMAGE_CLASSES = 65535  # of a classification set: the index of a shard keeps 16 bits
 MAX_RAW_ID = 65535
 MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header is checked before decoding
+MAX_TILED_PIXELS = 500_000_000  # of an image that sharding cuts into tiles; 1.5 GB decoded
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # decoded, what an RGB image of MAX_PIXELS takes
 MAX_CHANNELS = 32
