@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from segformer.models.encoders import BACKBONES
 from segformer.models.macs import head_products
-from segformer.models.variants import VARIANTS
+from segformer.models.variants import RGB, VARIANTS
 from segformer.telemetry.meter import PEAK_FLOPS
 
 REPEATS = 8
@@ -59,7 +59,7 @@ def work(
     """
     macs = elements = 0
     variant = VARIANTS[name]
-    products = BACKBONES[variant.backbone].products(variant, size)
+    products = BACKBONES[variant.backbone].products(variant, size, RGB)
     for product in products + head_products(variant, size, num_classes, folded=folded):
         times = (2 if product.leads else 3) if training else 1
         macs += times * (batch * product.macs + (product.shared if training else 0))

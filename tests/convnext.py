@@ -47,13 +47,13 @@ class Block(nn.Module):
 
 
 class ConvNeXt(Backbone):
-    title = "ConvNeXt"
+    title, stem = "ConvNeXt", "embeds.0.proj.weight"
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
         widths, depths = self.embed_dims, VARIANTS[cfg.variant].depths
         rates = iter(torch.linspace(0, cfg.drop_path_rate, sum(depths), device="cpu").tolist())
-        dims = zip((3, *widths), widths, WIDTHS, strict=False)
+        dims = zip((cfg.channels, *widths), widths, WIDTHS, strict=False)
         self.embeds = nn.ModuleList(Embed(in_dim, dim, *width) for in_dim, dim, width in dims)
         self.blocks = nn.ModuleList(
             nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
@@ -81,8 +81,8 @@ class ConvNeXt(Backbone):
         return outputs
 
     @staticmethod
-    def products(variant: Variant, size: tuple[int, int]) -> list[Product]:
-        found, in_dim = [], 3
+    def products(variant: Variant, size: tuple[int, int], channels: int) -> list[Product]:
+        found, in_dim = [], channels
         for stage, dim in enumerate(variant.embed_dims):
             kernel, stride = WIDTHS[stage]
             before, size = size[0] * size[1], (-(-size[0] // stride), -(-size[1] // stride))

@@ -40,7 +40,7 @@ ROOMS: dict[str, str] = {
         "cross_entropy_triton argmax_triton"
     ),
     "models.": "layers mit encoders head",
-    "models.weights": "key_maps bundle class_map tensor_files read write load",
+    "models.weights": "key_maps bundle class_map stem tensor_files read write load",
     "models..": "segformer macs",
     "telemetry": "jsonl meter confusion trackers machine progress logger profiling",
     "evaluation": "metrics bootstrap inference_mode stitching drawing evaluate",

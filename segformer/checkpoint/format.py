@@ -48,6 +48,8 @@ class TrainState:
     "Digest of the shards that the order refers to."
     long_side: int | None = None
     "Pixels that sharding reduced the long side of larger images to, 0 = none; an older version has None."
+    pixels: dict[str, Any] | None = None
+    "dtype, mean and std of images that are not 8-bit RGB; None: uint8, mean and std of the settings."
     best_score: float | None = None
     "Best validation score so far (mIoU or top-1); None before the first evaluation."
     best_step: int | None = None

@@ -1,6 +1,6 @@
 """The interface between an encoder and everything around it.
 
-    images (B, 3, H, W) -> 4 maps (B, C_i, H_i, W_i), H_1 = ceil(H / 4), H_(i+1) = ceil(H_i / 2), likewise W
+    images (B, C, H, W) -> 4 maps (B, C_i, H_i, W_i), H_1 = ceil(H / 4), H_(i+1) = ceil(H_i / 2), likewise W
 
 Head, optimizer, weights, operation counts and memory forecast know of an encoder what a Backbone says.
 Another one is a file beside mit.py with a subclass, and a row of BACKBONES (encoders.py); a size is a row of
@@ -57,6 +57,8 @@ class Backbone(nn.Module, ABC):
 
     title: str
     "Name in logs and reports."
+    stem: str
+    "Parameter (D, C, k, k) that meets the C channels of the image: the weight of the first convolution."
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W), normalized -> 4 maps in channels-last memory; DataError for anything else."""
+        """Images (B, C, H, W), normalized -> 4 maps in channels-last memory; DataError for anything else."""
 
     @abstractmethod
     def stages(self) -> list[Stage]:
@@ -73,5 +75,5 @@ class Backbone(nn.Module, ABC):
 
     @staticmethod
     @abstractmethod
-    def products(variant: Variant, size: tuple[int, int]) -> list[Product]:
-        """Every matrix product of one image of `size` (height, width), in closed form."""
+    def products(variant: Variant, size: tuple[int, int], channels: int) -> list[Product]:
+        """Every matrix product of one image of `size` (height, width) and `channels`, in closed form."""

@@ -46,7 +46,9 @@ def macs_per_image(
     (ops="fused") or not. task="classification" is the encoder with one Linear on the mean of its last map.
     """
     variant = VARIANTS[model.variant]
-    macs = sum(product.macs for product in BACKBONES[variant.backbone].products(variant, size))
+    macs = sum(
+        product.macs for product in BACKBONES[variant.backbone].products(variant, size, model.channels)
+    )
     if task == "classification":
         return macs + variant.embed_dims[-1] * num_classes
     if task != "segmentation":

@@ -134,7 +134,7 @@ class MixTransformer(Backbone):
     backward pass.
     """
 
-    title = "MiT"
+    title, stem = "MiT", "patch_embed1.proj.weight"
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -142,7 +142,7 @@ class MixTransformer(Backbone):
         self.sr_ratios = sizes.sr_ratios
         self.checkpointing = frozenset(cfg.checkpointing)
         last = max(sum(sizes.depths) - 1, 1)
-        index, in_dim = 0, 3
+        index, in_dim = 0, cfg.channels
         for stage, dim in enumerate(sizes.embed_dims):
             embed = OverlapPatchEmbed(in_dim, dim, PATCH_GEOMETRY[stage], eps[1])
             blocks = nn.ModuleList(
@@ -180,15 +180,16 @@ class MixTransformer(Backbone):
         ]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, H, W), normalized -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
+        """Images (B, C, H, W), normalized -> 4 maps (B, C_i, H_i, W_i) in channels-last memory.
 
         H_1 = ceil(H / 4) and H_(i+1) = ceil(H_i / 2); likewise W. DataError for anything else and for images
         that are too small.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        channels = self.config.channels
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise DataError(
-                f"images of shape {tuple(images.shape)}, {images.dtype}; give (B, 3, H, W) in floating "
-                "point, normalized"
+                f"images of shape {tuple(images.shape)}, {images.dtype}; give (B, {channels}, H, W) in "
+                "floating point, normalized"
             )
         maps = images.contiguous(memory_format=torch.channels_last)
         outputs = []
@@ -212,9 +213,9 @@ class MixTransformer(Backbone):
         return outputs
 
     @staticmethod
-    def products(variant: Variant, size: tuple[int, int]) -> list[Product]:
-        """Matrix products of one image of `size`; those of a block are of tokens and `reduced` tokens."""
-        found, in_dim = [], 3
+    def products(variant: Variant, size: tuple[int, int], channels: int) -> list[Product]:
+        """Matrix products of one image; those of a block are of tokens and `reduced` tokens."""
+        found, in_dim = [], channels
         for stage, dim in enumerate(variant.embed_dims):
             kernel, stride, _ = PATCH_GEOMETRY[stage]
             ratio, hidden = variant.sr_ratios[stage], variant.mlp_ratios[stage] * dim

@@ -1,9 +1,9 @@
 """SegFormer and the ImageNet classifier of its encoder, and how they are built.
 
-    images (B, 3, H, W) -> backbone (MiT) -> 4 maps -> decode_head (All-MLP) -> logits (B, K, ceil(H/4),
+    images (B, C, H, W) -> backbone (MiT) -> 4 maps -> decode_head (All-MLP) -> logits (B, K, ceil(H/4),
     ceil(W/4))
 
-Shapes: B batch, K classes, H W image.
+Shapes: B batch, C channels, K classes, H W image.
 """
 
 import warnings
@@ -25,6 +25,7 @@ from segformer.models.weights.class_map import map_classes
 from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.load import classes_of, load_pretrained, load_weights, weights_of
 from segformer.models.weights.read import read_weights
+from segformer.models.weights.stem import adapt_stem
 from segformer.models.weights.write import write_export
 
 
@@ -68,7 +69,7 @@ class SegFormer(Network):
         self.decode_head = decode_head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalized -> logits (B, K, ceil(H / 4), ceil(W / 4))."""
+        """Images (B, C, H, W), normalized -> logits (B, K, ceil(H / 4), ceil(W / 4))."""
         return self.decode_head(self.backbone(images))
 
     @classmethod
@@ -77,6 +78,8 @@ class SegFormer(Network):
         path: str | Path,
         *,
         num_classes: int | None = None,
+        in_channels: int | None = None,
+        stem: str = "zero",
         class_map: Mapping[Any, Any] | None = None,
         ops: str = "fused",
         norm_profile: str | None = None,
@@ -87,13 +90,15 @@ class SegFormer(Network):
         Args:
             path: run, export, Hugging Face directory, .pth of NVlabs or SMP, or the encoder of any of them.
             num_classes: needed where the file has only an encoder; the head is then random.
+            in_channels: of the images, where they are others than those of the file, which are RGB then.
+            stem: how the first convolution begins on them: zero, mean or repeat; see weights/stem.py.
             class_map: target class -> class of the file, or None for a fresh one; see weights/class_map.py.
             ops: fused or reference.
             norm_profile: LayerNorm epsilons, in place of those that the format is run with.
             encoder_only: leave the head of the file out.
 
         Raises:
-            CheckpointError: the file can't be read, is damaged or of another network.
+            CheckpointError: the file can't be read, is damaged, of another network or other channels.
             ConfigError: the number of classes is missing or differs, or the class map doesn't fit.
         """
         weights = read_weights(path, encoder_only=encoder_only)
@@ -101,6 +106,8 @@ class SegFormer(Network):
             weights = map_classes(weights, class_map)
         if weights.arch.kind == "classification":
             weights = weights.encoder()
+        if in_channels is not None:
+            weights = adapt_stem(weights, in_channels, stem)
         if ALIGNED in weights.notes and weights.arch.kind == "segmentation":
             warnings.warn(f"{path}: {ALIGNED}", stacklevel=2)
         cfg = weights.config(norm_profile, ops)
@@ -116,7 +123,7 @@ class MiTClassifier(Network):
         init_encoder_weights(self.head)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalized -> class scores (B, K)."""
+        """Images (B, C, H, W), normalized -> class scores (B, K)."""
         return self.head(self.backbone(images)[-1].mean(dim=(2, 3)))
 
     @classmethod

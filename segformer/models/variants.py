@@ -50,6 +50,8 @@ VARIANTS = {
 # whatever its config says; mmsegmentation 1e-6 everywhere.
 NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
 OPS = ("fused", "reference")
+RGB = 3  # channels of the images that published weights take
+STEMS = ("zero", "mean", "repeat")
 LEAST_SIDE = 32  # pixels of an image that a network takes: the encoder reduces by 32
 
 
@@ -61,6 +63,12 @@ class ModelConfig:
     """Size of the network: b0 to b5, or one of the wider b6, b5_w2, b5_w4."""
     num_classes: int | None = None
     """Classes predicted; null takes the number of the data set."""
+    in_channels: int | None = None
+    """Channels of the images; null takes the number of the data set."""
+    stem: str = "zero"
+    """How a first convolution that was trained on RGB begins on images of other channels: zero (0 for every
+    channel after the third), mean (of the three, everywhere) or repeat (R, G, B, R, G ...); docs/weights.md
+    has the rules."""
     decoder_dim: int | None = None
     """Channels of the decode head; null takes the variant's (256 for b0 and b1, 768 above)."""
     ops: str = "fused"
@@ -81,7 +89,9 @@ class ModelConfig:
     has one with as many classes."""
 
     def __post_init__(self) -> None:
-        for name, known in (("variant", VARIANTS), ("norm_profile", NORM_PROFILES), ("ops", OPS)):
+        known: tuple[str, ...]
+        choices = {"variant": (*VARIANTS,), "norm_profile": (*NORM_PROFILES,), "ops": OPS, "stem": STEMS}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"model.{name}={value} is unknown; use one of {', '.join(known)}")
         if self.pretrained == "required":
@@ -92,7 +102,12 @@ class ModelConfig:
         if wrong := sorted(set(self.checkpointing) - {1, 2, 3, 4}):
             raise ConfigError(f"model.checkpointing has {wrong}; give stages from 1 to 4, as [1,2]")
         at_least(self, "model.", num_classes=1)
-        within(self, "model.", decoder_dim=(1, 2**16))
+        within(self, "model.", decoder_dim=(1, 2**16), in_channels=(1, 2**10))
         for name in ("drop_path_rate", "dropout"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ConfigError(f"model.{name}={value} must be at least 0 and below 1")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the network takes: RGB where nothing says otherwise."""
+        return self.in_channels or RGB

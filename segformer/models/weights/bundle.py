@@ -1,7 +1,7 @@
 """A model as a bundle: tensors under our names, the architecture that they belong to, and metadata.
 
     Weights    .state      parameters and buffers
-               .arch       variant, kind, classes, LayerNorm epsilons: all that building the network takes
+               .arch       variant, kind, classes, channels, LayerNorm epsilons: all that a network takes
                .metadata   names and colors of the classes, normalization of the images
 
 `find_arch` infers the architecture from names and shapes. Refuses, with CheckpointError, sizes that are none
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from segformer.checkpoint.format import is_finite
 from segformer.errors import CheckpointError, ConfigError, listed, reraise_as
-from segformer.models.variants import VARIANTS, ModelConfig
+from segformer.models.encoders import stem_of
+from segformer.models.variants import RGB, VARIANTS, ModelConfig
 from segformer.models.weights.key_maps import TITLES
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = ("", "uint16", "float32")  # of images; "" = uint8
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -37,6 +39,8 @@ class Arch:
     "segmentation, classification or encoder."
     num_classes: int = 0
     "Logits; 0 for an encoder."
+    in_channels: int = RGB
+    "Channels of the images."
     decoder_dim: int | None = None
     "Channels of the decode head."
     norm_profile: str | None = None
@@ -58,9 +62,11 @@ class Metadata:
     palette: list[list[int]] = field(default_factory=list)
     "K colors, RGB of 0 to 255."
     mean: list[float] = field(default_factory=list)
-    "Subtracted from each channel of an RGB image of 0 to 255."
+    "Subtracted from each of the C channels of an image, in units of its `dtype`."
     std: list[float] = field(default_factory=list)
     "Divides each channel after that."
+    dtype: str = ""
+    "Type of the images' values: uint16 or float32; empty = uint8."
     image_range: list[int] = field(default_factory=list)
     "Values of 16-bit images that become 0 and 255; without it their upper 8 bits are taken."
     view: list[int] = field(default_factory=list)
@@ -75,11 +81,16 @@ class Metadata:
             with reraise_as(ConfigError, f"metadata is wrong: {entry.name}", on=(TypeError, ValueError)):
                 setattr(self, entry.name, _READERS[entry.name]([] if value is None else value))
 
-    def check(self, num_classes: int) -> None:
-        """Raise ConfigError where names or colors are not as many as classes."""
+    def check(self, num_classes: int, channels: int = RGB) -> None:
+        """Raise ConfigError where names or colors are not as many as classes, or mean and std as channels."""
         for what, values in (("names", self.classes), ("colors", self.palette)):
             if values and len(values) != num_classes:
                 raise ConfigError(f"{num_classes} classes, but the metadata has {len(values)} {what}")
+        for what, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers and len(numbers) != channels:
+                raise ConfigError(
+                    f"{channels} channels, but the metadata has {len(numbers)} values of {what}"
+                )
 
 
 def _list_of(values: Any, read: Callable[[Any], Any], length: int = 0) -> list[Any]:
@@ -102,6 +113,12 @@ def _side(value: Any) -> int:
     return number
 
 
+def _dtype(value: Any) -> str:
+    if (name := str(value or "").replace("uint8", "")) not in DTYPES:
+        raise ValueError(f"{value!r} is none of {', '.join(DTYPES[1:])}")
+    return name
+
+
 def _number(value: Any) -> float:
     if not math.isfinite(number := float(value)):
         raise ValueError(f"{value!r} is not finite")
@@ -117,8 +134,9 @@ def _positive(value: Any) -> float:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "classes": lambda names: _list_of(names, str),
     "palette": lambda colors: _list_of(colors, lambda color: _list_of(color, _byte, 3)),
-    "mean": lambda mean: _list_of(mean, _number, 3),
-    "std": lambda std: _list_of(std, _positive, 3),
+    "mean": lambda mean: _list_of(mean, _number),
+    "std": lambda std: _list_of(std, _positive),
+    "dtype": _dtype,
     "view": lambda view: _list_of(view, int, 2),
     "image_range": lambda values: _list_of(values, int, 2),
     "long_side": _side,
@@ -166,6 +184,7 @@ class Weights:
         usual = VARIANTS[arch.variant].decoder_dim
         return ModelConfig(
             variant=arch.variant,
+            in_channels=arch.in_channels,
             norm_profile=profile,
             decoder_dim=None if arch.decoder_dim == usual else arch.decoder_dim,
             ops=ops or arch.ops,
@@ -180,7 +199,7 @@ class Weights:
             self,
             state={name: tensor for name, tensor in self.state.items() if name not in head},
             arch=replace(self.arch, kind="encoder", num_classes=0, decoder_dim=None),
-            metadata=Metadata(mean=self.metadata.mean, std=self.metadata.std),
+            metadata=Metadata(mean=self.metadata.mean, std=self.metadata.std, dtype=self.metadata.dtype),
             provenance={},
             dropped=[*self.dropped, *head],
         )
@@ -224,15 +243,16 @@ def find_arch(state: Mapping[str, Tensor]) -> Arch:
     depths = tuple(map(len, blocks))
     for name, variant in VARIANTS.items():
         if variant.backbone == "mit" and (variant.embed_dims, variant.depths) == (embed_dims, depths):
-            return add_head(Arch(variant=name, kind="encoder"), state)
+            return with_shapes(Arch(variant=name, kind="encoder"), state)
     raise CheckpointError(
         f"its embed_dims {embed_dims} and depths {depths} are those of no known SegFormer; known are "
         f"{', '.join(VARIANTS)}"
     )
 
 
-def add_head(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
-    """The architecture with the head that `state` has beside the encoder."""
+def with_shapes(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
+    """The architecture with the channels that `state` takes, and the head that it has beside the encoder."""
+    arch = replace(arch, in_channels=_dim(state, stem_of(arch.variant), 1))
     if any(name.startswith("decode_head.") for name in state):
         classes, dim = (_dim(state, "decode_head.linear_pred.weight", axis) for axis in (0, 1))
         return replace(arch, kind="segmentation", num_classes=classes, decoder_dim=dim)

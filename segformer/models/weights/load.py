@@ -5,18 +5,19 @@ from torch import nn
 from segformer.errors import CheckpointError, ConfigError, listed
 from segformer.models.backbone import Backbone
 from segformer.models.variants import ModelConfig
-from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head
+from segformer.models.weights.bundle import Arch, Metadata, Weights, with_shapes
 from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.read import read_weights, to_fp32
+from segformer.models.weights.stem import adapt_stem
 
 
 def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: int) -> str:
     """Load the encoder of `cfg.pretrained`, and its head where it is of the same kind and as many classes.
 
-    `kind` is segmentation or classification; each takes the encoder of the other. Returns in words what was
-    loaded; "" where `cfg.pretrained` names nothing. Raises CheckpointError where the weights are not of
-    `cfg.variant`, or naming what is missing or of another shape; ConfigError where `cfg.num_classes` is set
-    and differs.
+    `kind` is segmentation or classification; each takes the encoder of the other. Weights for RGB are adapted
+    to other channels (stem.py). Returns in words what was loaded; "" where `cfg.pretrained` names nothing.
+    Raises CheckpointError where the weights are not of `cfg.variant`, take other channels, or naming what is
+    missing or of another shape; ConfigError where `cfg.num_classes` is set and differs.
     """
     if cfg.num_classes not in (None, num_classes):
         raise ConfigError(
@@ -31,10 +32,14 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
             f"{cfg.pretrained} is {arch.variant}, this model is {cfg.variant}; use model={arch.variant} or "
             "other weights"
         )
+    weights = adapt_stem(weights, cfg.channels, cfg.stem)
     keep_head = (arch.kind, arch.num_classes) == (kind, num_classes)
     load_weights(model, weights if keep_head else weights.encoder())
     loaded = "encoder and head" if keep_head else "encoder"
     said = [f"{arch.variant} of {cfg.pretrained} ({weights.title}): {loaded}"]
+    if arch.in_channels != cfg.channels:
+        rule = "their sum" if cfg.channels == 1 else cfg.stem
+        said.append(f"its kernels for RGB are adapted to {cfg.channels} channels ({rule})")
     if not keep_head:
         there = f", which has {arch.num_classes} classes there," if arch.kind == kind else ""
         said.append(f"the head{there} is new, for {num_classes} classes")
@@ -99,4 +104,4 @@ def weights_of(model: nn.Module, backbone: Backbone, metadata: Metadata) -> Weig
         drop_path_rate=cfg.drop_path_rate,
     )
     wide = {name: tensor if tensor.itemsize == 8 else to_fp32(tensor) for name, tensor in state.items()}
-    return Weights(state=wide, arch=add_head(arch, state), metadata=metadata)
+    return Weights(state=wide, arch=with_shapes(arch, state), metadata=metadata)

@@ -30,7 +30,7 @@ from segformer.checkpoint.reader import Run, is_run, open_run
 from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed, reraise_as, say
 from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
-from segformer.models.weights.bundle import Arch, Metadata, Weights, add_head, check_tensors, find_arch
+from segformer.models.weights.bundle import Arch, Metadata, Weights, check_tensors, find_arch, with_shapes
 from segformer.models.weights.key_maps import ALIGNED, detect, foreign_head, to_ours
 from segformer.models.weights.tensor_files import ModelFiles, read_files
 
@@ -80,19 +80,21 @@ def _described_run(run: Run, provenance: dict[str, Any]) -> Weights:
     model, data = run.config["model"], run.config["data"]
     keys = model.keys() & {"norm_profile", "dropout", "drop_path_rate", "ops"}  # an older version has fewer
     said = {"norm_profile": ModelConfig().norm_profile} | {key: model[key] for key in keys}
-    arch = add_head(Arch(variant=model["variant"], kind="encoder", **said), run.weights)
+    arch = with_shapes(Arch(variant=model["variant"], kind="encoder", **said), run.weights)
+    pixels = run.state.pixels or {}
     classifies = arch.kind == "classification"
     settings = run.config.get("classification" if classifies else "augment", {})
     metadata = Metadata(
         classes=data.get("classes") or data.get("class_dirs"),
         palette=data.get("palette"),
-        mean=settings.get("mean"),
-        std=settings.get("std"),
+        mean=pixels.get("mean") or settings.get("mean"),
+        std=pixels.get("std") or settings.get("std"),
+        dtype=pixels.get("dtype", ""),
         image_range=data.get("image_range"),
         view=[settings["size"], settings["eval_resize"]] if classifies else [],
         long_side=run.state.long_side or 0,
     )
-    metadata.check(arch.num_classes)
+    metadata.check(arch.num_classes, arch.in_channels)
     weights = Weights(
         state=run.weights,
         arch=arch,
@@ -109,7 +111,7 @@ def _read_model(source: Path, encoder_only: bool) -> Weights:
     with reraise_as(CheckpointError, str(files.file), on=CheckpointError):
         check_tensors(files.state, "its tensors can't be used")
         if foreign := _foreign_export(files.config):
-            arch = add_head(Arch(variant=foreign, kind="encoder"), files.state)
+            arch = with_shapes(Arch(variant=foreign, kind="encoder"), files.state)
             weights = Weights(state=files.state, arch=arch)
         else:
             weights = _renamed(files.state, encoder_only)
@@ -170,8 +172,8 @@ def _describe(weights: Weights, files: ModelFiles) -> None:
     else:
         section = config.get("segformer")
         if weights.format in ("hf", "hf5"):
-            _check_hf_config(config, arch.variant)
-            weights.metadata = _metadata_of_hf(config, files.preprocessor, arch.num_classes)
+            _check_hf_config(config, arch)
+            weights.metadata = _metadata_of_hf(config, files.preprocessor, arch)
         arch.dropout = _rate(config.get("classifier_dropout_prob"), arch.dropout)
         arch.drop_path_rate = _rate(config.get("drop_path_rate"), arch.drop_path_rate)
         if section is not None and "transformers_version" in config:
@@ -190,9 +192,9 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
     arch, damaged = weights.arch, (KeyError, TypeError, ValueError, ConfigError)
     with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):
         entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
-        entries |= {key: section.get(key) for key in ("view", "image_range", "long_side")}  # in none older
+        entries |= {key: section.get(key) for key in ("view", "dtype", "image_range", "long_side")}  # newer
         weights.metadata = Metadata(**entries)
-        weights.metadata.check(arch.num_classes)
+        weights.metadata.check(arch.num_classes, arch.in_channels)
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
             raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
         arch.norm_profile = section["norm_profile"]
@@ -205,11 +207,11 @@ def _rate(value: Any, usual: float) -> float:
     return float(value) if number and 0 <= value < 1 else usual
 
 
-def hf_sizes(variant_name: str) -> dict[str, Any]:
-    """The sizes of a variant as keys of transformers' SegformerConfig."""
-    variant = VARIANTS[variant_name]
+def hf_sizes(arch: Arch) -> dict[str, Any]:
+    """The sizes of a network as keys of transformers' SegformerConfig."""
+    variant = VARIANTS[arch.variant]
     return {
-        "num_channels": 3,
+        "num_channels": arch.in_channels,
         "num_encoder_blocks": len(variant.depths),
         "hidden_sizes": list(variant.embed_dims),
         "depths": list(variant.depths),
@@ -223,15 +225,15 @@ def hf_sizes(variant_name: str) -> dict[str, Any]:
     }
 
 
-def _check_hf_config(config: Mapping[str, Any], variant: str) -> None:
-    """Raise CheckpointError where a config.json describes another network than `variant`.
+def _check_hf_config(config: Mapping[str, Any], arch: Arch) -> None:
+    """Raise CheckpointError where a config.json describes another network than `arch`.
 
     Heads and strides leave no trace in the shapes of the tensors, so nothing else would notice.
     """
-    for key, ours in {"model_type": "segformer", **hf_sizes(variant)}.items():
+    for key, ours in {"model_type": "segformer", **hf_sizes(arch)}.items():
         if (theirs := config.get(key, ours)) != ours:
             raise CheckpointError(
-                f"config.json says {key}={theirs}, but {variant}, which the weights are, has {ours}; "
+                f"config.json says {key}={theirs}, but {arch.variant}, which the weights are, has {ours}; "
                 "it is another network, or the config of other weights"
             )
 
@@ -241,14 +243,16 @@ def default_labels(num_classes: int) -> list[str]:
     return [f"LABEL_{k}" for k in range(num_classes)]
 
 
-def _metadata_of_hf(config: Mapping[str, Any], preprocessor: Mapping[str, Any], num_classes: int) -> Metadata:
+def _metadata_of_hf(config: Mapping[str, Any], preprocessor: Mapping[str, Any], arch: Arch) -> Metadata:
     """Metadata in the files of transformers; names that transformers made up (LABEL_0) are left out."""
     scale = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1.0
     found = Metadata()
     with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError, ConfigError):
         mean, std = ([round(v / scale, 6) for v in preprocessor[key]] for key in ("image_mean", "image_std"))
-        found = Metadata(mean=mean, std=std)
-    labels = config.get("id2label")
+        read = Metadata(mean=mean, std=std)
+        read.check(arch.num_classes, arch.in_channels)
+        found = read
+    labels, num_classes = config.get("id2label"), arch.num_classes
     if isinstance(labels, dict) and {str(k) for k in range(num_classes)} == set(labels):
         names = [str(labels[str(k)]) for k in range(num_classes)]
         found.classes = [] if names == default_labels(num_classes) else names

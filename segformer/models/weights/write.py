@@ -4,19 +4,21 @@
                                       transformers loads; the section "segformer" of config.json says all that
                                       the same network here takes:
                                       {variant, norm_profile, decoder_dim, num_classes, classes, palette,
-                                       mean, std, view, long_side, shards, digest, step, averaged, scores,
-                                       weights_sha256, exact_in_transformers, note}
+                                       mean, std, dtype, view, long_side, shards, digest, step, averaged,
+                                       scores, weights_sha256, exact_in_transformers, note}
     write_hf(weights, out)            the same without the section
     write_pth(weights, out, format)   one .pth: nvlabs and mmseg {"state_dict", "meta"}, smp the bare state
 
 transformers.pipeline("image-segmentation", out) shows images to the model as evaluations do here, whole and
 at their own size, and pipeline("image-classification", out) the center of each. It can't reduce larger images
-to the long_side of the training; the note in config.json says so. An export of another backbone than MiT has
-our names and that section alone.
+to the long_side of the training; the note in config.json says so. Its processors show 8-bit RGB alone: a
+model of other images has no preprocessor_config.json. An export of another backbone than MiT has our names
+and that section alone.
 
 Every file appears whole or not at all. Refuses, with ConfigError, a folder with other files or a model that
-we did not write, a .pth that exists, a place that can't be written, metadata that does not fit, and a model
-that the target can't hold; with CheckpointError, tensors that are not finite, have no data or are float64.
+we did not write, a .pth that exists, a place that can't be written, metadata that does not fit or does not
+say mean and std of other images than 8-bit RGB, and a model that the target can't hold; with CheckpointError,
+tensors that are not finite, have no data or are float64.
 Nothing is written then, and what was there stays.
 """
 
@@ -34,8 +36,8 @@ from torch import Tensor
 from segformer.checkpoint.format import write_tensors
 from segformer.errors import ConfigError, listed, reraise_as
 from segformer.files import regular, sha256_of, staged, sync
-from segformer.models.variants import VARIANTS
-from segformer.models.weights.bundle import Metadata, Weights, check_tensors
+from segformer.models.variants import RGB, VARIANTS
+from segformer.models.weights.bundle import Weights, check_tensors
 from segformer.models.weights.key_maps import TITLES, from_ours
 from segformer.models.weights.read import default_labels, hf_sizes
 from segformer.models.weights.tensor_files import CONFIG_FILE, MODEL_FILE, PREPROCESSOR_FILE, read_json
@@ -58,6 +60,9 @@ _NO_PLACE = {  # (format, kind of model) -> why the format can't hold it
     ("mmseg", "classification"): "its models segment",
 }
 _SMP_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5")
+_UNSHOWN = (
+    "; transformers can't show it images of {} channels of {}: give pixel_values, normalized by mean and std"
+)
 _REDUCED = (
     "; it was trained and scored on images of at most {} pixels a side: give transformers no larger ones"
 )
@@ -76,11 +81,22 @@ def write_export(weights: Weights, out: Path, **extra: Any) -> list[Path]:
     def config_of(model_file: Path) -> dict[str, Any]:
         exact, side = profile == "hf", weights.metadata.long_side
         note = _NOTES[exact] + (_REDUCED.format(side) if side else "")
+        note += "" if shown(weights) else _UNSHOWN.format(*images_of(weights))
         end = {"weights_sha256": sha256_of(model_file), "exact_in_transformers": exact, "note": note}
         sizes = _hf_config(weights) if _is_mit(weights) else {}
         return {**sizes, "segformer": {**section, **end}}
 
     return _write_directory(weights, out, profile, config_of, theirs=_is_mit(weights))
+
+
+def images_of(weights: Weights) -> tuple[int, str]:
+    """Channels of the images that a model takes, and the type of their values."""
+    return weights.arch.in_channels, weights.metadata.dtype or "uint8"
+
+
+def shown(weights: Weights) -> bool:
+    """An image processor of transformers can show the model its images."""
+    return images_of(weights) == (RGB, "uint8")
 
 
 def write_hf(weights: Weights, out: Path) -> list[Path]:
@@ -99,6 +115,10 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         raise ConfigError(f"output={out} must be the name of a .pth file for to={format_}")
     if format_ == "smp" and arch.variant not in _SMP_VARIANTS:
         raise ConfigError(f"segmentation_models_pytorch has no encoder of {arch.variant}; use another target")
+    if format_ == "smp" and arch.in_channels != RGB:
+        raise ConfigError(
+            f"segmentation_models_pytorch has no mit encoder for {arch.in_channels} channels; use another"
+        )
     if reason := _NO_PLACE.get((format_, arch.kind)):
         raise ConfigError(
             f"{TITLES[format_]} can't hold the head of this model ({arch.kind}): {reason}; write the "
@@ -154,7 +174,8 @@ def _write_directory(
 
     A full disk leaves the older files as they were; a crash leaves no description of other weights.
     """
-    names = [CONFIG_FILE, *([PREPROCESSOR_FILE] if theirs else []), MODEL_FILE]
+    processed = theirs and shown(weights)
+    names = [CONFIG_FILE, *([PREPROCESSOR_FILE] if processed else []), MODEL_FILE]
     with _writing(weights, out):
         _claim_folder(out)
         named = weights.state
@@ -166,7 +187,7 @@ def _write_directory(
             whole = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
             write_tensors(whole, places[MODEL_FILE], {"format": "pt", _MARK: profile})
             contents = {CONFIG_FILE: config_of(places[MODEL_FILE])}
-            contents |= {PREPROCESSOR_FILE: _preprocessor(weights)} if theirs else {}
+            contents |= {PREPROCESSOR_FILE: _preprocessor(weights)} if processed else {}
             for name, content in contents.items():
                 places[name].write_text(json.dumps(content, indent=2), encoding="utf-8")
             for place in places.values():
@@ -189,8 +210,8 @@ def _section(weights: Weights) -> dict[str, Any]:
     """Architecture and metadata, as whoever reads the file will find them."""
     config = weights.config()
     metadata = replace(weights.metadata)  # checked anew
-    metadata.check(weights.arch.num_classes)
-    normalization = Metadata(mean=metadata.mean or IMAGENET_MEAN, std=metadata.std or IMAGENET_STD)
+    metadata.check(weights.arch.num_classes, weights.arch.in_channels)
+    mean, std = normalization(weights)
     return {
         "variant": config.variant,
         "norm_profile": config.norm_profile,
@@ -199,11 +220,23 @@ def _section(weights: Weights) -> dict[str, Any]:
         **{
             key: value or None
             for key, value in asdict(metadata).items()
-            if value or key != "image_range"  # few have it
+            if value or key not in ("image_range", "dtype")  # few have them
         },
-        "mean": normalization.mean,
-        "std": normalization.std,
+        "mean": mean,
+        "std": std,
     }
+
+
+def normalization(weights: Weights) -> tuple[list[float], list[float]]:
+    """Mean and std of the images, ImageNet's of 8-bit RGB; ConfigError where others' are not said."""
+    mean, std = weights.metadata.mean, weights.metadata.std
+    if not (mean and std) and not shown(weights):
+        channels, dtype = images_of(weights)
+        raise ConfigError(
+            f"{weights.source} does not say mean and std of its images of {channels} channels of {dtype}; "
+            "give them from Python: model.save_pretrained(output, Metadata(mean=[...], std=[...]))"
+        )
+    return mean or IMAGENET_MEAN, std or IMAGENET_STD
 
 
 def _is_mit(weights: Weights) -> bool:
@@ -216,7 +249,7 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": "segformer",
         "architectures": [_ARCHITECTURES[arch.kind]],
-        **hf_sizes(arch.variant),
+        **hf_sizes(arch),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "classifier_dropout_prob": arch.dropout,

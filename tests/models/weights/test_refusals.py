@@ -112,8 +112,8 @@ EMBED = "backbone.patch_embed1.proj.weight"
     ("changes", "message"),
     [
         (
-            {EMBED: torch.zeros(32, 4, 7, 7)},
-            r"1 of another shape: \S+ \(32, 4, 7, 7\) for \(32, 3, 7, 7\)",
+            {EMBED: torch.zeros(32, 3, 5, 5)},
+            r"1 of another shape: \S+ \(32, 3, 5, 5\) for \(32, 3, 7, 7\)",
         ),
         (
             {"backbone.block1.0.mlp.fc1.weight": torch.zeros(256, 32)},
@@ -125,7 +125,7 @@ EMBED = "backbone.patch_embed1.proj.weight"
         ({EMBED: None}, r"backbone\.patch_embed1\.proj\.weight is missing; the file is incomplete"),
         ({"decode_head.linear_pred.weight": None}, r"decode_head\.linear_pred\.weight is missing"),
     ],
-    ids=["channels", "PVTv2", "deeper", "wide", "flat", "hole", "headless"],
+    ids=["kernel", "PVTv2", "deeper", "wide", "flat", "hole", "headless"],
 )
 def test_sizes_of_no_variant_are_refused_and_named(
     state: State, tmp_path: Path, changes: dict[str, Tensor | None], message: str

@@ -59,7 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"palette": [[0, 0, 0]] * 3}, "2 classes, but the metadata has 3 colors"),
     ({"classes": "ab"}, "classes: 'ab' is not a list"),
     ({"classes": ["a"]}, "2 classes, but the metadata has 1 names"),
-    ({"mean": [1.0]}, r"mean: \[1\.0\] is not a list of 3"),
+    ({"mean": [1.0]}, r"3 channels, but the metadata has 1 values of mean"),
     ({"mean": [1.0, 2.0, float("nan")]}, "mean: nan is not finite"),
     ({"std": [1.0, 0.0, 1.0]}, "std: 0.0 is not above 0"),
 ]
