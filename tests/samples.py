@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.listing import Sample, find_samples
+from segformer.data.sources.listing import find_samples
+from segformer.data.sources.sample import Sample
 
 
 def list_samples(cfg: DatasetConfig, root: Path, split: str) -> list[Sample]:

@@ -26,7 +26,9 @@ MAX_ENTRIES = 15
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "web dataset content decode division folder masks listing download",
+    "data.sources": "web dataset content decode division folder masks shapes sample",
+    "data.formats": "base table",
+    "data.sources.": "listing download",
     "data.shards": (
         "pool storage index tiling format reader verify workfolder packing trimming joining sharding"
     ),

@@ -26,8 +26,9 @@ from segformer.data.sources.content import Depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.folder import LeftOut
-from segformer.data.sources.listing import LoadedSample, Sample, find_samples, inspect_sample
+from segformer.data.sources.listing import find_samples
 from segformer.data.sources.masks import Defect, mask_colors
+from segformer.data.sources.sample import LoadedSample, Sample, inspect_sample
 from segformer.errors import DataError, reported
 
 SHOWN = 3  # places that are named for each kind of defect

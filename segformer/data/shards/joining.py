@@ -14,7 +14,7 @@ from segformer.data.sources.content import Depth, Histogram, Labels, check_conte
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import read_file
 from segformer.data.sources.division import EVAL_SPLIT, is_training, pairs, same_bytes
-from segformer.data.sources.listing import Sample
+from segformer.data.sources.sample import Sample
 from segformer.errors import DataError
 from segformer.files import write_atomic
 

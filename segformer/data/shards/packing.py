@@ -26,7 +26,8 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, check_depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header, is_deep, read_file
-from segformer.data.sources.listing import LoadedSample, Sample, load_sample
+from segformer.data.sources.sample import LoadedSample, Sample, load_sample
+from segformer.data.sources.shapes import packed
 from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
 from segformer.files import read_json, sha256_of, staged, write_atomic
 
@@ -105,10 +106,14 @@ def source_hash(samples: Iterable[Sample]) -> str:
 
 
 def _hash(samples: Iterable[Sample], facts: Callable[[Path], bytes]) -> str:
-    """sha256 over name and class of each sample, and the facts of its files."""
+    """sha256 over name, class and shapes of each sample, and the facts of its files."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.key}\0{sample.label}".encode())
+        if sample.shapes is not None or sample.segments is not None:
+            digest.update(repr((sample.uncovered, sample.size, sample.segments)).encode())
+        for part in packed(sample.shapes or ()):
+            digest.update(part)
         for path in filter(None, (sample.image, sample.mask)):
             with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
                 digest.update(facts(path))

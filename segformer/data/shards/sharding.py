@@ -31,6 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from segformer.data.formats.table import resolved
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
 from segformer.data.shards.joining import check_joined, join
 from segformer.data.shards.packing import (
@@ -48,8 +49,9 @@ from segformer.data.sources.content import Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig, class_palette, voc_palette
 from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
-from segformer.data.sources.listing import Sample, class_folders, find_samples
+from segformer.data.sources.listing import class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained
+from segformer.data.sources.sample import Sample
 from segformer.errors import ConfigError, DataError, is_name, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
@@ -89,14 +91,19 @@ def _description(settings: Settings) -> dict[str, Any]:
             "min_share": cfg.min_share,
         }
         | ({"image_range": list(cfg.image_range)} if cfg.image_range else {})
+        | ({"labels": _label_settings(cfg)} if cfg.format else {})
         | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.is_divided else {})
         | {key: value for key in DIVISION if (value := getattr(cfg, key))}
     )
 
 
+def _label_settings(cfg: DatasetConfig) -> dict[str, Any]:
+    return {"format": cfg.format, "uncovered": cfg.uncovered, "category_map": dict(cfg.category_map)}
+
+
 def _identity(settings: Settings, listing: Listing) -> str:
     """A hash of settings, sample names and encoders; equal: what is finished can be kept."""
-    free: dict[str, Any] = {"root": "", "shards": ""} | {key: [] for key in ALLOWANCES}
+    free: dict[str, Any] = {"root": "", "shards": "", "labels": ""} | {key: [] for key in ALLOWANCES}
     deciding = replace(settings, cfg=replace(settings.cfg, **free))
     names = {split: [(s.key, s.label) for s in samples] for split, samples in listing.items()}
     whole = [FORMAT, VERSION, asdict(deciding), names, cv2.__version__]
@@ -125,6 +132,7 @@ def write_shards(
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
+    cfg = resolved(cfg, root)
     if unfit := [name for name in cfg.classes if not is_name(name)]:
         raise ConfigError(f"data.classes: {listed(unfit)} hold control characters; leave these out")
     check_content(Labels.configured(cfg, cfg.classes), {}, ())

@@ -3,15 +3,12 @@
 The share is of all pixels, ignored ones included, after the label map. Splits named val... or test... stay
 whole. Every mask of the others is read, in processes."""
 
-from pathlib import Path
-
 import numpy as np
 
 from segformer.data.shards.pool import run
 from segformer.data.sources.dataset import DatasetConfig, label_table
 from segformer.data.sources.division import is_training
-from segformer.data.sources.listing import Sample
-from segformer.data.sources.masks import mask_ids
+from segformer.data.sources.sample import Sample, inspect_sample, sample_ids
 from segformer.errors import DataError
 
 SCAN = 64  # images that one task looks at
@@ -40,5 +37,14 @@ def trim(cfg: DatasetConfig, listing: Listing, workers: int) -> Listing:
 def _wanted(task: tuple[DatasetConfig, list[Sample]]) -> list[Sample]:
     cfg, samples = task
     counted = np.isin(label_table(cfg), [cfg.classes.index(name) for name in cfg.drop_classes])  # by raw id
-    shares = [counted[mask_ids(cfg, Path(sample.mask_file or ""))].mean() for sample in samples]
+    shares = [counted[_ids(cfg, sample)].mean() for sample in samples]
     return [sample for sample, share in zip(samples, shares, strict=True) if share >= cfg.min_share]
+
+
+def _ids(cfg: DatasetConfig, sample: Sample) -> np.ndarray:
+    if sample.shapes is None:  # the image's size tells nothing then
+        return sample_ids(cfg, sample, (0, 0))
+    loaded, defects = inspect_sample(cfg, sample)
+    if loaded.ids is None:
+        raise defects[0]
+    return loaded.ids

@@ -113,6 +113,14 @@ class DatasetConfig:
     """Classification: class folders in the order of their ids; empty = those of all splits, sorted."""
     palette: list[list[int]] = field(default_factory=list)
     """One [red, green, blue] of 0-255 per class, for pictures; empty = generated colors."""
+    format: str = ""
+    """Of label files in the place of masks: coco, coco_panoptic; empty = found where there are no masks."""
+    labels: str = ""
+    """Label file or folder below root, with {split}; empty = where its format usually has it."""
+    uncovered: str = "background"
+    """Class of the pixels that no shape of a label file covers; ignore = neither trained nor scored."""
+    category_map: dict[str, str] = field(default_factory=dict)
+    """Category of a label file -> class, or ignore; a category that is not named: the class of its name."""
     label_map: dict[int, int] = field(default_factory=dict)
     """Raw id in the masks -> train id or 255 (ignored); empty = raw ids are train ids."""
     drop_classes: list[str] = field(default_factory=list)
@@ -145,7 +153,15 @@ class DatasetConfig:
                     yield f"{key} names {split!r}; use letters, digits, '_' and '-' only"
         foreign = ["class_dirs"]
         if self.task == "classification":
-            foreign = ["label_map", "mask_colours", "drop_classes", "min_share"]
+            foreign = [
+                "label_map",
+                "mask_colours",
+                "drop_classes",
+                "min_share",
+                "format",
+                "labels",
+                "category_map",
+            ]
         for key in foreign:
             if getattr(self, key):
                 yield f"{key} means nothing where data.task={self.task}; leave it out"

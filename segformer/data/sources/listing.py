@@ -1,89 +1,26 @@
-"""The files of a data set: which samples a split has, what one sample holds, and every defect of both.
+"""The files of a data set: which samples a split has, and what of its folders does not fit.
 
 `find_samples` walks the folders once with plain strings (a million files: a few seconds) and pairs image and
-mask by their key, the path below the split's folder without the suffix. `inspect_sample` reads one pair:
-
-    image   the file's bytes as they are, decoded as training does, to make sure that it is whole
-    mask    PNG: grey of 1 to 16 bits or indices (not colors) -> raw ids; or, with `data.mask_colours`,
-            colors of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
-
-Both give defects (the kinds stand at `Defect`) beside what can be used: the doctor lists them all;
-`load_sample`, which sharding calls, raises the first."""
+mask by their key, the path below the split's folder without the suffix; where there are label files in the
+place of masks, their format (data/formats) says what belongs together. `sample.py` reads what it finds."""
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, label_table, setting
-from segformer.data.sources.decode import (
-    image_orientation,
-    orientation_text,
-    read_file,
-    value_range,
-    whole_image,
-)
+from segformer.data.formats.table import categories_of, label_format, labeled_samples
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, setting
 from segformer.data.sources.division import divided, working_share
 from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
-from segformer.data.sources.masks import Defect, classes_in, mask_ids, unknown_ids
+from segformer.data.sources.masks import Defect, classes_in
+from segformer.data.sources.sample import Sample, noting
 from segformer.errors import DataError, is_name, listed, printable, reraise_as
 from segformer.files import read_text
 
 SHOWN = 3  # names in the message of a defect
-
-
-@contextmanager
-def _noting(defects: list[Defect], kind: str) -> Iterator[None]:
-    """End the block at its first defect and add that; `kind` is that of a DataError which has none."""
-    try:
-        yield
-    except DataError as error:
-        defects.append(error if isinstance(error, Defect) else Defect(kind, str(error)))
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image with its mask (segmentation) or class id (classification) on disk."""
-
-    key: str
-    """Path below the split's folder without the suffix."""
-    image_file: str
-    """Path of the image; a string, because a set has millions."""
-    mask_file: str | None = None
-    """Path of the mask."""
-    label: int | None = None
-    """Class id."""
-
-    @property
-    def image(self) -> Path:
-        return Path(self.image_file)
-
-    @property
-    def mask(self) -> Path | None:
-        return None if self.mask_file is None else Path(self.mask_file)
-
-
-@dataclass(slots=True)
-class LoadedSample:
-    """Contents of one sample, as far as its files can be used."""
-
-    image: bytes = b""
-    height: int = 0
-    width: int = 0
-    levels: tuple[int, int] | None = None
-    """Lowest and highest value of an image of 16 bits."""
-    orientation: int = 1
-    """EXIF orientation of the image, which is not applied."""
-    ids: np.ndarray | None = None
-    """Raw ids of the mask, uint16 (H, W); None in classification."""
-    mask: np.ndarray | None = None
-    """Train ids and IGNORE_INDEX, uint8 (H, W), from `load_sample`; None in classification."""
-    raw_ids: dict[int, int] = field(default_factory=dict)
-    """Raw id -> pixels, before the label map; empty in classification."""
 
 
 @dataclass(slots=True)
@@ -112,12 +49,22 @@ def find_samples(
 ) -> tuple[list[Sample], list[Defect], dict[str, LeftOut]]:
     """The samples of a split that can be used, sorted by key; what does not fit; and what else its folders,
     by their names below root, hold."""
+    defects: list[Defect] = []
+    with noting(defects, "listing"):
+        return (_labeled if label_format(cfg, root) else _paired)(cfg, root, split)
+    return [], defects, {}
+
+
+def _paired(
+    cfg: DatasetConfig, root: Path, split: str
+) -> tuple[list[Sample], list[Defect], dict[str, LeftOut]]:
+    """`find_samples` of folders of images and masks, or of classes."""
     samples: list[Sample] = []
     defects: list[Defect] = []
     left: dict[str, LeftOut] = {}
     labels: dict[str, int] = {}
     cfg.check_one_folder()
-    with _noting(defects, "listing"):
+    with noting(defects, "listing"):
         sides = [
             _Side(kind, _folder(cfg, root, kind, split), cfg.ends(kind))
             for kind in (("image", "mask") if cfg.task == "segmentation" else ("image",))
@@ -162,6 +109,32 @@ def find_samples(
             label = labels.get(key.partition("/")[0])
             samples.append(Sample(key, image, masks[0] if masks else None, label))
     return samples, defects, {folder: found for folder, found in left.items() if found}
+
+
+def _labeled(
+    cfg: DatasetConfig, root: Path, split: str
+) -> tuple[list[Sample], list[Defect], dict[str, LeftOut]]:
+    """`find_samples` of label files."""
+    samples, found = labeled_samples(cfg, root, split)
+    known = {sample.key: sample for sample in samples}
+    held = {one.key: categories_of(one) for one in found.labeled}
+    masks = {one.key: one.mask_file for one in found.labeled if one.mask_file and one.segments is None}
+
+    def present(asked: Sequence[str]) -> Sequence[Collection[Hashable]]:
+        return classes_in(cfg, asked, masks) if masks else [held[key] for key in asked]
+
+    keys, of = divided(cfg, split, set(known), present, found.columns), ""
+    if split in cfg.split_lists:
+        keys, of = _listed_keys(cfg, root, split), f" of {cfg.split_lists[split]!r}"
+        if unlisted := known.keys() - keys:
+            count = (len(unlisted), printable(min(unlisted)))
+            found.left.setdefault(cfg.split_lists[split], {})["unlisted image"] = count
+    remedy = "a line of the list is one key, without folder and suffix"
+    found.defects += _about(keys - known.keys(), f"keys{of} have no image with labels", remedy)
+    if not (keys or found.defects):
+        do = "give its labels (data.labels) or leave the split out of data.splits"
+        found.defects.append(Defect("listing", f"no image of {split} has labels: the split is empty; {do}"))
+    return [known[key] for key in sorted(keys & known.keys())], found.defects, found.left
 
 
 def _foreign(cfg: DatasetConfig, side: _Side, others: list[str]) -> Iterator[Defect]:
@@ -302,46 +275,3 @@ def _listed_keys(cfg: DatasetConfig, root: Path, split: str) -> set[str]:
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise DataError(f"{what} names {listed(twice)} twice; a sample comes once")
     return set(keys)
-
-
-def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
-    """One sample, whole and checked; DataError names the file and what was found."""
-    loaded, defects = inspect_sample(cfg, sample)
-    if defects:
-        raise defects[0]
-    if loaded.ids is not None:
-        table = label_table(cfg)
-        if unknown := unknown_ids(cfg, list(loaded.raw_ids)):
-            known = "the keys of data.label_map" if cfg.label_map else f"0 to {len(cfg.classes) - 1}"
-            raise Defect(
-                "ids",
-                f"mask {str(sample.mask)!r} holds the ids {listed(map(str, unknown), 8)}, outside {known} "
-                "and 255; add them to data.classes or map them in data.label_map (255 = ignore)",
-            )
-        loaded.mask = table.astype(np.uint8)[loaded.ids]
-    return loaded
-
-
-def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect]]:
-    """The usable contents of a sample, before the label map, and the defects of its files."""
-    loaded = LoadedSample()
-    defects: list[Defect] = []
-    with _noting(defects, "unreadable"):
-        loaded.image = read_file(sample.image)
-        loaded.height, loaded.width = whole_image(sample.image, loaded.image).shape[:2]
-        loaded.levels = value_range(loaded.image)
-        loaded.orientation = image_orientation(loaded.image)
-    if sample.mask is None:
-        return loaded, defects
-    with _noting(defects, "unreadable"):
-        loaded.ids = mask_ids(cfg, sample.mask)
-        counts = np.bincount(loaded.ids.reshape(-1))
-        loaded.raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-        height, width = loaded.ids.shape
-        if loaded.height and (height, width) != (loaded.height, loaded.width):
-            raise Defect(
-                "size",
-                f"mask {str(sample.mask)!r} is {width} x {height} pixels, its image {loaded.width} x "
-                f"{loaded.height}; they must agree{orientation_text(loaded.orientation)}",
-            )
-    return loaded, defects

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from segformer.data.sources.content import LISTED, SMOOTH, Labels, id_remedy, override
 from segformer.data.sources.dataset import IGNORE_INDEX, MAX_RAW_ID, DatasetConfig, label_table
 from segformer.data.sources.decode import PNG_MAGIC, decode_pixels, read_file
-from segformer.errors import DataError
+from segformer.errors import DataError, listed
 
 MAX_COLORS = 64  # of one mask; more are noise of a lossy format, not a palette
 _LOOKED_AT = 256  # masks that are read for a remedy
@@ -93,6 +93,18 @@ def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarr
         raise Defect("painted", where + text)
     ids: np.ndarray = nearest.astype(np.uint16)
     return ids
+
+
+def segment_ids(path: Path, raw_ids: Mapping[int, int]) -> np.ndarray:
+    """Raw ids of a mask of segments in colors, uint16 (H, W); raw_ids: R + 256 G + 65536 B -> raw id."""
+    pixels = decode_pixels(path, read_file(path), "RGB").astype(np.uint32)
+    packed = pixels @ np.array([1, 1 << 8, 1 << 16], np.uint32)  # (H, W)
+    found, place = np.unique(packed, return_inverse=True)
+    if unknown := sorted({*found.tolist()} - raw_ids.keys()):
+        text = f"mask {str(path)!r} has {len(unknown)} segments without an entry in the labels "
+        raise DataError(f"{text}({listed(map(str, unknown))}); export both again")
+    ids: np.ndarray = np.array([raw_ids[value] for value in found.tolist()], np.uint16)[place]
+    return ids.reshape(packed.shape)
 
 
 def _missing(packed: np.ndarray, wrong: np.ndarray, known: np.ndarray) -> int | None:

@@ -38,7 +38,7 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.data.sources.listing import load_sample
+from segformer.data.sources.sample import load_sample
 from segformer.errors import ConfigError, DataError, WorkerLost
 
 AUGMENT = AugmentConfig(crop=[32, 48], resize=[], rot90=0.5, vflip=0.5)

@@ -14,7 +14,7 @@ from segformer.data.shards.index import INDEX, LABELS, pack_index, parse_index
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.verify import find_defects
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.listing import load_sample
+from segformer.data.sources.sample import load_sample
 from segformer.errors import DataError
 
 

@@ -25,7 +25,7 @@ from segformer.data.shards.verify import find_defects
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask, image_header
-from segformer.data.sources.listing import load_sample
+from segformer.data.sources.sample import load_sample
 from segformer.errors import ConfigError, DataError
 from segformer.files import write_atomic
 

@@ -17,7 +17,8 @@ from samples import list_samples
 
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image
-from segformer.data.sources.listing import Sample, class_folders, find_samples, load_sample
+from segformer.data.sources.listing import class_folders, find_samples
+from segformer.data.sources.sample import Sample, load_sample
 from segformer.errors import DataError
 
 IDS = np.array([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1]], np.uint8)

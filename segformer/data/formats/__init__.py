@@ -1,0 +1,1 @@
+"""Label files of other tools: what each format says of an image."""
