@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from segformer.data.shards.format import ShardSet
-from segformer.data.shards.sharding import find_turned, write_shards
+from segformer.data.shards.sharding import find_alike, find_turned, write_shards
 from segformer.data.sources.content import Histogram, Labels, judge_content, no_classes, turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.division import is_training
@@ -86,6 +86,8 @@ def shard(cfg: ShardConfig) -> None:
     splits = {name: Histogram.of(entry) for name, entry in shards.content["splits"].items()}
     for finding in judge_content(Labels.of(shards.content, cfg.data), splits, [*filter(is_training, splits)]):
         say(f"WARNING: {finding.text}")
+    for text in find_alike(Path(out)):
+        say(f"WARNING: {text}")
     if (turned := find_turned(Path(out))) is not None:
         total = sum(split.num_samples for split in shards.splits.values())
         print("WARNING: " + turned_text(shards.task, turned[0], total, *turned[1:]))

@@ -26,7 +26,7 @@ MAX_ENTRIES = 15
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "web dataset content decode division folder masks shapes sample",
+    "data.sources": "web dataset content decode division similar folder masks shapes sample",
     "data.formats": "base table",
     "data.sources.": "listing download",
     "data.shards": (

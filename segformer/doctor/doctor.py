@@ -32,10 +32,11 @@ import torch
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
-from segformer.data.sources.dataset import class_palette
+from segformer.data.sources.dataset import DIVISION, class_palette
 from segformer.data.sources.listing import class_folders, no_root
 from segformer.doctor.advice import facts_of, judge_recipe
 from segformer.doctor.judge import (
+    judge_alike,
     judge_batch,
     judge_labels,
     judge_memory,
@@ -206,6 +207,10 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
     labels = Labels.of(shards.content, cfg.data)
     judged = judge_labels(labels, report.shards, cfg.train_split, cfg.eval_split)
     report.findings += [finding for finding in judged if finding not in report.findings]
+    division = {key: shards.content[key] for key in DIVISION if key in shards.content}
+    pool = dataclasses.replace(cfg.data, splits=list(shards.splits), **division)
+    alike = judge_alike(pool, report.shards, ", and shard again")
+    report.findings += [] if report.source else [*alike]
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
 

@@ -33,6 +33,7 @@ from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.division import same_bytes, same_files
 from segformer.data.sources.folder import left_out_text
 from segformer.data.sources.masks import color_remedy, unknown_ids
+from segformer.data.sources.similar import near_copies
 from segformer.doctor.scan import SplitScan
 from segformer.errors import listed
 from segformer.training.config import RunConfig
@@ -68,6 +69,7 @@ def judge_source(cfg: DatasetConfig, scans: Sequence[SplitScan]) -> Iterator[Fin
         yield Finding(WARN, "EXIF", text)
     images = {scan.name: [(s.key, s.image_file) for s in scan.holders[-1]] for scan in scans}
     yield from (Finding(FAIL, "splits", text) for text in same_files(cfg, images))
+    yield from judge_alike(cfg, scans)
     if cfg.task == "segmentation":
         yield _label_ids(cfg, scans)
         yield from _label_map(cfg, {raw for scan in scans for raw in scan.raw_pixels})
@@ -152,6 +154,18 @@ def judge_labels(labels: Labels, scans: Sequence[SplitScan], train: str, scored:
     if len(images) > 1 and not shared:
         allowed = ", but as allowed" if labels.allow_duplicates else ""
         yield Finding(OK, " and ".join(images), f"no image is in two splits{allowed}")
+
+
+def judge_alike(cfg: DatasetConfig, scans: Sequence[SplitScan], again: str = "") -> Iterator[Finding]:
+    """A WARN for each two splits whose images look alike, but for those that are equal."""
+    times = Counter(digest for scan in scans for digest in scan.digests)
+    equal = {(scan.name, key) for scan in scans for digest, key in scan.digests.items() if times[digest] > 1}
+    hashes = {
+        scan.name: {key: value for key, value in scan.alike.items() if (scan.name, key) not in equal}
+        for scan in scans
+    }
+    for found in near_copies(cfg, hashes, again):
+        yield Finding(WARN, f"{found.first} and {found.second}", found.text)
 
 
 def _ignored(scan: SplitScan) -> Finding | None:

@@ -29,6 +29,7 @@ from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import find_samples
 from segformer.data.sources.masks import Defect, mask_colors
 from segformer.data.sources.sample import LoadedSample, Sample, inspect_sample
+from segformer.data.sources.similar import perceptual_hash
 from segformer.errors import DataError, reported
 
 SHOWN = 3  # places that are named for each kind of defect
@@ -78,6 +79,8 @@ class SplitScan:
     """Colors in masks where ids are expected -> masks that hold them."""
     digests: dict[bytes, str] = field(default_factory=dict)
     """Fingerprint of each image file -> its key."""
+    alike: dict[str, int] = field(default_factory=dict)
+    """Key -> perceptual hash of each image that was read."""
     twice: Places = field(default_factory=Places)
     """Images that the split holds more than once."""
     depth: Depth = field(default_factory=Depth)
@@ -166,6 +169,7 @@ def _add(
     scan.colors.update(colors)
     if loaded.image:
         scan.fingerprint(loaded.image, sample.key)
+        scan.alike[sample.key] = loaded.alike
     if loaded.orientation != 1:
         scan.turned.append((sample.image_file, loaded.orientation))
     if loaded.height:
@@ -229,6 +233,7 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
             if image.shape[:2] != size or (mask is not None and mask.shape != size):
                 text = f"{split.describe(sample_id)} is not {size[1]} x {size[0]} pixels"
                 scan.defects["size"].add(text)
+            scan.alike[split.key(sample_id)] = perceptual_hash(image)
             scan.holders[-1].append(sample_id)
     return scan
 

@@ -74,7 +74,8 @@ class ShardTask:
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
     """(note of the shard, True where it was complete already). The note: file, samples, bytes, sha256 and
     source_sha256 for dataset.json; part_sha256, stat, raw_ids, and turned: the images of an EXIF orientation
-    other than 1, as [file below root, orientation]; levels: lowest and highest value of images of 16 bits."""
+    other than 1, as [file below root, orientation]; levels: lowest and highest value of images of 16 bits;
+    alike: key -> perceptual hash."""
     note = _complete(task)
     return (_write(task), False) if note is None else (note, True)
 
@@ -139,7 +140,7 @@ def _write(task: ShardTask) -> dict[str, Any]:
     # Before a sample is read: a later change must show.
     before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
     with staged(task.work.tar(task.name)) as tar:
-        records, labels, raw_ids, turned, levels, depth = _write_tar(task, tar)
+        records, labels, raw_ids, turned, levels, depth, alike = _write_tar(task, tar)
         check_depth(task.settings.cfg.image_range, depth)
         part = pack_index(records, labels, _index_members(tar, records))
         note = before | {
@@ -152,6 +153,7 @@ def _write(task: ShardTask) -> dict[str, Any]:
             "turned": turned,
             "levels": levels,
             "depth": asdict(depth),
+            "alike": alike,
         }
     write_atomic(task.work.part(task.name), part)
     write_atomic(task.work.note(task.name), json.dumps(note))
@@ -160,9 +162,9 @@ def _write(task: ShardTask) -> dict[str, Any]:
 
 def _write_tar(
     task: ShardTask, path: Path
-) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int], Depth]:
+) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int], Depth, dict[str, int]]:
     """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and the note's
-    turned, levels and depth."""
+    turned, levels, depth and alike."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
@@ -170,7 +172,7 @@ def _write_tar(
     raw_ids: Counter[int] = Counter()
     turned: list[tuple[str, int]] = []
     levels: list[int] = []
-    depth = Depth()
+    depth, alike = Depth(), {}
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("xb") as stream,
@@ -182,6 +184,7 @@ def _write_tar(
             levels = [*levels, *(loaded.levels or ())]
             levels = [min(levels), max(levels)] if levels else []
             depth.look(cfg.image_range, loaded.levels)
+            alike[sample.key] = loaded.alike
             if loaded.orientation != 1:
                 file = Path(cfg.folder("image", task.split), sample.key).with_name(sample.image.name)
                 turned.append((str(file), loaded.orientation))
@@ -195,7 +198,7 @@ def _write_tar(
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids, turned, levels, depth
+    return records, np.concatenate(labels), raw_ids, turned, levels, depth, alike
 
 
 def reduced_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ keeps them, other settings or files start over.
 
 `out/.sources.json` holds hashes of the source files' names, sizes and times: with it the same command knows
 a finished set again without reading the source (but for the training masks, with data.min_share). It also
-counts the images that EXIF would turn. It is no part of the set.
+counts the images that EXIF would turn, and says which splits have images that look alike. It is no part of
+the set.
 
 Refused: an `out` that holds something else, keys that stock webdataset would misread, a second process on
 the same `out`, every defect of the source that listing.py names, and a set from which nothing, or not what is
@@ -46,18 +47,18 @@ from segformer.data.shards.pool import run
 from segformer.data.shards.trimming import Listing, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Labels, check_content
-from segformer.data.sources.dataset import DatasetConfig, class_palette, voc_palette
+from segformer.data.sources.dataset import DIVISION, DatasetConfig, class_palette, voc_palette
 from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained
 from segformer.data.sources.sample import Sample
+from segformer.data.sources.similar import near_copies
 from segformer.errors import ConfigError, DataError, is_name, listed, reraise_as
 from segformer.files import read_json, write_atomic
 
 NOTE = ".sources.json"
 ALLOWANCES = ("allow_unseen", "allow_duplicates")  # settings that change no shard
-DIVISION = ("test_share", "fold", "group", "stratify")  # described where they are set
 _OTHER_PLACE = "give another output=<folder> or remove it"
 
 
@@ -93,7 +94,7 @@ def _description(settings: Settings) -> dict[str, Any]:
         | ({"image_range": list(cfg.image_range)} if cfg.image_range else {})
         | ({"labels": _label_settings(cfg)} if cfg.format else {})
         | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.is_divided else {})
-        | {key: value for key in DIVISION if (value := getattr(cfg, key))}
+        | {key: value for key in DIVISION[2:] if (value := getattr(cfg, key))}
     )
 
 
@@ -203,7 +204,11 @@ def _write(
     write_atomic(work.set / "dataset.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     stats = {task.name: note["stat"] for task, note in zip(tasks, notes, strict=True)}
     turned = sorted(tuple(found) for note in notes for found in note["turned"])
-    known = {"shards": stats, "turned": [len(turned), *turned[0]] if turned else None}
+    known: dict[str, Any] = {"shards": stats, "turned": [len(turned), *turned[0]] if turned else None}
+    alike: dict[str, dict[str, int]] = {split: {} for split in settings.cfg.splits}
+    for task, note in zip(tasks, notes, strict=True):
+        alike[task.split].update(note.get("alike", {}))
+    known |= {"alike": [found.text for found in near_copies(settings.cfg, alike, ", and shard again")]}
     write_atomic(work.set / NOTE, json.dumps(known))
     indices = [entry["index"]["file"] for entry in content["splits"].values()]
     work.publish(["dataset.json", NOTE, *indices, *(note["file"] for note in notes)])
@@ -234,6 +239,11 @@ def find_turned(out: Path) -> tuple[int, str, int] | None:
     orientation. None without any, or where it is not known."""
     found = _read_json(out / NOTE).get("turned")
     return tuple(found) if found else None
+
+
+def find_alike(out: Path) -> list[str]:
+    """What is to be said of near copies over the splits of a finished set."""
+    return list(_read_json(out / NOTE).get("alike", []))
 
 
 def _check_keys(samples: list[Sample]) -> None:

@@ -34,6 +34,7 @@ MAX_CHANNELS = 32
 DTYPES = ("uint8", "uint16", "float32")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TASKS = ("segmentation", "classification")
+DIVISION = ("val_share", "val_seed", "test_share", "fold", "group", "stratify")  # of one pool of images
 ANY = "*"  # in a list of names: all
 
 _OKABE_ITO = (

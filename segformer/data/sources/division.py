@@ -90,21 +90,19 @@ def groups_of(
         return {key: key for key in keys}
     if cfg.group in columns:
         return {key: columns[cfg.group][key] for key in keys}
-    if cfg.group == "folder":
-        return {key: posixpath.dirname(key) for key in keys}
-    if "(" not in cfg.group:
+    if cfg.group != "folder" and "(" not in cfg.group:
         have = f"the columns are {listed(columns)}" if columns else "these labels have no columns"
         raise ConfigError(
             f"data.group={cfg.group!r} is no regular expression with a (group); {have}; "
             "use one, such as 'data.group=\"^(.*)_\"', or data.group=folder"
         )
-    found = {key: re.search(cfg.group, key) for key in keys}
-    if lost := sorted(key for key, match in found.items() if match is None or match[1] is None):
+    found = {key: grouped(cfg.group, key) for key in keys}
+    if lost := sorted(key for key, group in found.items() if group is None):
         raise DataError(
             f"data.group={cfg.group!r} finds no group in {len(lost)} of {len(keys)} keys "
             f"({listed(lost, _SHOWN)}); {_other_group(cfg, keys)}"
         )
-    return {key: match[1] for key, match in found.items() if match}
+    return {key: group for key, group in found.items() if group is not None}
 
 
 def _other_group(cfg: DatasetConfig, keys: Collection[str]) -> str:
@@ -114,7 +112,7 @@ def _other_group(cfg: DatasetConfig, keys: Collection[str]) -> str:
     return f"give another regular expression, {do}"
 
 
-_GROUPINGS = ("folder", "^([^/]*)/", "^([^_]*)_", "^(.*)_", r"^(.*?)[-_ ]?[A-Za-z]*[0-9]*$")
+_GROUPINGS = ("folder", "^([^/]*)/", "^([^_]*)_", "^(.*)_", "^(.*[^0-9])[0-9]+$", "([^/_]*)_[^/]*$")
 
 
 def proposed_groups(
@@ -124,14 +122,15 @@ def proposed_groups(
     leave two keys that are `alike` in two."""
     enough = max(len(cfg.splits), int(cfg.fold.partition("/")[2] or 0))
     for grouping in _GROUPINGS:
-        found = {key: _grouped(grouping, key) for key in keys}
+        found = {key: grouped(grouping, key) for key in keys}
         if None in found.values() or not enough <= len(set(found.values())) < len(keys):
             continue
         if all(found[first] == found[second] for first, second in alike):
             yield grouping
 
 
-def _grouped(grouping: str, key: str) -> str | None:
+def grouped(grouping: str, key: str) -> str | None:
+    """The group of a key by `folder` or a regular expression; None where it finds none."""
     if grouping == "folder":
         return posixpath.dirname(key)
     match = re.search(grouping, key)

@@ -25,6 +25,7 @@ from segformer.data.sources.decode import (
 )
 from segformer.data.sources.masks import Defect, mask_ids, segment_ids, unknown_ids
 from segformer.data.sources.shapes import Shape, draw
+from segformer.data.sources.similar import perceptual_hash
 from segformer.errors import DataError, listed, reraise_as
 
 
@@ -78,6 +79,8 @@ class LoadedSample:
     """Lowest and highest value of an image of 16 bits."""
     orientation: int = 1
     """EXIF orientation of the image, which is not applied."""
+    alike: int = 0
+    """Perceptual hash of the image."""
     ids: np.ndarray | None = None
     """Raw ids of the mask, uint16 (H, W); None in classification."""
     mask: np.ndarray | None = None
@@ -110,7 +113,9 @@ def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, li
     defects: list[Defect] = []
     with noting(defects, "unreadable"):
         loaded.image = read_file(sample.image)
-        loaded.height, loaded.width = whole_image(sample.image, loaded.image).shape[:2]
+        pixels = whole_image(sample.image, loaded.image)
+        loaded.height, loaded.width = pixels.shape[:2]
+        loaded.alike = perceptual_hash(pixels)
         loaded.levels = value_range(loaded.image)
         loaded.orientation = image_orientation(loaded.image)
     if (sample.mask_file is None and sample.shapes is None) or not (loaded.height or sample.mask_file):
