@@ -117,12 +117,10 @@ def _labeled(
     """`find_samples` of label files."""
     samples, found = labeled_samples(cfg, root, split)
     known = {sample.key: sample for sample in samples}
-    if cfg.is_divided and split != (first := cfg.splits[0]):
-        if known.keys() != {sample.key for sample in labeled_samples(cfg, root, first)[0]}:
-            do = "leave it out, or name one file or folder for all in data.labels and data.image_dir"
-            raise DataError(
-                f"data.{cfg.dividing} divides one pool, but {first} and {split} have their own; {do}"
-            )
+    first = cfg.splits[0]
+    if cfg.is_divided and known.keys() != {sample.key for sample in labeled_samples(cfg, root, first)[0]}:
+        do = "leave it out, or name one file or folder for all in data.labels and data.image_dir"
+        raise DataError(f"data.{cfg.dividing} divides one pool, but {first} and {split} have their own; {do}")
     held = {one.key: categories_of(one) for one in found.labeled}
     masks = {one.key: one.mask_file for one in found.labeled if one.mask_file and one.segments is None}
 
