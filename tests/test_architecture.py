@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": "web dataset content decode division similar folder masks shapes sample",
-    "data.formats": "base table",
+    "data.formats": "base coco coco_panoptic table",
     "data.sources.": "listing download",
     "data.shards": (
         "pool storage index tiling format reader verify workfolder packing trimming joining sharding"

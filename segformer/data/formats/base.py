@@ -12,7 +12,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,6 +32,8 @@ BLOCK = 2**22  # bytes that are read at a time
 IGNORE = "ignore"  # category of pixels that neither loss nor scores count
 SHOWN = 3  # names in a message
 
+_ALSO = {"val": ["val", "valid", "validation"]}
+_LOOKED_AT = 32  # names that say which folder is meant
 _BLANK = re.compile(r"[ \t\r\n]*")
 _T = TypeVar("_T")
 _KINDS: dict[Any, str] = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
@@ -86,14 +88,12 @@ def defect(text: str, do: str, names: Iterable[str] = ()) -> Iterator[Defect]:
         yield Defect("listing", f"{len(found)} {text} ({listed(found, SHOWN)}); {do}", len(found))
 
 
-def need(entry: Any, key: str, kind: type[_T] | tuple[type[_T], ...], where: str) -> _T:
+def need(entry: Any, key: str, kind: type[_T], where: str) -> _T:
     """`entry[key]`; DataError, naming `where`, for what isn't there or of another kind."""
     value = entry.get(key) if isinstance(entry, Mapping) else None
     if not isinstance(value, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
         got = "is not there" if value is None else f"is {printable(repr(value))[:40]}"
-        names = " or ".join(_KINDS.get(one, one.__name__) for one in kinds)
-        raise DataError(f"{where}: {key!r} {got}; it must be {names}, so export the labels again")
+        raise DataError(f"{where}: {key!r} {got}; it must be {_KINDS[kind]}, so export the labels again")
     return value
 
 
@@ -102,17 +102,42 @@ def split_place(cfg: DatasetConfig, pattern: str, split: str) -> str:
     return pattern.replace("{split}", cfg.split_dirs.get(split, split))
 
 
+def split_places(cfg: DatasetConfig, patterns: Iterable[str], split: str) -> list[str]:
+    """The patterns of paths with {split} for the split, or for what val is often called."""
+    names = [cfg.split_dirs[split]] if split in cfg.split_dirs else _ALSO.get(split, [split])
+    return [*dict.fromkeys(pattern.replace("{split}", name) for name in names for pattern in patterns)]
+
+
 def first_there(cfg: DatasetConfig, root: Path, split: str, patterns: Iterable[str]) -> str:
     """The first of the patterns, below root, that a file or folder has; "" where none has."""
-    names = (split_place(cfg, pattern, split) for pattern in patterns)
-    return next((name for name in names if os.path.exists(root / name)), "")
+    return next((name for name in split_places(cfg, patterns, split) if os.path.exists(root / name)), "")
+
+
+def images_place(
+    cfg: DatasetConfig, root: Path, split: str, usual: Iterable[str], names: Sequence[str]
+) -> str:
+    """The folder of a split's images, below root: `data.image_dir`, or, where that is as it comes, the first
+    of it and the usual places that holds one of the named images.
+
+    Raises:
+        DataError: it is not there.
+    """
+    default = cfg.image_dir == DatasetConfig().image_dir
+    places = split_places(cfg, [cfg.image_dir, *(usual if default else ())], split)
+    there = [place for place in places if os.path.isdir(root / place)]
+    if not there:
+        do = "set data.image_dir, with {split} where the split's name stands"
+        raise DataError(f"image folder {str(root / places[0])!r} is not a folder; {do}")
+    some = names[:: -(-len(names) // _LOOKED_AT) or 1]
+    holds = (place for place in there if any(os.path.isfile(root / place / name) for name in some))
+    return next(holds, there[0])
 
 
 def labels_place(cfg: DatasetConfig, root: Path, split: str, usual: Iterable[str]) -> Path:
     """The label file or folder of a split: `data.labels`, or the first of the usual places that is there."""
     usual = [cfg.labels] if cfg.labels else list(usual)
     if not (name := first_there(cfg, root, split, usual)):
-        tried = listed((split_place(cfg, pattern, split) for pattern in usual), 8)
+        tried = listed(split_places(cfg, usual, split), 8)
         do = "set data.labels to the file or folder below root, with {split} where the split's name stands"
         raise DataError(f"{str(root)!r} has no labels of {split}: there is no {tried}; {do}")
     return root / name
@@ -135,11 +160,14 @@ def key_of(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def compared(found: Found, folder: str, shown: str, wanted: Mapping[str, str]) -> None:
+def compared(
+    found: Found, folder: str, shown: str, wanted: Mapping[str, str], own: Collection[str] = ()
+) -> None:
     """Note what the labels and the folder of the images don't share.
 
-    folder: where it lies; shown: its name below root; wanted: path of an image below it -> key. Labels of a
-    missing image are removed and become a defect; images without labels and other files are counted.
+    folder: where it lies; shown: its name below root; wanted: path of an image below it -> key; own: label
+    files in it. Labels of a missing image are removed and become a defect; images without labels and other
+    files are counted.
     """
     there = set(files_below(folder))
     missing = {name for name in wanted if name not in there}
@@ -147,7 +175,7 @@ def compared(found: Found, folder: str, shown: str, wanted: Mapping[str, str]) -
     found.labeled = [one for one in found.labeled if one.key not in gone]
     do = "add them, set data.image_dir, or take them out of the labels"
     found.defects += defect(f"images are not in {folder!r}, but have labels", do, missing)
-    others = there - wanted.keys()
+    others = there - wanted.keys() - {*own}
     images = {name for name in others if name.lower().endswith(IMAGE_SUFFIXES)}
     kinds = left_out(others - images)
     if images:

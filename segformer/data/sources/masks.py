@@ -76,9 +76,7 @@ def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarr
     weights = np.array([1 << 16, 1 << 8, 1], np.uint32)
     packed = pixels.astype(np.uint32) @ weights  # (H, W)
     known = np.array(cfg.mask_colours, np.uint32) @ weights  # (raw ids,)
-    order = np.argsort(known)
-    nearest = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
-    wrong = known[nearest] != packed
+    nearest, wrong = _places(known, packed)
     if wrong.any():
         missing = _missing(packed, wrong, np.array(cfg.mask_colours, np.float64))
         row, column = (
@@ -99,12 +97,20 @@ def segment_ids(path: Path, raw_ids: Mapping[int, int]) -> np.ndarray:
     """Raw ids of a mask of segments in colors, uint16 (H, W); raw_ids: R + 256 G + 65536 B -> raw id."""
     pixels = decode_pixels(path, read_file(path), "RGB").astype(np.uint32)
     packed = pixels @ np.array([1, 1 << 8, 1 << 16], np.uint32)  # (H, W)
-    found, place = np.unique(packed, return_inverse=True)
-    if unknown := sorted({*found.tolist()} - raw_ids.keys()):
+    nearest, wrong = _places(np.array([*raw_ids], np.uint32), packed)
+    if wrong.any():
+        unknown = np.unique(packed[wrong]).tolist()
         text = f"mask {str(path)!r} has {len(unknown)} segments without an entry in the labels "
         raise DataError(f"{text}({listed(map(str, unknown))}); export both again")
-    ids: np.ndarray = np.array([raw_ids[value] for value in found.tolist()], np.uint16)[place]
-    return ids.reshape(packed.shape)
+    ids: np.ndarray = np.array([*raw_ids.values()], np.uint16)[nearest]
+    return ids
+
+
+def _places(known: np.ndarray, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place in `known` of each value, any where there is none; True where there is none."""
+    order = np.argsort(known)
+    places = order[np.searchsorted(known, packed, sorter=order).clip(max=len(known) - 1)]
+    return places, known[places] != packed
 
 
 def _missing(packed: np.ndarray, wrong: np.ndarray, known: np.ndarray) -> int | None:
