@@ -51,7 +51,7 @@ from segformer.evaluation.drawing import beside, grid, legend, panels, write_pic
 from segformer.files import write_atomic
 from segformer.models.variants import LEAST_SIDE
 from segformer.training.config import RunConfig
-from segformer.training.sizing import needs_sizing, sized
+from segformer.training.sizing import needs_sizing, sized, with_values
 from segformer.training.task import check_settings, training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
@@ -231,7 +231,9 @@ def _look_at_run(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> 
         sizes = {} if shards is None else {n: split.shard_sizes for n, split in shards.splits.items()}
         report.findings += judge_batch(cfg, batch, samples, sizes)
         if min(training_crop(cfg)) >= LEAST_SIDE:
-            report.memory = forecast(cfg, num_classes, batch)
+            channels = cfg.data.channels if shards is None else shards.channels
+            network = with_values(cfg, {"model.in_channels": channels})
+            report.memory = forecast(network, num_classes, batch)
             report.findings.append(judge_memory(report.memory, cfg.gpu_gib))
     if facts := facts_of(cfg, scans, report.classes, _device(cfg) != "cpu", cfg.ranks):
         report.findings += judge_recipe(cfg, facts)

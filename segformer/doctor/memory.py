@@ -108,7 +108,7 @@ def activation_bytes(
     with FakeTensorMode():
         tensors = dict(skeleton.named_parameters()) | dict(skeleton.named_buffers())
         state = {name: fake(tensor) for name, tensor in tensors.items()}
-        images = torch.empty(micro_batch, 3, *crop)
+        images = torch.empty(micro_batch, model.channels, *crop)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         kept: dict[int, torch.UntypedStorage] = {}  # holds the storages: a freed one's address is used again
 

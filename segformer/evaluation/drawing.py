@@ -214,4 +214,5 @@ class Gallery:
         ids = batch.sample_ids[:wanted].tolist()
         side = min(PANEL, max(height, width))
         for sample_id, image, *masks in zip(ids, images, targets, predictions, strict=True):
-            self.pictures[self._key(sample_id)] = beside(panels(image, masks, self._palette, side))
+            shown = panels(displayed(image), masks, self._palette, side)
+            self.pictures[self._key(sample_id)] = beside(shown)

@@ -66,8 +66,8 @@ def evaluate(
     """The scores of `model` on a split, the same on every rank; all ranks.
 
     Args:
-        model: (B, 3, H, W) float -> logits, (B, K, H/4, W/4) or (B, K) of a classifier; its mode is kept.
-        normalize: uint8 images -> model input, on the device.
+        model: (B, C, H, W) float -> logits, (B, K, H/4, W/4) or (B, K) of a classifier; its mode is kept.
+        normalize: images -> model input, on the device.
         batch_size: images per forward and rank.
         should_stop: asked before every batch and after the last, answers alike on all ranks; True ends the
             evaluation with None.
@@ -84,7 +84,8 @@ def evaluate(
     model.eval()
     network = InferenceMode(model, mode_of(split, mode)) if view is None else model
     parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [batch]
-    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=world.device)
+    dtype: torch.dtype = getattr(torch, split.dtype)
+    images = torch.zeros(1, split.channels, 64, 64, dtype=dtype, device=world.device)
     ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
     batches = eval_batches(split, loader, batch_size=batch_size, augment=view, warn=warn, **ranks)
     with contextlib.closing(iter(batches)) as iterator:

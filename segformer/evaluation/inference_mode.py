@@ -210,7 +210,7 @@ class InferenceMode(nn.Module):
     """A network with padding, resizing, windows and test-time augmentation around it; used in its place."""
 
     def __init__(self, model: nn.Module, cfg: InferenceModeConfig) -> None:
-        """For a network (B, 3, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
+        """For a network (B, C, h, w) -> logits (B, K, h/4, w/4); it is in the mode of the network."""
         super().__init__()
         self.model, self.cfg = model, cfg
         self._whole = not settings(replace(cfg, long_side=0))
@@ -219,7 +219,7 @@ class InferenceMode(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), normalized -> logits (B, K, h, w); of several views, shares (B, K, H, W).
+        """Images (B, C, H, W), normalized -> logits (B, K, h, w); of several views, shares (B, K, H, W).
 
         Whole images, of their own size or reduced, leave as the network's own result. Without gradients.
         """
@@ -252,7 +252,7 @@ class InferenceMode(nn.Module):
         return _resize(_resize(images, first), last)
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Images (B, 3, h, w) -> logits (B, K, h, w), float32 at least."""
+        """Images (B, C, h, w) -> logits (B, K, h, w), float32 at least."""
         size = (images.shape[2], images.shape[3])
         if not self.cfg.window:
             return self._enlarged(images)

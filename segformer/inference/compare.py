@@ -29,7 +29,7 @@ from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
 from segformer.errors import ConfigError, at_least, say
 from segformer.evaluation.bootstrap import REPLICATES, mean_iou
-from segformer.evaluation.drawing import INK, grid, legend, panels, write_picture
+from segformer.evaluation.drawing import INK, displayed, grid, legend, panels, write_picture
 from segformer.files import write_atomic
 from segformer.inference.compared import (
     MARK,
@@ -182,7 +182,8 @@ def _pictures(entries: list[Entry], split: Split, folder: Path, cfg: CompareConf
             found.append(predictor(read_sample(reader, sample_id)[0]).mask)
     pictures = []
     for index, (sample_id, found) in enumerate(zip(ids, masks, strict=True)):
-        image, target = read_sample(reader, sample_id)
+        pixels, target = read_sample(reader, sample_id)
+        image = displayed(pixels)
         scores = [
             f"{entry.name}  {100 * score:.0f}%"
             for entry, score in zip(shown, mean_iou(areas[:, sample_id]), strict=True)

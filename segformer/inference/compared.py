@@ -152,7 +152,7 @@ def common_images(entries: list[Entry]) -> tuple[str, Split | None]:
 
 
 def read_sample(reader: ShardReader, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (H, W, 3) and target (H, W) of a sample, both uint8."""
+    """Image (H, W, C) and target uint8 (H, W) of a sample."""
     raw = reader.read(sample_id)
     return decode_image(raw.image), decode_mask(raw.target)
 

@@ -25,7 +25,7 @@ from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported, say
-from segformer.evaluation.drawing import write_picture
+from segformer.evaluation.drawing import displayed, write_picture
 from segformer.evaluation.metrics import SCORES, ClassificationScores, Row, SegmentationScores
 from segformer.files import write_atomic
 from segformer.inference.page import (
@@ -125,7 +125,7 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> int:
         def seen(sample_id: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
             raw = reader.read(sample_id)
             image = decode_image(raw.image)
-            return raw.key, image, decode_mask(raw.target), predictor(image).mask
+            return raw.key, displayed(image), decode_mask(raw.target), predictor(image).mask
 
         until = time.monotonic() + LOOK_S
         spread = _spread(np.arange(split.num_samples), LOOKED)

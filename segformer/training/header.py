@@ -17,10 +17,11 @@ from torch import nn
 from segformer.checkpoint.format import TrainState
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
+from segformer.data.sources.dataset import RGB
 from segformer.distributed.engine import resolve_precision, resolve_stage
 from segformer.distributed.world import World
 from segformer.errors import reason_of, reported
-from segformer.evaluation.drawing import batch_picture, write_picture
+from segformer.evaluation.drawing import batch_picture, displayed, write_picture
 from segformer.models.encoders import BACKBONES
 from segformer.models.variants import VARIANTS
 from segformer.telemetry.jsonl import newest_row
@@ -29,7 +30,7 @@ from segformer.telemetry.machine import start_row
 from segformer.training.config import RunConfig
 from segformer.training.optim import schedule_remark
 from segformer.training.sizing import written
-from segformer.training.task import Task, training_crop
+from segformer.training.task import Task, normalization, training_crop
 
 FIRST_BATCH = "train_batch.jpg"
 
@@ -57,7 +58,7 @@ def log_start(
     )
     telemetry.line(
         f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
-        f"{'tiles' if eval_split.tiled else 'images'}, {len(shards.classes)} classes"
+        f"{'tiles' if eval_split.tiled else 'images'}, {len(shards.classes)} classes{_pixels(cfg, shards)}"
     )
     crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
     epochs = cfg.steps * cfg.global_batch / max(1, train_split.num_samples)
@@ -79,6 +80,15 @@ def log_start(
         telemetry.line(f"files in {cfg.run_dir}; Ctrl-C saves and stops, and the same command goes on")
 
 
+def _pixels(cfg: RunConfig, shards: ShardSet) -> str:
+    """Channels and type of images that are not 8-bit RGB, and whose mean and std they are normalized by."""
+    if shards.pixels == RGB:
+        return ""
+    own = normalization(cfg, shards) == (shards.mean, shards.std)
+    whose = "the shards" if own else "the settings (augment)"
+    return f"; images of {shards.pixels}, normalized by the mean and std of {whose}"
+
+
 def draw_first_batch(
     cfg: RunConfig, world: World, task: Task, telemetry: Telemetry, batches: list[Batch], step: int
 ) -> None:
@@ -93,8 +103,9 @@ def draw_first_batch(
     split, classes = task.shards.split(cfg.train_split), task.shards.classes
     with torch.no_grad():
         images, targets = task.inputs(batch.to(world.device), position)
-        pixels = (images * task.normalize.std + task.normalize.mean).round_().clamp_(0, 255).byte()
-    pictures = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = images * task.normalize.std + task.normalize.mean
+        pixels = pixels.round_().clamp_(0, 255).byte() if task.shards.pixels == RGB else pixels
+    pictures = np.stack([displayed(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()])
     keys = [split.key(sample_id) for sample_id in batch.sample_ids.tolist()]
     with reported(lambda error: telemetry.line(f"no {path}: {reason_of(error)}"), on=OSError):
         write_picture(

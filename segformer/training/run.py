@@ -25,6 +25,7 @@ from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, mak
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.loading.workers import WorkerStream, start_server
 from segformer.data.shards.format import ShardSet, Split
+from segformer.data.sources.dataset import RGB
 from segformer.distributed.engine import EngineConfig, build_engine
 from segformer.distributed.world import SumOverRanks, World, derive_seed
 from segformer.errors import CheckpointError, DataError
@@ -102,6 +103,8 @@ def set_up(
     state = TrainState(data_digest=shards.digest) if saved is None else saved.state
     world.on_main(lambda: _check_resumed(cfg, shards, state))
     state.long_side = shards.content.get("long_side")
+    if shards.pixels != RGB:
+        state.pixels = {"dtype": shards.dtype, "mean": task.mean, "std": task.std}
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
     stream = partial(
@@ -128,7 +131,8 @@ def set_up(
         last_saved=state.step or None,
         best_step=state.best_step,
     )
-    flops = training_flops(cfg.model, training_crop(cfg), task.num_classes, task=task.name)
+    network = replace(cfg.model, in_channels=shards.channels)
+    flops = training_flops(network, training_crop(cfg), task.num_classes, task=task.name)
     log_start(cfg, world, telemetry, shards, model.engine.module, state)
     services = Services(
         stream=stream,

@@ -21,7 +21,7 @@ import numpy as np
 from segformer.data.shards.format import ShardSet
 from segformer.errors import ConfigError, listed
 from segformer.models.macs import training_flops
-from segformer.models.variants import VARIANTS
+from segformer.models.variants import RGB, VARIANTS
 from segformer.models.weights.read import read_weights
 from segformer.training.config import RunConfig
 from segformer.training.losses import balanced_weights
@@ -60,6 +60,8 @@ class Facts:
     classes: list[str]
     gpu: bool
     world_size: int
+    channels: int = RGB
+    "Channels of the images."
 
     @classmethod
     def of(cls, cfg: RunConfig, shards: ShardSet, device: str, world_size: int) -> Facts:
@@ -73,6 +75,7 @@ class Facts:
             eval_side=int(pixels.max()),
             class_pixels=train.class_pixels,
             classes=shards.classes,
+            channels=shards.channels,
             gpu=device != "cpu",
             world_size=world_size,
         )
@@ -171,7 +174,8 @@ def _length(cfg: RunConfig, facts: Facts) -> Chosen:
         most_epochs, most = EPOCHS["finetune" if cfg.model.pretrained else "scratch"]
         usual = epochs = min(most_epochs, most / facts.images)
         if not facts.gpu:
-            flops = training_flops(cfg.model, _size(cfg), len(facts.classes)) * facts.images
+            network = replace(cfg.model, in_channels=facts.channels)
+            flops = training_flops(network, _size(cfg), len(facts.classes)) * facts.images
             epochs = min(epochs, max(FIRST_LOOK_EPOCHS, FIRST_LOOK_S * CPU_FLOPS / flops))
             minutes = max(1, round(epochs * flops / CPU_FLOPS / 60))
             why = f", about {minutes} minutes on two cores"

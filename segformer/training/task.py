@@ -11,6 +11,7 @@ it. Refuses shards of another task than data.task, and settings that mean nothin
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.index import image_sums
 from segformer.data.sources.content import Histogram, Labels, check_content, other_classes, override
+from segformer.data.sources.dataset import RGB
 from segformer.data.sources.division import same_bytes
 from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
@@ -49,7 +51,8 @@ class _Task:
     ) -> None:
         self.cfg, self.shards, self.augment = cfg, shards, augment
         self.num_classes = len(shards.classes)
-        self.normalize = Normalize(augment.mean, augment.std).to(world.device)
+        self.mean, self.std = normalization(cfg, shards)
+        self.normalize = Normalize(self.mean, self.std).to(world.device)
 
     @property
     def protocol(self) -> str:
@@ -113,10 +116,10 @@ class Segmentation(_Task):
 
     def build_model(self, network: ModelConfig) -> SegFormer:
         """The network, with random weights or those of `network.pretrained`."""
-        return build_model(network, self.num_classes)
+        return build_model(replace(network, in_channels=self.shards.channels), self.num_classes)
 
     def inputs(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
-        """What the network gets, normalized (B, 3, h, w), and what it is to say, (B, h, w) class ids."""
+        """What the network gets, normalized (B, C, h, w), and what it is to say, (B, h, w) class ids."""
         return self.normalize(batch.images, batch.photometric, batch.valid), batch.targets
 
     def loss(self, model: Any, batch: Batch, position: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,7 +142,7 @@ class Classification(_Task):
 
     def build_model(self, network: ModelConfig) -> MiTClassifier:
         """The network, as that of Segmentation."""
-        return build_classifier(network, self.num_classes)
+        return build_classifier(replace(network, in_channels=self.shards.channels), self.num_classes)
 
     def inputs(self, batch: Batch, position: int) -> tuple[Tensor, Tensor]:
         """As that of Segmentation, after mixup, cutmix and label smoothing; targets are shares (B, K)."""
@@ -173,18 +176,45 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
             f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
             "classes; leave model.num_classes null"
         )
+    if cfg.model.in_channels not in (None, shards.channels):
+        raise ConfigError(
+            f"model.in_channels={cfg.model.in_channels}, but the images of {cfg.data.shards} have "
+            f"{shards.channels} channels; leave model.in_channels null"
+        )
     for split in (cfg.train_split, cfg.eval_split):
         shards.split(split)
     return shards
 
 
+def normalization(cfg: RunConfig, shards: ShardSet) -> tuple[list[float], list[float]]:
+    """Mean and std of the channels: those of the settings, or of the shards where they hold other images than
+    8-bit RGB and the settings have ImageNet's, which are of that."""
+    group = "augment" if shards.task == "segmentation" else "classification"
+    settings, usual = getattr(cfg, group), AugmentConfig()
+    mean, std = list(settings.mean), list(settings.std)
+    if shards.mean and shards.std and (mean, std) == (usual.mean, usual.std):
+        return shards.mean, shards.std
+    if len(mean) != shards.channels:
+        raise ConfigError(
+            f"{group}.mean has {len(mean)} values, but the images of {cfg.data.shards} have "
+            f"{shards.channels} channels; give {shards.channels} values of {group}.mean and {group}.std, or "
+            "leave them out"
+        )
+    return mean, std
+
+
 def check_task(cfg: RunConfig, shards: ShardSet) -> None:
-    """ConfigError where data.task is not that of the shards."""
+    """ConfigError where data.task is not that of the shards, or images and normalization don't fit."""
     if cfg.data.task != shards.task:
         raise ConfigError(
             f"data.task={cfg.data.task}, but {cfg.data.shards} was sharded for {shards.task}; give the "
             f"shards of this data set, or data.task={shards.task}"
         )
+    if shards.task == "classification" and shards.pixels != RGB:
+        raise ConfigError(
+            f"the images of {cfg.data.shards} are {shards.pixels}; a classifier is trained on {RGB} (RGB)"
+        )
+    normalization(cfg, shards)
 
 
 def _check_loss(cfg: RunConfig) -> None:

@@ -41,7 +41,7 @@ def index(count: int, height: int | list[int], width: int | list[int], pixels=(6
 
     splits = {"train": split(count), "val": split(held)}
     classes = [f"c{k}" for k in range(len(pixels))]
-    return SimpleNamespace(task="segmentation", classes=classes, split=splits.__getitem__)
+    return SimpleNamespace(task="segmentation", classes=classes, channels=3, split=splits.__getitem__)
 
 
 @functools.cache
