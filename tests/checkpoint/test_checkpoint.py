@@ -40,6 +40,7 @@ def same(left, right):
 def test_a_round_trip_returns_every_tensor_bit_for_bit(tmp_path, averaged):
     state = {"order_spec": {"a": 1}, "data_digest": "d", "best_score": 0.5, "best_step": 7, "corrupt": [1, 2],
              "skipped": 3, "skipped_in_a_row": 1, "bad_step": 1, "settings": "steps: 9",
+             "pixels": {"dtype": "uint16", "mean": [9.5], "std": [2.0]},
              "long_side": 320, "evaluated": 6, "evaluations": [{"step": 6, "miou": 0.5}]}  # fmt: skip
     assert {f.name for f in fields(TrainState)} == {"step", *state}, "a new field: give it a value here"
     path = write(tmp_path, 7, averaged, **state)
