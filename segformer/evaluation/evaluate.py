@@ -84,8 +84,7 @@ def evaluate(
     model.eval()
     network = InferenceMode(model, mode_of(split, mode)) if view is None else model
     parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [batch]
-    dtype: torch.dtype = getattr(torch, split.dtype)
-    images = torch.zeros(1, split.channels, 64, 64, dtype=dtype, device=world.device)
+    images = torch.zeros(1, split.channels, 64, 64, dtype=getattr(torch, split.dtype), device=world.device)
     ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
     batches = eval_batches(split, loader, batch_size=batch_size, augment=view, warn=warn, **ranks)
     with contextlib.closing(iter(batches)) as iterator:

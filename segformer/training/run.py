@@ -102,9 +102,7 @@ def set_up(
     saved = newest_checkpoint(cfg, world, telemetry.line)
     state = TrainState(data_digest=shards.digest) if saved is None else saved.state
     world.on_main(lambda: _check_resumed(cfg, shards, state))
-    state.long_side = shards.content.get("long_side")
-    if shards.pixels != RGB:
-        state.pixels = {"dtype": shards.dtype, "mean": task.mean, "std": task.std}
+    _describe(state, shards, task)
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
     stream = partial(
@@ -131,8 +129,8 @@ def set_up(
         last_saved=state.step or None,
         best_step=state.best_step,
     )
-    network = replace(cfg.model, in_channels=shards.channels)
-    flops = training_flops(network, training_crop(cfg), task.num_classes, task=task.name)
+    network, crop = replace(cfg.model, in_channels=shards.channels), training_crop(cfg)
+    flops = training_flops(network, crop, task.num_classes, task=task.name)
     log_start(cfg, world, telemetry, shards, model.engine.module, state)
     services = Services(
         stream=stream,
@@ -149,6 +147,13 @@ def set_up(
         split=split,
     )
     return task, model, services
+
+
+def _describe(state: TrainState, shards: ShardSet, task: Task) -> None:
+    """What whoever opens the checkpoint must know of the images, so that it needs no shards."""
+    state.long_side = shards.content.get("long_side")
+    if shards.pixels != RGB:
+        state.pixels = {"dtype": shards.dtype, "mean": task.mean, "std": task.std}
 
 
 def _make_model(
