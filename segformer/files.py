@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from segformer.errors import reraise_as
+
 PACKAGE = Path(__file__).resolve().parent
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 "Where conf/, launch/ and data_prep/ lie: beside the package in the repository, in it as a wheel installs it."
@@ -81,6 +83,21 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain data of YAML.
+
+    Raises:
+        ValueError: it is none; or it repeats itself by aliases, ten lines of which stand for gigabytes.
+    """
+    import yaml  # not every command reads it
+
+    damaged = (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
+    with reraise_as(ValueError, "it is no plain YAML", on=damaged):  # all of them come from its constructors
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases (*), which are not read")
+        return yaml.safe_load(text)
 
 
 def read_json(path: Path, *, most: int = MOST) -> Any:

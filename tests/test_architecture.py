@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": "web dataset content decode division similar folder masks shapes sample",
-    "data.formats": "base coco coco_panoptic table",
+    "data.formats": "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely table",
     "data.sources.": "listing download",
     "data.shards": (
         "pool storage index tiling format reader verify workfolder packing trimming joining sharding"
@@ -84,7 +84,7 @@ OWNERS: dict[str, set[str]] = {
     "webdataset": {"data.shards.packing"},
     "hydra": {"training.config"},
     "omegaconf": {"training.choices", "training.config"},
-    "yaml": {"checkpoint.reader", "training.config"},
+    "yaml": {"files", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA | {"evaluation.drawing", "api"},
     "PIL": {

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from segformer.checkpoint.atomic import MANIFEST, read_verified, set_aside
@@ -34,7 +33,7 @@ from segformer.checkpoint.format import (
     step_name,
 )
 from segformer.errors import CheckpointError, ConfigError, reraise_as
-from segformer.files import read_text
+from segformer.files import parse_yaml, read_text
 
 CONFIG = "config.yaml"
 _MOST = 2**23  # bytes of a config.yaml; 65,535 class folders take 2.5 MB
@@ -104,19 +103,6 @@ def _step_folder(path: Path) -> Path | None:
     folder = path.parent if path.name == MODEL else path
     is_ours = (folder / MANIFEST).is_file() or not folder.exists()
     return folder if is_ours and _NAME.fullmatch(folder.name) else None
-
-
-def parse_yaml(text: str) -> Any:
-    """The plain data of YAML.
-
-    Raises:
-        ValueError: it is none; or it repeats itself by aliases, ten lines of which stand for gigabytes.
-    """
-    damaged = (yaml.YAMLError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError)
-    with reraise_as(ValueError, "it is no plain YAML", on=damaged):  # all of them come from its constructors
-        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases (*), which are not read")
-        return yaml.safe_load(text)
 
 
 def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:

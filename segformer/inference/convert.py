@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from segformer.checkpoint.reader import parse_yaml
 from segformer.errors import ConfigError, listed, reraise_as, say, within
-from segformer.files import parse_json, read_text
+from segformer.files import parse_json, parse_yaml, read_text
 from segformer.inference.export import check_network, check_output, complete
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights

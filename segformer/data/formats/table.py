@@ -11,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from segformer.data.formats import coco, coco_panoptic
+from segformer.data.formats import (
+    coco,
+    coco_panoptic,
+    cvat,
+    label_studio,
+    labelme,
+    supervisely,
+    yolo,
+)
 from segformer.data.formats.base import IGNORE, Format, Found, Labeled
 from segformer.data.sources.content import override
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, setting
@@ -20,7 +28,15 @@ from segformer.data.sources.sample import Sample
 from segformer.data.sources.shapes import Shape
 from segformer.errors import ConfigError, DataError, listed
 
-FORMATS: dict[str, Format] = {"coco": coco, "coco_panoptic": coco_panoptic}
+FORMATS: dict[str, Format] = {
+    "coco": coco,
+    "coco_panoptic": coco_panoptic,
+    "yolo": yolo,
+    "labelme": labelme,
+    "cvat": cvat,
+    "label_studio": label_studio,
+    "supervisely": supervisely,
+}
 
 _SHOWN = 6  # categories in a message
 

@@ -1,0 +1,201 @@
+"""What the label files of tools hold beside polygons, as rings and run lengths (shapes.py draws them).
+
+A box or an ellipse becomes a ring; a bitmap, which a tool stores as a PNG of the part that it covers, becomes
+run lengths of the whole picture. What a payload unpacks to is bounded before it is unpacked."""
+
+import base64
+import binascii
+import math
+import os
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from segformer.data.formats.base import first_there, labels_place
+from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS, DatasetConfig
+from segformer.data.sources.decode import PNG_MAGIC, check_parts
+from segformer.data.sources.folder import LeftOut, files_below, is_hidden
+from segformer.data.sources.masks import Defect
+from segformer.data.sources.sample import noting
+from segformer.data.sources.shapes import FARTHEST, GRID, ring
+from segformer.errors import DataError, listed, printable, reraise_as
+
+NO_LABELS = "image without labels"
+
+
+@contextmanager
+def refusing(defects: list[Defect], where: str, do: str) -> Iterator[None]:
+    """End the block where it raises, and note that as a defect of the label file or line `where`."""
+    with noting(defects, "listing"), reraise_as(DataError, where, do, on=ValueError):
+        yield
+
+
+def count(left: LeftOut, kind: str, first: str) -> None:
+    """One more of what is not used."""
+    number, name = left.get(kind, (0, printable(first)))
+    left[kind] = (number + 1, name)
+
+
+def unlabeled(images: Iterable[str]) -> LeftOut:
+    """The images that no label file speaks of."""
+    rest = sorted(images)
+    return {NO_LABELS: (len(rest), printable(rest[0]))} if rest else {}
+
+
+def label_folder(cfg: DatasetConfig, root: Path, split: str) -> Path:
+    """`data.labels`, or the folder of the split; root where there is none, or one pool is divided."""
+    if cfg.labels:
+        return labels_place(cfg, root, split, ())
+    return root / ("" if cfg.is_divided else first_there(cfg, root, split, ["{split}"]))
+
+
+def pooled(cfg: DatasetConfig, *patterns: str) -> list[str]:
+    """The usual places of labels; where one pool is divided, those that are not of a split."""
+    return [pattern for pattern in patterns if not (cfg.is_divided and "{split}" in pattern)]
+
+
+def picture_size(height: Any, width: Any) -> tuple[int, int]:
+    """(height, width) as a label file says them; ValueError for what can't be drawn."""
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
+        raise ValueError(f"its picture is {width!r} x {height!r} pixels; the limit is {MAX_PIXELS} in all")
+    return height, width
+
+
+def numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Finite numbers, float64 of that shape; ValueError for everything else."""
+    try:
+        found: np.ndarray = np.asarray(values, np.float64).reshape(shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{printable(repr(values))[:60]} are no {shape} numbers") from error
+    if not np.isfinite(found).all():
+        raise ValueError("a number is not finite")
+    return found
+
+
+def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
+    """The corners of a rectangle, float (4, 2)."""
+    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], np.float64)
+
+
+def ellipse(x: float, y: float, across: float, down: float) -> np.ndarray:
+    """Points of an ellipse around (x, y) with two half axes, joined within 1/256 pixel of it; (n, 2)."""
+    longer = max(abs(across), abs(down), 1.0)
+    if longer > FARTHEST:
+        raise ValueError(f"an ellipse has a radius of {longer:.0f} pixels")
+    number = math.ceil(math.pi * math.sqrt(GRID * longer / 2)) + 4  # sagitta: longer * (pi / number)**2 / 2
+    angle = np.arange(number) * (2 * math.pi / number)
+    return np.stack([x + across * np.cos(angle), y + down * np.sin(angle)], axis=1)
+
+
+def turned(points: np.ndarray, degrees: float, x: float, y: float) -> np.ndarray:
+    """Points turned around (x, y), clockwise as one sees it."""
+    if not degrees:
+        return points
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    result: np.ndarray = (points - (x, y)) @ np.array([(cosine, sine), (-sine, cosine)]) + (x, y)
+    return result
+
+
+def rings(*outlines: Any) -> tuple[np.ndarray, ...]:
+    """The rings of one shape; of fewer than three points they enclose nothing."""
+    return tuple(ring(points) for points in outlines)
+
+
+def run_lengths(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
+    """A bool (h, w) mask, whose first pixel is at column x and row y of a picture, as its run lengths."""
+    height, width = size
+    left, top = max(x, 0), max(y, 0)
+    part = mask[top - y : max(height - y, 0), left - x : max(width - x, 0)]
+    columns = np.zeros((part.shape[1], height), bool)
+    columns[:, top : top + part.shape[0]] = part.T
+    ends = np.flatnonzero(np.diff(columns.reshape(-1), prepend=False, append=False))
+    if not len(ends):
+        return np.array([height * width], np.uint32)
+    return np.diff(ends + left * height, prepend=0, append=height * width).astype(np.uint32)
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of base64, with or without line breaks."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError("a bitmap is not base64") from error
+
+
+def inflated(data: bytes) -> bytes:
+    """What zlib packed, where that is at most MAX_FILE_BYTES."""
+    unpacked = zlib.decompressobj()
+    try:
+        found = unpacked.decompress(data, MAX_FILE_BYTES)
+    except zlib.error as error:
+        raise ValueError("a bitmap is damaged (zlib)") from error
+    if not unpacked.eof:
+        raise ValueError(f"a bitmap is truncated, or unpacks to more than {MAX_FILE_BYTES} bytes")
+    return found
+
+
+def png_mask(data: bytes) -> np.ndarray:
+    """A PNG as bool (h, w): where its alpha, or its one channel, is not zero."""
+    if data[:8] != PNG_MAGIC:
+        raise ValueError("a bitmap is not a PNG")
+    check_parts(data)
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or (pixels.ndim == 3 and pixels.shape[2] != 4):
+        raise ValueError("a bitmap is a PNG without alpha, or damaged")
+    mask: np.ndarray = (pixels if pixels.ndim == 2 else pixels[:, :, 3]) != 0
+    return mask
+
+
+class Pictures:
+    """The images below data.image_dir, where that is there, else below root, found by a tool's names.
+
+    A tool knows an image by a path on its own server, which ends as that of the file does. Names compare in
+    their composed form (NFC): macOS writes them in the other.
+    """
+
+    def __init__(self, cfg: DatasetConfig, root: Path, split: str) -> None:
+        folder = cfg.folder("image", split)
+        self.shown = folder if (root / folder).is_dir() else "."
+        self.folder = str(root / self.shown)
+        self._by_name: dict[str, list[str]] = {}
+        for name in files_below(self.folder):
+            if name.lower().endswith(cfg.ends("image")) and not is_hidden(name):
+                self._by_name.setdefault(_composed(os.path.basename(name)), []).append(name)
+        self._used: set[str] = set()
+
+    def find(self, path: str, *, whole: bool = True) -> str:
+        """The one image whose path ends as this does, in all of it or (not `whole`) as far as any does.
+
+        Raises:
+            ValueError: there is none, are several, or it was found before.
+        """
+        wanted = _composed(path).split("/")
+        ends: dict[int, list[str]] = {}
+        for name in self._by_name.get(wanted[-1], ()):
+            parts = _composed(f"{self.shown}/{name}").split("/")
+            pairs = zip(reversed(parts), reversed(wanted), strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            ends.setdefault(same, []).append(name)
+        found = ends[max(ends)] if ends and max(ends) >= (len(wanted) if whole else 1) else []
+        if len(found) != 1:
+            many = f"{len(found)} files ({listed(found, 3)})" if found else "no file"
+            raise ValueError(f"there is {many} for the image {path!r} below {self.folder!r}")
+        if found[0] in self._used:
+            raise ValueError(f"the image {path!r} has labels already")
+        self._used.add(found[0])
+        return found[0]
+
+    def unused(self) -> LeftOut:
+        """The images that were not asked for."""
+        return unlabeled(name for names in self._by_name.values() for name in names if name not in self._used)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
