@@ -18,6 +18,7 @@ import numpy as np
 
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_alike, find_turned, write_shards
+from segformer.data.shards.tiling import Tiling
 from segformer.data.sources.content import Histogram, Labels, judge_content, no_classes, turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.division import is_training
@@ -46,6 +47,12 @@ class ShardConfig:
     """Reduce images whose longer side has more pixels than this, and their masks; 0 = none."""
     quality: int = 0
     """Write every image as JPEG of this quality, 1 to 100; 0 = keep the bytes of its file."""
+    tile: list[int] = field(default_factory=list)
+    """[height,width]: larger images are cut into tiles of this size; empty = none, and they are refused."""
+    tile_overlap: int | None = None
+    """Pixels that neighboring tiles share; null = a quarter of a side."""
+    tile_labeled: float = 0.0
+    """Training tiles with a smaller share of labeled (not ignored) pixels are left out; 0 = none."""
     workers: int = -1
     """Processes; -1 = one per core. The shards do not depend on it."""
     part: str = ""
@@ -61,6 +68,9 @@ def shard(cfg: ShardConfig) -> None:
     if not out:
         raise ConfigError("no output folder; give output=<folder for the shards>")
     part = _part(cfg.part) if cfg.part else None
+    tiling = Tiling.of(cfg.tile, cfg.tile_overlap, cfg.tile_labeled)
+    if part and tiling:
+        raise ConfigError(f"part={cfg.part}: a shard holds tiles of all images, cut before; leave it out")
     if cfg.data.task == "segmentation":
         if not cfg.data.classes:
             raise ConfigError(no_classes(first_ids(cfg.data, Path(root))))
@@ -74,6 +84,7 @@ def shard(cfg: ShardConfig) -> None:
         workers=cfg.workers,
         long_side=cfg.long_side,
         quality=cfg.quality,
+        tiling=tiling,
         part=part,
     )
     if part is not None:
@@ -148,7 +159,7 @@ def split_text(shards: ShardSet) -> str:
     for name, split in shards.splits.items():
         entry = shards.content["splits"][name]
         left_out = f" ({entry['dropped']} left out)" if entry["dropped"] else ""
-        lines.append(f"{name}: {split.num_samples} images in {len(split.files)} shards{left_out}")
+        lines.append(f"{name}: {split.extent} in {len(split.files)} shards{left_out}")
         for folder, kinds in entry.get("left_out", {}).items():
             lines.append(f"  not used of {folder}: {left_out_text(kinds)}")
         lines += class_images(shards, name) if shards.task == "classification" else class_shares(shards, name)

@@ -26,11 +26,11 @@ MAX_ENTRIES = 15
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "web dataset content decode division similar folder masks shapes sample",
+    "data.sources": "web dataset content decode division similar folder masks shapes sample large",
     "data.formats": "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely table",
     "data.sources.": "listing download",
     "data.shards": (
-        "pool storage index tiling format reader verify workfolder packing trimming joining sharding"
+        "pool storage index tiling format reader verify workfolder trimming cutting packing joining sharding"
     ),
     "data.loading": "order photometric crop classification mixing samples workers loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",

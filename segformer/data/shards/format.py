@@ -71,6 +71,7 @@ class Split:
         self._with_label: dict[int, np.ndarray] = {}
         self.records, self._labels, self._keys = self._read(entry, verify)
         self._tiled: dict[str, Any] | None = entry.get("tiled")
+        self._of_tiles = "tile" in content
 
     @property
     def channels(self) -> int:
@@ -104,8 +105,8 @@ class Split:
     @property
     def extent(self) -> str:
         """How many images these are, for a line of text."""
-        count = f"{self.num_samples:,}"
-        return f"{len(self.tiled.images):,} images in {count} tiles" if self.tiled else f"{count} images"
+        whole = f"{len(self.tiled.images):,} images in " if self.tiled else ""
+        return f"{whole}{self.num_samples:,} {'tiles' if self._of_tiles else 'images'}"
 
     @property
     def keys(self) -> list[str]:

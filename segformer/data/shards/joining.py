@@ -12,11 +12,10 @@ from segformer.data.shards.packing import ShardTask
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, Histogram, Labels, check_content
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import read_file
 from segformer.data.sources.division import EVAL_SPLIT, is_training, pairs, same_bytes
 from segformer.data.sources.sample import Sample
 from segformer.errors import DataError
-from segformer.files import write_atomic
+from segformer.files import sha256_of, write_atomic
 
 
 def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: WorkFolder) -> dict[str, Any]:
@@ -74,11 +73,14 @@ def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFol
         shared = np.intersect1d(found[first], found[second])
         for split in (first, second):
             places[split].update(np.flatnonzero(np.isin(found[split], shared)).tolist())
-    digests: dict[str, dict[bytes, str]] = {split: {} for split in cfg.splits}
+    digests: dict[str, dict[str, str]] = {split: {} for split in cfg.splits}
+    sums: dict[str, str] = {}  # of the source: tiles of nothing but sky are alike in any two images
     for split, known in places.items():
         for place in sorted(known):
             sample = samples[split][place]
-            digests[split].setdefault(hashlib.sha256(read_file(sample.image)).digest(), sample.key)
+            if sample.image_file not in sums:
+                sums[sample.image_file] = sha256_of(sample.image)
+            digests[split].setdefault(sums[sample.image_file], sample.key)
     for shared_by in same_bytes(cfg.allow_duplicates, digests):
         raise DataError(shared_by.text)
 

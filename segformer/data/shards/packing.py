@@ -9,28 +9,31 @@ says. Source files are compared by name, size and time, and by content where a t
 
 import hashlib
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from segformer.data.shards.cutting import content_sum, facts_sum, file_stat, load_tile, sample_facts
 from segformer.data.shards.index import INDEX, LABELS, pack_index
+from segformer.data.shards.tiling import Tiling
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, check_depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
 from segformer.data.sources.decode import decode_image, image_header, is_deep, read_file
 from segformer.data.sources.sample import LoadedSample, Sample, load_sample
-from segformer.data.sources.shapes import packed
-from segformer.errors import ConfigError, DataError, at_least, reraise_as, within
+from segformer.errors import ConfigError, DataError, at_least, within
 from segformer.files import read_json, sha256_of, staged, write_atomic
 
+_SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
 REDUCED_QUALITY = 95  # of JPEG images that are reduced while quality = 0 keeps the others as they are
 
 # Label ids are no intensities: without row filters a mask decodes about twice as fast and is smaller.
@@ -52,10 +55,19 @@ class Settings:
     """Pixels; larger images are reduced to it. 0 = none."""
     quality: int = 0
     """JPEG quality of every image; 0 = the bytes of the file."""
+    tiling: Tiling | None = None
+    """How larger images are cut into tiles; None = they are refused."""
 
     def __post_init__(self) -> None:
         at_least(self, "", samples_per_shard=1, long_side=0)
         within(self, "", seed=(0, 2**64 - 1), quality=(0, 100))
+        foreign = {
+            f"long_side={self.long_side}": self.long_side,
+            f"data.min_share={self.cfg.min_share}": self.cfg.min_share,
+            "data.task=classification": self.cfg.task == "classification",
+        }
+        if self.tiling and (other := [text for text, given in foreign.items() if given]):
+            raise ConfigError(f"{other[0]} is about whole images, and tile cuts them; leave one of them out")
         if not self.cfg.splits:
             raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
 
@@ -69,6 +81,8 @@ class ShardTask:
     name: str
     samples: list[Sample]
     work: WorkFolder
+    sums: dict[str, str] = field(default_factory=dict)
+    """content_sum of each image that was cut, by its path."""
 
 
 def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
@@ -86,38 +100,57 @@ def member_key(key: str) -> str:
     return folder + slash + name.replace(".", "_")
 
 
+def check_keys(samples: Iterable[Sample]) -> None:
+    """DataError for samples whose keys a tar can't tell apart or stock webdataset would misread."""
+    seen: dict[str, str] = {}
+    for sample in samples:
+        key = member_key(sample.key)
+        if not key.isprintable() or "\\" in key or key.startswith("/") or len(key.encode()) > 90:
+            raise DataError(f"the name {sample.key!r} cannot be a key; use at most 90 printable characters")
+        if _SKIPPED.match(key):
+            raise DataError(
+                f"the name {sample.key!r} cannot be a key, webdataset skips names like __x__; "
+                f"rename {key.partition('/')[0]!r}"
+            )
+        if key in seen:
+            raise DataError(
+                f"{sample.key!r} and {seen[key]!r} differ only by dots, which keys cannot hold; rename one"
+            )
+        seen[key] = sample.key
+
+
 def stat_hash(samples: Iterable[Sample]) -> str:
-    """sha256 over names, classes, sizes and times of the source files: cheap, and enough while they rest."""
-
-    def facts(path: Path) -> bytes:
-        found = path.stat()
-        return f"\0{found.st_size}\0{found.st_mtime_ns}\0".encode()
-
-    return _hash(samples, facts)
+    """sha256 over names, classes, shapes, sizes and times of the source files: enough while they rest."""
+    return _hash(samples, file_stat, lambda sample: facts_sum(sample, file_stat), {})
 
 
-def source_hash(samples: Iterable[Sample]) -> str:
-    """sha256 over names, classes and contents of the source files."""
+def source_hash(samples: Iterable[Sample], sums: dict[str, str] | None = None) -> str:
+    """sha256 over names, classes, shapes and contents of the source files. sums: as those of ShardTask."""
 
-    def facts(path: Path) -> bytes:
+    def content(path: Path) -> bytes:
         data = read_file(path)
         return len(data).to_bytes(8, "little") + data
 
-    return _hash(samples, facts)
+    return _hash(samples, content, content_sum, sums or {})
 
 
-def _hash(samples: Iterable[Sample], facts: Callable[[Path], bytes]) -> str:
-    """sha256 over name, class and shapes of each sample, and the facts of its files."""
-    digest = hashlib.sha256()
+def _hash(
+    samples: Iterable[Sample],
+    facts: Callable[[Path], bytes],
+    of_image: Callable[[Sample], str],
+    sums: dict[str, str],
+) -> str:
+    """sha256 over name and class of each sample, and its facts or, of a tile, the sum of its image's."""
+    digest, known = hashlib.sha256(), dict(sums)
     for sample in samples:
         digest.update(f"{sample.key}\0{sample.label}".encode())
-        if sample.shapes is not None or sample.segments is not None:
-            digest.update(repr((sample.uncovered, sample.size, sample.segments)).encode())
-        for part in packed(sample.shapes or ()):
-            digest.update(part)
-        for path in filter(None, (sample.image, sample.mask)):
-            with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
-                digest.update(facts(path))
+        if sample.window is None:
+            for part in sample_facts(sample, facts):
+                digest.update(part)
+            continue
+        if sample.image_file not in known:
+            known[sample.image_file] = of_image(sample)
+        digest.update(known[sample.image_file].encode())
     return digest.hexdigest()
 
 
@@ -129,7 +162,7 @@ def _complete(task: ShardTask) -> dict[str, Any] | None:
         if (
             sha256_of(task.work.tar(task.name)) == note["sha256"]
             and sha256_of(task.work.part(task.name)) == note["part_sha256"]
-            and (note["stat"] == stat or note["source_sha256"] == source_hash(task.samples))
+            and (note["stat"] == stat or note["source_sha256"] == source_hash(task.samples, task.sums))
         ):
             return note | {"stat": stat}
     return None
@@ -138,7 +171,7 @@ def _complete(task: ShardTask) -> dict[str, Any] | None:
 def _write(task: ShardTask) -> dict[str, Any]:
     """Write the tar, its part of the index and, last, the note."""
     # Before a sample is read: a later change must show.
-    before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples)}
+    before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples, task.sums)}
     with staged(task.work.tar(task.name)) as tar:
         records, labels, raw_ids, turned, levels, depth, alike = _write_tar(task, tar)
         check_depth(task.settings.cfg.image_range, depth)
@@ -179,7 +212,7 @@ def _write_tar(
         TarWriter(stream, encoder=False, mtime=0, user="", group="") as writer,
     ):
         for sample, record in zip(task.samples, records, strict=True):
-            loaded = load_sample(cfg, sample)
+            loaded = load_tile(cfg, sample, task.work) if sample.window else load_sample(cfg, sample)
             raw_ids.update(loaded.raw_ids)
             levels = [*levels, *(loaded.levels or ())]
             levels = [min(levels), max(levels)] if levels else []

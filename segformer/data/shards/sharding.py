@@ -3,6 +3,7 @@
     list    the samples of every split; training splits are shuffled once (seeded), splits named val... or
             test... keep the order of their keys
     trim    only with data.min_share: training images are left out (trimming.py)
+    cut     only with a tiling: larger images become tiles, which are the samples from here on (cutting.py)
     write   shard by shard, in processes, into a folder beside `out` (workfolder.py, packing.py)
     join    parts -> one index a split, class statistics, dataset.json, then `out` appears by one rename
 
@@ -22,7 +23,6 @@ meant, would be learnt (content.py)."""
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -33,17 +33,20 @@ import cv2
 import numpy as np
 
 from segformer.data.formats.table import resolved
+from segformer.data.shards.cutting import cut_tiles, plan_tiles
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
 from segformer.data.shards.joining import check_joined, join
 from segformer.data.shards.packing import (
     Settings,
     ShardTask,
+    check_keys,
     make_shard,
     member_key,
     source_hash,
     stat_hash,
 )
 from segformer.data.shards.pool import run
+from segformer.data.shards.tiling import Tiling
 from segformer.data.shards.trimming import Listing, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Labels, check_content
@@ -64,9 +67,6 @@ _OTHER_PLACE = "give another output=<folder> or remove it"
 
 class OtherSet(DataError):  # noqa: N818  a state of the folder
     """The folder holds other shards, or something else."""
-
-
-_SKIPPED = re.compile(r"__[^/]*__(/|$)")  # names of members that stock webdataset takes for its own
 
 
 def _description(settings: Settings) -> dict[str, Any]:
@@ -95,6 +95,7 @@ def _description(settings: Settings) -> dict[str, Any]:
         | ({"labels": _label_settings(cfg)} if cfg.format else {})
         | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.is_divided else {})
         | {key: value for key in DIVISION[2:] if (value := getattr(cfg, key))}
+        | (settings.tiling.described() if settings.tiling else {})
     )
 
 
@@ -121,15 +122,16 @@ def write_shards(
     workers: int,
     long_side: int = 0,
     quality: int = 0,
+    tiling: Tiling | None = None,
     part: tuple[int, int] | None = None,
 ) -> None:
     """Write every split of `cfg` from the folder `root` as shards into `out`.
 
-    workers: processes, -1 = one per core. long_side, quality: see packing.Settings. part: (index, count), to
-    make every count-th shard only, from the index-th; several processes on several nodes may do so at a time,
-    and the same call without `part` then joins what they made. An `out` that already holds exactly this set
-    is left as it is; one that holds anything else is refused. DataError for whatever is wrong with the
-    source.
+    workers: processes, -1 = one per core. long_side, quality, tiling: see packing.Settings. part: (index,
+    count), to make every count-th shard only, from the index-th; several processes on several nodes may do so
+    at a time, and the same call without `part` then joins what they made. An `out` that already holds exactly
+    this set is left as it is; one that holds anything else is refused. DataError for whatever is wrong with
+    the source.
     """
     if cfg.task == "classification" and not cfg.classes:
         cfg = replace(cfg, classes=class_folders(cfg, root))
@@ -137,7 +139,7 @@ def write_shards(
     if unfit := [name for name in cfg.classes if not is_name(name)]:
         raise ConfigError(f"data.classes: {listed(unfit)} hold control characters; leave these out")
     check_content(Labels.configured(cfg, cfg.classes), {}, ())
-    settings = Settings(cfg, seed, samples_per_shard, long_side, quality)
+    settings = Settings(cfg, seed, samples_per_shard, long_side, quality, tiling)
     target = Path(os.path.realpath(out))
     if not target.name:
         raise ConfigError(f"output={str(out)!r} has no name, a set becomes one folder; give output=/<folder>")
@@ -148,7 +150,7 @@ def write_shards(
             raise OtherSet(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
     listing, left_out = _list(cfg, root)
     work = WorkFolder(target, _identity(settings, listing))
-    kept = trim(cfg, listing, workers)
+    kept, beside = _samples(settings, listing, left_out, workers)
     tasks = _plan(settings, kept, work)
     with reraise_as(DataError, what, remedy):
         if _occupied(target):
@@ -159,11 +161,6 @@ def write_shards(
             if _occupied(target):
                 raise DataError(f"{str(out)!r} has just been written by another process; run this again")
             if part is None:
-                beside: dict[str, dict[str, Any]] = {
-                    split: {"dropped": len(listing[split]) - len(samples)}
-                    | ({"left_out": left_out[split]} if left_out[split] else {})
-                    for split, samples in kept.items()
-                }
                 _write(settings, tasks, beside, work, workers)
             else:
                 _make(tasks[part[0] :: part[1]], workers)
@@ -177,11 +174,33 @@ def _list(cfg: DatasetConfig, root: Path) -> tuple[Listing, dict[str, dict[str, 
         listing[split], defects, left_out[split] = find_samples(cfg, root, split)
         if defects:
             raise defects[0]
-        _check_keys(listing[split])
+        check_keys(listing[split])
     images = {split: [(s.key, s.image_file) for s in samples] for split, samples in listing.items()}
     for text in same_files(cfg, images):
         raise DataError(text)
     return listing, left_out
+
+
+def _samples(
+    settings: Settings, listing: Listing, left_out: dict[str, dict[str, LeftOut]], workers: int
+) -> tuple[Listing, dict[str, dict[str, Any]]]:
+    """What is packed, trimmed and as tiles, and what dataset.json says of the source of each split."""
+    kept = trim(settings.cfg, listing, workers)
+    beside: dict[str, dict[str, Any]] = {
+        split: {"dropped": len(listing[split]) - len(samples)}
+        | ({"left_out": left_out[split]} if left_out[split] else {})
+        for split, samples in kept.items()
+    }
+    if settings.tiling is None:
+        return kept, beside
+    tiles = plan_tiles(settings.cfg, settings.tiling, kept, workers)
+    for split, samples in tiles.samples.items():
+        check_keys(samples)
+        if split in tiles.wholes:
+            beside[split]["tiled"] = settings.tiling.entry(
+                whole._replace(key=member_key(whole.key)) for whole in tiles.wholes[split]
+            )
+    return tiles.samples, beside
 
 
 def _write(
@@ -217,6 +236,13 @@ def _write(
 def _make(tasks: list[ShardTask], workers: int) -> list[dict[str, Any]]:
     """Make the shards that are not there yet; the note of each."""
     try:
+        tiles = [sample for task in tasks for sample in task.samples if sample.window]
+        if tiles:
+            sums = cut_tiles(tasks[0].settings.cfg, tiles, tasks[0].work, workers)
+            tasks = [
+                replace(task, sums={name: sums[name] for s in task.samples if (name := s.image_file) in sums})
+                for task in tasks
+            ]
         results = run(
             make_shard,
             tasks,
@@ -244,24 +270,6 @@ def find_turned(out: Path) -> tuple[int, str, int] | None:
 def find_alike(out: Path) -> list[str]:
     """What is to be said of near copies over the splits of a finished set."""
     return list(_read_json(out / NOTE).get("alike", []))
-
-
-def _check_keys(samples: list[Sample]) -> None:
-    seen: dict[str, str] = {}
-    for sample in samples:
-        key = member_key(sample.key)
-        if not key.isprintable() or "\\" in key or key.startswith("/") or len(key.encode()) > 90:
-            raise DataError(f"the name {sample.key!r} cannot be a key; use at most 90 printable characters")
-        if _SKIPPED.match(key):
-            raise DataError(
-                f"the name {sample.key!r} cannot be a key, webdataset skips names like __x__; "
-                f"rename {key.partition('/')[0]!r}"
-            )
-        if key in seen:
-            raise DataError(
-                f"{sample.key!r} and {seen[key]!r} differ only by dots, which keys cannot hold; rename one"
-            )
-        seen[key] = sample.key
 
 
 def _plan(settings: Settings, listing: Listing, work: WorkFolder) -> list[ShardTask]:

@@ -11,7 +11,7 @@ windows (evaluation/stitching.py). An image that is not larger than a tile is on
                               "images": [[key, height, width, sample id of its first tile], ...]}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,6 +68,14 @@ class Tiling:
             raise ConfigError(f"tile_overlap={overlap}; use 0 to below {min(tile)}, the side of a tile")
         down, right = (side * 3 // 4 if overlap is None else side - overlap for side in tile)
         return cls((tile[0], tile[1]), (down, right), labeled)
+
+    def described(self) -> dict[str, Any]:
+        """What dataset.json says of it among the settings."""
+        return {"tile": list(self.tile), "stride": list(self.stride), "tile_labeled": self.labeled}
+
+    def entry(self, images: Iterable["Whole"]) -> dict[str, Any]:
+        """`tiled` of a split."""
+        return {"tile": list(self.tile), "stride": list(self.stride), "images": [list(one) for one in images]}
 
     def windows(self, size: Size) -> list[tuple[slice, slice]]:
         """Rows and columns of each tile of an image of (height, width) `size`."""

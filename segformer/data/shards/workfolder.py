@@ -5,6 +5,7 @@
     .<out>.tmp/<identity>/parts/   <shard>.part, <shard>.json: one shard's index, and the note that it is
                                    complete
     .<out>.tmp/<identity>/set/     what becomes `out`, by one rename
+    .<out>.tmp/<identity>/tiles/   what large images were cut into (cutting.py)
 
 identity: a hash of the arguments and of the sample names. Every file appears by a rename after its bytes are
 on the disk. Workers that outlive a killed process for a moment write the bytes that the next one expects, or
@@ -28,7 +29,7 @@ class WorkFolder:
         self.out = out
         self.path = out.with_name(f".{out.name}.tmp")
         self.own = self.path / identity[:16]
-        self.set, self.parts = self.own / "set", self.own / "parts"
+        self.set, self.parts, self.tiles = (self.own / name for name in ("set", "parts", "tiles"))
 
     def tar(self, name: str) -> Path:
         """The tar of a shard."""

@@ -28,6 +28,7 @@ MAX_IMAGE_CLASSES = 65535  # of a classification set: the index of a shard keeps
 MAX_RAW_ID = 65535
 MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header is checked before decoding
 MAX_TILED_PIXELS = 500_000_000  # of an image that sharding cuts into tiles; 1.5 GB decoded
+MAX_TILED_BYTES = 2**31  # of the file of such an image; TIFFs are not read whole
 MAX_FILE_BYTES = 64 * 2**20
 MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # decoded, what an RGB image of MAX_PIXELS takes
 MAX_CHANNELS = 32

@@ -12,19 +12,48 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from segformer.data.sources.dataset import MAX_CHANNELS, MAX_FILE_BYTES, MAX_PIXELS
+from segformer.data.sources.dataset import (
+    MAX_CHANNELS,
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    MAX_TILED_BYTES,
+    MAX_TILED_PIXELS,
+)
 from segformer.errors import DataError, reraise_as
 from segformer.files import regular
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_PARTS = 2**16  # segments of a JPEG before its pixels, chunks of a PNG; Pillow takes 4 us for each
 MAX_SCANS = 64  # of a progressive JPEG, which has about 10; one of 75 bytes takes 43 ms at 49 million pixels
+
+
+_larger: ContextVar[bool] = ContextVar("larger", default=False)
+
+
+@contextlib.contextmanager
+def larger() -> Iterator[None]:
+    """Inside, images may have up to MAX_TILED_PIXELS: they are cut into tiles."""
+    from PIL import Image  # heavy, and only preparing data needs it
+
+    token, most = _larger.set(True), Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = MAX_TILED_PIXELS  # its own limit; what is opened has passed `image_header`
+    try:
+        yield
+    finally:
+        _larger.reset(token)
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def most_pixels() -> int:
+    """The pixels that an image may have."""
+    return MAX_TILED_PIXELS if _larger.get() else MAX_PIXELS
 
 
 def image_header(data: bytes) -> tuple[str, int, int]:
@@ -52,9 +81,15 @@ def image_header(data: bytes) -> tuple[str, int, int]:
     else:
         raise ValueError("not a JPEG or PNG file" if data else "empty file (0 bytes)")
     height, width = size
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, the limit is {MAX_PIXELS}")
+    if not 0 < height * width <= most_pixels():
+        raise ValueError(too_many(height, width))
     return kind, height, width
+
+
+def too_many(height: int, width: int) -> str:
+    """What to say of an image beyond `most_pixels`."""
+    tile = "" if _larger.get() else " (shard.py cuts larger ones into tiles: tile=[1024,1024])"
+    return f"{width} x {height} pixels, the limit is {most_pixels()}{tile}"
 
 
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -204,10 +239,10 @@ def _check_png(data: bytes, most: int) -> None:
 def read_file(path: Path, first: int = -1) -> bytes:
     """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
     with reraise_as(DataError, f"{str(path)!r} cannot be read", "replace it, or check its permissions"):
-        size = regular(path).stat().st_size
-        if size > MAX_FILE_BYTES:
+        size, limit = regular(path).stat().st_size, MAX_TILED_BYTES if _larger.get() else MAX_FILE_BYTES
+        if size > limit:
             raise DataError(
-                f"{str(path)!r} has {size} bytes; the limit for one file is {MAX_FILE_BYTES}; make it smaller"
+                f"{str(path)!r} has {size} bytes; the limit for one file is {limit}; make it smaller"
             )
         with path.open("rb") as stream:
             return stream.read(first)
@@ -215,11 +250,18 @@ def read_file(path: Path, first: int = -1) -> bytes:
 
 def whole_image(path: Path, data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
     """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
-    if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
-        decode_pixels(path, data)
     with _unless_whole(path):
         check_parts(data)
+        if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
+            _load(data)
         return decode_image(data, image_range)
+
+
+def _load(data: bytes) -> None:
+    from PIL import Image  # heavy, and only preparing data needs it
+
+    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+        picture.load()
 
 
 def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:

@@ -58,6 +58,8 @@ class Sample:
     """Height and width of the image that the labels are meant for, where they say so."""
     segments: tuple[tuple[int, int], ...] | None = None
     """Of a mask of segments in colors: (R + 256 G + 65536 B, raw id) of each."""
+    window: tuple[int, int, int, int] | None = None
+    """Of a tile of the image: top, left, bottom, right."""
 
     @property
     def image(self) -> Path:
@@ -94,6 +96,12 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
     loaded, defects = inspect_sample(cfg, sample)
     if defects:
         raise defects[0]
+    map_ids(cfg, sample, loaded)
+    return loaded
+
+
+def map_ids(cfg: DatasetConfig, sample: Sample, loaded: LoadedSample) -> None:
+    """Fill in `mask` from `ids`; DataError for ids that no class has."""
     if loaded.ids is not None:
         table = label_table(cfg)
         if unknown := unknown_ids(cfg, list(loaded.raw_ids)):
@@ -104,7 +112,12 @@ def load_sample(cfg: DatasetConfig, sample: Sample) -> LoadedSample:
                 "and 255; add them to data.classes or map them in data.label_map (255 = ignore)",
             )
         loaded.mask = table.astype(np.uint8)[loaded.ids]
-    return loaded
+
+
+def count_ids(ids: np.ndarray) -> dict[int, int]:
+    """Raw id -> pixels."""
+    counts = np.bincount(ids.reshape(-1))
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect]]:
@@ -122,11 +135,10 @@ def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, li
         return loaded, defects
     with noting(defects, "unreadable"):
         if sample.size is not None:
-            _check_size(sample, loaded, sample.size)
+            check_size(sample, loaded, sample.size)
         loaded.ids = sample_ids(cfg, sample, (loaded.height, loaded.width))
-        counts = np.bincount(loaded.ids.reshape(-1))
-        loaded.raw_ids = {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-        _check_size(sample, loaded, loaded.ids.shape)
+        loaded.raw_ids = count_ids(loaded.ids)
+        check_size(sample, loaded, loaded.ids.shape)
     return loaded, defects
 
 
@@ -144,7 +156,8 @@ def sample_ids(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> np.
     return mask_ids(cfg, path) if sample.segments is None else segment_ids(path, dict(sample.segments))
 
 
-def _check_size(sample: Sample, loaded: LoadedSample, size: tuple[int, ...]) -> None:
+def check_size(sample: Sample, loaded: LoadedSample, size: tuple[int, ...]) -> None:
+    """Defect where labels of (height, width) `size` are not of the size of their image."""
     if loaded.height and size != (loaded.height, loaded.width):
         what = f"the labels of {sample.image_file!r} are for"
         if sample.mask_file is not None:
