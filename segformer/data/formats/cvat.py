@@ -44,12 +44,12 @@ from segformer.data.formats.outlines import (
 )
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import LeftOut
-from segformer.errors import DataError, listed, reraise_as
+from segformer.errors import DataError, listed, printable, reraise_as
 from segformer.files import regular
 
 AREAS = ("polygon", "box", "ellipse", "mask")
 NO_AREAS = ("polyline", "points", "cuboid", "skeleton", "tag")
-MAX_TAG = 2**25  # bytes of one tag, as of a mask
+MAX_TAG = 2**23  # bytes of one tag, as of a mask
 _PLACES = ("{split}/annotations.xml", "{split}.xml", "annotations.xml")
 _BLOCK = 2**18
 _DEEPEST = 64
@@ -67,20 +67,14 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     """The images of a split in its file."""
     path = labels_place(cfg, root, split, pooled(cfg, *_PLACES))
     what = f"the labels {str(path)!r} can't be read"
-    reader = _Reader(str(path), Pictures(cfg, root, split))
+    own = set() if cfg.is_divided else {name.lower() for name in split_places(cfg, ["{split}"], split)}
+    reader = _Reader(str(path), Pictures(cfg, root, split), own)
     with reraise_as(DataError, what, "export them again", on=(OSError, ValueError, expat.ExpatError)):
         reader.read(path)
-    subsets = {subset for subset, _ in reader.images}
-    own = {name.lower() for name in split_places(cfg, ["{split}"], split)}
-    if not cfg.is_divided and (named := subsets - {""}):
-        if not own & subsets:
-            do = "set data.split_dirs, or divide all of them: data.val_share=0.2"
-            raise DataError(f"{str(path)!r} has no subset {split!r}, but {listed(sorted(named))}; {do}")
-        for subset, labeled in reader.images:
-            if subset not in own:
-                count(reader.left, f"image of the subset {subset!r}", labeled.key)
-        reader.images = [(subset, labeled) for subset, labeled in reader.images if subset in own]
-    found = Found([labeled for _, labeled in reader.images], reader.defects, {}, reader.categories)
+    if reader.others and not reader.images:
+        do = "set data.split_dirs, or divide all of them: data.val_share=0.2"
+        raise DataError(f"{str(path)!r} has no subset {split!r}, but {listed(sorted(reader.others))}; {do}")
+    found = Found(reader.images, reader.defects, categories=reader.categories)
     found.left = {path.relative_to(root).as_posix(): reader.left}
     pictures = reader.pictures
     found.left[pictures.shown] = found.left.get(pictures.shown, {}) | pictures.unused()
@@ -90,10 +84,11 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
 class _Reader:
     """What a file holds, gathered while it is parsed."""
 
-    def __init__(self, path: str, pictures: Pictures) -> None:
-        self.path, self.pictures = path, pictures
-        self.images: list[tuple[str, Labeled]] = []
-        """Subset, in small letters, and labels."""
+    def __init__(self, path: str, pictures: Pictures, own: set[str]) -> None:
+        self.path, self.pictures, self.own = path, pictures, own
+        self.images: list[Labeled] = []
+        self.others: set[str] = set()
+        """Subsets that are not its own."""
         self.defects: list[Any] = []
         self.left: LeftOut = {}
         self.categories: list[str] = []
@@ -152,13 +147,18 @@ class _Reader:
             kind = self._label.get("type", "any")
             if kind not in NO_AREAS and "parent" not in self._label:
                 self.categories.append(self._label.get("name", ""))
-        elif tag == "image" and not self._broken:
-            with self._noting():
-                file = self.pictures.find(self._image.get("name", ""))
-                ordered = sorted(self._shapes, key=lambda shape: shape[0])
-                shapes = tuple((label, outline) for _, label, outline in ordered)
-                labeled = Labeled(key_of(file), f"{self.pictures.folder}/{file}", shapes, size=self._size())
-                self.images.append((self._image.get("subset", "").lower(), labeled))
+        elif tag == "image":
+            name, subset = self._image.get("name", ""), self._image.get("subset", "")
+            if self.own and subset and subset.lower() not in self.own:
+                self.others.add(subset)
+                count(self.left, f"image of the subset {printable(subset)}", name)
+            elif not self._broken:
+                with self._noting():
+                    file = self.pictures.find(name)
+                    ordered = sorted(self._shapes, key=lambda shape: shape[0])
+                    shapes = tuple((label, outline) for _, label, outline in ordered)
+                    image = f"{self.pictures.folder}/{file}"
+                    self.images.append(Labeled(key_of(file), image, shapes, size=self._size()))
 
     def _noting(self) -> Any:
         where = f"{self.path!r}, line {self._parser.CurrentLineNumber}"

@@ -27,7 +27,16 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from segformer.data.formats.base import Found, Labeled, Outline, key_of, labels_place, need, read_entries
+from segformer.data.formats.base import (
+    Found,
+    Labeled,
+    Outline,
+    first_there,
+    key_of,
+    labels_place,
+    need,
+    read_entries,
+)
 from segformer.data.formats.outlines import (
     Pictures,
     box,
@@ -45,13 +54,15 @@ from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import LeftOut
 
 AREAS = ("polygon", "rectangle", "ellipse", "brush")
-_UPLOADED = re.compile(r"[0-9a-f]{8}-")
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-")
+_PLACE = "{split}.json"
 _HEAD = 2**16  # bytes in which an export says what it is
 
 
 def detect(cfg: DatasetConfig, root: Path) -> bool:
     """One JSON file in the folder is an export."""
-    return len(_exports(root)) == 1
+    found = _exports(root)
+    return len(found) == 1 or (bool(found) and first_there(cfg, root, cfg.splits[0], [_PLACE]) in found)
 
 
 def _exports(root: Path) -> list[str]:
@@ -66,7 +77,7 @@ def _exports(root: Path) -> list[str]:
 
 def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     """The images of the annotated tasks in the export of a split, or in the one there is."""
-    path = labels_place(cfg, root, split, [*pooled(cfg, "{split}.json"), *_exports(root)])
+    path = labels_place(cfg, root, split, [*pooled(cfg, _PLACE), *_exports(root)])
     found = Found()
     left: LeftOut = {}
     pictures = Pictures(cfg, root, split)
@@ -102,10 +113,8 @@ def _image(data: dict[str, Any]) -> str:
 
 def _file(pictures: Pictures, path: str) -> str:
     folder, slash, name = path.replace("\\", "/").rpartition("/")
-    if _UPLOADED.match(name):
-        with suppress(ValueError):
-            return pictures.find(f"{folder}{slash}{name}", whole=False)
-        name = name[9:]
+    if not pictures.has(name):
+        name = _UPLOADED.sub("", name)
     return pictures.find(f"{folder}{slash}{name}", whole=False)
 
 

@@ -170,6 +170,10 @@ class Pictures:
                 self._by_name.setdefault(_composed(os.path.basename(name)), []).append(name)
         self._used: set[str] = set()
 
+    def has(self, name: str) -> bool:
+        """An image has this name, wherever it lies."""
+        return _composed(name) in self._by_name
+
     def find(self, path: str, *, whole: bool = True) -> str:
         """The one image whose path ends as this does, in all of it or (not `whole`) as far as any does.
 

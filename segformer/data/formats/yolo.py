@@ -31,7 +31,7 @@ from segformer.data.formats.base import (
 )
 from segformer.data.formats.outlines import count, numbers, refusing, rings
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import image_header, read_file
+from segformer.data.sources.decode import image_header, image_orientation, read_file
 from segformer.data.sources.folder import LeftOut, by_key, files_below, left_out
 from segformer.errors import DataError, listed, reraise_as
 from segformer.files import parse_yaml, read_text
@@ -168,10 +168,16 @@ def _label_file(image: str) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
+    """Height and width as one sees the image, which is what shares are of."""
     data = read_file(path, _HEAD)
     with suppress(ValueError):
-        return image_header(data)[1:]
-    return image_header(read_file(path))[1:]
+        return _upright(data)
+    return _upright(read_file(path))
+
+
+def _upright(data: bytes) -> tuple[int, int]:
+    _, height, width = image_header(data)
+    return (width, height) if image_orientation(data) >= 5 else (height, width)
 
 
 def _lines(text: str) -> Iterator[tuple[int, list[str]]]:

@@ -138,7 +138,8 @@ def _labeled(
     if not (keys or found.defects):
         do = "give its labels (data.labels) or leave the split out of data.splits"
         found.defects.append(Defect("listing", f"no image of {split} has labels: the split is empty; {do}"))
-    return [known[key] for key in sorted(keys & known.keys())], found.defects, found.left
+    left = {place: kinds for place, kinds in found.left.items() if kinds}
+    return [known[key] for key in sorted(keys & known.keys())], found.defects, left
 
 
 def _foreign(cfg: DatasetConfig, side: _Side, others: list[str]) -> Iterator[Defect]:
