@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from segformer.data.formats.table import resolved
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.sharding import find_alike, find_turned, write_shards
 from segformer.data.shards.tiling import Tiling
-from segformer.data.sources.content import Histogram, Labels, judge_content, no_classes, turned_text
+from segformer.data.sources.content import Histogram, Labels, judge_content, no_classes, override, turned_text
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
 from segformer.data.sources.division import is_training
 from segformer.data.sources.folder import left_out_text
@@ -71,12 +72,16 @@ def shard(cfg: ShardConfig) -> None:
     tiling = Tiling.of(cfg.tile, cfg.tile_overlap, cfg.tile_labeled)
     if part and tiling:
         raise ConfigError(f"part={cfg.part}: a shard holds tiles of all images, cut before; leave it out")
-    if cfg.data.task == "segmentation":
-        if not cfg.data.classes:
-            raise ConfigError(no_classes(first_ids(cfg.data, Path(root))))
-        label_table(cfg.data)  # refuses what it cannot map before anything is read
+    data = resolved(cfg.data, Path(root))
+    if data.format:
+        names = "" if cfg.data.classes else f", with {override('data.classes', data.classes)}"
+        say(f"labels: {override('data.format', data.format)}{names}")
+    if data.task == "segmentation":
+        if not data.classes:
+            raise ConfigError(no_classes(first_ids(data, Path(root))))
+        label_table(data)  # refuses what it cannot map before anything is read
     write_shards(
-        cfg.data,
+        data,
         Path(root),
         Path(out),
         seed=cfg.seed,
@@ -92,10 +97,10 @@ def shard(cfg: ShardConfig) -> None:
         return
     shards = ShardSet.open(out)
     if shards.task == "segmentation":
-        print(label_map_text(cfg.data, raw_pixels(shards)))
+        print(label_map_text(data, raw_pixels(shards)))
     print(split_text(shards))
     splits = {name: Histogram.of(entry) for name, entry in shards.content["splits"].items()}
-    for finding in judge_content(Labels.of(shards.content, cfg.data), splits, [*filter(is_training, splits)]):
+    for finding in judge_content(Labels.of(shards.content, data), splits, [*filter(is_training, splits)]):
         say(f"WARNING: {finding.text}")
     for text in find_alike(Path(out)):
         say(f"WARNING: {text}")

@@ -30,10 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from segformer.data.formats.table import resolved
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
 from segformer.data.sources.dataset import DIVISION, class_palette
-from segformer.data.sources.listing import class_folders, no_root
+from segformer.data.sources.folder import no_root
+from segformer.data.sources.listing import class_folders
 from segformer.doctor.advice import facts_of, judge_recipe
 from segformer.doctor.judge import (
     judge_alike,
@@ -161,9 +163,10 @@ def _look_at_source(cfg: DoctorConfig, root: Path, report: Report) -> None:
     if not root.is_dir():
         report.add(FAIL, "source", no_root(root))
         return
-    if cfg.data.task == "classification" and not report.classes:
-        with contextlib.suppress(DataError):  # a finding on the listing says why
-            report.classes = class_folders(cfg.data, root)
+    with contextlib.suppress(DataError):  # a finding on the listing says why
+        cfg = dataclasses.replace(cfg, data=resolved(cfg.data, root))
+        is_named = cfg.data.classes or cfg.data.task == "segmentation"
+        report.classes = list(cfg.data.classes) if is_named else class_folders(cfg.data, root)
     report.source = [
         scan_folder(cfg.data, root, name, num_classes=len(report.classes), threads=cfg.threads)
         for name in cfg.data.splits

@@ -23,6 +23,7 @@ from segformer.data.formats import (
 from segformer.data.formats.base import IGNORE, Format, Found, Labeled
 from segformer.data.sources.content import override
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, setting
+from segformer.data.sources.folder import no_root
 from segformer.data.sources.masks import Defect
 from segformer.data.sources.sample import Sample
 from segformer.data.sources.shapes import Shape
@@ -51,6 +52,8 @@ def label_format(cfg: DatasetConfig, root: Path) -> str:
         raise ConfigError(
             f"data.format={cfg.format!r} is unknown; use {', '.join(FORMATS)} or leave it empty"
         )
+    if cfg.format and not os.path.isdir(root):
+        raise DataError(no_root(root))
     masks = any(os.path.isdir(root / cfg.folder("mask", split)) for split in cfg.splits)
     if cfg.format or cfg.task != "segmentation" or masks:
         return cfg.format

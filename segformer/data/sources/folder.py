@@ -10,6 +10,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from segformer.errors import DataError, listed, printable, reraise_as
 
@@ -72,6 +73,12 @@ def files_below(folder: str) -> list[str]:
                 if any(os.path.commonpath([real, place]) == real for place in above):
                     raise DataError(f"{link!r} links to a folder that it lies in; remove the link")
     return found
+
+
+def no_root(root: Path) -> str:
+    """What to say where the root is not there; where a relative path was looked for."""
+    where = "" if root.is_absolute() else f" ({os.path.abspath(root)})"
+    return f"data root {str(root)!r} is not a folder{where}; give root=<folder of the data set>"
 
 
 def by_key(

@@ -14,7 +14,15 @@ from pathlib import Path
 from segformer.data.formats.table import categories_of, label_format, labeled_samples
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, setting
 from segformer.data.sources.division import divided, working_share
-from segformer.data.sources.folder import LeftOut, by_key, files_below, is_hidden, left_out, left_out_text
+from segformer.data.sources.folder import (
+    LeftOut,
+    by_key,
+    files_below,
+    is_hidden,
+    left_out,
+    left_out_text,
+    no_root,
+)
 from segformer.data.sources.masks import Defect, classes_in
 from segformer.data.sources.sample import Sample, noting
 from segformer.errors import DataError, is_name, listed, printable, reraise_as
@@ -118,7 +126,8 @@ def _labeled(
     samples, found = labeled_samples(cfg, root, split)
     known = {sample.key: sample for sample in samples}
     first = cfg.splits[0]
-    if cfg.is_divided and known.keys() != {sample.key for sample in labeled_samples(cfg, root, first)[0]}:
+    alone = not cfg.is_divided or split == first
+    if not alone and known.keys() != {sample.key for sample in labeled_samples(cfg, root, first)[0]}:
         do = "leave it out, or name one file or folder for all in data.labels and data.image_dir"
         raise DataError(f"data.{cfg.dividing} divides one pool, but {first} and {split} have their own; {do}")
     held = {one.key: categories_of(one) for one in found.labeled}
@@ -203,12 +212,6 @@ def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:
         remedy = remedy or f"set data.{kind}_dir, data.split_dirs or data.splits"
         raise DataError(f"{kind} folder {str(folder)!r} is not a folder; {remedy}")
     return str(folder)
-
-
-def no_root(root: Path) -> str:
-    """What to say where the root is not there; where a relative path was looked for."""
-    where = "" if root.is_absolute() else f" ({os.path.abspath(root)})"
-    return f"data root {str(root)!r} is not a folder{where}; give root=<folder of the data set>"
 
 
 def _divided_folder(cfg: DatasetConfig, root: Path, split: str) -> str:
