@@ -116,7 +116,7 @@ class DatasetConfig:
     palette: list[list[int]] = field(default_factory=list)
     """One [red, green, blue] of 0-255 per class, for pictures; empty = generated colors."""
     format: str = ""
-    """Of label files in the place of masks: coco, coco_panoptic; empty = found where there are no masks."""
+    """Of label files in the place of masks: coco, yolo, ... (docs/datasets.md); empty = found by itself."""
     labels: str = ""
     """Label file or folder below root, with {split}; empty = where its format usually has it."""
     uncovered: str = "background"
