@@ -89,6 +89,7 @@ OWNERS: dict[str, set[str]] = {
     "cv2": DATA | {"evaluation.drawing", "api"},
     "PIL": {
         "data.sources.decode",
+        "data.sources.large",
         "evaluation.drawing",
         "inference.photograph",
         "inference.predictor",

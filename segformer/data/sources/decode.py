@@ -250,7 +250,7 @@ def read_file(path: Path, first: int = -1) -> bytes:
 
 def whole_image(path: Path, data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
     """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
-    with _unless_whole(path):
+    with unless_whole(path):
         check_parts(data)
         if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
             _load(data)
@@ -268,13 +268,13 @@ def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarra
     """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
     from PIL import Image  # heavy, and only preparing data needs it
 
-    with _unless_whole(path):
+    with unless_whole(path):
         check_parts(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             return np.asarray(picture if mode is None else picture.convert(mode))
 
 
-def _unless_whole(path: Path) -> contextlib.AbstractContextManager[None]:
+def unless_whole(path: Path) -> contextlib.AbstractContextManager[None]:
     """DataError naming the file that the block cannot decode."""
     refused = (ValueError, OSError, SyntaxError, DataError)
     what = f"{str(path)!r} is not a whole JPEG or PNG"

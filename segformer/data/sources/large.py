@@ -1,6 +1,6 @@
 """Images and masks that are too large for one sample, rows by rows: what sharding cuts into tiles.
 
-Files are decoded whole, once: of 20,000 x 20,000 pixels an RGB image takes 1.2 GB, its mask 0.8 GB. Shapes
+Files are decoded whole, once: of 20,000 x 20,000 pixels an image takes 1.6 GB, its mask 1.2 GB. Shapes
 are drawn on the rows alone, but for run lengths.
 
 Refused is what is refused of other samples, with limits of its own (MAX_TILED_PIXELS, MAX_TILED_BYTES)."""
@@ -13,10 +13,14 @@ import numpy as np
 
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import (
+    PNG_MAGIC,
+    check_parts,
     image_header,
     image_orientation,
+    is_deep,
     larger,
     read_file,
+    unless_whole,
     whole_image,
 )
 from segformer.data.sources.sample import LoadedSample, Sample, check_size, sample_ids
@@ -42,8 +46,24 @@ def image_size(path: Path) -> tuple[int, int]:
 def image_rows(cfg: DatasetConfig, path: Path) -> Rows:
     """The rows of an image, (rows, W, C) as its tiles are stored."""
     with larger():
-        image = whole_image(path, read_file(path), cfg.image_range)
+        data = read_file(path)
+        if data[:8] == PNG_MAGIC and not is_deep(data):
+            with unless_whole(path):
+                check_parts(data)
+                del data
+                return _png_rows(path)
+        image = whole_image(path, data, cfg.image_range)
     return lambda top, bottom: image[top:bottom]
+
+
+def _png_rows(path: Path) -> Rows:
+    """The rows of a PNG of 8 bits. Pillow takes 4 bytes a pixel, OpenCV 3 and all bytes of the file twice."""
+    from PIL import Image  # heavy, and only preparing data needs it
+
+    with Image.open(path, formats=("PNG",)) as picture:
+        picture.load()
+    width = picture.width
+    return lambda top, bottom: np.asarray(picture.crop((0, top, width, bottom)).convert("RGB"))
 
 
 def label_rows(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> Rows:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from nano import SIZE
 
 from segformer.data.loading.loader import LoaderConfig, eval_batches
 from segformer.data.loading.photometric import Normalize
+from segformer.data.shards import cutting
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.sharding import write_shards
@@ -22,7 +26,7 @@ from segformer.data.shards.tiling import Tiling
 from segformer.data.sources import decode
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import decode_image, decode_mask
-from segformer.data.sources.large import label_rows
+from segformer.data.sources.large import image_rows, label_rows
 from segformer.data.sources.sample import Sample
 from segformer.data.sources.shapes import Shape, draw, ring
 from segformer.distributed.world import World
@@ -169,12 +173,8 @@ def test_shapes_are_drawn_on_the_rows_of_a_tile_as_on_the_whole_image() -> None:
 def test_no_image_is_decoded_more_than_once(
     pictures: Path, cfg: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from segformer.data.sources import large
-
     seen: list[Path] = []
-    monkeypatch.setattr(
-        large, "whole_image", lambda path, *rest: seen.append(path) or decode.whole_image(path, *rest)
-    )
+    monkeypatch.setattr(cutting, "image_rows", lambda cfg, path: seen.append(path) or image_rows(cfg, path))
     write(cfg, pictures, tmp_path / "out", samples_per_shard=2)
     assert len(seen) == len(set(seen)) == 2 * sum(max(size) > 64 for size in SIZES.values())
 
@@ -311,3 +311,39 @@ def test_a_list_of_images_that_contradicts_the_index_is_one_line(
     reseal(folder, content)
     with pytest.raises(DataError, match=r"split val of '.*json' contradicts its index.*; copy it again"):
         _ = ShardSet.open(folder).split("val").tiled
+
+
+SCORE = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+import test_tiling as t
+from segformer.data.sources.dataset import DatasetConfig
+t.CLASSES[:] = [f"class {k}" for k in range(16)]
+root, tile = Path(sys.argv[1]), sys.argv[2] == "tiled"
+tiling = t.Tiling((512, 512), (384, 384))
+cfg = DatasetConfig(classes=t.CLASSES, splits=["val"], allow_unseen=["*"])
+shards = t.write(cfg, root, root / sys.argv[2], tiling=tiling if tile else None, workers=0)
+mode = None if tile else t.InferenceModeConfig(window=[512, 512], stride=[384, 384])
+np.save(root / f"{sys.argv[2]}.npy", t.confusion(shards, mode=mode))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_large_images_are_cut_and_scored_in_less_memory_than_whole_ones_take(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind, pixels in (
+        ("images", cv2.resize(rng.integers(0, 256, (50, 60, 3), np.uint8), (5000, 4000))),
+        ("masks", cv2.resize(rng.integers(0, 16, (40, 50)).astype(np.uint8), (5000, 4000), interpolation=0)),
+    ):
+        (tmp_path / kind / "val").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / kind / "val/scan.png"), pixels)
+    peak = {}
+    for how in ("tiled", "whole"):
+        path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2]), *sys.path])
+        command = [sys.executable, "-c", SCORE, str(tmp_path), how]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, check=True)
+        peak[how] = int(done.stdout.split()[-1])
+    assert np.array_equal(np.load(tmp_path / "tiled.npy"), np.load(tmp_path / "whole.npy"))
+    assert peak["tiled"] < 1.2e9 < peak["whole"], peak
