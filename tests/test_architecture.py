@@ -27,7 +27,10 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": "web dataset content decode division similar folder masks shapes sample large",
-    "data.formats": "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely table",
+    "data.formats": (
+        "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely "
+        "voc binary_masks csv_pairs huggingface table"
+    ),
     "data.sources.": "listing download",
     "data.shards": (
         "pool storage index tiling format reader verify workfolder trimming cutting packing joining sharding"
@@ -97,6 +100,9 @@ OWNERS: dict[str, set[str]] = {
         "inference.pictures",
         "telemetry.confusion",
     },
+    "datasets": {"data.formats.huggingface"},
+    "huggingface_hub": {"data.formats.huggingface"},
+    "pyarrow": {"data.formats.huggingface"},
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
     "matplotlib": {"inference.pictures", "inference.compare"},
@@ -105,7 +111,10 @@ OWNERS: dict[str, set[str]] = {
     "numpy": set(ORDER),
 }
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
-HEAVY = ("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml")
+HEAVY = (
+    *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml"),
+    *("datasets", "pyarrow", "huggingface_hub"),
+)
 SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/__main__.py", "segformer/**/__init__.py")
 KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks
 

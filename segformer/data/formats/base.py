@@ -14,16 +14,18 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig
+from segformer.data.sources.content import override
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, setting
 from segformer.data.sources.folder import LeftOut, files_below, left_out
 from segformer.data.sources.masks import Defect
 from segformer.errors import DataError, listed, printable, reraise_as
-from segformer.files import read_json, regular
+from segformer.files import read_json, read_text, regular
 
 MAX_LABEL_BYTES = 2**26  # of a label file that is read whole
 MAX_LIST_BYTES = 2**33  # of one that is read entry by entry
@@ -38,8 +40,8 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 _T = TypeVar("_T")
 _KINDS: dict[Any, str] = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
-Outline = tuple[np.ndarray, ...] | np.ndarray
-"""The rings of one shape (shapes.ring), or its run lengths."""
+Outline = tuple[np.ndarray, ...] | np.ndarray | str
+"""The rings of one shape (shapes.ring), its run lengths, or the path of its mask: 0 is outside."""
 
 
 @dataclass(slots=True)
@@ -133,6 +135,27 @@ def images_place(
     return next(holds, there[0])
 
 
+_ALSO = {"val": ("validation", "valid", "dev"), "train": ("training",)}
+
+
+def parts_of(cfg: DatasetConfig, split: str, there: Collection[str], what: str) -> list[str]:
+    """Those of the names that a label file has for its splits, `there`, which make up a split.
+
+    A division (data.val_share, data.fold) begins from all that data.splits has; one name only, which no split
+    has, is the pool of all. `what` begins the DataError where there is nothing: "<file> has the splits".
+    """
+    usual = {name: [split_place(cfg, "{split}", name), *_ALSO.get(name, ())] for name in cfg.splits}
+    own = {name: [given for given in usual[name] if given in there][:1] for name in cfg.splits}
+    if found := [*chain(*own.values())] if cfg.is_divided else own[split]:
+        return found
+    if len(there) == 1 and (cfg.is_divided or not any(own.values())):
+        return list(there)
+    do = f"say which is {split}, such as {override('data.split_dirs', {split: min(there, default='name')})}"
+    if len(there) == 1 and len(cfg.splits) == 2:
+        do = f"divide it: {setting('val_share', '0.2')}"
+    raise DataError(f"{what} {listed(sorted(there))}, and none for {split}; {do}")
+
+
 def labels_place(cfg: DatasetConfig, root: Path, split: str, usual: Iterable[str]) -> Path:
     """The label file or folder of a split: `data.labels`, or the first of the usual places that is there."""
     usual = [cfg.labels] if cfg.labels else list(usual)
@@ -196,6 +219,13 @@ def read_labels(path: Path) -> Any:
     what, do = f"the labels {str(path)!r} can't be read", "export them again"
     with reraise_as(DataError, what, do, on=(OSError, ValueError)):
         return read_json(path, most=MAX_LABEL_BYTES)
+
+
+def label_lines(path: Path, *, ends: bool = False) -> list[str]:
+    """The lines of a text file of at most MAX_LABEL_BYTES; `ends` keeps their ends."""
+    what, do = f"the labels {str(path)!r} can't be read", "export them again"
+    with reraise_as(DataError, what, do, on=(OSError, ValueError)):
+        return read_text(path, most=MAX_LABEL_BYTES).splitlines(ends)
 
 
 def read_entries(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,15 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from segformer.data.formats import (
+    binary_masks,
     coco,
     coco_panoptic,
+    csv_pairs,
     cvat,
+    huggingface,
     label_studio,
     labelme,
     supervisely,
+    voc,
     yolo,
 )
-from segformer.data.formats.base import IGNORE, Format, Found, Labeled
+from segformer.data.formats.base import IGNORE, Format, Found, Labeled, Outline
 from segformer.data.sources.content import override
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, setting
 from segformer.data.sources.folder import no_root
@@ -37,6 +41,10 @@ FORMATS: dict[str, Format] = {
     "cvat": cvat,
     "label_studio": label_studio,
     "supervisely": supervisely,
+    "voc": voc,
+    "binary_masks": binary_masks,
+    "csv": csv_pairs,
+    "huggingface": huggingface,
 }
 
 _SHOWN = 6  # categories in a message
@@ -114,7 +122,9 @@ def labeled_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sa
     return samples, found
 
 
-def _shape(raw_id: int, outline: tuple[np.ndarray, ...] | np.ndarray) -> Shape:
+def _shape(raw_id: int, outline: Outline) -> Shape:
+    if isinstance(outline, str):
+        return Shape(raw_id, file=outline)
     return Shape(raw_id, rle=outline) if isinstance(outline, np.ndarray) else Shape(raw_id, outline)
 
 

@@ -161,7 +161,7 @@ def sample_facts(sample: Sample, facts: Callable[[Path], bytes]) -> Iterator[byt
     if sample.shapes is not None or sample.segments is not None:
         yield repr((sample.uncovered, sample.size, sample.segments)).encode()
     yield from packed(sample.shapes or ())
-    for path in filter(None, (sample.image, sample.mask)):
+    for path in sample.files:
         with reraise_as(DataError, f"{str(path)!r} cannot be read", "check its permissions"):
             found = facts(path)
         yield found

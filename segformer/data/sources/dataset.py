@@ -121,6 +121,8 @@ class DatasetConfig:
     """Label file or folder below root, with {split}; empty = where its format usually has it."""
     uncovered: str = "background"
     """Class of the pixels that no shape of a label file covers; ignore = neither trained nor scored."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Of a table: image, mask or split -> the column that holds it, where that is called otherwise."""
     category_map: dict[str, str] = field(default_factory=dict)
     """Category of a label file -> class, or ignore; a category that is not named: the class of its name."""
     label_map: dict[int, int] = field(default_factory=dict)
@@ -279,6 +281,10 @@ class DatasetConfig:
         dirs = {f"{kind}_dir": folders.get(kind) or self.folder(kind, first) for kind in kinds}
         how = {"fold": self.fold} if self.fold else {"val_share": f"{share}"}
         return " ".join(setting(key, value) for key, value in (how | dirs).items())
+
+    def column(self, role: str) -> str:
+        """The column of a table that holds the image, mask or split."""
+        return self.columns.get(role, role)
 
     def ends(self, kind: str) -> tuple[str, ...]:
         """How the names of images or masks (kind: image or mask) end, in small letters."""

@@ -93,6 +93,23 @@ def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarr
     return ids
 
 
+def binary_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """True where the mask of one class isn't 0, bool (H, W); DataError for another size or many values."""
+    data = read_file(path)
+    if data[:8] != PNG_MAGIC:
+        raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
+    pixels = decode_pixels(path, data)
+    if pixels.ndim == 3:  # without its alpha
+        pixels = pixels[..., : 1 if pixels.shape[2] < 3 else 3].max(2)
+    if pixels.shape != size:
+        text = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, its image {size[1]} x {size[0]}"
+        raise Defect("size", f"mask {str(path)!r} is {text}; they must agree")
+    if (pixels[inside := pixels > 0] != pixels.max()).any():
+        values = len(np.unique(pixels))
+        raise Defect("blended", f"mask {str(path)!r} of one class has {values} values, {SMOOTH}")
+    return inside
+
+
 def segment_ids(path: Path, raw_ids: Mapping[int, int]) -> np.ndarray:
     """Raw ids of a mask of segments in colors, uint16 (H, W); raw_ids: R + 256 G + 65536 B -> raw id."""
     pixels = decode_pixels(path, read_file(path), "RGB").astype(np.uint32)

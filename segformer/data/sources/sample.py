@@ -69,6 +69,12 @@ class Sample:
     def mask(self) -> Path | None:
         return None if self.mask_file is None else Path(self.mask_file)
 
+    @property
+    def files(self) -> Iterator[Path]:
+        """All that it is read from."""
+        masks = (shape.file for shape in self.shapes or ())
+        return map(Path, filter(None, (self.image_file, self.mask_file, *masks)))
+
 
 @dataclass(slots=True)
 class LoadedSample:

@@ -15,9 +15,12 @@ picture's border cuts off what lies beyond. Later shapes cover earlier ones.
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from segformer.data.sources.masks import binary_mask
 
 GRID = 256  # steps in one pixel
 FARTHEST = 2**21  # pixels from the picture's corner: beyond, 64 bits would not hold the products below
@@ -26,11 +29,13 @@ MAX_CROSSINGS = 2**22  # of the edges of one shape with rows of pixels: 270 MB f
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shape:
-    """A region of one class: rings, or run lengths."""
+    """A region of one class: rings, run lengths or a mask."""
 
     raw_id: int
     rings: tuple[np.ndarray, ...] = ()
     rle: np.ndarray | None = None
+    file: str = ""
+    """A mask in the place of both; what is 0 in it is outside."""
 
 
 def ring(points: Any) -> np.ndarray:
@@ -54,12 +59,15 @@ def draw(shapes: Iterable[Shape], size: tuple[int, int], uncovered: int) -> np.n
 
     Raises:
         ValueError: run lengths that don't fit the size, or rings that are far too winding.
+        DataError: a mask that can't be read, is of another size or has more than two values.
     """
     canvas = np.full(size, uncovered, np.uint16)
     flat = canvas.reshape(-1)
     for shape in shapes:
         if shape.rle is not None:
             canvas[_run_mask(shape.rle, size)] = shape.raw_id
+        elif shape.file:
+            canvas[binary_mask(Path(shape.file), size)] = shape.raw_id
         elif shape.rings:
             for start, stop in _spans(shape.rings, size):
                 flat[start:stop] = shape.raw_id
