@@ -142,8 +142,10 @@ def write_imagefolder(root: Path, sets: dict[str, Split]) -> dict[str, Any]:
 
 
 def coco_shape(ids: np.ndarray, how: str) -> Any:
-    if how == "polygons":
-        return [[float(value) for point in ring for value in point] for ring in outlines(ids == 1)]
+    if how == "polygons":  # parts are united, so that holes need one ring that goes through all and back
+        first, *others = outlines(ids == 1)
+        way = [*first, *(point for ring in others for point in (first[0], *ring, ring[0])), first[0]]
+        return [[float(value) for point in way for value in point]]
     if how == "rle":
         return {"size": list(ids.shape), "counts": counted(ids == 1)}
     from pycocotools import mask

@@ -135,16 +135,13 @@ def images_place(
     return next(holds, there[0])
 
 
-_ALSO = {"val": ("validation", "valid", "dev"), "train": ("training",)}
-
-
 def parts_of(cfg: DatasetConfig, split: str, there: Collection[str], what: str) -> list[str]:
     """Those of the names that a label file has for its splits, `there`, which make up a split.
 
     A division (data.val_share, data.fold) begins from all that data.splits has; one name only, which no split
     has, is the pool of all. `what` begins the DataError where there is nothing: "<file> has the splits".
     """
-    usual = {name: [split_place(cfg, "{split}", name), *_ALSO.get(name, ())] for name in cfg.splits}
+    usual = {name: split_places(cfg, ["{split}"], name) for name in cfg.splits}
     own = {name: [given for given in usual[name] if given in there][:1] for name in cfg.splits}
     if found := [*chain(*own.values())] if cfg.is_divided else own[split]:
         return found
