@@ -42,7 +42,7 @@ from segformer.data.formats.outlines import (
     run_lengths,
     turned,
 )
-from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.dataset import MAX_PIXELS, DatasetConfig
 from segformer.data.sources.folder import LeftOut
 from segformer.errors import DataError, listed, printable, reraise_as
 from segformer.files import regular
@@ -92,7 +92,7 @@ class _Reader:
         self.defects: list[Any] = []
         self.left: LeftOut = {}
         self.categories: list[str] = []
-        self._parser = parser = expat.ParserCreate()
+        self._parser = parser = expat.ParserCreate("utf-8")
         parser.buffer_text = True
         parser.StartDoctypeDeclHandler = self._refuse
         parser.StartElementHandler = self._start
@@ -186,7 +186,7 @@ def _outline(tag: str, values: dict[str, str], size: tuple[int, int]) -> Outline
     if tag == "mask":
         left, top, width, height = _whole(values, "left", "top", "width", "height")
         runs = numbers(values.get("rle", "").split(","), (-1,))
-        picture_size(height, width)
+        picture_size(height, width, MAX_PIXELS)
         if runs.min() < 0 or runs.sum() != width * height:
             raise ValueError(f"the runs of a mask don't fill its box of {width} x {height} pixels")
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs.astype(np.int64))

@@ -50,7 +50,7 @@ from segformer.data.formats.outlines import (
     run_lengths,
     turned,
 )
-from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.dataset import MAX_PIXELS, DatasetConfig
 from segformer.data.sources.folder import LeftOut
 
 AREAS = ("polygon", "rectangle", "ellipse", "brush")
@@ -192,8 +192,9 @@ def _brush(packed: Any, size: tuple[int, int]) -> np.ndarray:
     lengths of a count (all of them less one); then runs: 1 for a repeated value or values one by one, 2 for
     which length, the count less one, and the value or values.
     """
+    height, width = picture_size(*size, MAX_PIXELS)
     try:
-        data = bytes(packed)
+        data = bytes(packed) if isinstance(packed, list) else b""
     except (TypeError, ValueError) as error:
         raise ValueError("the rle of a brush region is no list of bytes") from error
     at = 0
@@ -205,7 +206,6 @@ def _brush(packed: Any, size: tuple[int, int]) -> np.ndarray:
             raise ValueError("the rle of a brush region is truncated")
         return int.from_bytes(data[start // 8 : -(-at // 8)]) >> (-at % 8) & ((1 << bits) - 1)
 
-    height, width = size
     total, bits = take(32), take(5) + 1
     lengths = [take(4) + 1 for _ in range(4)]
     if total != 4 * height * width or bits != 8:

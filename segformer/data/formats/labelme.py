@@ -50,8 +50,6 @@ _HEAD = 2**14  # bytes in which a file says what it is
 
 def detect(cfg: DatasetConfig, root: Path) -> bool:
     """The first JSON file of a folder of labels has shapes."""
-    if cfg.labels:
-        return False
     for path in sorted(label_folder(cfg, root, cfg.splits[0]).glob("*.json"))[:1]:
         with path.open("rb") as file:
             head = file.read(_HEAD)

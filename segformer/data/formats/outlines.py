@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from segformer.data.formats.base import first_there, labels_place
-from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_PIXELS, DatasetConfig
+from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_TILED_PIXELS, DatasetConfig
 from segformer.data.sources.decode import PNG_MAGIC, check_parts
 from segformer.data.sources.folder import LeftOut, files_below, is_hidden
 from segformer.data.sources.masks import Defect
@@ -61,10 +61,11 @@ def pooled(cfg: DatasetConfig, *patterns: str) -> list[str]:
     return [pattern for pattern in patterns if not (cfg.is_divided and "{split}" in pattern)]
 
 
-def picture_size(height: Any, width: Any) -> tuple[int, int]:
+def picture_size(height: Any, width: Any, most: int = MAX_TILED_PIXELS) -> tuple[int, int]:
     """(height, width) as a label file says them; ValueError for what can't be drawn."""
-    if not all(isinstance(side, int) and side > 0 for side in (height, width)) or height * width > MAX_PIXELS:
-        raise ValueError(f"its picture is {width!r} x {height!r} pixels; the limit is {MAX_PIXELS} in all")
+    if not all(type(side) is int and side > 0 for side in (height, width)) or height * width > most:
+        size = printable(f"{width!r} x {height!r}")[:60]
+        raise ValueError(f"a picture or mask is of {size} pixels; the limit is {most} in all")
     return height, width
 
 

@@ -31,13 +31,14 @@ from segformer.data.formats.base import (
 )
 from segformer.data.formats.outlines import count, numbers, refusing, rings
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import image_header, image_orientation, read_file
+from segformer.data.sources.decode import image_orientation, larger, read_file
 from segformer.data.sources.folder import LeftOut, by_key, files_below, left_out
+from segformer.data.sources.large import image_size
 from segformer.errors import DataError, listed, reraise_as
 from segformer.files import parse_yaml, read_text
 
 CLASSES = "classes.txt"
-_HEAD = 2**18  # bytes of an image in which its size stands, but for long metadata
+_HEAD = 2**18  # bytes of an image in which EXIF stands
 _FARTHEST = 16  # shares; beyond, they are pixels
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -169,15 +170,10 @@ def _label_file(image: str) -> str:
 
 def _size(path: Path) -> tuple[int, int]:
     """Height and width as one sees the image, which is what shares are of."""
-    data = read_file(path, _HEAD)
-    with suppress(ValueError):
-        return _upright(data)
-    return _upright(read_file(path))
-
-
-def _upright(data: bytes) -> tuple[int, int]:
-    _, height, width = image_header(data)
-    return (width, height) if image_orientation(data) >= 5 else (height, width)
+    height, width = image_size(path)
+    with larger():
+        turned = image_orientation(read_file(path, _HEAD)) >= 5
+    return (width, height) if turned else (height, width)
 
 
 def _lines(text: str) -> Iterator[tuple[int, list[str]]]:

@@ -16,6 +16,7 @@ import pytest
 from labels import NAMES, label_set, naive
 from writers import WRITERS, Item, Outline
 
+from segformer.data.formats import cvat, outlines
 from segformer.data.formats.table import labeled_samples
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
@@ -276,14 +277,17 @@ def test_cvat_turns_boxes_and_ellipses_orders_by_z_and_counts_what_is_no_area(tm
     )
 
 
-def test_cvat_refuses_a_document_type_a_video_and_an_endless_tag(tmp_path: Path) -> None:
+def test_cvat_refuses_a_document_type_a_video_and_an_endless_tag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cvat, "MAX_TAG", 2**19)
     path = export("cvat", tmp_path)
     text = path.read_text()
     bomb = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;">]><annotations>&c;'
     for old, new, reason in (
         ("<annotations>", bomb, "document type"),
         ("<image", '<track id="0"/><image', "CVAT for video"),
-        ("<image", f'<image name="{"x" * 9_000_000}"', "in one tag"),
+        ("<image", f'<image name="{"x" * 1_500_000}"', "in one tag"),
         ("<image", "<a>" * 99 + "<image", "nested"),
     ):
         path.write_text(text.replace(old, new, 1))
@@ -345,7 +349,10 @@ def test_supervisely_takes_whole_numbers_for_pixels_and_counts_tags(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["labelme", "supervisely"])
-def test_a_bitmap_that_unpacks_to_too_much_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_bitmap_that_unpacks_to_too_much_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlines, "MAX_FILE_BYTES", 2**20)
     path = export(name, tmp_path)
     content = json.loads(path.read_text())
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
@@ -355,7 +362,7 @@ def test_a_bitmap_that_unpacks_to_too_much_is_refused(name: str, tmp_path: Path)
         mask = {"shape_type": "mask", "points": [[0, 0], [1, 1]], "mask": base64.b64encode(png).decode()}
         payloads = [{"shapes": [mask | {"label": "leaf"}]}]
     else:
-        bombs = [zlib.compress(png), zlib.compress(bytes(2**27))]
+        bombs = [zlib.compress(png), zlib.compress(bytes(2**21))]
         bitmaps = [{"data": base64.b64encode(bomb).decode(), "origin": [0, 0]} for bomb in bombs]
         found = [{"classTitle": "leaf", "geometryType": "bitmap", "bitmap": bitmap} for bitmap in bitmaps]
         payloads = [{"objects": [one]} for one in found]
