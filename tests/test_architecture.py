@@ -60,7 +60,7 @@ ROOMS: dict[str, str] = {
     "api": "",
     "sweep": "plan queue",
     "slurm": "attempts settings queue code script after task submission commands",
-    "doctor": "memory measure scan judge advice doctor",
+    "doctor": "memory measure scan judge advice doctor labels",
 }
 ORDER = [
     f"{room.rstrip('.')}.{module}" if module else room
@@ -89,7 +89,7 @@ OWNERS: dict[str, set[str]] = {
     "omegaconf": {"training.choices", "training.config"},
     "yaml": {"files", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
-    "cv2": DATA | {"evaluation.drawing", "api"},
+    "cv2": DATA | {"evaluation.drawing", "api", "doctor.labels"},
     "PIL": {
         "data.sources.decode",
         "data.sources.large",

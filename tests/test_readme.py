@@ -115,16 +115,18 @@ def found_commands() -> list[Command]:
 
 
 @cache
-def schema_of(script: str) -> tuple[type, str]:
-    """The dataclass of a script, and its file of conf/."""
+def schema_of(script: str, trained: bool = False) -> tuple[type, str]:
+    """The dataclass of a script, and its file of conf/; the doctor has one of trained models, too."""
     found = set(re.findall(r'cli\(\s*(\w+),\s*"(\w+)"', (ROOT / script).read_text()))
+    if len(found) > 1:
+        found = {one for one in found if (one[1] == "labels") == trained}
     ((name, config_name),) = found
     return runpy.run_path(str(ROOT / script))[name], config_name
 
 
 def check_overrides(script: str, arguments: list[str]) -> None:
     """Refuse a key, a type or a name that the script doesn't have, and a key that it lacks."""
-    schema, config_name = schema_of(script)
+    schema, config_name = schema_of(script, any(one.startswith("checkpoint=") for one in arguments))
     names = choices(config_name)
     if "experiment" in names:
         names["experiment"] += ["roads", "night"]  # which docs/recipes.md and docs/python.md write

@@ -24,7 +24,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,13 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     try:
         limit_threads(world)
         world.on_main(lambda: _check(cfg))  # one message where something is wrong
-        trained, shards = _open(cfg)
+        trained, shards = open_scored(cfg)
         split, classes = shards.split(cfg.split), list(shards.classes)
         view = None
         if trained.arch.kind == "classification":
             size, short = trained.metadata.view
             view = ClassificationAugment(size=size, eval_resize=short)
-        mode = _mode(cfg, trained, split)
+        mode = mode_for(cfg, trained, split)
         start = time.monotonic()
         failures: list[SegformerError] = []
         with _progress(world, split) as advance:
@@ -124,7 +124,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         differs += [] if record["dtype"] == usual else [record["dtype"]]
         if cfg.step != "newest" or Path(cfg.checkpoint) != run_folder(Path(cfg.checkpoint)):
             differs.append(f"step {record['step']}")
-        if record["protocol"] != protocol_of(view, _mode(None, trained, split)):
+        if record["protocol"] != protocol_of(view, mode_for(None, trained, split)):
             differs.append(record["protocol"].partition(" (")[0])
         name = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in (cfg.split, *differs))
         _keep(cfg, name, record, scores.rows(classes))
@@ -133,13 +133,13 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
 
 def _check(cfg: EvaluateConfig) -> None:
     """What is wrong with model, shards and mode, and with a place that was asked for; rank zero."""
-    _open(cfg)
+    open_scored(cfg)
     if cfg.output:
         with reraise_as(ConfigError, f"output={cfg.output} can't be written", "choose another folder"):
             Path(cfg.output).mkdir(parents=True, exist_ok=True)
 
 
-def _mode(cfg: InferenceModeConfig | None, trained: Weights, split: Split) -> InferenceModeConfig:
+def mode_for(cfg: InferenceModeConfig | None, trained: Weights, split: Split) -> InferenceModeConfig:
     """The inference mode of `cfg`, or that of a plain evaluation: images are as large as in training."""
     names = [field.name for field in fields(InferenceModeConfig)]
     mode = InferenceModeConfig(**{name: getattr(cfg, name) for name in names if cfg is not None})
@@ -221,13 +221,16 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         say(f"scores: {folder / name}.json, .csv and .md", file=sys.stderr)
 
 
-def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
-    """The model and its shards."""
+def open_scored(
+    cfg: EvaluateConfig, splits: Sequence[str] | None = None, key: str = "shards"
+) -> tuple[Weights, ShardSet]:
+    """The model and its shards, checked for `splits` (None: cfg.split; empty: all). key: names the shards."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
     place = cfg.shards or trained.provenance.get("shards")
     kind, predicted = trained.arch.kind, trained.metadata.classes
     if not place:
-        raise ConfigError(f"{cfg.checkpoint} does not say which shards it was trained with; give shards=...")
+        text = f"{cfg.checkpoint} does not say which shards it was trained with"
+        raise ConfigError(f"{text}; give {key}=<shards>")
     shards = ShardSet.open(place, cfg.loader.storage)
     if shards.task != kind:
         raise ConfigError(
@@ -239,14 +242,15 @@ def _open(cfg: EvaluateConfig) -> tuple[Weights, ShardSet]:
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
             f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
         )
-    split = shards.split(cfg.split)
-    if changed := settings(cfg):
-        if kind != "segmentation":
-            raise ConfigError(
-                f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
-                "image; leave this out"
-            )
-        if split.tiled:
+    changed = settings(cfg)
+    if changed and kind != "segmentation":
+        raise ConfigError(
+            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
+            "image; leave this out"
+        )
+    for split in map(shards.split, [cfg.split] if splits is None else splits or list(shards.splits)):
+        if changed and split.tiled:
             mode_of(split, cfg)
-        check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
+        if changed:
+            check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
     return trained, shards

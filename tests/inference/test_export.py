@@ -19,7 +19,7 @@ from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
 from segformer.inference.export import ExportConfig, build, check_network, export, open_checkpoint
 from segformer.inference.predictor import Predictor
-from segformer.inference.score import EvaluateConfig, _open
+from segformer.inference.score import EvaluateConfig, open_scored
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Metadata
@@ -253,7 +253,7 @@ def test_a_step_names_the_checkpoint_of_every_command(
     given = [f"checkpoint={best_run}", f"output={tmp_path}/out", f"step={step}"]  # a number is a text here
     out = export(compose(ExportConfig, "export", given))
     scored = EvaluateConfig(checkpoint=str(best_run), shards=str(tiny_shards), step=step)
-    for opened in (wanted, open_checkpoint(out), _open(scored)[0]):
+    for opened in (wanted, open_checkpoint(out), open_scored(scored)[0]):
         assert opened.provenance["step"] == expected
     state = Predictor(best_run, step=step, device="cpu").model.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state.items())
