@@ -26,14 +26,17 @@ MAX_ENTRIES = 15
 ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
-    "data.sources": "web dataset content decode division similar folder masks shapes sample large",
+    "data.sources": (
+        "web dataset content decode tiff picture division similar folder masks shapes sample large"
+    ),
     "data.formats": (
         "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely "
         "voc binary_masks csv_pairs huggingface table"
     ),
     "data.sources.": "listing download",
     "data.shards": (
-        "pool storage index tiling format reader verify workfolder trimming cutting packing joining sharding"
+        "pool storage index tiling format reader verify workfolder moments trimming cutting packing joining "
+        "sharding"
     ),
     "data.loading": "order photometric crop classification mixing samples workers loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",
@@ -93,6 +96,7 @@ OWNERS: dict[str, set[str]] = {
     "PIL": {
         "data.sources.decode",
         "data.sources.large",
+        "data.sources.picture",
         "evaluation.drawing",
         "inference.photograph",
         "inference.predictor",
@@ -103,6 +107,8 @@ OWNERS: dict[str, set[str]] = {
     "datasets": {"data.formats.huggingface"},
     "huggingface_hub": {"data.formats.huggingface"},
     "pyarrow": {"data.formats.huggingface"},
+    "tifffile": {"data.sources.tiff"},
+    "imagecodecs": {"data.sources.tiff"},
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
     "matplotlib": {"inference.pictures", "inference.compare"},
@@ -113,7 +119,7 @@ OWNERS: dict[str, set[str]] = {
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
 HEAVY = (
     *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml"),
-    *("datasets", "pyarrow", "huggingface_hub"),
+    *("datasets", "pyarrow", "huggingface_hub", "tifffile", "imagecodecs"),
 )
 SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/__main__.py", "segformer/**/__init__.py")
 KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks

@@ -24,13 +24,15 @@ from segformer.data.shards.format import Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.content import Depth
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.decode import decode_mask, decode_stored
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import find_samples
 from segformer.data.sources.masks import Defect, mask_colors
+from segformer.data.sources.picture import with_dtype
 from segformer.data.sources.sample import LoadedSample, Sample, inspect_sample
 from segformer.data.sources.similar import perceptual_hash
 from segformer.errors import DataError, reported
+from segformer.evaluation.drawing import displayed
 
 SHOWN = 3  # places that are named for each kind of defect
 _BATCH = 1024  # files handed to the threads at a time
@@ -130,6 +132,9 @@ def scan_folder(
     samples, defects, scan.left_out = find_samples(cfg, root, name)
     for defect in defects:
         scan.defects[defect.kind].add(defect.text, defect.count)
+    if samples:
+        cfg = with_dtype(cfg, samples[0].image)
+        scan.load = partial(_from_folder, cfg)
     table = label_table(cfg) if cfg.classes and cfg.task == "segmentation" else None
     with (
         ThreadPoolExecutor(threads if threads > 0 else len(os.sched_getaffinity(0))) as pool,
@@ -148,7 +153,7 @@ def _look(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, list[Defect
     """The sample, with a digest in the place of the image's bytes; its defects; its colors instead of ids."""
     loaded, defects = inspect_sample(cfg, sample)
     loaded.image = loaded.image and hashlib.blake2b(loaded.image, digest_size=16).digest()
-    loaded.ids = None
+    loaded.ids = loaded.pixels = None
     colors: list[tuple[int, ...]] = []
     if sample.mask is not None and any(defect.kind == "colour" for defect in defects):
         colors = mask_colors(sample.mask)
@@ -193,9 +198,9 @@ def _add(
 
 def _from_folder(cfg: DatasetConfig, sample: Sample) -> tuple[str, Picture | None]:
     loaded, defects = inspect_sample(cfg, sample)
-    if not loaded.height:
+    if loaded.pixels is None:
         return sample.key, None
-    image = decode_image(loaded.image, cfg.image_range)
+    image = displayed(loaded.pixels)
     if loaded.ids is None or defects or not cfg.classes:
         return sample.key, (image, None)
     mask = label_table(cfg)[loaded.ids]
@@ -241,11 +246,12 @@ def scan_shards(split: Split, content: dict[str, Any], *, read: int, seed: int =
 def _read(reader: ShardReader, sample_id: int) -> Picture:
     raw = reader.read(sample_id)
     mask = decode_mask(raw.target) if reader.split.task == "segmentation" else None
-    return decode_image(raw.image), mask
+    return decode_stored(raw.image, reader.split.pixels), mask
 
 
 def _from_shards(reader: ShardReader, sample_id: int) -> tuple[str, Picture | None]:
     picture = None
     with contextlib.suppress(DataError):  # a finding names it
-        picture = _read(reader, sample_id)
+        image, mask = _read(reader, sample_id)
+        picture = displayed(image), mask
     return reader.split.key(sample_id), picture

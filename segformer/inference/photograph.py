@@ -24,14 +24,8 @@ import torch
 from torch import Tensor
 
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_PIXELS
-from segformer.data.sources.decode import (
-    PNG_MAGIC,
-    eight_bits,
-    image_orientation,
-    read_file,
-    upright,
-    whole_image,
-)
+from segformer.data.sources.decode import PNG_MAGIC, eight_bits, read_file
+from segformer.data.sources.picture import image_orientation, upright, whole_image
 from segformer.errors import DataError, reraise_as
 
 if TYPE_CHECKING:

@@ -365,7 +365,7 @@ ALIASES = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 SYSTEM = "!!python/object/apply:os.system ['touch CANARY']\n"
 NO_FILE = "it is a pipe, socket or device, not a file"
-UNREAD = "is not a whole JPEG or PNG"
+UNREAD = "is not a whole JPEG, PNG, TIFF, WebP or BMP"
 
 HOSTILE: dict[str, tuple[str, Spoil, str]] = {
     # pictures and masks of a source folder, and of predict
@@ -415,7 +415,7 @@ HOSTILE: dict[str, tuple[str, Spoil, str]] = {
         *("source", put("masks/train/0.png", lambda: png(extra=text(bytes(2**25), b"iCCP")))),
         "Decompressed data too large",
     ),
-    "mask: TIFF": ("source", put("masks/train/0.png", b"II*\0\x08\0\0\0"), "is not a PNG"),
+    "mask: TIFF": ("source", put("masks/train/0.png", b"II*\0\x08\0\0\0"), "it is truncated or damaged"),
     "names: escape sequence": (
         *("source", both(put("images/train/\x1b[2J.jpg", "x"), put("masks/train/\x1b[2J.png", "x"))),
         "cannot be a key",

@@ -31,9 +31,10 @@ from segformer.data.formats.base import (
 )
 from segformer.data.formats.outlines import count, numbers, refusing, rings
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import image_orientation, larger, read_file
+from segformer.data.sources.decode import larger, read_file
 from segformer.data.sources.folder import LeftOut, by_key, files_below, left_out
 from segformer.data.sources.large import image_size
+from segformer.data.sources.picture import image_orientation
 from segformer.errors import DataError, listed, reraise_as
 from segformer.files import parse_yaml, read_text
 

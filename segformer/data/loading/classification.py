@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segformer.data.loading.photometric import MOST_SIDE, check_lists
+from segformer.data.loading.photometric import MOST_SIDE, by_four, check_lists
 from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10
@@ -82,12 +82,12 @@ class ClassificationGeometry:
         self.fill = np.round(np.clip(cfg.mean, 0, 255)).astype(np.uint8)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """image uint8 (H, W, 3) -> a new array uint8 (size, size, 3)."""
+        """image (H, W, C) -> a new array (size, size, C); RandAugment is of 3 x uint8."""
         top, left, height, width = self.region(image.shape[0], image.shape[1], rng)
         size = (self.cfg.size, self.cfg.size)
         crop = _resized(image[top : top + height, left : left + width], size)
         if rng.random() < self.cfg.hflip:
-            crop = np.asarray(cv2.flip(crop, 1))
+            crop = np.ascontiguousarray(crop[:, ::-1])
         if self.cfg.magnitude:
             operations = list(OPERATIONS.values())
             for _ in range(self.cfg.ops):
@@ -114,7 +114,7 @@ class ClassificationGeometry:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def eval_view(self, image: np.ndarray) -> np.ndarray:
-        """image uint8 (H, W, 3) -> short side to eval_resize, then the center, uint8 (size, size, 3)."""
+        """image (H, W, C) -> short side to eval_resize, then the center, (size, size, C)."""
         height, width = image.shape[:2]
         factor = self.cfg.eval_resize / min(height, width)
         shape = max(self.cfg.size, round(height * factor)), max(self.cfg.size, round(width * factor))
@@ -126,7 +126,7 @@ class ClassificationGeometry:
 def _resized(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     shrinks = image.shape[0] >= shape[0] and image.shape[1] >= shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (shape[1], shape[0]), interpolation=method))
+    return by_four(lambda part: cv2.resize(part, (shape[1], shape[0]), interpolation=method), image)
 
 
 def _warped(image: np.ndarray, matrix: list[list[float]], fill: np.ndarray) -> np.ndarray:

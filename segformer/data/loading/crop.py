@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from segformer.data.loading.photometric import MOST_SIDE, check_lists
+from segformer.data.loading.photometric import MOST_SIDE, by_four, check_lists
 from segformer.data.sources.dataset import IGNORE_INDEX
 from segformer.errors import ConfigError, within
 
@@ -126,13 +126,13 @@ class RandomCrop:
     def __call__(
         self, image: np.ndarray, mask: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-        """image uint8 (H, W, 3), mask uint8 (H, W) -> the same of the crop, and its valid (height, width)."""
+        """image (H, W, C), mask uint8 (H, W) -> the same of the crop, and its valid (height, width)."""
         placement = self.place(mask, rng, self.size)
         image, mask = cut(image, mask, placement)
         below, right = self.size[0] - placement.valid[0], self.size[1] - placement.valid[1]
         if below or right:
             border = (0, below, 0, right, cv2.BORDER_CONSTANT)
-            image = cv2.copyMakeBorder(image, *border, value=(0, 0, 0))
+            image = by_four(lambda part: cv2.copyMakeBorder(part, *border, value=(0, 0, 0)), image)
             mask = cv2.copyMakeBorder(mask, *border, value=IGNORE_INDEX)
         return image, mask, placement.valid
 
@@ -232,26 +232,50 @@ def scaled_size(shape: Sequence[int], resize: Sequence[int], scale: float) -> tu
 
 
 def cut(image: np.ndarray, mask: np.ndarray, placement: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """The placed part of image uint8 (H, W, 3) and mask uint8 (H, W): new arrays of placement.valid."""
-    image, mask = _turned(image, placement.turns), _turned(mask, placement.turns)
+    """The placed part of image (H, W, C) and mask uint8 (H, W): new arrays of placement.valid."""
+    patch, mask = by_four(lambda part: _cut_image(part, placement), image), _turned(mask, placement.turns)
+    if _is_warped(placement):
+        labels = cut_mask(mask, placement)
+    else:
+        columns, rows = placement.size[1], placement.size[0]
+        labels = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_NEAREST)[_window(placement)]
+    return patch, _flipped(labels, placement)
+
+
+def _is_warped(placement: Placement) -> bool:
+    """Only the crop is computed, not the whole scaled image."""
     (height, width), (rows, columns) = placement.valid, placement.size
-    if placement.angle or rows * columns > _WHOLE_UP_TO * height * width:
+    return bool(placement.angle) or rows * columns > _WHOLE_UP_TO * height * width
+
+
+def _cut_image(image: np.ndarray, placement: Placement) -> np.ndarray:
+    """The placed part of an image of up to four channels."""
+    image = _turned(image, placement.turns)
+    (height, width), (rows, columns) = placement.valid, placement.size
+    if _is_warped(placement):
         patch = cv2.warpAffine(
             image,
-            _source_matrix(mask.shape, placement),
+            _source_matrix(image.shape, placement),
             (width, height),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
-        labels = cut_mask(mask, placement)
     else:
-        part = np.s_[placement.top : placement.top + height, placement.left : placement.left + width]
-        patch = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)[part]
-        labels = cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_NEAREST)[part]
-    if placement.flip_x or placement.flip_y:
-        code = int(placement.flip_x) - int(placement.flip_x and placement.flip_y) * 2
-        patch, labels = cv2.flip(patch, code), cv2.flip(labels, code)
-    return patch, labels
+        patch = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)[_window(placement)]
+    return _flipped(patch, placement)
+
+
+def _window(placement: Placement) -> tuple[slice, slice]:
+    """Rows and columns of the crop in the scaled image."""
+    (height, width), top, left = placement.valid, placement.top, placement.left
+    return slice(top, top + height), slice(left, left + width)
+
+
+def _flipped(pixels: np.ndarray, placement: Placement) -> np.ndarray:
+    if not (placement.flip_x or placement.flip_y):
+        return pixels
+    code = int(placement.flip_x) - int(placement.flip_x and placement.flip_y) * 2
+    return np.asarray(cv2.flip(pixels, code))
 
 
 def cut_mask(mask: np.ndarray, placement: Placement, steps: tuple[int, int] = (1, 1)) -> np.ndarray:

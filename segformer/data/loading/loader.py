@@ -22,6 +22,7 @@ from segformer.data.loading.samples import Batch, Samples
 from segformer.data.loading.workers import WorkerStream, print_line
 from segformer.data.shards.format import Split
 from segformer.data.shards.storage import StorageConfig
+from segformer.data.sources.dataset import RGB
 from segformer.errors import ConfigError, at_least, within
 
 MAX_WORKERS = 8
@@ -81,6 +82,11 @@ def train_batches(
     warn: Callable[[str], None] = print_line,
 ) -> WorkerStream[Batch]:
     """The endless stream of one rank's micro batches from optimizer step `start_step` on."""
+    if isinstance(augment, ClassificationAugment) and augment.magnitude and split.pixels != RGB:
+        what = (
+            f"classification.magnitude={augment.magnitude}: RandAugment is of {RGB}, the set {split.pixels}"
+        )
+        raise ConfigError(f"{what}; give classification.magnitude=0")
     plan = partial(_train_plan, order, batch, rank, start_step)
     make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
     return _batches(split, plan, make, loader, worker_count(loader, local_world_size), warn)

@@ -19,7 +19,7 @@ from segformer.data.shards.format import Split
 from segformer.data.sources.dataset import IGNORE_INDEX
 
 Picture = tuple[np.ndarray, np.ndarray]
-"""image uint8 (H, W, 3) and mask uint8 (H, W)."""
+"""image (H, W, C) and mask uint8 (H, W)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Mosaic:
     def compose(self, pictures: list[Picture], crop: RandomCrop, rng: np.random.Generator) -> Picture:
         """The mosaic of the decoded samples, of the size of the crop; nothing of it is padding."""
         height, width = crop.size
-        image, mask = np.empty((height, width, 3), np.uint8), np.empty((height, width), np.uint8)
+        first, mask = pictures[0][0], np.empty((height, width), np.uint8)
+        image = np.empty((height, width, first.shape[2]), first.dtype)
         parts = [
             np.s_[top:bottom, left:right]
             for top, bottom in ((0, self.row), (self.row, height))

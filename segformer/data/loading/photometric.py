@@ -12,7 +12,7 @@ after normalization.
 Shapes: B batch, H W image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import cv2
@@ -66,10 +66,22 @@ def draw_distortion(strength: float, rng: np.random.Generator) -> Distortion[flo
     )
 
 
+def by_four(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """A function of OpenCV, which may know no more than four channels and drops a single one, of all of them.
+
+    image (H, W, C) -> (h, w, C).
+    """
+    channels = image.shape[2]
+    if 1 < channels <= 4:
+        return function(image)
+    parts = (np.ascontiguousarray(image[..., first : first + 4]) for first in range(0, channels, 4))
+    return np.concatenate([np.atleast_3d(function(part)) for part in parts], axis=2)
+
+
 def blur(image: np.ndarray, valid: Sequence[int], sigma: float) -> None:
     """Gaussian blur of the valid part of a crop, in place; edges are mirrored."""
     part = image[: valid[0], : valid[1]]
-    part[:] = cv2.GaussianBlur(part, (0, 0), sigma)
+    part[:] = by_four(lambda channels: cv2.GaussianBlur(channels, (0, 0), sigma), part)
 
 
 class Normalize(nn.Module):

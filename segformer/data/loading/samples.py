@@ -23,8 +23,7 @@ from segformer.data.loading.mixing import draw_donor, draw_mosaic, paste
 from segformer.data.loading.photometric import Distortion, blur, draw_distortion
 from segformer.data.shards.format import Split
 from segformer.data.shards.reader import CorruptSampleError, ShardReader
-from segformer.data.sources.dataset import Pixels
-from segformer.data.sources.decode import decode_image, decode_label, decode_mask
+from segformer.data.sources.decode import decode_label, decode_mask, decode_stored
 from segformer.errors import DataError
 
 NEIGHBORS = 16  # samples tried in the place of a corrupt one
@@ -177,9 +176,7 @@ class Samples:
         size = (record["height"], record["width"])
         target: Any
         try:
-            image = decode_image(raw.image)
-            if (found := Pixels(image.shape[2], str(image.dtype))) != self.split.pixels:
-                raise DataError(f"image is {found}, the set {self.split.pixels}")
+            image = decode_stored(raw.image, self.split.pixels)
             if self.split.task == "classification":
                 target, fits = decode_label(raw.target), image.shape[:2] == size
                 if target != record["max_label"]:

@@ -23,8 +23,8 @@ from segformer.data.shards.pool import run
 from segformer.data.shards.tiling import Tiling, Whole, tile_key
 from segformer.data.shards.trimming import SCAN, Listing
 from segformer.data.shards.workfolder import WorkFolder
-from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sources.decode import encode_array, value_range
+from segformer.data.sources.dataset import IGNORE_INDEX, RGB, DatasetConfig, label_table
+from segformer.data.sources.decode import decode_stored, encode_array
 from segformer.data.sources.division import is_training
 from segformer.data.sources.large import image_rows, image_size, label_rows
 from segformer.data.sources.sample import LoadedSample, Sample, count_ids, map_ids
@@ -117,7 +117,7 @@ def _cut(task: tuple[DatasetConfig, list[Sample], WorkFolder]) -> str:
     folder.mkdir(parents=True)
     pixels = image_rows(cfg, sample.image)
     for rows, columns, path in _places(work, tiles):
-        path.write_bytes(_encoded(pixels(rows.start, rows.stop)[:, columns]))
+        path.write_bytes(_encoded(cfg, pixels(rows.start, rows.stop)[:, columns]))
     del pixels  # before its mask is decoded
     ids = label_rows(cfg, sample, image_size(sample.image))
     for rows, columns, path in _places(work, tiles):
@@ -135,8 +135,8 @@ def _places(work: WorkFolder, tiles: list[Sample]) -> Iterator[tuple[slice, slic
         yield slice(top, bottom), slice(left, right), _place(work, tile)
 
 
-def _encoded(pixels: np.ndarray) -> bytes:
-    if pixels.shape[2] != 3 or pixels.dtype == np.float32:
+def _encoded(cfg: DatasetConfig, pixels: np.ndarray) -> bytes:
+    if cfg.pixels != RGB:
         return encode_array(pixels)
     return cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), _FAST)[1].tobytes()
 
@@ -183,6 +183,7 @@ def load_tile(cfg: DatasetConfig, tile: Sample, work: WorkFolder) -> LoadedSampl
     image, stored = path.read_bytes(), np.fromfile(path.with_suffix(".ids"), np.uint8)
     ids = np.asarray(cv2.imdecode(stored, cv2.IMREAD_UNCHANGED))
     height, width = ids.shape
-    loaded = LoadedSample(image, height, width, value_range(image), ids=ids, raw_ids=count_ids(ids))
+    pixels = decode_stored(image, cfg.pixels)
+    loaded = LoadedSample(image, height, width, pixels, ids=ids, raw_ids=count_ids(ids))
     map_ids(cfg, tile, loaded)
     return loaded

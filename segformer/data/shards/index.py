@@ -121,7 +121,7 @@ def is_sane(parts: tuple[np.ndarray, np.ndarray, np.ndarray], entry: dict[str, A
         and (records["target_offset"] > records["image_offset"] + records["image_size"]).all()
         and (records["target_size"] > 0).all()
         and (target_end <= tar_bytes).all()
-        and (target_end - records["image_offset"] <= 2 * MAX_FILE_BYTES).all()
+        and (target_end - records["image_offset"] <= 3 * MAX_PIXELS + MAX_FILE_BYTES).all()
         and (records["height"] > 0).all()
         and (records["width"] > 0).all()
         and (pixels <= MAX_PIXELS).all()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from segformer.data.shards.index import image_sums, pack_index, parse_index
+from segformer.data.shards.moments import Moments, total
 from segformer.data.shards.packing import ShardTask
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, Histogram, Labels, check_content
@@ -57,6 +58,13 @@ def join(cfg: DatasetConfig, split: str, notes: list[dict[str, Any]], work: Work
         },
         "shards": [{key: note[key] for key in shard_keys} for note in notes],
     }
+
+
+def mean_std(tasks: list[ShardTask], notes: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """`mean` and `std` of dataset.json: over the training splits, or over all where there is none."""
+    own = [note for task, note in zip(tasks, notes, strict=True) if is_training(task.split)]
+    mean, std = total(Moments(**note["moments"]) for note in own or notes).mean_std()
+    return {"mean": mean, "std": std}
 
 
 def _refuse_duplicates(cfg: DatasetConfig, tasks: list[ShardTask], work: WorkFolder) -> None:

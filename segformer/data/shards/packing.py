@@ -1,8 +1,9 @@
 """One shard: samples -> tar and its part of the index, in one process, from its task alone.
 
-An image goes in as the bytes of its file, unless the encoding says otherwise: images whose longer side
+A JPEG or PNG goes in as the bytes of its file, unless the encoding says otherwise: images whose longer side
 exceeds `long_side` are reduced to it (area interpolation; the mask by the nearest pixel), and `quality`
-re-encodes every image as JPEG. A mask becomes an 8-bit PNG of train ids, a class id decimal text.
+re-encodes every image as JPEG. Other files become PNGs, and where a set doesn't hold 3 x uint8 every image an
+array (.npy), whose reading costs a copy. A mask becomes an 8-bit PNG of train ids, a class id decimal text.
 
 A shard is complete when its note (<shard>.json) is there and tar, part and source files are what the note
 says. Source files are compared by name, size and time, and by content where a time differs."""
@@ -23,12 +24,13 @@ import numpy as np
 
 from segformer.data.shards.cutting import content_sum, facts_sum, file_stat, load_tile, sample_facts
 from segformer.data.shards.index import INDEX, LABELS, pack_index
+from segformer.data.shards.moments import Moments
 from segformer.data.shards.tiling import Tiling
 from segformer.data.shards.verify import members
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, check_depth
-from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
-from segformer.data.sources.decode import decode_image, image_header, is_deep, read_file
+from segformer.data.sources.dataset import IGNORE_INDEX, RGB, DatasetConfig
+from segformer.data.sources.decode import PNG_MAGIC, encode_array, is_deep, read_file
 from segformer.data.sources.sample import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError, at_least, within
 from segformer.files import read_json, sha256_of, staged, write_atomic
@@ -70,6 +72,11 @@ class Settings:
             raise ConfigError(f"{other[0]} is about whole images, and tile cuts them; leave one of them out")
         if not self.cfg.splits:
             raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
+        if self.quality and self.cfg.pixels != RGB:
+            raise ConfigError(
+                f"quality={self.quality} makes JPEGs, which hold {RGB}, not the set's {self.cfg.pixels}; "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def make_shard(task: ShardTask) -> tuple[dict[str, Any], bool]:
     """(note of the shard, True where it was complete already). The note: file, samples, bytes, sha256 and
     source_sha256 for dataset.json; part_sha256, stat, raw_ids, and turned: the images of an EXIF orientation
     other than 1, as [file below root, orientation]; levels: lowest and highest value of images of 16 bits;
-    alike: key -> perceptual hash."""
+    alike: key -> perceptual hash; moments: of the channels where they are not 3 x uint8."""
     note = _complete(task)
     return (_write(task), False) if note is None else (note, True)
 
@@ -173,8 +180,8 @@ def _write(task: ShardTask) -> dict[str, Any]:
     # Before a sample is read: a later change must show.
     before = {"stat": stat_hash(task.samples), "source_sha256": source_hash(task.samples, task.sums)}
     with staged(task.work.tar(task.name)) as tar:
-        records, labels, raw_ids, turned, levels, depth, alike = _write_tar(task, tar)
-        check_depth(task.settings.cfg.image_range, depth)
+        records, labels, facts = _write_tar(task, tar)
+        check_depth(task.settings.cfg.image_range, facts.depth)
         part = pack_index(records, labels, _index_members(tar, records))
         note = before | {
             "file": f"{task.name}.tar",
@@ -182,30 +189,33 @@ def _write(task: ShardTask) -> dict[str, Any]:
             "bytes": tar.stat().st_size,
             "sha256": sha256_of(tar),
             "part_sha256": hashlib.sha256(part).hexdigest(),
-            "raw_ids": {str(raw): pixels for raw, pixels in sorted(raw_ids.items())},
-            "turned": turned,
-            "levels": levels,
-            "depth": asdict(depth),
-            "alike": alike,
+            **asdict(facts),
+            "raw_ids": {str(raw): pixels for raw, pixels in sorted(facts.raw_ids.items())},
         }
     write_atomic(task.work.part(task.name), part)
     write_atomic(task.work.note(task.name), json.dumps(note))
     return note
 
 
-def _write_tar(
-    task: ShardTask, path: Path
-) -> tuple[np.ndarray, np.ndarray, Counter[int], list[tuple[str, int]], list[int], Depth, dict[str, int]]:
-    """Write the tar; returns records without places and keys, LABELS, the raw ids' pixels, and the note's
-    turned, levels, depth and alike."""
+@dataclass(slots=True)
+class _Facts:
+    """What the note of a shard says of its samples (make_shard)."""
+
+    raw_ids: Counter[int] = field(default_factory=Counter)
+    turned: list[tuple[str, int]] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
+    depth: Depth = field(default_factory=Depth)
+    alike: dict[str, int] = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
+
+
+def _write_tar(task: ShardTask, path: Path) -> tuple[np.ndarray, np.ndarray, _Facts]:
+    """Write the tar; returns records without places and keys, LABELS, and what the note says."""
     from webdataset import TarWriter  # imports torch: 2 s that reading shards does not pay
 
     cv2.setNumThreads(1)
     cfg = task.settings.cfg
-    raw_ids: Counter[int] = Counter()
-    turned: list[tuple[str, int]] = []
-    levels: list[int] = []
-    depth, alike = Depth(), {}
+    facts = _Facts()
     records, labels = np.zeros(len(task.samples), INDEX), []
     with (
         path.open("xb") as stream,
@@ -213,25 +223,27 @@ def _write_tar(
     ):
         for sample, record in zip(task.samples, records, strict=True):
             loaded = load_tile(cfg, sample, task.work) if sample.window else load_sample(cfg, sample)
-            raw_ids.update(loaded.raw_ids)
-            levels = [*levels, *(loaded.levels or ())]
-            levels = [min(levels), max(levels)] if levels else []
-            depth.look(cfg.image_range, loaded.levels)
-            alike[sample.key] = loaded.alike
+            facts.raw_ids.update(loaded.raw_ids)
+            levels = [*facts.levels, *(loaded.levels or ())]
+            facts.levels = [min(levels), max(levels)] if levels else []
+            facts.depth.look(cfg.image_range, loaded.levels)
+            facts.alike[sample.key] = loaded.alike
             if loaded.orientation != 1:
                 file = Path(cfg.folder("image", task.split), sample.key).with_name(sample.image.name)
-                turned.append((str(file), loaded.orientation))
-            (suffix, image), mask = _encoded(loaded, task.settings)
+                facts.turned.append((str(file), loaded.orientation))
+            (suffix, image), pixels, mask = _encoded(loaded, task.settings)
+            if cfg.pixels != RGB:
+                facts.moments.add_image(pixels)
             ending, target, found = _target(sample, mask)
             key = member_key(sample.key)
             writer.write({"__key__": key, suffix: image})  # apart: the writer would sort the two by name
             writer.write({"__key__": key, ending: target})
             record["image_crc"], record["target_crc"] = zlib.crc32(image), zlib.crc32(target)
-            record["height"], record["width"] = image_header(image)[1:]
+            record["height"], record["width"] = pixels.shape[:2]
             record["max_label"] = found["label"][-1] if len(found) else -1
             labels.append(found)
     records["labels_end"] = np.cumsum([len(found) for found in labels])
-    return records, np.concatenate(labels), raw_ids, turned, levels, depth, alike
+    return records, np.concatenate(labels), facts
 
 
 def reduced_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
@@ -243,25 +255,31 @@ def reduced_size(size: tuple[int, int], long_side: int) -> tuple[int, int]:
     return height, width
 
 
-def _encoded(loaded: LoadedSample, settings: Settings) -> tuple[tuple[str, bytes], np.ndarray | None]:
-    """((suffix, bytes) of the image, mask) as they are stored."""
-    kind = image_header(loaded.image)[0]
+def _encoded(
+    loaded: LoadedSample, settings: Settings
+) -> tuple[tuple[str, bytes], np.ndarray, np.ndarray | None]:
+    """((suffix, bytes) of the image, its pixels, mask) as they are stored."""
+    pixels, mask, cfg = loaded.pixels, loaded.mask, settings.cfg
+    assert pixels is not None  # a sample that can't be decoded is not loaded
     size = reduced_size((loaded.height, loaded.width), settings.long_side)
     reduce = size != (loaded.height, loaded.width)
-    deep = settings.cfg.image_range and is_deep(loaded.image)
-    if not reduce and not settings.quality and not deep:
-        return ("jpg" if kind == "jpeg" else "image.png", loaded.image), loaded.mask
-    pixels, mask = decode_image(loaded.image, settings.cfg.image_range), loaded.mask
     if reduce:
         height, width = size
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        shape = (height, width, pixels.shape[2])  # OpenCV drops a single channel
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA).reshape(shape)
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    if cfg.pixels != RGB:
+        return ("npy", encode_array(pixels)), pixels, mask
+    jpeg, png = loaded.image[:2] == b"\xff\xd8", loaded.image[:8] == PNG_MAGIC
+    deep = cfg.image_range and is_deep(loaded.image)
+    if (jpeg or png) and not (reduce or settings.quality or deep):
+        return ("jpg" if jpeg else "image.png", loaded.image), pixels, mask
     bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
-    if kind == "png" and not settings.quality:
-        return ("image.png", cv2.imencode(".png", bgr)[1].tobytes()), mask
-    jpeg = [cv2.IMWRITE_JPEG_QUALITY, settings.quality or REDUCED_QUALITY]
-    return ("jpg", cv2.imencode(".jpg", bgr, jpeg)[1].tobytes()), mask
+    if settings.quality or jpeg:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, settings.quality or REDUCED_QUALITY]
+        return ("jpg", cv2.imencode(".jpg", bgr, quality)[1].tobytes()), pixels, mask
+    return ("image.png", cv2.imencode(".png", bgr)[1].tobytes()), pixels, mask
 
 
 def _target(sample: Sample, mask: np.ndarray | None) -> tuple[str, bytes, np.ndarray]:

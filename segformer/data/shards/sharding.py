@@ -35,7 +35,7 @@ import numpy as np
 from segformer.data.formats.table import resolved
 from segformer.data.shards.cutting import cut_tiles, plan_tiles
 from segformer.data.shards.format import FORMAT, VERSION, ShardSet, content_digest
-from segformer.data.shards.joining import check_joined, join
+from segformer.data.shards.joining import check_joined, join, mean_std
 from segformer.data.shards.packing import (
     Settings,
     ShardTask,
@@ -50,11 +50,12 @@ from segformer.data.shards.tiling import Tiling
 from segformer.data.shards.trimming import Listing, trim
 from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Labels, check_content
-from segformer.data.sources.dataset import DIVISION, DatasetConfig, class_palette, voc_palette
+from segformer.data.sources.dataset import DIVISION, RGB, DatasetConfig, class_palette, voc_palette
 from segformer.data.sources.division import is_training, same_files
 from segformer.data.sources.folder import LeftOut
 from segformer.data.sources.listing import class_folders, find_samples
 from segformer.data.sources.masks import Defect, explained
+from segformer.data.sources.picture import with_dtype
 from segformer.data.sources.sample import Sample
 from segformer.data.sources.similar import near_copies
 from segformer.errors import ConfigError, DataError, is_name, listed, reraise_as
@@ -93,6 +94,7 @@ def _description(settings: Settings) -> dict[str, Any]:
         }
         | ({"image_range": list(cfg.image_range)} if cfg.image_range else {})
         | ({"labels": _label_settings(cfg)} if cfg.format else {})
+        | (cfg.pixels._asdict() if cfg.pixels != RGB else {})
         | ({"val_share": cfg.val_share, "val_seed": cfg.val_seed} if cfg.is_divided else {})
         | {key: value for key in DIVISION[2:] if (value := getattr(cfg, key))}
         | (settings.tiling.described() if settings.tiling else {})
@@ -149,6 +151,7 @@ def write_shards(
         if _occupied(target) and not (target / "dataset.json").is_file():
             raise OtherSet(f"{str(out)!r} exists and holds something else; {_OTHER_PLACE}")
     listing, left_out = _list(cfg, root)
+    settings = replace(settings, cfg=with_dtype(cfg, Path(listing[cfg.splits[0]][0].image_file)))
     work = WorkFolder(target, _identity(settings, listing))
     kept, beside = _samples(settings, listing, left_out, workers)
     tasks = _plan(settings, kept, work)
@@ -217,6 +220,8 @@ def _write(
         own = [note for task, note in zip(tasks, notes, strict=True) if task.split == split]
         content["splits"][split] = join(settings.cfg, split, own, work) | beside[split]
     check_joined(settings.cfg, content, tasks, work)
+    if settings.cfg.pixels != RGB:
+        content |= mean_std(tasks, notes)
     # Only what was allowed is written, so that all other sets keep their digest.
     content |= {key: allowed for key in ALLOWANCES if (allowed := list(getattr(settings.cfg, key)))}
     content["digest"] = content_digest(content)

@@ -2,7 +2,8 @@
 
     index     sha256, length, sense of every entry, class totals against dataset.json
     tar       size, sha256, members in name, kind, place and order as an independent reader of tars sees them
-    sample    crc32 of both members, decoded size, label histogram (or class) against the index
+    sample    crc32 of both members, decoded size, channels and dtype, finite values, label histogram (or
+              class) against the index
 
 Opening a ShardSet looks at the indices only and reading at the samples used; this is the check after copying
 or downloading shards. Tars are listed, never extracted, and hold regular files only. Remote shards are
@@ -25,8 +26,8 @@ import numpy as np
 from segformer.data.shards.format import AGAIN, ShardSet, Split
 from segformer.data.shards.pool import run
 from segformer.data.shards.storage import Storage
-from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.data.sources.decode import check_parts, decode_image, decode_label, decode_mask
+from segformer.data.sources.dataset import IGNORE_INDEX, RGB
+from segformer.data.sources.decode import check_parts, decode_label, decode_mask, decode_stored
 from segformer.errors import DataError, reason_of, reraise_as
 from segformer.files import regular
 
@@ -118,7 +119,7 @@ def _check_members(split: Split, number: int, stream: _Stream) -> None:
     expected: list[tuple[tuple[str, ...], int, int]] = []
     for sample_id in range(*split.first_ids[number : number + 2].tolist()):
         record, key = split.records[sample_id], split.key(sample_id)
-        image = (f"{key}.jpg", f"{key}.image.png")
+        image = (f"{key}.jpg", f"{key}.image.png") if split.pixels == RGB else (f"{key}.npy",)
         expected.append((image, int(record["image_offset"]), int(record["image_size"])))
         expected.append(((f"{key}.{suffix}",), int(record["target_offset"]), int(record["target_size"])))
     for wanted, entry in zip_longest(expected, members(stream)):
@@ -142,19 +143,23 @@ def _check_sample(split: Split, sample_id: int, stream: _Stream) -> None:
         data[member] = stream.read(int(record[f"{member}_size"]))
         if zlib.crc32(data[member]) != record[f"{member}_crc"]:
             raise DataError(f"the {member} at offset {offset} is damaged (crc32 differs)")
-    with reraise_as(DataError, "the image cannot be decoded", on=ValueError):
-        check_parts(data["image"])
+    if split.pixels == RGB:
+        with reraise_as(DataError, "the image cannot be decoded", on=ValueError):
+            check_parts(data["image"])
+    image = decode_stored(data["image"], split.pixels)
+    if split.dtype == "float32" and not np.isfinite(image).all():
+        raise DataError("the image holds NaN or infinite values")
     size = (int(record["height"]), int(record["width"]))
     ids, pixels = split.labels(sample_id)
     if split.task == "classification":
         found, counts = np.array([decode_label(data["target"])]), np.array([1])
-        shapes = [decode_image(data["image"]).shape[:2]]
+        shapes = [image.shape[:2]]
     else:
         mask = decode_mask(data["target"])
         counts = np.bincount(mask[mask != IGNORE_INDEX], minlength=1)
         found = np.flatnonzero(counts)
         counts = counts[found]
-        shapes = [decode_image(data["image"]).shape[:2], mask.shape]
+        shapes = [image.shape[:2], mask.shape]
     if any(shape != size for shape in shapes):
         raise DataError(f"image or mask is {shapes[-1]}, the index has {size} (height, width)")
     if not (np.array_equal(found, ids) and np.array_equal(counts, pixels)):

@@ -30,10 +30,11 @@ MAX_PIXELS = 50_000_000  # a 164 KB PNG can hold 169 million pixels; the header 
 MAX_TILED_PIXELS = 500_000_000  # of an image that sharding cuts into tiles; 1.5 GB decoded
 MAX_TILED_BYTES = 2**31  # of the file of such an image; TIFFs are not read whole
 MAX_FILE_BYTES = 64 * 2**20
-MAX_IMAGE_BYTES = 3 * MAX_PIXELS  # decoded, what an RGB image of MAX_PIXELS takes
-MAX_CHANNELS = 32
-DTYPES = ("uint8", "uint16", "float32")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+DTYPES, MAX_CHANNELS = ("uint8", "uint16", "float32"), 32
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
+IMAGE_SUFFIXES = (*PHOTO_SUFFIXES, ".tif", ".tiff", ".webp", ".bmp")
+FORMATS = "JPEG, PNG, TIFF, WebP or BMP"
 TASKS = ("segmentation", "classification")
 DIVISION = ("val_share", "val_seed", "test_share", "fold", "group", "stratify")  # of one pool of images
 ANY = "*"  # in a list of names: all
@@ -98,9 +99,9 @@ class DatasetConfig:
     mask_dir: str = "masks/{split}"
     """Mask folder below root."""
     image_suffix: str = ""
-    """End of every image file name, in any case: _left.png, or _left for each of .jpg, .jpeg and .png."""
+    """End of every image file name, in any case: _left.png, or _left for each of IMAGE_SUFFIXES."""
     mask_suffix: str = ".png"
-    """End of every mask file name, in any case; PNG."""
+    """End of every mask file name, in any case; PNG, or TIFF (.tif, .tiff)."""
     image_range: list[int] = field(default_factory=list)
     """Values of 16-bit images that become 0 and 255; empty = their upper 8 bits."""
     channels: int = 3
@@ -145,10 +146,10 @@ class DatasetConfig:
     def _problems(self) -> Iterator[str]:
         if self.task not in TASKS:
             yield f"task={self.task!r} is unknown; use {' or '.join(TASKS)}"
-        for key, allowed in (("image_suffix", ("", *IMAGE_SUFFIXES)), ("mask_suffix", (".png",))):
+        for key, allowed in (("image_suffix", ("", *IMAGE_SUFFIXES)), ("mask_suffix", MASK_SUFFIXES)):
             suffix = getattr(self, key)
             if "/" in suffix or os.path.splitext(f"key{suffix}")[1].lower() not in allowed:
-                formats = "JPEG or PNG" if "" in allowed else "PNG: lossy formats change ids"
+                formats = FORMATS if "" in allowed else "PNG: lossy formats change ids"
                 ends = " or ".join(filter(None, allowed))
                 yield f"{key}={suffix!r} must end in {ends}; convert other files to {formats}"
         for key in ("splits", "split_dirs", "split_lists"):

@@ -1,11 +1,10 @@
 """Encoded members -> arrays. A closed set of formats: JPEG, PNG and .npy images, PNG masks, class ids.
 
 The header is looked at before anything is decoded (format, size, MAX_PIXELS), and the result must be what the
-header said. DataError for everything else. Training and prediction decode with the same functions.
+header said. DataError for everything else. Training and prediction decode with the same functions. What users
+have is read by picture.py.
 
-Masks belong to the stored pixels, so decoding does not apply the EXIF orientation of an image (TIFF 6.0, tag
-274: how the stored pixels are to be turned or mirrored for viewing). `image_orientation` reads it from the
-header, `upright` applies it."""
+Masks belong to the stored pixels, so decoding does not apply the EXIF orientation of an image."""
 
 import contextlib
 import io
@@ -25,6 +24,7 @@ from segformer.data.sources.dataset import (
     MAX_PIXELS,
     MAX_TILED_BYTES,
     MAX_TILED_PIXELS,
+    Pixels,
 )
 from segformer.errors import DataError, reraise_as
 from segformer.files import regular
@@ -34,6 +34,7 @@ MAX_PARTS = 2**16  # segments of a JPEG before its pixels, chunks of a PNG; Pill
 MAX_SCANS = 64  # of a progressive JPEG, which has about 10; one of 75 bytes takes 43 ms at 49 million pixels
 
 
+MAX_RAW_BYTES = 192 * 2**20  # of a TIFF or BMP, which may be plain
 _larger: ContextVar[bool] = ContextVar("larger", default=False)
 
 
@@ -143,7 +144,20 @@ def decode_image(data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
             return _decode_array(data)
     if not image_range or not is_deep(data):
         return _decode(data, _COLOR, 3)
-    return eight_bits(_decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16), image_range)
+    return eight_bits(decode_deep(data), image_range)
+
+
+def decode_deep(data: bytes) -> np.ndarray:
+    """A PNG of 16 bits as RGB uint16 (H, W, 3)."""
+    return _decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16)
+
+
+def decode_stored(data: bytes, pixels: Pixels) -> np.ndarray:
+    """An image of a set of these pixels, `decode_image`d; DataError where it holds others."""
+    image = decode_image(data)
+    if (found := Pixels(image.shape[2], str(image.dtype))) != pixels:
+        raise DataError(f"image is {found}, the set {pixels}")
+    return image
 
 
 def eight_bits(deep: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarray:
@@ -153,14 +167,6 @@ def eight_bits(deep: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarray:
     low, high = image_range
     scaled: np.ndarray = (deep.astype(np.float32) - low) * (255 / (high - low))
     return scaled.round().clip(0, 255).astype(np.uint8)
-
-
-def value_range(data: bytes) -> tuple[int, int] | None:
-    """Lowest and highest value of an image of 16 bits, None for others."""
-    if not is_deep(data):
-        return None
-    deep = _decode(data, _COLOR | cv2.IMREAD_ANYDEPTH, 3, np.uint16)
-    return int(deep.min()), int(deep.max())
 
 
 def decode_mask(data: bytes) -> np.ndarray:
@@ -237,78 +243,14 @@ def _check_png(data: bytes, most: int) -> None:
 
 
 def read_file(path: Path, first: int = -1) -> bytes:
-    """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES."""
+    """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES (TIFF, BMP: MAX_RAW_BYTES)."""
     with reraise_as(DataError, f"{str(path)!r} cannot be read", "replace it, or check its permissions"):
         size, limit = regular(path).stat().st_size, MAX_TILED_BYTES if _larger.get() else MAX_FILE_BYTES
+        if not _larger.get() and path.suffix.lower() in (".tif", ".tiff", ".bmp"):
+            limit = MAX_RAW_BYTES
         if size > limit:
             raise DataError(
                 f"{str(path)!r} has {size} bytes; the limit for one file is {limit}; make it smaller"
             )
         with path.open("rb") as stream:
             return stream.read(first)
-
-
-def whole_image(path: Path, data: bytes, image_range: Sequence[int] = ()) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of an image that is whole, as training decodes it."""
-    with unless_whole(path):
-        check_parts(data)
-        if data[:8] != PNG_MAGIC:  # Pillow refuses damaged JPEGs that OpenCV fills up, but no further PNGs
-            _load(data)
-        return decode_image(data, image_range)
-
-
-def _load(data: bytes) -> None:
-    from PIL import Image  # heavy, and only preparing data needs it
-
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-        picture.load()
-
-
-def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarray:
-    """Pixels of a JPEG or PNG, as stored or in a mode of Pillow."""
-    from PIL import Image  # heavy, and only preparing data needs it
-
-    with unless_whole(path):
-        check_parts(data)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            return np.asarray(picture if mode is None else picture.convert(mode))
-
-
-def unless_whole(path: Path) -> contextlib.AbstractContextManager[None]:
-    """DataError naming the file that the block cannot decode."""
-    refused = (ValueError, OSError, SyntaxError, DataError)
-    what = f"{str(path)!r} is not a whole JPEG or PNG"
-    return reraise_as(DataError, what, "replace, shrink or remove it", on=refused)
-
-
-def image_orientation(data: bytes) -> int:
-    """EXIF orientation of a JPEG or PNG, 1 to 8, without decoding; 1 (upright) where it says nothing."""
-    from PIL import Image  # heavy, and training needs none
-
-    exif, value = Image.Exif(), 1
-    with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error, Warning):  # a damaged header
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            exif.load(picture.info.get("exif", b""))
-        value = exif.get(0x0112, 1)
-    return value if value in range(1, 9) else 1
-
-
-def orientation_text(orientation: int) -> str:
-    """End of a message about an image that is stored turned; empty for orientation 1."""
-    if orientation == 1:
-        return ""
-    return (
-        f"; the image is stored rotated (EXIF orientation {orientation}), which is not applied: the mask "
-        "must fit the stored pixels, so turn one of the two files (an image: mogrify -auto-orient)"
-    )
-
-
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Stored pixels (H, W, C) as they are to be viewed: (W, H, C) from orientation 5 on."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from segformer.data.sources.dataset import FORMATS, IMAGE_SUFFIXES, MASK_SUFFIXES, PHOTO_SUFFIXES, setting
 from segformer.errors import DataError, listed, printable, reraise_as
 
 LeftOut = dict[str, tuple[int, str]]
@@ -34,6 +35,20 @@ def left_out_text(found: Mapping[str, tuple[int, str]]) -> str:
     return listed(
         f"{count} x {kind} ({first}{', ...' if count > 1 else ''})" for kind, (count, first) in found.items()
     )
+
+
+def instead_text(kind: str, found: Mapping[str, tuple[int, str]]) -> str:
+    """Middle of a message about images or masks (kind: image or mask) that are not there: what lies there."""
+    if not found:
+        return ""
+    need = f"image must be a {FORMATS}: convert them"
+    if kind == "mask":
+        need = "mask must be a PNG or TIFF, for others change ids: save them as PNG where they were made"
+    readable = IMAGE_SUFFIXES if kind == "image" else MASK_SUFFIXES
+    there = f"{left_out_text(found)} lie there"
+    if ends := [end for end in found if end in readable]:
+        return f"{there}: give {setting(f'{kind}_suffix', ends[0])}, or "
+    return f"{there}, but each {need}, or "
 
 
 def is_hidden(name: str) -> bool:
@@ -86,6 +101,8 @@ def by_key(
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """({key: file}, {key: a further file of that key}, the other files); `ends`: suffixes in small letters.
 
+    A JPEG or PNG goes before a file of another format, which is then one of the others.
+
     Raises:
         DataError: one of the others is a link that can't be followed: it could be a folder of files.
     """
@@ -96,8 +113,14 @@ def by_key(
         cut = next((len(end) for end in ends if name[-len(end) :].lower() == end), 0)
         key = name[:-cut] if cut else ""
         if key and key[-1] != "/" and not is_hidden(name):
-            (further if key in found else found)[key] = name
-            continue
+            held = found.setdefault(key, name)
+            photo = name.lower().endswith(PHOTO_SUFFIXES)
+            if held is name:
+                continue
+            if held.lower().endswith(PHOTO_SUFFIXES) == photo:
+                further[key] = name
+                continue
+            found[key], name = (name, held) if photo else (held, name)
         others.append(name)
         if os.path.islink(link := f"{folder}/{name}"):  # a folder that can't be looked at counts as a file
             what, do = f"{link!r} cannot be listed", "check its permissions"

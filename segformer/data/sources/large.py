@@ -11,18 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import (
-    PNG_MAGIC,
-    check_parts,
-    image_header,
-    image_orientation,
-    is_deep,
-    larger,
-    read_file,
-    unless_whole,
-    whole_image,
-)
+from segformer.data.sources.dataset import FORMATS, RGB, DatasetConfig
+from segformer.data.sources.decode import PNG_MAGIC, check_parts, is_deep, larger, read_file
+from segformer.data.sources.picture import image_orientation, size_of, unless_whole, whole_image
 from segformer.data.sources.sample import LoadedSample, Sample, check_size, sample_ids
 from segformer.data.sources.shapes import GRID
 from segformer.errors import DataError, reraise_as
@@ -35,24 +26,24 @@ _HEADER = 2**18  # bytes that hold most headers
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width, from the header."""
-    what = f"{str(path)!r} is not a whole JPEG or PNG"
+    what = f"{str(path)!r} is not a whole {FORMATS}"
     with larger(), reraise_as(DataError, what, "replace, shrink or remove it", on=ValueError):
         try:
-            return image_header(read_file(path, _HEADER))[1:]
+            return size_of(read_file(path, _HEADER))
         except ValueError:
-            return image_header(read_file(path))[1:]
+            return size_of(read_file(path))
 
 
 def image_rows(cfg: DatasetConfig, path: Path) -> Rows:
     """The rows of an image, (rows, W, C) as its tiles are stored."""
     with larger():
         data = read_file(path)
-        if data[:8] == PNG_MAGIC and not is_deep(data):
+        if cfg.pixels == RGB and data[:8] == PNG_MAGIC and not is_deep(data):
             with unless_whole(path):
                 check_parts(data)
                 del data
                 return _png_rows(path)
-        image = whole_image(path, data, cfg.image_range)
+        image = whole_image(path, data, cfg.image_range, cfg.pixels)
     return lambda top, bottom: image[top:bottom]
 
 

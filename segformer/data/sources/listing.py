@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from segformer.data.formats.table import categories_of, label_format, labeled_samples
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig, setting
+from segformer.data.sources.dataset import FORMATS, IMAGE_SUFFIXES, PHOTO_SUFFIXES, DatasetConfig, setting
 from segformer.data.sources.division import divided, working_share
 from segformer.data.sources.folder import (
     LeftOut,
     by_key,
     files_below,
+    instead_text,
     is_hidden,
     left_out,
-    left_out_text,
     no_root,
 )
 from segformer.data.sources.masks import Defect, classes_in
@@ -41,15 +41,6 @@ class _Side:
     ends: tuple[str, ...]
     files: dict[str, str] = field(default_factory=dict)
     """Key -> file below the folder."""
-
-    def missing(self, others: LeftOut) -> str:
-        """End of a message about files that are not there: what the folder holds in their place."""
-        if not others:
-            return ""
-        need = "image must be a JPEG or PNG: convert them"
-        if self.kind == "mask":
-            need = "mask must be a PNG, for a lossy format changes ids: save them as PNG where they were made"
-        return f"{left_out_text(others)} lie there, but each {need}, or "
 
 
 def find_samples(
@@ -101,10 +92,11 @@ def _paired(
         for side in sides:
             end, there = "|".join(side.ends), kinds[side.folder]
             what = f"keys{of} have no file {side.folder}/<key>{end}"
-            defects += _about(keys - side.files.keys(), what, side.missing(there) + remedy)
+            defects += _about(keys - side.files.keys(), what, instead_text(side.kind, there) + remedy)
             if not keys:
                 text = f"no file in {side.folder!r} ends in {end}: the split is empty"
-                do = f"{side.missing(there)}set data.{side.kind}_suffix or leave the split out of data.splits"
+                do = f"set data.{side.kind}_suffix or leave the split out of data.splits"
+                do = instead_text(side.kind, there) + do
                 defects.append(Defect("listing", f"{text}; {do}"))
         keys = keys.intersection(*(side.files for side in sides))
         if cfg.task == "classification":
@@ -154,9 +146,9 @@ def _labeled(
 def _foreign(cfg: DatasetConfig, side: _Side, others: list[str]) -> Iterator[Defect]:
     """Images that data.image_suffix leaves out."""
     plain = cfg.image_suffix.lower() in IMAGE_SUFFIXES
-    do = "data.image_suffix='' reads JPEG and PNG" if plain else "set data.image_suffix"
+    do = f"data.image_suffix='' reads {FORMATS}" if plain else "set data.image_suffix"
     yield from _about(
-        {name for name in others if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)},
+        {name for name in others if name.lower().endswith(PHOTO_SUFFIXES) and not is_hidden(name)},
         f"pictures in {side.folder!r} do not end in {cfg.image_suffix!r}",
         f"{do}, or remove them",
     )

@@ -1,7 +1,9 @@
 """Mask files -> raw ids, and what to do about masks that hold something else.
 
-    ids       PNG: grey of 1 to 16 bits, or the indices (not the colors) of an indexed one
-    painted   with `data.mask_colours`: colors of 8 bits (RGB, RGBA without its alpha, indexed, grey)
+    ids       PNG: grey of 1 to 16 bits, or the indices (not the colors) of an indexed one; TIFF: the same of
+              8 or 16 bits
+    painted   with `data.mask_colours`: colors of 8 bits (RGB, RGBA without its alpha, indexed, grey); TIFF:
+              RGB
 
 A color that is not listed is a class without an entry, or a blend: masks that were resized smoothly have
 colors between those of two classes in lines along their borders, lossy formats scatter them."""
@@ -20,7 +22,9 @@ from tqdm import tqdm
 
 from segformer.data.sources.content import LISTED, SMOOTH, Labels, id_remedy, override
 from segformer.data.sources.dataset import IGNORE_INDEX, MAX_RAW_ID, DatasetConfig, label_table
-from segformer.data.sources.decode import PNG_MAGIC, decode_pixels, read_file
+from segformer.data.sources.decode import PNG_MAGIC, read_file
+from segformer.data.sources.picture import decode_pixels, whole_tiff
+from segformer.data.sources.tiff import is_tiff
 from segformer.errors import DataError, listed
 
 MAX_COLORS = 64  # of one mask; more are noise of a lossy format, not a palette
@@ -51,8 +55,10 @@ class Defect(DataError):  # noqa: N818  the doctor counts it, sharding raises it
 def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
     """Raw ids of a mask before the label map, uint16 (H, W); DataError for what is no mask of ids."""
     data = read_file(path)
+    if is_tiff(data):
+        return _tiff_ids(cfg, path, whole_tiff(path, data))
     if data and data[:8] != PNG_MAGIC:
-        raise DataError(f"mask {str(path)!r} is not a PNG; ids do not survive other formats")
+        raise DataError(f"mask {str(path)!r} is no PNG or TIFF; ids do not survive other formats")
     if cfg.mask_colours and data[24:25] == b"\x10":
         raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
     pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
@@ -68,6 +74,18 @@ def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
     if color_type == 0 and bits in (2, 4):  # Pillow stretches grey of 2 and 4 bits to 0..255
         pixels = pixels // (255 // (2**bits - 1))
     ids: np.ndarray = pixels.astype(np.uint16)
+    return ids
+
+
+def _tiff_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray:
+    """`mask_ids` of a decoded TIFF (H, W, C)."""
+    need, dtypes = ((1, 3), ("uint8",)) if cfg.mask_colours else ((1,), ("uint8", "uint16"))
+    if pixels.shape[2] not in need or pixels.dtype not in dtypes:
+        wanted = f"{' or '.join(map(str, need))} channels of {' or '.join(dtypes)}"
+        raise DataError(f"mask {str(path)!r} holds {pixels.shape[2]} x {pixels.dtype}; save {wanted}")
+    if cfg.mask_colours:
+        return _painted_ids(cfg, path, np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    ids: np.ndarray = pixels[..., 0].astype(np.uint16)
     return ids
 
 

@@ -1,7 +1,8 @@
 """One sample of a data set: where its files lie, what they hold, and the defects of both.
 
-    image   the file's bytes as they are, decoded as training does, to make sure that it is whole
-    mask    PNG: grey of 1 to 16 bits or indices (not colors) -> raw ids; or, with `data.mask_colours`,
+    image   the file's bytes as they are, decoded as training does, to make sure that it is whole; its pixels
+            as the set holds them, `data.channels` of `data.dtype`
+    mask    PNG, TIFF: grey of 1 to 16 bits or indices (not colors) -> raw ids; or, with `data.mask_colours`,
             colors of 8 bits (RGB, RGBA without its alpha, indexed, grey) -> raw ids; then -> train ids
     shapes  drawn at the size of the image -> raw ids (shapes.py); then -> train ids
 
@@ -16,14 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, label_table
-from segformer.data.sources.decode import (
-    image_orientation,
-    orientation_text,
-    read_file,
-    value_range,
-    whole_image,
-)
+from segformer.data.sources.decode import read_file
 from segformer.data.sources.masks import Defect, mask_ids, segment_ids, unknown_ids
+from segformer.data.sources.picture import image_orientation, orientation_text, value_range, whole_image
 from segformer.data.sources.shapes import Shape, draw
 from segformer.data.sources.similar import perceptual_hash
 from segformer.errors import DataError, listed, reraise_as
@@ -83,6 +79,8 @@ class LoadedSample:
     image: bytes = b""
     height: int = 0
     width: int = 0
+    pixels: np.ndarray | None = None
+    """The image as the set holds it, (H, W, C)."""
     levels: tuple[int, int] | None = None
     """Lowest and highest value of an image of 16 bits."""
     orientation: int = 1
@@ -132,10 +130,11 @@ def inspect_sample(cfg: DatasetConfig, sample: Sample) -> tuple[LoadedSample, li
     defects: list[Defect] = []
     with noting(defects, "unreadable"):
         loaded.image = read_file(sample.image)
-        pixels = whole_image(sample.image, loaded.image)
-        loaded.height, loaded.width = pixels.shape[:2]
-        loaded.alike = perceptual_hash(pixels)
-        loaded.levels = value_range(loaded.image)
+        loaded.pixels = whole_image(sample.image, loaded.image, cfg.image_range, cfg.pixels)
+        loaded.height, loaded.width = loaded.pixels.shape[:2]
+        loaded.alike = perceptual_hash(loaded.pixels)
+        if cfg.pixels.dtype == "uint8":
+            loaded.levels = value_range(loaded.image)
         loaded.orientation = image_orientation(loaded.image)
     if (sample.mask_file is None and sample.shapes is None) or not (loaded.height or sample.mask_file):
         return loaded, defects

@@ -109,7 +109,7 @@ def test_the_command_says_what_was_seen_of_the_label_map_and_where_the_shards_ar
     make_folder: Callable[..., Path], tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:
     root, out = make_folder(tmp_path / "set", {"train": 4, "val": 2}), tmp_path / "out"
-    for name in (".DS_Store", "x.tif", "y.tif"):
+    for name in (".DS_Store", "x.gif", "y.gif"):
         (root / "images/train" / name).touch()
     settings = ["data=folder", f"root={root}", f"output={out}", "workers=1", "quality=80"]
     settings += ["samples_per_shard=3", "data.classes=[land,ship,sea]", "data.allow_unseen=[ship]"]
@@ -122,8 +122,8 @@ def test_the_command_says_what_was_seen_of_the_label_map_and_where_the_shards_ar
     assert {f"0 -> 0 land {share[0]}", f"2 -> 2 sea {share[2]}", "7 -> 1 ship never seen"} < set(lines)
     assert f"ignored (-> 255): 1 ({share[1]}), 255 ({share[255]})" in lines
     assert {"train: 4 images in 2 shards", "val: 2 images in 1 shards"} < set(lines)
-    assert "not used of images/train: 1 x hidden (.DS_Store), 2 x .tif (x.tif, ...)" in lines
-    left_out = {"images/train": {"hidden": [1, ".DS_Store"], ".tif": [2, "x.tif"]}}
+    assert "not used of images/train: 1 x hidden (.DS_Store), 2 x .gif (x.gif, ...)" in lines
+    left_out = {"images/train": {"hidden": [1, ".DS_Store"], ".gif": [2, "x.gif"]}}
     splits = ShardSet.open(out).content["splits"]
     assert [splits[split].get("left_out") for split in ("train", "val")] == [left_out, None]
     assert lines.count("ship never seen") == 2

@@ -20,8 +20,11 @@ def test_few_classes_have_bright_colours_on_black() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_suffix": ".tif"}, "data.image_suffix='.tif'"),
+        ({"image_suffix": ".gif"}, "data.image_suffix='.gif'"),
         ({"mask_suffix": ".jpg"}, "data.mask_suffix='.jpg'"),
+        ({"channels": 33}, "data.channels=33; use 1 to 32"),
+        ({"dtype": "int16"}, "data.dtype='int16' is unknown; use uint8, uint16, float32"),
+        ({"dtype": "uint16", "image_range": [0, 9]}, "makes 8 bits of 16"),
         ({"splits": ["../train"]}, "data.splits"),
         ({"classes": ["a", "b", "a"]}, "names a twice"),
         ({"classes": [str(index) for index in range(256)]}, "256 names"),

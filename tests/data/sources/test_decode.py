@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segformer.data.sources.decode import decode_image, decode_label, decode_mask, image_header, whole_image
+from segformer.data.sources.decode import decode_image, decode_label, decode_mask, image_header
+from segformer.data.sources.picture import whole_image
 from segformer.errors import DataError
 
 

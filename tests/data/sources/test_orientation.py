@@ -11,7 +11,7 @@ from PIL import Image
 
 from segformer.data.shards.sharding import find_turned, write_shards
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.decode import image_orientation
+from segformer.data.sources.picture import image_orientation
 from segformer.data.sources.sample import Sample, inspect_sample, load_sample
 from segformer.doctor.doctor import DoctorConfig, look
 from segformer.errors import DataError
