@@ -38,7 +38,7 @@ ROOMS: dict[str, str] = {
         "pool storage index tiling format reader verify workfolder moments trimming cutting packing joining "
         "sharding"
     ),
-    "data.loading": "order photometric crop classification mixing samples workers loader",
+    "data.loading": "order photometric crop classification mixing samples mixture workers loader",
     "distributed": "rendezvous world engine zero_state ema watchdog",
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",
@@ -53,8 +53,8 @@ ROOMS: dict[str, str] = {
     "telemetry": "jsonl meter confusion trackers machine progress logger profiling",
     "evaluation": "metrics bootstrap inference_mode stitching drawing evaluate",
     "training": (
-        "losses optim early_stop overrides choices help config sizing task directory stopping step header "
-        "run recovery loop"
+        "losses partial_labels optim early_stop overrides choices help config sizing task directory "
+        "stopping step header run recovery loop"
     ),
     "inference": (
         "page export convert score photograph predictor predict pictures provenance report compared compare"

@@ -112,11 +112,20 @@ def at_state(config: dict[str, Any], state: TrainState) -> dict[str, Any]:
         CheckpointError, "the settings in the checkpoint can't be read", on=(ValueError, TypeError)
     ):
         settings = dict(parse_yaml(state.settings)) if state.settings else {}
-    for key, value in settings.items():
-        written = config.get(key)  # of a group (data, engine) the state may have a part
-        together = isinstance(written, dict) and isinstance(value, dict)
-        config = config | {key: written | value if together else value}
-    return config
+    return config | {key: _over(config.get(key), value) for key, value in settings.items()}
+
+
+def _over(written: Any, value: Any) -> Any:
+    """A value, completed by what is written: of a group (data, engine) or a set of a mixture the state may
+    have a part."""
+    if not (isinstance(written, dict) and isinstance(value, dict)):
+        return value
+    tables = {
+        key: {name: _over(written.get(key, {}).get(name), one) for name, one in table.items()}
+        for key, table in value.items()
+        if isinstance(table, dict) and all(isinstance(one, dict) for one in table.values())
+    }
+    return written | value | tables
 
 
 def stored_config(run: Path, state: TrainState) -> dict[str, Any]:

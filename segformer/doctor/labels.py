@@ -127,7 +127,7 @@ def _opened(cfg: LabelsConfig) -> tuple[Weights, ShardSet]:
     model = EvaluateConfig(
         checkpoint=cfg.checkpoint, step=cfg.step, shards=cfg.data.shards, loader=cfg.loader, **mode
     )
-    trained, shards = open_scored(model, cfg.splits, "data.shards")
+    trained, shards, _ = open_scored(model, cfg.splits, "data.shards")
     if trained.arch.kind != "segmentation":
         raise ConfigError(
             f"{cfg.checkpoint} is a classifier; labels are ranked by a model for segmentation, so give one"

@@ -19,7 +19,7 @@ from torch import nn
 from segformer.data.loading.loader import train_batches
 from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
 from segformer.data.loading.samples import Samples
-from segformer.data.shards.format import ShardSet
+from segformer.data.shards.format import ShardSet, Split
 from segformer.data.sources.content import OK, WARN, Finding
 from segformer.distributed.engine import resolve_precision
 from segformer.distributed.world import World
@@ -114,6 +114,7 @@ def _step_seconds(
 ) -> float:
     """The mean time of an optimizer step of one rank, after a first one."""
     split = task.shards.split(cfg.train_split)
+    assert isinstance(split, Split)
     spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
     stream = train_batches(
         split, SampleOrder(spec), task.augment, cfg.loader, batch=batch, seed=cfg.seed, rank=0, start_step=0
@@ -141,6 +142,7 @@ def _evaluation_seconds(
 ) -> float:
     """The time of a whole evaluation on one device."""
     split = task.shards.split(cfg.eval_split)
+    assert isinstance(split, Split)
     pixels = split.heights.astype(np.int64) * split.widths
     median = int(np.argsort(pixels, kind="stable")[len(pixels) // 2])
     images = Samples(split, task.view).batch([(median, 0)]).to(device)

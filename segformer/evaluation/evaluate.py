@@ -14,19 +14,22 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.loader import LoaderConfig, eval_batches, num_eval_batches
+from segformer.data.loading.mixture import LabelMap
 from segformer.data.loading.samples import Batch
 from segformer.data.loading.workers import print_line
 from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
 from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, of_tiles, protocol
-from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric
+from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric, SegmentationScores
 from segformer.evaluation.stitching import Stitching
 from segformer.models.ops.backend import BACKENDS, Backend
 
@@ -59,6 +62,7 @@ def evaluate(
     on_error: Callable[[SegformerError], None],
     view: ClassificationAugment | None = None,
     mode: InferenceModeConfig | None = None,
+    table: np.ndarray | None = None,
     ops: Backend = BACKENDS["fused"],
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     warn: Callable[[str], None] = print_line,
@@ -67,14 +71,12 @@ def evaluate(
 
     Args:
         model: (B, C, H, W) float -> logits, (B, K, H/4, W/4) or (B, K) of a classifier; its mode is kept.
-        normalize: images -> model input, on the device.
-        batch_size: images per forward and rank.
-        should_stop: asked before every batch and after the last, answers alike on all ranks; True ends the
-            evaluation with None.
+        should_stop: asked before every batch and after the last, alike on all ranks; True ends it with None.
         on_error: gets what is wrong with the data that this rank reads, and must make `should_stop` answer
             True on all ranks: raised here, the error would leave the others in a collective.
         view: how the images of a classification set are cropped; None for segmentation.
         mode: how images of segmentation go through the model; None for whole, at their own size; see mode_of.
+        table: label -> class of the model, uint8 (256,); None where labels are these.
         ops: backend of the operation that counts the pixels of a segmentation.
         on_batch: gets every batch of this rank and its logits, once they are counted.
         warn: gets a line where workers had to be started again.
@@ -85,8 +87,9 @@ def evaluate(
     network = InferenceMode(model, mode_of(split, mode)) if view is None else model
     parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [batch]
     images = torch.zeros(1, split.channels, 64, 64, dtype=getattr(torch, split.dtype), device=world.device)
-    ranks = {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
-    batches = eval_batches(split, loader, batch_size=batch_size, augment=view, warn=warn, **ranks)
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "augment": view, "table": table}
+    place |= {"local_world_size": world.local_size, "batch_size": batch_size, "warn": warn}
+    batches = eval_batches(split, loader, **place)
     with contextlib.closing(iter(batches)) as iterator:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
             if should_stop():
@@ -128,3 +131,34 @@ def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[object]:
 def _naming(split: Split, batch: Batch) -> contextlib.AbstractContextManager[None]:
     """A DataError of the block begins with the samples of the batch."""
     return reraise_as(DataError, listed(map(split.describe, batch.sample_ids.tolist()), 3), on=DataError)
+
+
+def evaluate_labels(
+    model: nn.Module, *data: Any, labels: LabelMap | None, num_classes: int, **options: Any
+) -> Scores | None:
+    """`evaluate` where the split's labels are others than the model's classes; scores in these labels.
+
+    labels: what they are in the model's classes; None for these themselves. Predicted is the label of the
+    best class among those that the split annotates; `on_batch` gets logits and targets of these classes.
+    """
+    if labels is None:
+        return evaluate(model, *data, num_classes=num_classes, **options)
+    known = labels.annotated
+    network, table = _Annotated(model, known), labels.table(known)
+    scores = evaluate(network, *data, num_classes=len(known), table=table, **options)
+    if not isinstance(scores, SegmentationScores):
+        return scores
+    return SegmentationScores.from_counts(labels.folded(torch.tensor(scores.confusion)))
+
+
+class _Annotated(nn.Module):
+    """A network that is asked for some of its classes only."""
+
+    def __init__(self, model: nn.Module, classes: list[int]) -> None:
+        super().__init__()
+        self.model, self.classes = model, classes
+        self.training = model.training
+        self.is_compiled = getattr(model, "is_compiled", False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)[:, self.classes]

@@ -27,7 +27,7 @@ Shapes: B batch, h w logits, H W label, K classes.
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -100,6 +100,20 @@ class SegmentationScores(Scores):
     iou: list[float | None]
     acc: list[float | None]
     confusion: list[list[int]]
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
+    "Name of a data set of several -> its miou, macc and aacc; those of all together are the means of these."
+
+    @classmethod
+    def together(cls, sets: Mapping[str, "SegmentationScores"]) -> "SegmentationScores":
+        """Of several data sets, each in its own labels: lists one after the other, means over the sets."""
+        counts = [torch.tensor(one.confusion, dtype=torch.int64) for one in sets.values()]
+        found = cls.from_counts(torch.block_diag(*counts))
+        found.sets = {name: {key: getattr(one, key) for key in cls.NAMES} for name, one in sets.items()}
+        for name, one in sets.items():
+            found.pictures |= {f"{name}/{key}": picture for key, picture in one.pictures.items()}
+        for key in cls.NAMES:
+            setattr(found, key, _mean([float(means[key]) for means in found.sets.values()]))
+        return found
 
     @classmethod
     def from_counts(cls, counts: Tensor) -> "SegmentationScores":
@@ -124,6 +138,19 @@ class SegmentationScores(Scores):
         pixels = torch.tensor(self.confusion, dtype=torch.float64)
         return _ratios(2 * pixels.diag(), pixels.sum(0) + pixels.sum(1))
 
+    def summary(self) -> str:
+        """See Scores; of several sets also the first score of each."""
+        first, *others = self.NAMES.items()
+        each = ", ".join(f"{name} {percent(means[first[0]])}" for name, means in self.sets.items())
+        texts = [f"{name} {percent(getattr(self, key))}" for key, name in (first, *others)]
+        return ", ".join([f"{texts[0]} ({each})" if each else texts[0], *texts[1:]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """See Scores; of several sets with miou/<set>, macc/<set>, aacc/<set>."""
+        found = Scores.to_dict(self)
+        del found["sets"]
+        return found | {f"{key}/{name}": v for name, means in self.sets.items() for key, v in means.items()}
+
     def details(self) -> dict[str, Any]:
         """See Scores."""
         found = Scores.details(self)
@@ -135,7 +162,8 @@ class SegmentationScores(Scores):
         pixels, precision, f1 = [sum(row) for row in self.confusion], self.precision, self.f1
         lines = zip(classes, self.iou, self.acc, precision, f1, pixels, strict=True)
         mean = ("mean", self.miou, self.macc, _mean(precision), _mean(f1), sum(pixels))
-        return [dict(zip(heads, line, strict=True)) for line in [*lines, mean]]
+        each = [(f"mean of {name}", m["miou"], m["macc"], None, None, None) for name, m in self.sets.items()]
+        return [dict(zip(heads, line, strict=True)) for line in [*lines, *each, mean]]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from segformer.checkpoint.format import TrainState
+from segformer.data.loading.mixture import Mixture
 from segformer.data.shards.format import ShardSet
 from segformer.evaluation.evaluate import mode_of, protocol_of
 from segformer.evaluation.metrics import SCORES
@@ -20,15 +21,19 @@ from segformer.training.config import RunConfig
 
 
 def provenance(
-    run: Path, cfg: RunConfig, state: TrainState, rows: list[dict[str, Any]], shards: ShardSet | None
+    run: Path,
+    cfg: RunConfig,
+    state: TrainState,
+    rows: list[dict[str, Any]],
+    shards: ShardSet | Mixture | None,
 ) -> list[tuple[str, str]]:
     """(what, text) of a run whose history (pictures.history) is `rows`."""
     average = f"average over the steps, EMA of decay {cfg.optim.ema:g}"
     view = cfg.classification if cfg.data.task == "classification" else None
-    mode = mode_of(shards.split(cfg.eval_split)) if shards else None
+    mode = mode_of(shards.split(cfg.eval_split)) if isinstance(shards, ShardSet) else None
     digest = state.data_digest or (shards.digest if shards else "unknown")
     found = [
-        ("data", f"{cfg.data.shards}, digest {digest[:12]}"),
+        ("data", f"{data_of(cfg)}, digest {', '.join(one[:12] for one in digest.split())}"),
         ("trained on", _split(cfg.train_split, shards)),
         ("scored on", f"{_split(cfg.eval_split, shards)}; {_own_size(protocol_of(view, mode))}"),
         ("began from", cfg.model.pretrained or "random weights"),
@@ -48,7 +53,12 @@ def provenance(
     return [(what, text) for what, text in found if text]
 
 
-def _split(name: str, shards: ShardSet | None) -> str:
+def data_of(cfg: RunConfig) -> str:
+    """The shards of a run, those of every set of a mixture."""
+    return cfg.data.shards or ", ".join(f"{name} {one.shards}" for name, one in cfg.mixture.sets.items())
+
+
+def _split(name: str, shards: ShardSet | Mixture | None) -> str:
     return f"split {name}" if shards is None else f"split {name}, {shards.split(name).extent}"
 
 

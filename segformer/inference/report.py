@@ -20,7 +20,8 @@ import torch
 
 from segformer.checkpoint.format import TrainState
 from segformer.checkpoint.reader import CONFIG, newest_state, stored_config
-from segformer.data.shards.format import ShardSet
+from segformer.data.loading.mixture import Mixture
+from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_image, decode_mask
@@ -55,7 +56,7 @@ from segformer.inference.pictures import (
 )
 from segformer.inference.predict import writing
 from segformer.inference.predictor import Predictor
-from segformer.inference.provenance import provenance
+from segformer.inference.provenance import data_of, provenance
 from segformer.telemetry.confusion import confusion_picture, mistakes
 from segformer.training.config import RunConfig, as_yaml, to_run_config
 from segformer.training.header import FIRST_BATCH, network_name
@@ -119,13 +120,16 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> int:
     # A report of what there is beats none.
     with reported(lambda error: say(f"report: no new overlays: {error}"), on=(CheckpointError, DataError)):
         predictor = Predictor(run, device=device)
-        split = ShardSet.open(cfg.data.shards, cfg.loader.storage).split(cfg.eval_split)
-        reader = ShardReader(split)
+        split = open_shards(cfg).split(cfg.eval_split)
+        parts = [split] if isinstance(split, Split) else split.parts
+        readers = [ShardReader(part) for part in parts]
 
         def seen(sample_id: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-            raw = reader.read(sample_id)
-            image = decode_image(raw.image)
-            return raw.key, displayed(image), decode_mask(raw.target), predictor(image).mask
+            index, own = (0, sample_id) if isinstance(split, Split) else split.place(sample_id)
+            raw = readers[index].read(own)
+            image, target = decode_image(raw.image), decode_mask(raw.target)
+            target = target if isinstance(split, Split) else split.tables[index][target]
+            return split.key(sample_id), displayed(image), target, predictor(image).mask
 
         until = time.monotonic() + LOOK_S
         spread = _spread(np.arange(split.num_samples), LOOKED)
@@ -179,7 +183,7 @@ def _gallery(title: str, folder: Path) -> Html:
 def _subtitle(cfg: RunConfig) -> str:
     crop = " x ".join(map(str, training_crop(cfg)))
     return (
-        f"{network_name(cfg)} on {cfg.data.name or cfg.data.shards}: {cfg.steps} steps of "
+        f"{network_name(cfg)} on {cfg.data.name or data_of(cfg)}: {cfg.steps} steps of "
         f"{cfg.global_batch} crops of {crop}, seed {cfg.seed}"
     )
 
@@ -205,7 +209,7 @@ def _cards(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]], cfg: R
 
 
 def _classes(
-    run: Path, row: dict[str, Any], cfg: RunConfig, names: list[str], shards: ShardSet | None
+    run: Path, row: dict[str, Any], cfg: RunConfig, names: list[str], shards: ShardSet | Mixture | None
 ) -> Html:
     """The scores of every class, the first of them also as a bar; their curves; what is taken for what."""
     kind = SegmentationScores if "confusion" in row else ClassificationScores
@@ -214,7 +218,9 @@ def _classes(
         return Html()
     names = [names[k] if k < len(names) else f"class {k}" for k in range(len(counts))]
     lines = kind.from_counts(torch.tensor(counts)).rows(names)
-    if shards is not None and "confusion" in row:
+    if cfg.mixture.sets and "miou" in row:  # the means are those over the sets
+        lines[-1] |= {"IoU": row["miou"], "accuracy": row["macc"], "precision": None, "F1": None}
+    if isinstance(shards, ShardSet) and "confusion" in row:
         for name in (cfg.train_split, cfg.eval_split):
             pixels = shards.split(name).class_pixels
             for line, count in zip(lines, [*pixels.tolist(), int(pixels.sum())], strict=True):
@@ -256,11 +262,13 @@ def _confusion(path: Path, counts: list[list[int]], names: list[str]) -> Html:
 
 def class_names(cfg: RunConfig) -> list[str]:
     """The names in the configuration, or in the shards where it leaves them to these; [] without both."""
-    shards = None if cfg.data.classes or cfg.data.class_dirs else _shards(cfg)
+    shards = None if (cfg.data.classes or cfg.data.class_dirs) and not cfg.mixture.sets else _shards(cfg)
+    if isinstance(shards, Mixture):
+        return shards.scored_classes
     return list(cfg.data.classes or cfg.data.class_dirs or (shards.classes if shards else ()))
 
 
-def _shards(cfg: RunConfig) -> ShardSet | None:
+def _shards(cfg: RunConfig) -> ShardSet | Mixture | None:
     """The shards of the run, with both its splits; None where they can't be opened."""
     with contextlib.suppress(ConfigError, DataError):
         return open_shards(cfg, verify=False)

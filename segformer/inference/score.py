@@ -34,12 +34,22 @@ import torch
 from segformer.checkpoint.reader import CONFIG, run_folder
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.mixture import LabelMap
 from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import World, init_world, limit_threads
-from segformer.errors import ConfigError, SegformerError, at_least, listed, reported, reraise_as, say
-from segformer.evaluation.evaluate import evaluate, mode_of, protocol_of
+from segformer.errors import (
+    CheckpointError,
+    ConfigError,
+    SegformerError,
+    at_least,
+    listed,
+    reported,
+    reraise_as,
+    say,
+)
+from segformer.evaluation.evaluate import evaluate_labels, mode_of, protocol_of
 from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings, trained_at
 from segformer.evaluation.metrics import Row, Scores, as_csv, as_markdown
 from segformer.files import write_atomic
@@ -57,7 +67,7 @@ class EvaluateConfig(InferenceModeConfig):
     step: str = "newest"
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     shards: str = ""
-    "Folder of shards; empty takes those that the model was trained with."
+    "Folder of shards, or a set of the run's mixture by name; empty takes those of the training."
     split: str = "val"
     "Split of the shards."
     batch: int = 1
@@ -82,7 +92,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     try:
         limit_threads(world)
         world.on_main(lambda: _check(cfg))  # one message where something is wrong
-        trained, shards = open_scored(cfg)
+        trained, shards, labels = open_scored(cfg)
         split, classes = shards.split(cfg.split), list(shards.classes)
         view = None
         if trained.arch.kind == "classification":
@@ -92,19 +102,20 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         start = time.monotonic()
         failures: list[SegformerError] = []
         with _progress(world, split) as advance:
-            scores = evaluate(
+            scores = evaluate_labels(
                 build(trained).to(world.device),
                 Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
                 split,
                 cfg.loader,
                 world,
-                num_classes=len(classes),
+                num_classes=len(trained.metadata.classes),
                 batch_size=cfg.batch,
                 bf16=_dtype(cfg, world) == "bf16",
                 should_stop=lambda: world.any(bool(failures)),
                 on_error=failures.append,
                 view=view,
                 mode=mode,
+                labels=labels,
                 on_batch=lambda batch, _: advance(len(batch.targets) * world.size),
             )
     finally:
@@ -119,6 +130,7 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
         say(f"{_title(record)} in {duration(seconds)}", file=sys.stderr)
         print(scores.table(classes), flush=True)
         other = f"{Path(record['shards']).name}-{shards.digest[:8]}"  # folders of one name hold other images
+        other = cfg.shards if labels is not None else other
         differs = [] if shards.digest == trained.provenance.get("digest") else [other]
         usual = resolve_precision(EngineConfig(), world.device)
         differs += [] if record["dtype"] == usual else [record["dtype"]]
@@ -221,12 +233,25 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         say(f"scores: {folder / name}.json, .csv and .md", file=sys.stderr)
 
 
+def _set_of(cfg: EvaluateConfig, trained: Weights) -> dict[str, Any]:
+    """The set of the model's mixture that `cfg.shards` names; {} for none."""
+    said, wrong = trained.provenance.get("sets", {}), (AttributeError, TypeError, KeyError)
+    with reraise_as(CheckpointError, f"{cfg.checkpoint}: what it says of its data sets is damaged", on=wrong):
+        sets = {str(name): {"shards": one["shards"], "classes": one["classes"]} for name, one in said.items()}
+    if sets and not cfg.shards:
+        ways = " or ".join(f"shards={name}" for name in sets)
+        raise ConfigError(f"{cfg.checkpoint} was trained on several data sets; give {ways}")
+    return sets.get(cfg.shards, {})
+
+
 def open_scored(
     cfg: EvaluateConfig, splits: Sequence[str] | None = None, key: str = "shards"
-) -> tuple[Weights, ShardSet]:
-    """The model and its shards, checked for `splits` (None: cfg.split; empty: all). key: names the shards."""
+) -> tuple[Weights, ShardSet, LabelMap | None]:
+    """The model, its shards, checked for `splits` (None: cfg.split; empty: all), and what their labels are in
+    its classes where these are others. key: names the shards."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
-    place = cfg.shards or trained.provenance.get("shards")
+    one = _set_of(cfg, trained)
+    place = one.get("shards") or cfg.shards or trained.provenance.get("shards")
     kind, predicted = trained.arch.kind, trained.metadata.classes
     if not place:
         text = f"{cfg.checkpoint} does not say which shards it was trained with"
@@ -237,7 +262,11 @@ def open_scored(
             f"{cfg.checkpoint} is a model for {kind}, {place} was sharded for {shards.task}; give shards of "
             "its own"
         )
-    if list(shards.classes) != predicted:
+    labels = None
+    if one:
+        key = f"{cfg.checkpoint}: mixture.sets.{cfg.shards}.classes"
+        labels = LabelMap.of(key, one["classes"], shards.classes, predicted)
+    elif list(shards.classes) != predicted:
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
             f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
@@ -253,4 +282,4 @@ def open_scored(
             mode_of(split, cfg)
         if changed:
             check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
-    return trained, shards
+    return trained, shards, labels

@@ -29,6 +29,7 @@ import torch
 
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import CONFIG, newest_state
+from segformer.data.loading.mixture import Mixture
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.world import StopFlag
 from segformer.errors import START_ALONE, ConfigError, Preempted, SegformerError, listed, reraise_as, say
@@ -113,11 +114,12 @@ def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Run
     planned = trials(overrides, cfg.sweep)
     stages = rungs(len({trial.setting for trial in planned}), cfg.sweep.halving)
     jobs, device = [], "cuda" if torch.cuda.is_available() else "cpu"
-    opened: dict[str, ShardSet] = {}
+    opened: dict[str, ShardSet | Mixture] = {}
 
-    def shards_of(run: RunConfig) -> ShardSet:
+    def shards_of(run: RunConfig) -> ShardSet | Mixture:
         """The shards of a run, opened once for all runs that ask the same of them."""
-        asked = (run.data, run.loader.storage, run.model.num_classes, run.train_split, run.eval_split)
+        data, splits = (run.data, run.mixture), (run.train_split, run.eval_split)
+        asked = (data, run.loader.storage, run.model.num_classes, splits)
         if str(asked) not in opened:
             opened[str(asked)] = open_shards(run)
         return opened[str(asked)]

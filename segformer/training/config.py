@@ -34,6 +34,7 @@ from segformer.checkpoint.reader import read_config
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.crop import AugmentConfig
 from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.mixture import MixtureConfig
 from segformer.data.loading.order import BatchShape
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.division import EVAL_SPLIT
@@ -58,11 +59,20 @@ from segformer.training.early_stop import EarlyStopConfig
 from segformer.training.help import help_text
 from segformer.training.losses import LossConfig
 from segformer.training.optim import OptimConfig
-from segformer.training.overrides import check_values, checked, flat, give_way, refusal, unquoted, unreadable
+from segformer.training.overrides import (
+    check_values,
+    checked,
+    flat,
+    give_way,
+    refusal,
+    renamed,
+    unquoted,
+    unreadable,
+)
 
 FROZEN = (
-    "seed", "steps", "global_batch", "train_split", "data", "augment", "classification", "model", "loss",
-    "optim", "engine.grad_clip", "engine.sync_batchnorm",
+    "seed", "steps", "global_batch", "train_split", "data", "mixture", "augment", "classification", "model",
+    "loss", "optim", "engine.grad_clip", "engine.sync_batchnorm",
 )  # fmt: skip
 SIZED = (
     "steps", "global_batch", "eval_every", "eval_batch", "augment.crop", "augment.resize", "augment.scale",
@@ -76,8 +86,6 @@ SCHEDULE = (
     "optim.warmup_start", "optim.min_lr_factor",
 )  # fmt: skip
 MOST_STEPS, MOST_IMAGES = 10**9, 2**20  # of a run, of a batch: above them stands a slip of the hand
-# Names of before 0.2 -> of now, where the command has the new one as a plain value.
-RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _REFERENCE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_.]*\}")
 _T = TypeVar("_T")
@@ -118,6 +126,7 @@ class RunConfig:
     overlays: int = 8
     "Validation pictures of the report (image, target, prediction), drawn at the end of the run."
     data: DatasetConfig = field(default_factory=DatasetConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     classification: ClassificationAugment = field(default_factory=ClassificationAugment)
@@ -169,6 +178,10 @@ def frozen(cfg: RunConfig) -> dict[str, Any]:
         found[group] = found.get(group, {}) | {name: settings[group][name]} if name else settings[group]
     for free in ("root", "shards", "image_suffix", "allow_unseen", "allow_duplicates"):
         del found["data"][free]
+    for one in found["mixture"]["sets"].values():
+        del one["shards"]
+    if not cfg.mixture.sets:  # as runs of one data set have always said it
+        del found["mixture"]
     return found
 
 
@@ -199,11 +212,7 @@ def save_config(cfg: RunConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> RunConfig:
-    """Read what `save_config` wrote.
-
-    Raises:
-        ConfigError, CheckpointError: it isn't the configuration of a run.
-    """
+    """Read what `save_config` wrote; ConfigError, CheckpointError where it is none of a run."""
     return to_run_config(read_config(path), str(path))
 
 
@@ -308,18 +317,6 @@ def _refuse_resolvers(config: Any) -> None:
                 )
 
 
-def _renamed(schema: type[Any], argument: str) -> str:
-    """An argument by the key's present name; an old one is accepted for a release, with a line about it."""
-    old, equals, value = argument.partition("=")
-    new = RENAMED.get(old, "")
-    plain = [f.name for f in dataclasses.fields(schema) if isinstance(f.default, str)]
-    if not equals or new not in plain:
-        return argument
-    if is_main_rank():
-        print(f"{old}= is now {new}=; the old name goes with the next release", file=sys.stderr)
-    return f"{new}={value}"
-
-
 def cli(
     schema: type[_T],
     config_name: str,
@@ -331,7 +328,7 @@ def cli(
     How the process ends where something is wrong: segformer/errors.py.
     """
     given = [argument for argument in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", argument)]
-    overrides = [_renamed(schema, one) for one in given if one not in ("--help", "-h", "--check")]
+    overrides = [renamed(schema, one) for one in given if one not in ("--help", "-h", "--check")]
     with ending():
         if {"--help", "-h"} & set(given):
             from omegaconf import OmegaConf

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from segformer.checkpoint.atomic import clean
 from segformer.checkpoint.format import TrainState, step_name
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import CONFIG, at_state, newest_state
+from segformer.data.loading.mixture import Mixture
 from segformer.data.shards.format import ShardSet
 from segformer.distributed.rendezvous import find_place
 from segformer.distributed.world import World
@@ -76,8 +78,15 @@ def _take(
 
 def check_start(cfg: RunConfig) -> None:
     """ConfigError where a run could not begin whatever the data is."""
-    if not cfg.data.shards:
+    if not cfg.data.shards and not cfg.mixture.sets:
         raise ConfigError("data.shards is empty; give data.shards=<folder or URL of shards>")
+    for name in [name for name, one in cfg.mixture.sets.items() if not one.shards]:
+        raise ConfigError(f"mixture.sets.{name}.shards is empty; give a folder or URL of shards")
+    if cfg.data.shards and cfg.mixture.sets:
+        raise ConfigError(
+            f"data.shards={cfg.data.shards} and mixture.sets both say what to train on; leave one out "
+            "(data=folder has none)"
+        )
     if (Path(cfg.run_dir) / "sweep.json").exists():
         raise ConfigError(f"{cfg.run_dir} is the folder of a sweep, which holds runs; give {free_name(cfg)}")
     check_settings(cfg)
@@ -92,13 +101,19 @@ def check_run(cfg: RunConfig) -> None:
 
 
 def settled(
-    cfg: RunConfig, *, device: str, world_size: int, opened: Callable[[RunConfig], ShardSet] = open_shards
+    cfg: RunConfig,
+    *,
+    device: str,
+    world_size: int,
+    opened: Callable[[RunConfig], ShardSet | Mixture] = open_shards,
 ) -> tuple[RunConfig, list[str]]:
     """The configuration in plain numbers: those that its run has already, else as `sized` works them out.
 
     opened: gives the shards, where they are needed.
     """
     cfg = as_begun(cfg)
+    if cfg.mixture.sets and not cfg.data.classes:
+        cfg = replace(cfg, data=replace(cfg.data, classes=opened(cfg).classes))
     if not needs_sizing(cfg):
         return cfg, []
     cfg, lines = sized(cfg, opened(cfg), device=device, world_size=world_size)

@@ -8,6 +8,7 @@ files in runs/sample; Ctrl-C saves and stops, and the same command goes on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from segformer.checkpoint.format import TrainState
+from segformer.data.loading.mixture import Mixture
+from segformer.data.loading.order import MixedOrder, SampleOrder
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
 from segformer.data.sources.dataset import RGB
@@ -43,7 +46,13 @@ def network_name(cfg: RunConfig) -> str:
 
 
 def log_start(
-    cfg: RunConfig, world: World, telemetry: Telemetry, shards: ShardSet, model: nn.Module, state: TrainState
+    cfg: RunConfig,
+    world: World,
+    telemetry: Telemetry,
+    shards: ShardSet | Mixture,
+    order: SampleOrder | MixedOrder,
+    model: nn.Module,
+    state: TrainState,
 ) -> None:
     """Log what is trained on what, with what, and from where; all ranks."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
@@ -56,10 +65,14 @@ def log_start(
         f"{resolve_precision(cfg.engine, world.device)}, "
         f"ZeRO-{resolve_stage(cfg.engine, world.device)}, {world.size} x {world.device.type}"
     )
+    place = cfg.data.shards or f"of {len(cfg.mixture.sets)} sets"
     telemetry.line(
-        f"data {cfg.data.shards}: {train_split.num_samples} training and {eval_split.num_samples} validation "
+        f"data {place}: {train_split.num_samples} training and {eval_split.num_samples} validation "
         f"{'tiles' if eval_split.tiled else 'images'}, {len(shards.classes)} classes{_pixels(cfg, shards)}"
     )
+    if isinstance(shards, Mixture) and isinstance(order, MixedOrder):
+        for line in _sets(cfg, shards, order):
+            telemetry.line(line)
     crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
     epochs = cfg.steps * cfg.global_batch / max(1, train_split.num_samples)
     telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps = {written(epochs)} epochs")
@@ -80,13 +93,26 @@ def log_start(
         telemetry.line(f"files in {cfg.run_dir}; Ctrl-C saves and stops, and the same command goes on")
 
 
-def _pixels(cfg: RunConfig, shards: ShardSet) -> str:
+def _pixels(cfg: RunConfig, shards: ShardSet | Mixture) -> str:
     """Channels and type of images that are not 8-bit RGB, and whose mean and std they are normalized by."""
     if shards.pixels == RGB:
         return ""
     own = normalization(cfg, shards) == (shards.mean, shards.std)
     whose = "the shards" if own else "the settings (augment)"
     return f"; images of {shards.pixels}, normalized by the mean and std of {whose}"
+
+
+def _sets(cfg: RunConfig, shards: Mixture, order: MixedOrder) -> Iterator[str]:
+    """A line for each set of a mixture."""
+    seen = order.positions(cfg.steps * cfg.global_batch)
+    for name, one in shards.sets.items():
+        train, held, share = one.split(cfg.train_split), one.split(cfg.eval_split), order.shares[name]
+        annotated = len(shards.maps[name].annotated)
+        yield (
+            f"  {name} ({one.root}): {train.num_samples} training and {held.num_samples} validation images, "
+            f"{100 * share:.1f} % of the samples = {written(seen[name] / train.num_samples)} epochs, "
+            f"annotates {annotated} of the classes"
+        )
 
 
 def draw_first_batch(

@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from segformer.checkpoint.format import TrainState
+from segformer.data.loading.order import MixedOrder
 from segformer.data.loading.samples import Batch
 from segformer.distributed.engine import determinism
 from segformer.distributed.watchdog import Watchdog, lost_ranks
@@ -146,7 +147,7 @@ def _end(
     telemetry.stop_bar()
     if scores is None:
         raise run.stopping.reason(state.step, Path(cfg.run_dir) / "checkpoints")
-    for row in scores.table(task.shards.classes).splitlines():
+    for row in scores.table(task.scored_classes).splitlines():
         telemetry.line(row)
     if state.best_score is not None:
         name = next(iter(scores.NAMES.values()))
@@ -244,7 +245,7 @@ def _evaluate(cfg: RunConfig, world: World, task: Task, model: ModelState, run: 
     if better and (counts or kind == "final"):  # a pause elsewhere would make a best that the run has not
         state.best_score, state.best_step = scores.score, state.step
     values = scores.to_dict() | {"protocol": task.protocol}
-    telemetry.scores(kind, state.step, values, task.shards.classes)
+    telemetry.scores(kind, state.step, values, task.scored_classes)
     telemetry.pictures(state.step, scores.pictures)
     of = "" if model.ema is None else " of the EMA"
     how = f"{split.extent}, {task.protocol}, in {duration(time.monotonic() - start)}"
@@ -256,6 +257,8 @@ def _save(cfg: RunConfig, world: World, model: ModelState, run: Services, *, las
     """Hand the state over to be written, or write it (last); all ranks."""
     report_replaced(cfg, world, model.state, run)
     run.checkpoints.settle()  # never two copies of the state in the host's memory
+    if isinstance(run.order, MixedOrder):
+        model.state.order_spec = {"sets": run.order.to_dict(model.state.step * cfg.global_batch)}
     run.checkpoints.save(model.gather(world), last=last)
     run.saved = replace(model.state)
     run.meter.reset()

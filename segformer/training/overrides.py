@@ -15,12 +15,15 @@ import difflib
 import functools
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from segformer.errors import ConfigError, printable
+from segformer.errors import ConfigError, is_main_rank, printable
 
+# Names of before 0.2 -> of now, where the command has the new one as a plain value.
+RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
 _KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "anything"}
 _QUOTED = r"'[^']*'|\"[^\"]*\""
 _GRAMMAR = r"null|'.*'|\".*\"|.*\$\{.*|"  # texts that hydra reads: null, quoted ones, references
@@ -75,6 +78,18 @@ def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(found, f"{prefix}{name}.")
 
 
+def renamed(schema: type[Any], argument: str) -> str:
+    """An argument by the key's present name; an old one is accepted for a release, with a line about it."""
+    old, equals, value = argument.partition("=")
+    new = RENAMED.get(old, "")
+    plain = [f.name for f in dataclasses.fields(schema) if isinstance(f.default, str)]
+    if not equals or new not in plain:
+        return argument
+    if is_main_rank():
+        print(f"{old}= is now {new}=; the old name goes with the next release", file=sys.stderr)
+    return f"{new}={value}"
+
+
 def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> str:
     """An override as hydra takes it; `names`: the choices of each group of conf/.
 
@@ -86,7 +101,7 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     sign, key, equals, value = found.groups() if found else ("", "", "", "")
     if key.startswith("hydra"):
         raise ConfigError(f"{given} is refused: hydra's own settings are fixed")
-    parent, _, name = key.rpartition(".")
+    parent = key.rpartition(".")[0]
     if sign == "~" or (key, value) == ("experiment", "null"):  # which is what conf/config.yaml has
         if key != "experiment" and not (parent and get_origin(type_of(schema, parent)) is dict):
             raise ConfigError(f"{given} is refused: ~ takes an entry out of a table; leave {key} out instead")
@@ -107,14 +122,26 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
             raise ConfigError(f"{given}: ~ stands for nothing here; write {key}=$HOME{value[1:]}")
         # In hydra's quotes a backslash counts before a quote only.
         value = re.sub(r"(\\*)('|$)", lambda f: f[1] * 2 + f[2].replace("'", "\\'"), value)
-        return f"{sign}{key}='{value}'"
+        return _entry(schema, key, f"'{value}'") or f"{sign}{key}='{value}'"
     # Hydra would sweep over 1,2 and range(3), and calls more functions.
     if ("," in value and value[0] not in "[{'\"") or re.search(r"\w\(", re.sub(_QUOTED, "", value)):
         inside = hint == list[str] and value.startswith("[")
         raise ConfigError((unreadable if inside else refusal)(schema, key, given))
-    if parent and get_origin(type_of(schema, parent)) is dict:
-        return f"++{parent}={{{name}: {value}}}"
+    if entry := _entry(schema, key, value):
+        return entry
     return f"++{key}={value}" if value.startswith("{") else override
+
+
+def _entry(schema: type[Any], key: str, value: str) -> str:
+    """The override of a key in a table, which may be new there, as one of the table; "" for another key."""
+    parts = key.split(".")
+    for count in range(1, len(parts)):
+        table = ".".join(parts[:count])
+        if get_origin(type_of(schema, table)) is dict:
+            for name in reversed(parts[count:]):
+                value = f"{{{name}: {value}}}"
+            return f"++{table}={value}"
+    return ""
 
 
 def unquoted(overrides: list[str]) -> None:
@@ -220,7 +247,8 @@ def refusal(schema: type[Any], key: str, given: str) -> str:
         return f"{given} is refused: {key} is a group; it has {', '.join(get_type_hints(hint))}"
     do = ""
     if get_origin(hint) is list:
-        default = functools.reduce(getattr, key.split("."), schema())
+        in_table = _entry(schema, key, "")  # which is empty by default
+        default = [] if in_table else functools.reduce(getattr, key.split("."), schema())
         plain = re.sub(r"^\w*[\[(]|[\])]+$", "", value) if hint == list[str] else "..."
         do = f", such as {key}=[{','.join(map(str, default)) or plain or '...'}]"
     elif re.fullmatch(r"\d+(\.\d+)?e\d+|\d+\.0", value):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from segformer.checkpoint.format import TrainState
-from segformer.data.loading.loader import corrupt_budget
+from segformer.data.loading.loader import spent_budget
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.distributed.world import World
 from segformer.distributed.zero_state import write_model
@@ -96,6 +96,5 @@ def report_replaced(cfg: RunConfig, world: World, state: TrainState, run: Servic
     for sample_id in sorted(met.keys() - set(state.corrupt)):
         state.corrupt = sorted([*state.corrupt, sample_id])
         run.telemetry.replaced(state.step, sample_id, met[sample_id])
-    budget = corrupt_budget(cfg.loader, run.split)
-    if len(state.corrupt) > budget and world.is_main:
-        run.stopping.fail(DataError(over_budget(len(state.corrupt), budget, met[max(met)])))
+    if world.is_main and (spent := spent_budget(cfg.loader, run.split, state.corrupt)):
+        run.stopping.fail(DataError(over_budget(*spent, met[max(met)])))

@@ -20,15 +20,24 @@ from segformer.checkpoint.checkpointer import Checkpointer
 from segformer.checkpoint.format import Checkpoint, TrainState
 from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import list_steps, load_checkpoint
-from segformer.data.loading.loader import corrupt_budget, train_batches, worker_count
-from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
+from segformer.data.loading.loader import spent_budget, train_batches, worker_count
+from segformer.data.loading.mixture import MixedSplit, Mixture
+from segformer.data.loading.order import (
+    PERIOD,
+    BatchShape,
+    MixedOrder,
+    OrderSpec,
+    SampleOrder,
+    make_order_spec,
+    shared_slots,
+)
 from segformer.data.loading.samples import Batch, over_budget
 from segformer.data.loading.workers import WorkerStream, start_server
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.sources.dataset import RGB
 from segformer.distributed.engine import EngineConfig, build_engine
 from segformer.distributed.world import SumOverRanks, World, derive_seed
-from segformer.errors import CheckpointError, DataError
+from segformer.errors import CheckpointError, DataError, reraise_as
 from segformer.models.macs import training_flops
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.ops.batch_norm import synchronize_batch_norm
@@ -65,8 +74,10 @@ class Services:
     spike: LossSpike
     profiler: Profiler
     stopping: Stopping
-    split: Split
+    split: Split | MixedSplit
     "The split that is trained on."
+    order: SampleOrder | MixedOrder
+    "The order in which its samples come."
     replaced: dict[int, str] = field(default_factory=dict)
     "Corrupt samples that this rank has met and why, not yet reported to the others."
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -105,12 +116,11 @@ def set_up(
     _describe(state, shards, task)
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
+    order = _sample_order(cfg, split, state)
+    samples = (split, order, task.augment, cfg.loader)
     stream = partial(
         train_batches,
-        split,
-        _sample_order(cfg, split, state),
-        task.augment,
-        cfg.loader,
+        *samples,
         batch=batch,
         seed=cfg.seed,
         rank=world.rank,
@@ -131,7 +141,7 @@ def set_up(
     )
     network, crop = replace(cfg.model, in_channels=shards.channels), training_crop(cfg)
     flops = training_flops(network, crop, task.num_classes, task=task.name)
-    log_start(cfg, world, telemetry, shards, model.engine.module, state)
+    log_start(cfg, world, telemetry, shards, order, model.engine.module, state)
     services = Services(
         stream=stream,
         batches=iter(stream(start_step=state.step)),
@@ -145,13 +155,14 @@ def set_up(
         profiler=Profiler(cfg.profile, run_dir, world, telemetry.line),
         stopping=stopping,
         split=split,
+        order=order,
     )
     return task, model, services
 
 
-def _describe(state: TrainState, shards: ShardSet, task: Task) -> None:
+def _describe(state: TrainState, shards: ShardSet | Mixture, task: Task) -> None:
     """What whoever opens the checkpoint must know of the images, so that it needs no shards."""
-    state.long_side = shards.content.get("long_side")
+    state.long_side = shards.long_side
     if shards.pixels != RGB:
         state.pixels = {"dtype": shards.dtype, "mean": task.mean, "std": task.std}
 
@@ -203,26 +214,51 @@ def _check(cfg: RunConfig, world_size: int) -> BatchShape:
     return batch
 
 
-def _check_resumed(cfg: RunConfig, shards: ShardSet, state: TrainState) -> None:
+def _check_resumed(cfg: RunConfig, shards: ShardSet | Mixture, state: TrainState) -> None:
     """Refuse other data, and a run that ended because of too many corrupt samples; rank zero."""
     if state.data_digest != shards.digest:
+        place = cfg.data.shards
+        if isinstance(shards, Mixture):
+            changed = set(shards.digest.split()) - set(state.data_digest.split())
+            names = sorted(one.partition(":")[0] for one in changed) or [*shards.sets]
+            place = ", ".join(f"mixture.sets.{name}.shards={cfg.mixture.sets[name].shards}" for name in names)
         raise CheckpointError(
-            f"{cfg.data.shards} is not the data that {cfg.run_dir} was trained on (its digest differs); "
+            f"{place} is not the data that {cfg.run_dir} was trained on (its digest differs); "
             f"restore the old shards or give another {free_name(cfg)}"
         )
-    budget = corrupt_budget(cfg.loader, shards.split(cfg.train_split))
-    if len(state.corrupt) > budget:
+    if spent := spent_budget(cfg.loader, shards.split(cfg.train_split), state.corrupt):
         last = f"sample {state.corrupt[-1]} of {len(state.corrupt)} in the checkpoint"
-        raise DataError(over_budget(len(state.corrupt), budget, last))
+        raise DataError(over_budget(*spent, last))
 
 
-def _sample_order(cfg: RunConfig, split: Split, state: TrainState) -> SampleOrder:
+def _sample_order(cfg: RunConfig, split: Split | MixedSplit, state: TrainState) -> SampleOrder | MixedOrder:
     """The order that the checkpoint was trained in, or a new one, which the state keeps from now on."""
+    if isinstance(split, MixedSplit):
+        return _mixed_order(cfg, split, state)
     if state.order_spec:
         return SampleOrder(OrderSpec.from_dict(state.order_spec))
     spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
     state.order_spec = spec.to_dict()
     return SampleOrder(spec)
+
+
+def _mixed_order(cfg: RunConfig, split: MixedSplit, state: TrainState) -> MixedOrder:
+    """The order of a mixture; each set has seeds of its own."""
+    done = state.step * cfg.global_batch
+    if state.order_spec:
+        what = f"{cfg.run_dir}: the sample order in the checkpoint is damaged"
+        with reraise_as(CheckpointError, what, on=(DataError, KeyError, TypeError, AttributeError)):
+            return MixedOrder.from_dict(state.order_spec["sets"], done)
+    parts = dict(zip(split.names, split.parts, strict=True))
+    slots = shared_slots(cfg.mixture.weights({name: part.num_samples for name, part in parts.items()}))
+    orders = {}
+    for name, part in parts.items():
+        batch = -(-cfg.global_batch * slots[name] // PERIOD)  # its samples in a step, for the number of lanes
+        seed = derive_seed(cfg.seed, "mixture", name)
+        orders[name] = SampleOrder(make_order_spec(part.shard_sizes, seed=seed, global_batch=batch))
+    order = MixedOrder(orders, list(slots.values()))
+    state.order_spec = {"sets": order.to_dict(done)}
+    return order
 
 
 def newest_checkpoint(

@@ -14,10 +14,12 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from segformer.data.loading.mixture import Mixture
 from segformer.data.shards.format import ShardSet
 from segformer.errors import ConfigError, listed
 from segformer.models.macs import training_flops
@@ -64,7 +66,7 @@ class Facts:
     "Channels of the images."
 
     @classmethod
-    def of(cls, cfg: RunConfig, shards: ShardSet, device: str, world_size: int) -> Facts:
+    def of(cls, cfg: RunConfig, shards: ShardSet | Mixture, device: str, world_size: int) -> Facts:
         """The facts of a configuration's splits."""
         train, held = shards.split(cfg.train_split), shards.split(cfg.eval_split)
         pixels = held.heights.astype(np.int64) * held.widths
@@ -91,7 +93,9 @@ def needs_sizing(cfg: RunConfig) -> bool:
     return bool(cfg.auto or cfg.epochs is not None or cfg.loss.class_weighting)
 
 
-def sized(cfg: RunConfig, shards: ShardSet, *, device: str, world_size: int) -> tuple[RunConfig, list[str]]:
+def sized(
+    cfg: RunConfig, shards: ShardSet | Mixture, *, device: str, world_size: int
+) -> tuple[RunConfig, list[str]]:
     """The configuration in plain numbers, and a line "key=value: reason" for what was worked out.
 
     Args:
@@ -258,6 +262,9 @@ def _class_weights(cfg: RunConfig, facts: Facts) -> Chosen:
     share = facts.class_pixels / max(1, facts.class_pixels.sum())
     rare = int(((share > 0) & (share < RARE)).sum())
     weighting = cfg.loss.class_weighting
+    maps = [one.classes.values() for one in cfg.mixture.sets.values()]
+    if not weighting and any(len(names) > 1 for names in chain(*maps)):
+        return {"loss.class_weights": []}, "a class of the mixture may be several, of which each has its own"
     if not weighting and not rare:
         return {"loss.class_weights": []}, f"no class has under {RARE:.0%} of the pixels"
     weights = balanced_weights(facts.class_pixels.tolist(), weighting or "auto")

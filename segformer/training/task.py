@@ -19,25 +19,27 @@ from torch import Tensor
 
 from segformer.data.loading.classification import ClassificationAugment, mix
 from segformer.data.loading.crop import AugmentConfig
+from segformer.data.loading.mixture import LabelMap, Mixture
 from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Batch
 from segformer.data.loading.workers import print_line
-from segformer.data.shards.format import ShardSet
+from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.index import image_sums
 from segformer.data.sources.content import Histogram, Labels, check_content, other_classes, override
 from segformer.data.sources.dataset import RGB
 from segformer.data.sources.division import same_bytes
 from segformer.distributed.engine import check_extra, resolve_precision
 from segformer.distributed.world import World
-from segformer.errors import ConfigError, DataError, SegformerError
+from segformer.errors import ConfigError, DataError, SegformerError, listed
 from segformer.evaluation.drawing import Gallery
-from segformer.evaluation.evaluate import evaluate, mode_of, protocol_of
-from segformer.evaluation.metrics import SCORES, Scores
+from segformer.evaluation.evaluate import evaluate_labels, mode_of, protocol_of
+from segformer.evaluation.metrics import SCORES, Scores, SegmentationScores
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import LEAST_SIDE, ModelConfig
 from segformer.training.config import RunConfig
 from segformer.training.losses import LossConfig, SegmentationLoss, check_terms, soft_cross_entropy
+from segformer.training.partial_labels import PartialLabels, check_partial
 
 
 class _Task:
@@ -47,7 +49,11 @@ class _Task:
     "How images are cut for evaluation; None = whole."
 
     def __init__(
-        self, cfg: RunConfig, shards: ShardSet, world: World, augment: AugmentConfig | ClassificationAugment
+        self,
+        cfg: RunConfig,
+        shards: ShardSet | Mixture,
+        world: World,
+        augment: AugmentConfig | ClassificationAugment,
     ) -> None:
         self.cfg, self.shards, self.augment = cfg, shards, augment
         self.num_classes = len(shards.classes)
@@ -55,9 +61,16 @@ class _Task:
         self.normalize = Normalize(self.mean, self.std).to(world.device)
 
     @property
+    def scored_classes(self) -> list[str]:
+        """Names of the classes whose scores an evaluation has; of a mixture those of each set."""
+        return self.shards.classes if isinstance(self.shards, ShardSet) else self.shards.scored_classes
+
+    @property
     def protocol(self) -> str:
         """How an evaluation shows images to the model."""
-        return protocol_of(self.view, mode_of(self.shards.split(self.cfg.eval_split)))
+        sets = [self.shards] if isinstance(self.shards, ShardSet) else self.shards.sets.values()
+        modes = [mode_of(one.split(self.cfg.eval_split)) for one in sets]
+        return ", ".join(dict.fromkeys(protocol_of(self.view, mode) for mode in modes))
 
     def evaluate(
         self,
@@ -75,33 +88,48 @@ class _Task:
         pictures: validation images to draw with target and prediction (scores.pictures); segmentation only.
         advance: gets how many images more the ranks have scored.
         """
-        split = self.shards.split(self.cfg.eval_split)
         count = pictures if world.is_main and self.view is None else 0
-        gallery = Gallery(split.key, self.shards.palette, count)
 
-        def scored(batch: Batch, logits: Tensor) -> None:
-            gallery.add(batch, logits)
-            advance(len(batch.targets) * world.size)
+        def scored(split: Split, labels: LabelMap | None, palette: np.ndarray, count: int) -> Scores | None:
+            gallery = Gallery(split.key, palette, count)
 
-        scores = evaluate(
-            model,
-            self.normalize,
-            split,
-            self.cfg.loader,
-            world,
-            num_classes=self.num_classes,
-            batch_size=self.cfg.eval_batch,
-            bf16=resolve_precision(self.cfg.engine, world.device) == "bf16",
-            should_stop=should_stop,
-            on_error=on_error,
-            view=self.view,
-            ops=BACKENDS[self.cfg.model.ops],
-            on_batch=scored,
-            warn=warn,
-        )
-        if scores is not None:
-            scores.pictures = gallery.pictures
-        return scores
+            def counted(batch: Batch, logits: Tensor) -> None:
+                gallery.add(batch, logits)
+                advance(len(batch.targets) * world.size)
+
+            scores = evaluate_labels(
+                model,
+                self.normalize,
+                split,
+                self.cfg.loader,
+                world,
+                num_classes=self.num_classes,
+                batch_size=self.cfg.eval_batch,
+                bf16=resolve_precision(self.cfg.engine, world.device) == "bf16",
+                should_stop=should_stop,
+                on_error=on_error,
+                view=self.view,
+                labels=labels,
+                ops=BACKENDS[self.cfg.model.ops],
+                on_batch=counted,
+                warn=warn,
+            )
+            if scores is not None:
+                scores.pictures = gallery.pictures
+            return scores
+
+        shards, name = self.shards, self.cfg.eval_split
+        if isinstance(shards, ShardSet):
+            return scored(shards.split(name), None, shards.palette, count)
+        found: dict[str, SegmentationScores] = {}
+        for key, one in shards.sets.items():
+            labels = shards.maps[key]
+            each = -(-count // len(shards.sets))
+            scores = scored(one.split(name), labels, shards.palette[labels.annotated], each)
+            if not isinstance(scores, SegmentationScores):
+                return None
+            found[key] = scores
+        return SegmentationScores.together(found)
 
 
 class Segmentation(_Task):
@@ -109,10 +137,12 @@ class Segmentation(_Task):
 
     name = "segmentation"
 
-    def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
+    def __init__(self, cfg: RunConfig, shards: ShardSet | Mixture, world: World) -> None:
         super().__init__(cfg, shards, world, cfg.augment)
         criterion = SegmentationLoss(cfg.loss, self.num_classes, BACKENDS[cfg.model.ops])
         self.criterion = criterion.to(world.device)
+        maps = list(shards.maps.values()) if isinstance(shards, Mixture) else []
+        self.partial = PartialLabels(maps, self.num_classes).to(world.device)
 
     def build_model(self, network: ModelConfig) -> SegFormer:
         """The network, with random weights or those of `network.pretrained`."""
@@ -128,7 +158,10 @@ class Segmentation(_Task):
         position: number of the micro batch, counted over all ranks and steps; it seeds what is random.
         """
         images, targets = self.inputs(batch, position)
-        return self.criterion(model(images), targets)
+        logits = model(images)
+        if batch.sets is not None:
+            logits = self.partial(logits, batch.sets, (targets.shape[1], targets.shape[2]))
+        return self.criterion(logits, targets)
 
 
 class Classification(_Task):
@@ -136,7 +169,7 @@ class Classification(_Task):
 
     name = "classification"
 
-    def __init__(self, cfg: RunConfig, shards: ShardSet, world: World) -> None:
+    def __init__(self, cfg: RunConfig, shards: ShardSet | Mixture, world: World) -> None:
         super().__init__(cfg, shards, world, cfg.classification)
         self.view = cfg.classification
 
@@ -159,22 +192,24 @@ class Classification(_Task):
 Task = Segmentation | Classification
 
 
-def make_task(cfg: RunConfig, shards: ShardSet, world: World) -> Task:
+def make_task(cfg: RunConfig, shards: ShardSet | Mixture, world: World) -> Task:
     """The task of the shards; ConfigError where `cfg` is for another one."""
     check_task(cfg, shards)
     return (Segmentation if shards.task == "segmentation" else Classification)(cfg, shards, world)
 
 
-def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
+def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet | Mixture:
     """The shards of the run, checked against its configuration; `verify` as in ShardSet.open."""
-    source = f"data={cfg.data.name or '<name>'}{'' if cfg.data.root else ' root=<folder>'}"
-    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify, source=source)
-    if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
-        raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
+    shards: ShardSet | Mixture
+    if cfg.mixture.sets:
+        shards = Mixture.open(cfg.mixture, cfg.data, cfg.loader.storage, verify=verify)
+    else:
+        shards = _open_set(cfg, verify)
     if cfg.model.num_classes not in (None, len(shards.classes)):
+        where = cfg.data.shards or "the mixture"
         raise ConfigError(
-            f"model.num_classes={cfg.model.num_classes}, but {cfg.data.shards} has {len(shards.classes)} "
-            "classes; leave model.num_classes null"
+            f"model.num_classes={cfg.model.num_classes}, but {where} has {len(shards.classes)} classes; "
+            "leave model.num_classes null"
         )
     if cfg.model.in_channels not in (None, shards.channels):
         raise ConfigError(
@@ -186,7 +221,7 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet:
     return shards
 
 
-def normalization(cfg: RunConfig, shards: ShardSet) -> tuple[list[float], list[float]]:
+def normalization(cfg: RunConfig, shards: ShardSet | Mixture) -> tuple[list[float], list[float]]:
     """Mean and std of the channels: those of the settings, or of the shards where they hold other images than
     8-bit RGB and the settings have ImageNet's, which are of that."""
     group = "augment" if shards.task == "segmentation" else "classification"
@@ -203,12 +238,21 @@ def normalization(cfg: RunConfig, shards: ShardSet) -> tuple[list[float], list[f
     return mean, std
 
 
-def check_task(cfg: RunConfig, shards: ShardSet) -> None:
+def _open_set(cfg: RunConfig, verify: bool) -> ShardSet:
+    source = f"data={cfg.data.name or '<name>'}{'' if cfg.data.root else ' root=<folder>'}"
+    shards = ShardSet.open(cfg.data.shards, cfg.loader.storage, verify=verify, source=source)
+    if cfg.data.classes and list(cfg.data.classes) != list(shards.classes):
+        raise ConfigError(other_classes(cfg.data.classes, shards.classes, cfg.data.shards))
+    return shards
+
+
+def check_task(cfg: RunConfig, shards: ShardSet | Mixture) -> None:
     """ConfigError where data.task is not that of the shards, or images and normalization don't fit."""
     if cfg.data.task != shards.task:
+        where = cfg.data.shards or "the mixture"
         raise ConfigError(
-            f"data.task={cfg.data.task}, but {cfg.data.shards} was sharded for {shards.task}; give the "
-            f"shards of this data set, or data.task={shards.task}"
+            f"data.task={cfg.data.task}, but {where} was sharded for {shards.task}; give the shards of this "
+            f"data set, or data.task={shards.task}"
         )
     if shards.task == "classification" and shards.pixels != RGB:
         raise ConfigError(
@@ -231,14 +275,28 @@ def _check_loss(cfg: RunConfig) -> None:
         )
 
 
-def check_data(cfg: RunConfig, shards: ShardSet) -> None:
-    """DataError where the shards hold nothing to learn, or nothing to score but what is trained on."""
+def check_data(cfg: RunConfig, shards: ShardSet | Mixture) -> None:
+    """DataError where the shards hold nothing to learn, or nothing to score but what is trained on; a
+    ConfigError where the loss has no meaning for the labels of a mixture."""
+    if isinstance(shards, ShardSet):
+        return _check_set(cfg, shards)
+    check_partial(cfg.loss, list(shards.maps.values()), len(shards.classes))
+    if unlabeled := shards.unlabeled(cfg.data.allow_unseen):
+        raise ConfigError(
+            f"data.classes has {listed(unlabeled)}, which no set of the mixture labels; leave it out, or "
+            f"allow it with {override('data.allow_unseen', unlabeled)}"
+        )
+    for one in shards.sets.values():
+        _check_set(cfg, one)
+
+
+def _check_set(cfg: RunConfig, shards: ShardSet) -> None:
     labels, names = Labels.of(shards.content, cfg.data), dict.fromkeys((cfg.train_split, cfg.eval_split))
     held = {name: Histogram.of(shards.content["splits"][name]) for name in names}
     check_content(labels, held, [cfg.train_split], cfg.eval_split)
     if list(labels.image_range) != list(cfg.data.image_range):  # predict scales pictures by the run's own
         take = override("data.image_range", labels.image_range)
-        raise ConfigError(f"{cfg.data.shards} was sharded with another data.image_range; give {take}")
+        raise ConfigError(f"{shards.root} was sharded with another data.image_range; give {take}")
     splits = [shards.split(name) for name in names]
     sums = [image_sums(split.records) for split in splits]
     if np.isin(sums[-1], sums[0]).all():

@@ -12,7 +12,7 @@ import torch
 from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import load_checkpoint
-from segformer.data.loading.order import OrderSpec, SampleOrder
+from segformer.data.loading.order import MixedOrder, OrderSpec, SampleOrder
 from segformer.distributed.rendezvous import free_port
 
 STEPS, HALF = 16, 8
@@ -96,3 +96,39 @@ def test_every_launcher_gives_the_same_weights(tiny, tmp_path, root):
         assert [process.returncode for process in processes] == [0] * len(processes), (name, outputs)
         assert "2 x cpu" in (tmp_path / name / "log.txt").read_text()
         assert_identical(saved_state(tmp_path / name), saved_state(tmp_path / "torchrun"))
+
+
+@pytest.mark.slow
+def test_a_run_on_two_sets_sees_its_samples_in_order_on_other_ranks_and_stages(
+    small, calm, tmp_path, tiny_shards, train_many, metrics
+):
+    """Stopped three times and continued each time elsewhere: each set's own epochs, and the losses of one."""
+    mixture = {
+        "one": {"shards": str(tiny_shards), "weight": 2, "classes": {"background": ["paper", "glass"]}}
+    }
+    mixture |= {"two": {"shards": str(tiny_shards), "classes": {"background": ["glass"]}}}
+    options = ["data=folder", "data.shards=", f"mixture.sets={json.dumps(mixture)}", *calm]
+    options += ["global_batch=6", f"steps={STEPS}", "telemetry.ledger=true", "checkpoint.save_every=4"]
+    train_many(1, [small("whole", *options)])
+    places = ((2, 3, 4), (3, 1, 9), (1, 0, 13), (2, 2, None))  # ranks, ZeRO stage, where it stops
+    for ranks, stage, stop in places:
+        extra = [f"engine.zero_stage={stage}"] + ([f"stop_at={stop}"] if stop else [])
+        train_many(ranks, [small("moved", *options, *extra)])
+    state = load_checkpoint(tmp_path / "moved" / "checkpoints").state
+    order = MixedOrder.from_dict(state.order_spec["sets"], 6 * STEPS)
+    assert {name: entry["position"] for name, entry in state.order_spec["sets"].items()} == {
+        "one": 64,
+        "two": 32,
+    }
+    for run in ("whole", "moved"):
+        seen = {}
+        for path in (tmp_path / run / "ledger").iterdir():
+            for line in map(json.loads, path.read_text().splitlines()):
+                seen.setdefault(line["step"], []).extend(line["ids"])
+        assert [sorted(seen[step]) for step in range(1, STEPS + 1)] == [
+            sorted(order.ids(6 * step, 6).tolist()) for step in range(STEPS)
+        ]
+    losses = [torch.tensor([line["loss"] for line in metrics(tmp_path / run)]) for run in ("whole", "moved")]
+    assert (losses[0] - losses[1]).abs().max() < 1e-4
+    again = small("moved", *options, "mixture.sets.two.weight=2")
+    assert "mixture.sets.two.weight: None -> 2.0" in train_many(1, [again], failing=True)[0][0]

@@ -8,16 +8,18 @@ alone: rank count, worker count, prefetching and restarts cannot change one bit 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.loading.crop import AugmentConfig
-from segformer.data.loading.order import BatchShape, SampleOrder
+from segformer.data.loading.mixture import MixedSamples, MixedSplit
+from segformer.data.loading.order import BatchShape, MixedOrder, SampleOrder
 from segformer.data.loading.samples import Batch, Samples
 from segformer.data.loading.workers import WorkerStream, print_line
 from segformer.data.shards.format import Split
@@ -69,8 +71,8 @@ def worker_count(cfg: LoaderConfig, local_world_size: int) -> int:
 
 
 def train_batches(
-    split: Split,
-    order: SampleOrder,
+    split: Split | MixedSplit,
+    order: SampleOrder | MixedOrder,
     augment: AugmentConfig | ClassificationAugment,
     loader: LoaderConfig,
     *,
@@ -88,7 +90,15 @@ def train_batches(
         )
         raise ConfigError(f"{what}; give classification.magnitude=0")
     plan = partial(_train_plan, order, batch, rank, start_step)
-    make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
+    make: Callable[[Any], Samples | MixedSamples]
+    if isinstance(split, MixedSplit):
+        assert isinstance(order, MixedOrder)
+        assert isinstance(augment, AugmentConfig)
+        seeds = [one.spec.seed for one in order.orders]
+        budgets = [corrupt_budget(loader, part) for part in split.parts]
+        make = partial(MixedSamples, augment=augment, seeds=seeds, budgets=budgets)
+    else:
+        make = partial(Samples, augment=augment, seed=seed, budget=corrupt_budget(loader, split))
     return _batches(split, plan, make, loader, worker_count(loader, local_world_size), warn)
 
 
@@ -101,23 +111,24 @@ def eval_batches(
     batch_size: int,
     local_world_size: int = 1,
     augment: ClassificationAugment | None = None,
+    table: np.ndarray | None = None,
     warn: Callable[[str], None] = print_line,
 ) -> WorkerStream[Batch]:
     """Every sample of the split once over the ranks, whole and unscaled; a batch holds images of one size.
 
-    augment: for classification, whose images are cropped to its evaluation view. A corrupt sample is an
-    error here: a score must not come from another image.
+    augment: for classification, whose images are cropped to its evaluation view. table: as of Samples. A
+    corrupt sample is an error here: a score must not come from another image.
     """
     batches = _eval_ids(split, rank, world_size, batch_size)
     workers = min(worker_count(loader, local_world_size), len(batches))
-    make = partial(Samples, augment=augment)
+    make = partial(Samples, augment=augment, table=table)
     return _batches(split, partial(_eval_plan, batches), make, loader, workers, warn)
 
 
 def _batches(
-    split: Split,
+    split: Split | MixedSplit,
     plan: Callable[[int, int], _Plan],
-    make: Callable[[Split], Samples],
+    make: Callable[[Any], Samples | MixedSamples],
     cfg: LoaderConfig,
     workers: int,
     warn: Callable[[str], None],
@@ -130,9 +141,9 @@ def _batches(
 
 
 def _items(
-    opened: Callable[[], Split],
+    opened: Callable[[], Split | MixedSplit],
     plan: Callable[[int, int], _Plan],
-    make: Callable[[Split], Samples],
+    make: Callable[[Any], Samples | MixedSamples],
     worker: int,
     workers: int,
 ) -> Iterator[Batch]:
@@ -142,7 +153,12 @@ def _items(
 
 
 def _train_plan(
-    order: SampleOrder, batch: BatchShape, rank: int, start_step: int, worker: int, workers: int
+    order: SampleOrder | MixedOrder,
+    batch: BatchShape,
+    rank: int,
+    start_step: int,
+    worker: int,
+    workers: int,
 ) -> _Plan:
     """The micro batches of a worker, without end."""
     for micro_step in count(start_step * batch.accumulation + worker, workers):
@@ -159,6 +175,20 @@ def _eval_plan(batches: list[np.ndarray], worker: int, workers: int) -> _Plan:
 def corrupt_budget(cfg: LoaderConfig, split: Split) -> int:
     """Samples of a split that may be corrupt before a run ends."""
     return int(cfg.max_corrupt * split.num_samples)
+
+
+def spent_budget(
+    cfg: LoaderConfig, split: Split | MixedSplit, corrupt: Collection[int]
+) -> tuple[int, int] | None:
+    """(corrupt samples, as many may be) of a set that has too many of them; None where none has."""
+    parts = split.parts if isinstance(split, MixedSplit) else [split]
+    first = 0
+    for part in parts:
+        count = sum(first <= sample_id < first + part.num_samples for sample_id in corrupt)
+        if count > (budget := corrupt_budget(cfg, part)):
+            return count, budget
+        first += part.num_samples
+    return None
 
 
 def num_eval_batches(split: Split, world_size: int, batch_size: int) -> list[int]:

@@ -16,7 +16,7 @@ Permutations are the stable argsort of Philox.random_raw, which NumPy keeps acro
 promise that for Generator.permutation); golden hashes in the tests pin them. Any change of the order needs
 a new `version`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ from segformer.errors import ConfigError, DataError, at_least, within
 
 VERSION = 1
 LANES_PER_SLOT = 8  # lanes per slot of the global batch
+PERIOD = 1024  # slots that several sets share
 
 _CHUNKS, _BLOCK = 0, 1  # which permutation a random stream is for
 
@@ -143,6 +144,89 @@ def _permutation(count: int, seed: int, stream: int, epoch: int, block: int) -> 
     key, counter = np.array([seed, VERSION], np.uint64), np.array([0, block, epoch, stream], np.uint64)
     draws = np.random.Philox(key=key, counter=counter).random_raw(count)
     return np.argsort(draws, kind="stable")
+
+
+def shared_slots(weights: Mapping[str, float]) -> dict[str, int]:
+    """PERIOD slots by weight, rounded by largest remainder; ConfigError for a set that would get none."""
+    total = sum(weights.values())
+    exact = {name: PERIOD * weight / total for name, weight in weights.items()}
+    slots = {name: int(share) for name, share in exact.items()}
+    rest = PERIOD - sum(slots.values())
+    for name in sorted(exact, key=lambda name: slots[name] - exact[name])[:rest]:
+        slots[name] += 1
+    for name, count in slots.items():
+        if not count:
+            raise ConfigError(
+                f"mixture.sets.{name} gets {100 * weights[name] / total:.2g} % of the samples, less than one "
+                f"of {PERIOD}; give it more weight, or leave it out"
+            )
+    return slots
+
+
+class MixedOrder:
+    """Stream position -> sample id over several sets, whose ids follow one another in their order."""
+
+    def __init__(self, orders: Mapping[str, SampleOrder], slots: Sequence[int]) -> None:
+        """slots: how many of PERIOD each set has; they are spread evenly."""
+        self.orders = list(orders.values())
+        self._names, self._slots = list(orders), np.array(slots, np.int64)
+        if len(slots) != len(orders) or sum(slots) != PERIOD or min(slots) < 1:
+            raise DataError(f"sample order of {len(orders)} sets with {list(slots)} of {PERIOD} slots")
+        owner = np.repeat(np.arange(len(slots)), slots)
+        nth = np.concatenate([np.arange(count) for count in slots])
+        # The middle of the k-th of n slots lies at (2k + 1) / 2n of the period; ties in their order.
+        self._pattern = owner[np.argsort((2 * nth + 1) * 2**40 // self._slots[owner], kind="stable")]
+        inside = self._pattern[:, None] == np.arange(len(slots))
+        self._before = np.cumsum(inside, axis=0) - inside  # (PERIOD, sets)
+        sizes = [order.spec.num_samples for order in self.orders]
+        self._first_ids = np.cumsum([0, *sizes])[:-1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MixedOrder, (dict(zip(self._names, self.orders, strict=True)), self._slots.tolist())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of the samples of each set."""
+        return {name: int(count) / PERIOD for name, count in zip(self._names, self._slots, strict=True)}
+
+    def positions(self, q: int) -> dict[str, int]:
+        """How many samples of each set lie before stream position q."""
+        counts = q // PERIOD * self._slots + self._before[q % PERIOD]
+        return dict(zip(self._names, counts.tolist(), strict=True))
+
+    def epoch_of(self, q: int) -> int:
+        """The epoch of its own set that stream position q belongs to."""
+        owner = int(self._pattern[q % PERIOD])
+        return self.orders[owner].epoch_of(self.positions(q)[self._names[owner]])
+
+    def ids(self, start: int, count: int) -> np.ndarray:
+        """As SampleOrder.ids."""
+        periods, places = np.divmod(np.arange(start, start + count, dtype=np.int64), PERIOD)
+        owners, ids = self._pattern[places], np.empty(count, np.int64)
+        for owner in np.unique(owners):
+            mine = np.flatnonzero(owners == owner)  # neighbors in the set's own stream
+            first = int(periods[mine[0]] * self._slots[owner] + self._before[places[mine[0]], owner])
+            ids[mine] = self.orders[owner].ids(first, len(mine)) + self._first_ids[owner]
+        return ids
+
+    def to_dict(self, q: int) -> dict[str, Any]:
+        """Plain values, for JSON: of each set its spec, its slots and where it is at stream position q."""
+        parts = zip(self._slots.tolist(), self.positions(q).values(), self.orders, strict=True)
+        return {
+            name: {"slots": slots, "position": position, "spec": order.spec.to_dict()}
+            for name, (slots, position, order) in zip(self._names, parts, strict=True)
+        }
+
+    @classmethod
+    def from_dict(cls, sets: Mapping[str, Any], q: int) -> "MixedOrder":
+        """The inverse of to_dict; DataError where the sets are not where stream position q has them."""
+        specs = {name: OrderSpec.from_dict(entry["spec"]) for name, entry in sets.items()}
+        orders = {name: SampleOrder(spec) for name, spec in specs.items()}
+        order = cls(orders, [entry["slots"] for entry in sets.values()])
+        saved = {name: entry["position"] for name, entry in sets.items()}
+        if saved != order.positions(q):
+            raise DataError(f"the sets are at {saved}, and {order.positions(q)} belong to {q} samples")
+        return order
 
 
 @dataclass(frozen=True, slots=True)

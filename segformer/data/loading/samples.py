@@ -65,6 +65,8 @@ class Batch:
     """int64 (B, 2), height and width that are not padding; None = all."""
     replaced: tuple[Replacement, ...] = ()
     """Corrupt samples among them that another one stands for."""
+    sets: Tensor | None = None
+    """int64 (B,), which set of a mixture each one is of; None = there is one data set."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
@@ -90,7 +92,7 @@ class Samples:
     """The samples of a split as training (with a seed) or evaluation (without) sees them.
 
     augment: of the training crop, or of the crops of a classification set; None = whole images. budget:
-    corrupt samples that are replaced.
+    corrupt samples that are replaced. table: label -> target, uint8 (256,); None where targets are labels.
     """
 
     def __init__(
@@ -100,8 +102,10 @@ class Samples:
         *,
         seed: int | None = None,
         budget: int = 0,
+        table: np.ndarray | None = None,
     ) -> None:
         self.split, self.augment, self.seed, self.budget = split, augment, seed, budget
+        self.table = table
         self.reader = ShardReader(split)
         if isinstance(augment, AugmentConfig):
             self.crop = RandomCrop(augment, split.class_pixels)
@@ -126,6 +130,8 @@ class Samples:
             if self.augment is not None:
                 image = self.view.eval_view(image) if rng is None else self.view(image, rng)
             sample = Sample(sample_id, image, target)
+        if self.table is not None:
+            sample.target = self.table[sample.target]
         sample.replaced, self._replaced = self._replaced, []
         return sample
 

@@ -178,6 +178,7 @@ class ShardSet:
         self.classes: list[str] = content["classes"]
         self.palette = np.array(content["palette"], np.uint8).reshape(-1, 3)
         self.channels, self.dtype = self.pixels = stored_pixels(content)
+        self.long_side: int | None = content.get("long_side")
         self.mean: list[float] | None = content.get("mean")
         self.std: list[float] | None = content.get("std")
         self._verify = verify

@@ -95,12 +95,13 @@ def _described_run(run: Run, provenance: dict[str, Any]) -> Weights:
         long_side=run.state.long_side or 0,
     )
     metadata.check(arch.num_classes, arch.in_channels)
+    sets = run.config.get("mixture", {}).get("sets")
     weights = Weights(
         state=run.weights,
         arch=arch,
         metadata=metadata,
         format="run",
-        provenance={"shards": data.get("shards", ""), **provenance},
+        provenance={"shards": data.get("shards", ""), **provenance} | ({"sets": sets} if sets else {}),
     )
     weights.config()  # refuses what no network has
     return weights
@@ -198,7 +199,7 @@ def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
             raise ValueError(f"variant {section['variant']}, norm_profile {section['norm_profile']}")
         arch.norm_profile = section["norm_profile"]
-        known = ("shards", "digest", "step", "averaged", "scores")
+        known = ("shards", "sets", "digest", "step", "averaged", "scores")
         weights.provenance = {key: section[key] for key in known if key in section}
 
 

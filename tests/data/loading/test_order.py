@@ -1,13 +1,23 @@
 import hashlib
 import itertools
 import json
+import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from segformer.data.loading.order import BatchShape, OrderSpec, SampleOrder, make_order_spec
+from segformer.data.loading.order import (
+    PERIOD,
+    BatchShape,
+    MixedOrder,
+    OrderSpec,
+    SampleOrder,
+    make_order_spec,
+    shared_slots,
+)
 from segformer.errors import ConfigError, DataError
 
 specs = st.builds(
@@ -141,3 +151,52 @@ def test_a_batch_that_cannot_be_shared_out_names_what_would_do() -> None:
     with pytest.raises(ConfigError, match="a world size of 1, 2, 4, 8, 16 or global_batch=15 or 18"):
         BatchShape(16, 1, world_size=3)
     assert str(BatchShape(16, 2, world_size=2)) == "16 = 2 a forward x 4 accumulated x 2 ranks"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), min_size=1, max_size=4),
+    st.integers(0, 5000),
+    st.integers(1, 3000),
+)
+@settings(max_examples=12, deadline=None)
+def test_several_sets_come_in_a_fixed_period_and_each_in_its_own_order(sets, start, count):
+    """Against a walk that counts the samples of each set one by one."""
+    weights = {f"s{k}": weight for k, (_, weight) in enumerate(sets)}
+    orders = {
+        f"s{k}": SampleOrder(make_order_spec([size], seed=k, global_batch=2))
+        for k, (size, _) in enumerate(sets)
+    }
+    slots = shared_slots(weights)
+    total = sum(weights.values())
+    assert sum(slots.values()) == PERIOD
+    assert all(abs(slots[name] - PERIOD * weight / total) < 1 for name, weight in weights.items())
+    order = MixedOrder(orders, list(slots.values()))
+    firsts = dict(zip(orders, np.cumsum([0, *(size for size, _ in sets)]).tolist(), strict=False))
+    # The k-th of a set's n slots stands where (2k + 1) / 2n of the period is over.
+    middles = [
+        (Fraction(2 * k + 1, 2 * n), i, name) for i, (name, n) in enumerate(slots.items()) for k in range(n)
+    ]
+    pattern = [name for *_, name in sorted(middles)]
+    seen, expected, epochs = dict.fromkeys(orders, 0), [], []
+    for q in range(start + count):
+        name = pattern[q % PERIOD]
+        if q == start:
+            assert order.positions(q) == seen
+        if q >= start:
+            expected.append(firsts[name] + int(orders[name].ids(seen[name], 1)[0]))
+            epochs.append(seen[name] // orders[name].spec.num_samples)
+        seen[name] += 1
+    assert order.ids(start, count).tolist() == expected
+    places = range(0, count, max(1, count // 20))
+    assert [order.epoch_of(start + k) for k in places] == [epochs[k] for k in places]
+    again = MixedOrder.from_dict(json.loads(json.dumps(order.to_dict(start))), start)
+    assert again.ids(start, count).tolist() == expected
+    assert pickle.loads(pickle.dumps(order)).ids(start, count).tolist() == expected
+
+
+def test_an_order_of_sets_that_is_not_where_its_run_is_is_refused():
+    order = MixedOrder({"a": SampleOrder(make_order_spec([5], seed=0, global_batch=2))}, [PERIOD])
+    with pytest.raises(DataError, match=r"the sets are at \{'a': 8\}, and \{'a': 9\} belong to 9 samples"):
+        MixedOrder.from_dict(order.to_dict(8), 9)
+    with pytest.raises(ConfigError, match=r"sets\.b gets 0\.02 % of the samples, less than one of 1024"):
+        shared_slots({"a": 5000, "b": 1})
