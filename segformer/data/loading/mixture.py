@@ -165,6 +165,7 @@ class MixedSplit:
         self.heights = np.concatenate([part.heights for part in self.parts])
         self.widths = np.concatenate([part.widths for part in self.parts])
         self.tiled = any(part.tiled for part in self.parts)
+        self.pixels = self.parts[0].pixels  # of every set
 
     @property
     def extent(self) -> str:
