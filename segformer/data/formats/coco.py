@@ -177,7 +177,7 @@ def _contents(path: Path, annotation: Callable[[Any, str], _T], *_: int) -> Cont
     if not content.images:
         raise DataError(f"the labels {str(path)!r} have no images; export them again, as COCO JSON")
     for key, numbers in again.items():
-        text = f"{key} ids come more than once in {str(path)!r}"
+        text = f"ids of {key} come more than once in {str(path)!r}"
         content.defects += defect(text, "give each an id of its own", numbers)
     return content
 
