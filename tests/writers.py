@@ -30,19 +30,15 @@ class Item:
     image: np.ndarray
     """uint8 (H, W, 3)"""
     shapes: Sequence[tuple[str, Outline]]
+    jpeg: bytes = b""
+    """The file, where the image is not to be written as PNG."""
+
+    @property
+    def file(self) -> str:
+        return f"{self.key}.{'jpg' if self.jpeg else 'png'}"
 
 
 Splits = Mapping[str, Sequence[Item]]
-
-
-def items(masks: Mapping[str, np.ndarray], classes: Sequence[str], uncovered: int = 0) -> list[Item]:
-    """Masks of ids as items with one bool mask for each class; 255 is the category "ignore"."""
-    rng, found = np.random.default_rng(0), []
-    for key, mask in masks.items():
-        ids = [int(value) for value in np.unique(mask) if value != uncovered]
-        shapes = [("ignore" if value == 255 else classes[value], mask == value) for value in ids]
-        found.append(Item(key, rng.integers(0, 256, (*mask.shape, 3), np.uint8), shapes))
-    return found
 
 
 def traced(mask: np.ndarray) -> list[Ring]:
@@ -84,7 +80,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 def _image(path: Path, item: Item) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(item.image))
+    path.write_bytes(item.jpeg or png(item.image))
 
 
 def _text(path: Path, text: str) -> None:
@@ -102,7 +98,7 @@ def yolo(root: Path, splits: Splits, classes: Sequence[str]) -> None:
     _text(root / "data.yaml", "".join(f"{s}: images/{s}\n" for s in splits) + f"names:\n{names}")
     for split, items in splits.items():
         for item in items:
-            _image(root / f"images/{split}/{item.key}.png", item)
+            _image(root / f"images/{split}/{item.file}", item)
             height, width = item.image.shape[:2]
             lines = [
                 f"{classes.index(name)} " + " ".join(f"{x / width} {y / height}" for x, y in joined(outline))
@@ -115,7 +111,7 @@ def labelme(root: Path, splits: Splits, classes: Sequence[str] = ()) -> None:
     """A folder for each split with a JSON file beside every image; masks as masks."""
     for split, items in splits.items():
         for item in items:
-            path = root / split / f"{item.key}.png"
+            path = root / split / item.file
             _image(path, item)
             height, width = item.image.shape[:2]
             content = {"version": "5.5.0", "flags": {}, "shapes": [_labelme(*shape) for shape in item.shapes]}
@@ -147,9 +143,9 @@ def cvat(root: Path, splits: Splits, classes: Sequence[str]) -> None:
     images = []
     pairs = [(split, item) for split, items in splits.items() for item in items]
     for number, (split, item) in enumerate(pairs):
-        _image(root / f"images/{split}/{item.key}.png", item)
+        _image(root / f"images/{split}/{item.file}", item)
         height, width = item.image.shape[:2]
-        name = quoteattr(f"{split}/{item.key}.png")
+        name = quoteattr(f"{split}/{item.file}")
         shapes = "\n".join(_cvat(*shape) for shape in item.shapes)
         values = f'id="{number}" name={name} subset="{split.title()}" width="{width}" height="{height}"'
         images.append(f"<image {values}>\n{shapes}\n</image>\n")
@@ -173,8 +169,8 @@ def label_studio(root: Path, splits: Splits, classes: Sequence[str] = ()) -> Non
     for split, items in splits.items():
         tasks = []
         for number, item in enumerate(items):
-            *folders, name = item.key.split("/")
-            path = "/".join([*folders, f"{number:08x}-{name}.png"])
+            *folders, name = item.file.split("/")
+            path = "/".join([*folders, f"{number:08x}-{name}"])
             _image(root / f"images/{split}/{path}", item)
             result = [_label_studio(item, f"r{n}", *shape) for n, shape in enumerate(item.shapes)]
             one = {"id": 7 * number, "was_cancelled": False, "ground_truth": False, "result": result}
@@ -217,11 +213,11 @@ def supervisely(root: Path, splits: Splits, classes: Sequence[str]) -> None:
     _json(root / "meta.json", {"classes": [{"title": n, "shape": "any"} for n in classes], "tags": []})
     for split, items in splits.items():
         for item in items:
-            _image(root / split / f"img/{item.key}.png", item)
+            _image(root / split / f"img/{item.file}", item)
             height, width = item.image.shape[:2]
             content = {"description": "", "tags": [], "size": {"height": height, "width": width}}
             objects = [_supervisely(*shape) for shape in item.shapes]
-            _json(root / split / f"ann/{item.key}.png.json", content | {"objects": objects})
+            _json(root / split / f"ann/{item.file}.json", content | {"objects": objects})
 
 
 def _supervisely(name: str, outline: Outline) -> dict[str, Any]:

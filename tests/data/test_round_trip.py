@@ -3,14 +3,17 @@
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import writers as tools
 from labels import counted
 from PIL import Image
+from writers import Item, traced
 
 from segformer.data.formats.table import FORMATS, label_format, resolved
 from segformer.data.sources.dataset import DatasetConfig, voc_palette
@@ -188,6 +191,19 @@ def write_panoptic(root: Path, sets: dict[str, Split]) -> dict[str, Any]:
     return {}
 
 
+def write_tool(root: Path, sets: dict[str, Split], name: str, bitmaps: bool) -> dict[str, Any]:
+    """The export of a labeling tool: bitmaps, or polygons along the borders of the pixels."""
+    made = {}
+    for split, pairs in sets.items():
+        made[split] = []
+        for key, image, ids in pairs:
+            mask = ids == 1
+            shapes = [("nucleus", mask if bitmaps else traced(mask))] if mask.any() else []
+            made[split].append(Item(key, np.empty((*ids.shape, 3), np.uint8), shapes, image))
+    tools.WRITERS[name](root, made, CLASSES[1:])
+    return {}
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path, dict[str, Split]], dict[str, Any]]]] = {
     "voc": ("voc", write_voc),
     "voc of CVAT": ("voc", write_cvat_masks),
@@ -201,6 +217,11 @@ WRITERS: dict[str, tuple[str, Callable[[Path, dict[str, Split]], dict[str, Any]]
     "coco run lengths": ("coco", lambda r, s: write_coco(r, s, "rle")),
     "coco packed run lengths": ("coco", lambda r, s: write_coco(r, s, "packed")),
     "coco panoptic": ("coco_panoptic", write_panoptic),
+} | {
+    f"{name} {kind}": (name, partial(write_tool, name=name, bitmaps=kind == "bitmaps"))
+    for name in tools.WRITERS
+    for kind in ("polygons", "bitmaps")
+    if (name, kind) != ("yolo", "bitmaps")  # it has none
 }
 
 

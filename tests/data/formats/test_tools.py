@@ -86,7 +86,7 @@ def test_a_thousand_label_sets_have_every_pixel_of_a_naive_rasterizer(
 def test_masks_come_back_from_bitmaps_or_traced_outlines(name: str, few: Sets, tmp_path: Path) -> None:
     masks = [
         (Item(item.key, item.image, [(CLASSES[raw], mask == raw) for raw in np.unique(mask) if raw]), mask)
-        for item, mask in few
+        for item, mask in few[:50]
     ]
     assert wrong_pixels(name, tmp_path, masks) == 0
 
