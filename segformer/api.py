@@ -12,7 +12,8 @@ What is wrong is a SegformerError with the text that a command would print.
 
 trains on anything with a length whose items are (image, mask): a torch Dataset, a list. It is written as
 shards, once, into <run>/data, or where data.shards says: order, checks and resume are those of every other
-set. An image is a path of a JPEG or PNG, or what inference/photograph.py takes; a mask is a path of a PNG or
+set. An image is a path of a file that sharding takes, or what inference/photograph.py takes: with
+data.channels=5, arrays (H, W, 5) of uint8, uint16 or float32, all of one type. A mask is a path of a PNG or
 (H, W) class ids, 255 = ignored. Augmentation belongs to the run, not to the dataset.
 """
 
@@ -34,7 +35,14 @@ import numpy as np
 from segformer.checkpoint.reader import newest_state
 from segformer.data.loading.workers import refuse_second_run
 from segformer.data.shards.sharding import OtherSet, write_shards
-from segformer.data.sources.dataset import IGNORE_INDEX, IMAGE_SUFFIXES, DatasetConfig
+from segformer.data.sources.dataset import (
+    DTYPES,
+    IGNORE_INDEX,
+    IMAGE_SUFFIXES,
+    RGB,
+    DatasetConfig,
+    Pixels,
+)
 from segformer.errors import ConfigError, DataError, is_main_rank, reraise_as
 from segformer.evaluation.metrics import Scores
 from segformer.inference.export import ExportConfig
@@ -157,7 +165,7 @@ def _write(cfg: DatasetConfig, splits: dict[str, Pairs | None], run: Path) -> No
             for index in range(len(pairs)):
                 pair = _item(pairs, split, index)
                 with reraise_as(DataError, f"{split}[{index}]", on=(DataError, OSError)):
-                    _write_pair(pair, source, f"{split}/{index:06d}", cfg.image_range)
+                    _write_pair(pair, source, f"{split}/{index:06d}", cfg)
         try:
             write_shards(cfg, source, Path(cfg.shards), seed=0, samples_per_shard=256, workers=1)
         except OtherSet as error:
@@ -185,7 +193,7 @@ def _by_index(text: str, source: Path) -> str:
     return re.sub(file, lambda found: f"{found[1]}[{int(found[2])}]", text)
 
 
-def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) -> None:
+def _write_pair(pair: Any, folder: Path, name: str, cfg: DatasetConfig) -> None:
     """One item of a dataset as two files; DataError where it is none. Files are taken as they are."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"it is a {type(pair).__name__}; an item is a pair (image, mask)")
@@ -195,8 +203,10 @@ def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) 
         if Path(image).suffix.lower() not in IMAGE_SUFFIXES:
             raise DataError(f"{str(image)!r} is no file of {', '.join(IMAGE_SUFFIXES)}")
         shutil.copyfile(image, f"{target}{Path(image).suffix.lower()}")
+    elif cfg.pixels == RGB:
+        _write_png(Path(f"{target}.png"), cv2.cvtColor(to_pixels(image, cfg.image_range), cv2.COLOR_RGB2BGR))
     else:
-        _write_png(Path(f"{target}.png"), cv2.cvtColor(to_pixels(image, image_range), cv2.COLOR_RGB2BGR))
+        _write_tiff(Path(f"{target}.tif"), image, cfg)
     target = folder / "masks" / f"{name}.png"
     if isinstance(mask, str | Path):
         shutil.copyfile(mask, target)
@@ -211,6 +221,18 @@ def _write_pair(pair: Any, folder: Path, name: str, image_range: Sequence[int]) 
             f"its mask has ids from {ids.min()} to {ids.max()}; give class ids, and 255 where none counts"
         )
     _write_png(target, ids.astype(np.uint8))
+
+
+def _write_tiff(path: Path, image: Any, cfg: DatasetConfig) -> None:
+    """An image of other channels or type than 8-bit RGB; the type is that of the settings, or its own."""
+    import tifffile
+
+    own = str(getattr(image, "dtype", "")).removeprefix("torch.")
+    pixels = to_pixels(image, (), Pixels(cfg.channels, cfg.dtype or (own if own in DTYPES else RGB.dtype)))
+    if cfg.channels == 1:
+        tifffile.imwrite(path, pixels[..., 0], photometric="minisblack")
+    else:
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

@@ -17,13 +17,13 @@ import torch
 
 from segformer.errors import ConfigError, listed, reraise_as, say, within
 from segformer.files import parse_json, parse_yaml, read_text
-from segformer.inference.export import check_network, check_output, complete
+from segformer.inference.export import check_network, check_output, complete, unshown
 from segformer.models.variants import NORM_PROFILES
 from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
 from segformer.models.weights.key_maps import ALIGNED, TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
-from segformer.models.weights.write import write_export, write_hf, write_pth
+from segformer.models.weights.write import images_of, shown, write_export, write_hf, write_pth
 
 MOST = 2**20  # bytes of a file of class names
 
@@ -144,6 +144,8 @@ def _report(weights: Weights) -> None:
     }[arch.kind]
     say(f"source     {weights.source}: {weights.title}")
     say(f"model      {arch.variant}, {head}, {weights.parameters:,} parameters")
+    if not shown(weights):
+        say("images     {} channels of {}".format(*images_of(weights)))
     profile = weights.config().norm_profile
     block, embed = NORM_PROFILES[profile]
     say(f"epsilons   {profile}: {block:g} in blocks, {embed:g} after embedding and reduction")
@@ -165,6 +167,8 @@ def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
             f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
+    if to in ("ours", "hf") and not shown(weights):
+        say(f"note       {unshown(weights)}")
     if (to, arch.kind) == ("smp", "segmentation"):
         say(f"note       {ALIGNED}")
     use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]

@@ -2,7 +2,7 @@
 
     <out>/model.safetensors          fp32 parameters and buffers under the names of Hugging Face's files
     <out>/config.json                a SegformerConfig with a section "segformer" (models/weights/write.py)
-    <out>/preprocessor_config.json   how transformers is to show images to it
+    <out>/preprocessor_config.json   how transformers is to show images to it, which it can of 8-bit RGB alone
 
 `SegformerForSemanticSegmentation.from_pretrained(out)` loads an export, or
 `SegformerForImageClassification`, which config.json names as well. transformers runs every LayerNorm with eps
@@ -28,7 +28,7 @@ from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.tensor_files import CONFIG_FILE, SUFFIXES
-from segformer.models.weights.write import IMAGENET_MEAN, IMAGENET_STD, write_export
+from segformer.models.weights.write import images_of, normalization, shown, write_export
 from segformer.telemetry.jsonl import read_metrics
 
 _SCORES = ("miou", "macc", "aacc", "iou", "top1", "top5")  # what an export keeps of an evaluation
@@ -56,6 +56,15 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_output(self.output, "an export is a folder of weights and config.json", self.checkpoint)
+
+
+def unshown(weights: Weights) -> str:
+    """Why an export has no preprocessor_config.json."""
+    channels, dtype = images_of(weights)
+    return (
+        f"no preprocessor_config.json: transformers' image processors show 8-bit RGB alone, not {channels} "
+        f"channels of {dtype}; Predictor and launch/predict.py do"
+    )
 
 
 def check_output(output: str, what: str, checkpoint: str = "") -> None:
@@ -97,6 +106,8 @@ def export(cfg: ExportConfig) -> Path:
     scores = weights.provenance["scores"] or {}
     scored = f", {title} {percent(scores[name])}" if isinstance(scores.get(name), float) else ""
     say(f"exported step {weights.provenance['step']} of {run} to {out}{scored}")
+    if not shown(weights):
+        say(unshown(weights))
     return out
 
 
@@ -145,7 +156,7 @@ def complete(weights: Weights, storage: StorageConfig | None = None) -> Weights:
             shards = ShardSet.open(weights.provenance["shards"], storage or StorageConfig())
             metadata.classes, metadata.palette = list(shards.classes), shards.palette.tolist()
     metadata.classes = metadata.classes or [f"class {k}" for k in range(arch.num_classes)]
-    metadata.mean, metadata.std = metadata.mean or IMAGENET_MEAN, metadata.std or IMAGENET_STD
+    metadata.mean, metadata.std = normalization(weights)
     if not metadata.palette:
         numbers = [str(k) for k in range(arch.num_classes)]
         metadata.palette = class_palette(DatasetConfig(task=arch.kind, classes=numbers)).tolist()

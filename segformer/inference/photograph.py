@@ -1,10 +1,16 @@
-"""A photograph as a user has it -> pixels (H, W, 3) uint8 RGB, as the model's training would see them.
+"""An image as a user has it -> pixels (H, W, C), as the model's training would see them.
+
+Of a model of 8-bit RGB, as most are, uint8 (H, W, 3):
 
     path      JPEG and PNG decoded as in training; TIFF, WebP, BMP and GIF by Pillow; then turned upright as
               their EXIF orientation says (training leaves them as they are stored)
     array     (H, W, 3) RGB or (H, W) gray, uint8 or uint16; 16 bits become 8 as those of a PNG do
     tensor    the same, or (3, H, W) and (1, H, W), as torch has them
     picture   of PIL, turned upright
+
+Of other models, C channels of uint8, uint16 or float32: the files that training takes, decoded by the same
+function and turned upright, and arrays (H, W, C), tensors (H, W, C) or (C, H, W) and pictures of just that
+type; (H, W) where C is 1.
 
 Files and pictures lose their transparency, as in training. Refuses what it would have to guess: other types
 and ranges of values, channels first or a fourth one in an array; damaged files, several pictures in one file,
@@ -23,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_PIXELS
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, RGB, Pixels
 from segformer.data.sources.decode import PNG_MAGIC, eight_bits, read_file
 from segformer.data.sources.picture import image_orientation, upright, whole_image
 from segformer.errors import DataError, reraise_as
@@ -37,8 +43,8 @@ SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 
 
-def to_pixels(image: Photograph, image_range: Sequence[int] = ()) -> np.ndarray:
-    """A photograph of any of the kinds above as (H, W, 3) uint8 RGB.
+def to_pixels(image: Photograph, image_range: Sequence[int] = (), pixels: Pixels = RGB) -> np.ndarray:
+    """An image of any of the kinds above as (H, W, C) of the channels and dtype of `pixels`.
 
     image_range: as `data.image_range` of the run.
 
@@ -48,19 +54,45 @@ def to_pixels(image: Photograph, image_range: Sequence[int] = ()) -> np.ndarray:
     from PIL import Image, ImageOps
 
     if isinstance(image, str | Path):
-        return read_image(Path(image), image_range)
+        return read_image(Path(image), image_range, pixels)
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
+        if pixels != RGB:
+            return from_bands(np.asarray(image), pixels)
         return from_array(np.asarray(image.convert("RGB") if image.mode in _MODES else image), image_range)
     if isinstance(image, Tensor):
         image = image.detach().cpu()
-        if image.ndim == 3 and image.shape[0] in (1, 3):
+        if pixels != RGB and image.ndim == 3 and image.shape[0] == pixels.channels != image.shape[2]:
+            image = image.permute(1, 2, 0)
+        elif pixels == RGB and image.ndim == 3 and image.shape[0] in (1, 3):
             image = image.permute(1, 2, 0)[:, :, 0 if image.shape[0] == 1 else slice(None)]
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
     if not isinstance(image, np.ndarray):
         kind = type(image).__name__
         raise DataError(f"an image is a path, an array, a tensor or a PIL picture, not a {kind}")
-    return from_array(image, image_range)
+    return from_array(image, image_range) if pixels == RGB else from_bands(image, pixels)
+
+
+def from_bands(image: np.ndarray, pixels: Pixels) -> np.ndarray:
+    """(H, W, C), or (H, W) of one channel, of the channels and dtype of `pixels`; DataError for others."""
+    channels, dtype = pixels
+    what = f"the image is an array of {image.dtype} {image.shape}"
+    found = image[..., None] if image.ndim == 2 and channels == 1 else image
+    if found.ndim != 3 or found.shape[2] != channels:
+        do = f"give (height, width, {channels}) of {dtype}"
+        if found.ndim == 3 and found.shape[0] == channels:
+            do = "channels come last: image.transpose(1, 2, 0)"
+        elif found.ndim == 4:
+            do = "of several images give a list: list(images)"
+        raise DataError(f"{what}; {do}")
+    if found.dtype.newbyteorder("=") != np.dtype(dtype):
+        raise DataError(f"{what}; its values must be those of the training, of {dtype}")
+    height, width = found.shape[:2]
+    if not 0 < height * width <= MAX_PIXELS:
+        raise DataError(f"{what}; it must have from 1 to {MAX_PIXELS} pixels")
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise DataError(f"{what}, with NaN or infinite values; replace them by numbers")
+    return np.ascontiguousarray(found, dtype)
 
 
 def from_array(pixels: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarray:
@@ -72,6 +104,8 @@ def from_array(pixels: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarra
             do = "channels come last: image.transpose(1, 2, 0)" if pixels.shape[0] == 3 else "use image[0]"
         elif pixels.ndim == 3 and pixels.shape[2] in (1, 4):
             do = "leave the fourth out: image[..., :3]" if pixels.shape[2] == 4 else "use image[..., 0]"
+        elif pixels.ndim == 3 and 4 < pixels.shape[2] <= MAX_CHANNELS:
+            do += f"; {pixels.shape[2]} channels are trained on with data.channels={pixels.shape[2]}"
         elif pixels.ndim == 4:
             do = "of several images give a list: list(images)"
         raise DataError(f"{what}; {do}")
@@ -89,8 +123,8 @@ def from_array(pixels: np.ndarray, image_range: Sequence[int] = ()) -> np.ndarra
     return np.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels
 
 
-def read_image(path: Path, image_range: Sequence[int] = ()) -> np.ndarray:
-    """A photograph as (H, W, 3) uint8 RGB: decoded as in training, then turned as its EXIF orientation says.
+def read_image(path: Path, image_range: Sequence[int] = (), pixels: Pixels = RGB) -> np.ndarray:
+    """An image as (H, W, C) of `pixels`: decoded as in training, then turned as its EXIF orientation says.
 
     image_range: as `data.image_range` of the run.
 
@@ -100,8 +134,8 @@ def read_image(path: Path, image_range: Sequence[int] = ()) -> np.ndarray:
     from PIL import ImageOps
 
     data = read_file(path)
-    if trained_on(data):
-        return upright(whole_image(path, data, image_range), image_orientation(data))
+    if pixels != RGB or trained_on(data):
+        return upright(whole_image(path, data, image_range, pixels), image_orientation(data))
     with open_still(path) as picture:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from segformer.data.sources.dataset import RGB
 from segformer.data.sources.decode import image_header, read_file
 from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
 from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
@@ -72,11 +73,11 @@ def predict(cfg: PredictConfig) -> list[Path]:
     output = Path(cfg.output)
     images, unused = _pictures(Path(cfg.input))
     plan = _plan(images, Path(cfg.input), output)
-    _check_headers(images, cfg.input)
-    if unused:
-        say(f"not used of input={cfg.input}: {left_out_text(unused)}")
     mode = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
     predictor = Predictor(cfg.checkpoint, step=cfg.step, device=cfg.device, **mode)
+    _check_headers(images, cfg.input, predictor)
+    if unused:
+        say(f"not used of input={cfg.input}: {left_out_text(unused)}")
     if cfg.long_side is None and (side := predictor.mode.reduced_to):
         say(
             f"{cfg.checkpoint} was trained on images of at most {side} pixels a side: larger ones are "
@@ -103,11 +104,15 @@ def predict(cfg: PredictConfig) -> list[Path]:
     return [target for _, target in plan]
 
 
-def _check_headers(images: list[Path], source: str) -> None:
-    """DataError where a file is no picture within the limits, as far as its first bytes show."""
+def _check_headers(images: list[Path], source: str, predictor: Predictor) -> None:
+    """DataError where a file is no picture within the limits, as far as its first bytes show; others than
+    8-bit RGB are decoded, for the bytes that tell their channels may be the last."""
     errors: list[DataError] = []
     for path in images:
         with reported(errors.append, on=DataError):
+            if predictor.pixels != RGB:
+                read_image(path, predictor.image_range, predictor.pixels)
+                continue
             first = read_file(path, HEADER_BYTES)
             if not trained_on(first):
                 with open_still(path):

@@ -6,6 +6,8 @@
     found.shares        {"background": 0.93, "nucleus": 0.07}
     found.overlay()     (H, W, 3) uint8, the image under the colors of its classes
 
+A model of other images than 8-bit RGB takes files of them, and arrays (H, W, C) of its own dtype.
+
 Images of a list that have one size go through the network together; the results are those of single ones,
 but for rounding.
 
@@ -20,12 +22,14 @@ import numpy as np
 import torch
 
 from segformer.data.loading.photometric import Normalize
+from segformer.data.sources.dataset import Pixels
 from segformer.errors import ConfigError, DataError, listed, reraise_as
-from segformer.evaluation.drawing import overlay, write_picture
+from segformer.evaluation.drawing import displayed, overlay, write_picture
 from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, check_images, trained_at
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.photograph import Photograph, to_pixels
 from segformer.models.ops.argmax import upsample_argmax
+from segformer.models.weights.write import images_of
 from segformer.training.overrides import check_values, type_of
 
 
@@ -34,7 +38,7 @@ class Prediction:
     """What a model sees in one photograph."""
 
     image: np.ndarray
-    "(H, W, 3) uint8 RGB, the photograph."
+    "(H, W, 3) uint8 RGB, the photograph; of other images, a picture of them."
     mask: np.ndarray
     "(H, W) uint8, class ids."
     probabilities: np.ndarray | None
@@ -112,6 +116,7 @@ class Predictor:
         self.classes = metadata.classes
         self.palette = np.array(metadata.palette, np.uint8)
         self.image_range = metadata.image_range
+        self.pixels = Pixels(*images_of(trained))
         self.model = InferenceMode(build(trained).to(self.device), self.mode)
         self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
 
@@ -136,12 +141,12 @@ class Predictor:
         if batch < 1:
             raise ConfigError(f"batch={batch} must be 1 or more")
         if not isinstance(images, list | tuple):
-            pixels = to_pixels(images, self.image_range)
+            pixels = to_pixels(images, self.image_range, self.pixels)
             return self._predict([pixels], probabilities)[0]
         found: list[np.ndarray] = []
         for index, image in enumerate(images):
             with reraise_as(DataError, f"image {index} of {len(images)}", on=DataError):
-                found.append(to_pixels(image, self.image_range))
+                found.append(to_pixels(image, self.image_range, self.pixels))
         sizes: dict[tuple[int, ...], list[int]] = {}
         for index, pixels in enumerate(found):
             sizes.setdefault(pixels.shape, []).append(index)
@@ -154,7 +159,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, images: list[np.ndarray], probabilities: bool) -> list[Prediction]:
-        """The predictions of images (H, W, 3) uint8 of one size."""
+        """The predictions of images (H, W, C) of one size."""
         size = (images[0].shape[0], images[0].shape[1])
         check_images(self.mode, [size])
         pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
@@ -164,7 +169,7 @@ class Predictor:
         if probabilities:
             shares = self.model.probabilities(logits, size).cpu().numpy()
         return [
-            Prediction(image, mask, share, self.classes, self.palette)
+            Prediction(displayed(image), mask, share, self.classes, self.palette)
             for image, mask, share in zip(images, masks, shares, strict=True)
         ]
 

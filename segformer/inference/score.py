@@ -37,6 +37,7 @@ from segformer.data.loading.loader import LoaderConfig
 from segformer.data.loading.mixture import LabelMap
 from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
+from segformer.data.sources.dataset import Pixels
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import World, init_world, limit_threads
 from segformer.errors import (
@@ -55,6 +56,7 @@ from segformer.evaluation.metrics import Row, Scores, as_csv, as_markdown
 from segformer.files import write_atomic
 from segformer.inference.export import build, check_output, open_checkpoint
 from segformer.models.weights.bundle import Weights
+from segformer.models.weights.write import images_of
 from segformer.telemetry.progress import duration, evaluated
 
 
@@ -270,6 +272,11 @@ def open_scored(
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
             f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
+        )
+    if shards.pixels != images_of(trained):
+        raise ConfigError(
+            f"{cfg.checkpoint} takes images of {Pixels(*images_of(trained))}, those of {place} are "
+            f"{shards.pixels}; give shards of its own"
         )
     changed = settings(cfg)
     if changed and kind != "segmentation":
