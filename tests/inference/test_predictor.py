@@ -203,3 +203,67 @@ def test_a_device_of_torch_and_a_batch_of_nothing(checkpoint):
         assert found.device == torch.device("cpu")
     with pytest.raises(ConfigError, match="batch=0 must be 1 or more"):
         found([smooth()], batch=0)
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bands") / "export"
+    metadata = Metadata(
+        classes=CLASSES,
+        palette=PALETTE,
+        mean=[500.0, 600, 700, 800, 9],
+        std=[90.0, 80, 70, 60, 2],
+        dtype="uint16",
+    )
+    torch.manual_seed(1)
+    build_model(ModelConfig(in_channels=5), 3).eval().save_pretrained(out, metadata)
+    return Predictor(out, device="cpu")
+
+
+def test_arrays_and_tensors_of_the_channels_and_type_of_the_training_have_one_prediction(bands):
+    image = np.random.default_rng(0).integers(0, 1500, (48, 64, 5)).astype(np.uint16)
+    metadata = bands.model.model.metadata
+    pixels = torch.from_numpy((image - np.array(metadata.mean)) / np.array(metadata.std)).float()
+    with torch.no_grad():
+        logits = bands.model.model(pixels.permute(2, 0, 1)[None])
+    expected = torch.nn.functional.interpolate(logits, (48, 64), mode="bilinear")[0].argmax(0).numpy()
+    tensor = torch.from_numpy(image.copy())
+    for kind in (image, image.astype(">u2"), tensor, tensor.permute(2, 0, 1)):
+        found = bands(kind)
+        assert (found.mask == expected).mean() > 0.999
+        assert (found.image.shape, found.image.dtype) == ((48, 64, 3), np.uint8)
+    assert found.overlay().shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint16), r"uint16 \(8, 8, 3\); give \(height, width, 5\) of uint16"),
+        (np.zeros((8, 8), np.uint16), r"give \(height, width, 5\) of uint16"),
+        (np.zeros((5, 8, 8), np.uint16), r"channels come last: image\.transpose\(1, 2, 0\)"),
+        (np.zeros((8, 8, 5), np.uint8), "its values must be those of the training, of uint16"),
+        (np.zeros((8, 8, 5)), "its values must be those of the training, of uint16"),
+        (Image.new("RGB", (8, 8)), r"give \(height, width, 5\) of uint16"),
+    ],
+)
+def test_other_channels_and_types_are_refused_in_one_line(bands, image, message):
+    with pytest.raises(DataError, match=message) as caught:
+        bands(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_colors_says_how_more_channels_are_trained(predictor):
+    with pytest.raises(DataError, match=r"7 channels are trained on with data\.channels=7"):
+        predictor(np.zeros((8, 8, 7), np.uint16))
+
+
+def test_one_channel_of_floats_takes_height_and_width(tmp_path):
+    torch.manual_seed(1)
+    metadata = Metadata(classes=CLASSES, palette=PALETTE, mean=[0.1], std=[2.0], dtype="float32")
+    build_model(ModelConfig(in_channels=1), 3).eval().save_pretrained(tmp_path / "x", metadata)
+    floats = Predictor(tmp_path / "x", device="cpu")
+    image = np.random.default_rng(0).normal(size=(40, 48)).astype(np.float32)
+    np.testing.assert_array_equal(floats(image).mask, floats(image[..., None]).mask)
+    image[3, 4] = np.nan
+    with pytest.raises(DataError, match="NaN or infinite"):
+        floats(image)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -14,12 +15,20 @@ from torch import nn
 
 from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet
+from segformer.data.sources.dataset import Pixels
 from segformer.distributed.world import World
 from segformer.errors import ConfigError, DataError
 from segformer.evaluation.drawing import LINE
 from segformer.evaluation.metrics import ClassificationScores
 from segformer.training.config import RunConfig, compose
-from segformer.training.task import Task, check_settings, make_task, training_crop
+from segformer.training.task import (
+    Task,
+    check_settings,
+    check_task,
+    make_task,
+    normalization,
+    training_crop,
+)
 
 WORLD = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"))
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
@@ -182,3 +191,30 @@ def test_settings_of_another_task_are_refused(class_shards, overrides, message):
 def test_the_crop_of_each_task(class_shards, tiny_shards):
     assert training_crop(configure(class_shards, *CLASSIFY)) == (48, 48)
     assert training_crop(configure(tiny_shards, "data=sample", "augment.crop=[64,96]")) == (64, 96)
+
+
+def described(channels: int, dtype: str, task: str = "segmentation") -> Any:
+    """What a task asks of shards of these images, whose mean and std are 7 and 2 in every channel."""
+    values = (None, None) if (channels, dtype) == (3, "uint8") else ([7.0] * channels, [2.0] * channels)
+    return SimpleNamespace(
+        task=task, channels=channels, pixels=Pixels(channels, dtype), mean=values[0], std=values[1]
+    )
+
+
+def test_the_normalization_is_that_of_the_settings_or_else_of_shards_that_are_no_colors() -> None:
+    cfg = compose(RunConfig, "config", ["data.shards=x"])
+    np.testing.assert_allclose(normalization(cfg, described(3, "uint8")), torch.stack([MEAN, STD]))
+    for channels, dtype in ((5, "uint16"), (3, "float32"), (1, "uint8")):
+        assert normalization(cfg, described(channels, dtype)) == ([7.0] * channels, [2.0] * channels)
+    own = compose(RunConfig, "config", ["data.shards=x", "augment.mean=[1,2]", "augment.std=[3,4]"])
+    assert normalization(own, described(2, "uint16")) == ([1.0, 2.0], [3.0, 4.0])
+    with pytest.raises(ConfigError, match=r"augment\.mean has 2 values, but the images of x have 5 channels"):
+        normalization(own, described(5, "uint16"))
+    with pytest.raises(ConfigError, match="have 3 channels; give 3 values"):
+        normalization(own, described(3, "uint8"))
+
+
+def test_a_classifier_takes_colors_alone() -> None:
+    cfg = compose(RunConfig, "config", ["data.shards=x", "data=folder", "data.task=classification"])
+    with pytest.raises(ConfigError, match=r"images of x are 4 x uint8; a classifier is trained on 3 x uint8"):
+        check_task(cfg, described(4, "uint8", "classification"))
