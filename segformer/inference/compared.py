@@ -22,7 +22,7 @@ from segformer.checkpoint.format import TrainState, step_name
 from segformer.checkpoint.reader import CONFIG, newest_state, stored_config
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.reader import ShardReader
-from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.decode import decode_mask, decode_stored
 from segformer.errors import CheckpointError, ConfigError, DataError, listed, printable, reraise_as, say
 from segformer.evaluation.bootstrap import class_iou, image_areas, interval, mean_iou, replicates
 from segformer.evaluation.metrics import SCORES
@@ -154,7 +154,7 @@ def common_images(entries: list[Entry]) -> tuple[str, Split | None]:
 def read_sample(reader: ShardReader, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, C) and target uint8 (H, W) of a sample."""
     raw = reader.read(sample_id)
-    return decode_image(raw.image), decode_mask(raw.target)
+    return decode_stored(raw.image, reader.split.pixels), decode_mask(raw.target)
 
 
 def scored(entry: Entry, split: Split, device: str) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 Of a model of 8-bit RGB, as most are, uint8 (H, W, 3):
 
-    path      JPEG and PNG decoded as in training; TIFF, WebP, BMP and GIF by Pillow; then turned upright as
-              their EXIF orientation says (training leaves them as they are stored)
+    path      JPEG, PNG and TIFF of 16 bits decoded as in training; other TIFF, WebP, BMP and GIF by Pillow;
+              then turned upright as their EXIF orientation says (training leaves them as they are stored)
     array     (H, W, 3) RGB or (H, W) gray, uint8 or uint16; 16 bits become 8 as those of a PNG do
     tensor    the same, or (3, H, W) and (1, H, W), as torch has them
     picture   of PIL, turned upright
@@ -21,7 +21,7 @@ must turn it.
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
@@ -32,6 +32,7 @@ from torch import Tensor
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, RGB, Pixels
 from segformer.data.sources.decode import PNG_MAGIC, eight_bits, read_file
 from segformer.data.sources.picture import image_orientation, upright, whole_image
+from segformer.data.sources.tiff import is_tiff, tiff_header
 from segformer.errors import DataError, reraise_as
 
 if TYPE_CHECKING:
@@ -134,8 +135,9 @@ def read_image(path: Path, image_range: Sequence[int] = (), pixels: Pixels = RGB
     from PIL import ImageOps
 
     data = read_file(path)
-    if pixels != RGB or trained_on(data):
-        return upright(whole_image(path, data, image_range, pixels), image_orientation(data))
+    if pixels != RGB or trained_on(data) or _is_deep_tiff(data):
+        found = whole_image(path, data, image_range, pixels, taker="the model takes")
+        return upright(found, image_orientation(data))
     with open_still(path) as picture:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
@@ -143,6 +145,13 @@ def read_image(path: Path, image_range: Sequence[int] = (), pixels: Pixels = RGB
 def trained_on(data: bytes) -> bool:
     """The file begins as JPEG or PNG, or with nothing."""
     return data[:8] == PNG_MAGIC or data[:2] == b"\xff\xd8" or not data
+
+
+def _is_deep_tiff(data: bytes) -> bool:
+    """A TIFF that training reads and Pillow doesn't show right: of more than 8 bits."""
+    with suppress(ValueError):  # Pillow knows more kinds of TIFF
+        return is_tiff(data) and tiff_header(data).dtype != "uint8"
+    return False
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from segformer.data.sources.dataset import RGB
 from segformer.data.sources.decode import image_header, read_file
 from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
+from segformer.data.sources.tiff import is_tiff
 from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
 from segformer.evaluation.drawing import write_picture
 from segformer.evaluation.inference_mode import InferenceModeConfig
@@ -105,15 +106,15 @@ def predict(cfg: PredictConfig) -> list[Path]:
 
 
 def _check_headers(images: list[Path], source: str, predictor: Predictor) -> None:
-    """DataError where a file is no picture within the limits, as far as its first bytes show; others than
-    8-bit RGB are decoded, for the bytes that tell their channels may be the last."""
+    """DataError where a file is no picture within the limits, as far as its first bytes show; TIFFs and
+    all images that are not 8-bit RGB are decoded, for what tells their channels may come last."""
     errors: list[DataError] = []
     for path in images:
         with reported(errors.append, on=DataError):
-            if predictor.pixels != RGB:
+            first = read_file(path, HEADER_BYTES)
+            if predictor.pixels != RGB or is_tiff(first):
                 read_image(path, predictor.image_range, predictor.pixels)
                 continue
-            first = read_file(path, HEADER_BYTES)
             if not trained_on(first):
                 with open_still(path):
                     continue

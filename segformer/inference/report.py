@@ -24,7 +24,7 @@ from segformer.data.loading.mixture import Mixture
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.shards.reader import ShardReader
 from segformer.data.sources.dataset import class_palette
-from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.data.sources.decode import decode_mask, decode_stored
 from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported, say
 from segformer.evaluation.drawing import displayed, write_picture
 from segformer.evaluation.metrics import SCORES, ClassificationScores, Row, SegmentationScores
@@ -127,7 +127,7 @@ def _draw_overlays(run: Path, cfg: RunConfig, count: int, device: str) -> int:
         def seen(sample_id: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
             index, own = (0, sample_id) if isinstance(split, Split) else split.place(sample_id)
             raw = readers[index].read(own)
-            image, target = decode_image(raw.image), decode_mask(raw.target)
+            image, target = decode_stored(raw.image, parts[index].pixels), decode_mask(raw.target)
             target = target if isinstance(split, Split) else split.tables[index][target]
             return split.key(sample_id), displayed(image), target, predictor(image).mask
 

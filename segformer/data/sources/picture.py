@@ -70,11 +70,14 @@ def value_range(data: bytes) -> tuple[int, int] | None:
     return int(deep.min()), int(deep.max())
 
 
-def whole_image(path: Path, data: bytes, image_range: Sequence[int] = (), pixels: Pixels = RGB) -> np.ndarray:
+def whole_image(
+    path: Path, data: bytes, image_range: Sequence[int] = (), pixels: Pixels = RGB, taker: str = "the set"
+) -> np.ndarray:
     """An image file that is whole -> (H, W, C) as a set of these `pixels` holds it, as training decodes it.
 
     Of 3 channels a gray image becomes three equal ones; alpha that no channel is left for is dropped (not of
-    a TIFF, whose last channel may be anything). image_range: as in `decode_image`, for uint8.
+    a TIFF, whose last channel may be anything). image_range: as in `decode_image`, for uint8. taker: what has
+    these `pixels`, in words; of a set the settings are named.
 
     Raises:
         DataError: it is damaged, of another format, or does not fit `pixels`.
@@ -88,7 +91,7 @@ def whole_image(path: Path, data: bytes, image_range: Sequence[int] = (), pixels
         if photo and pixels == RGB:
             return decode_image(data, image_range)
         found = _stored(data, photo)
-    return _fitted(path, found, image_range, pixels, alpha=not is_tiff(data))
+    return _fitted(path, found, image_range, pixels, taker, alpha=not is_tiff(data))
 
 
 def _is_photo(data: bytes) -> bool:
@@ -163,17 +166,18 @@ def still_header(data: bytes) -> tuple[str, int, int]:
 
 
 def _fitted(
-    path: Path, found: np.ndarray, image_range: Sequence[int], pixels: Pixels, *, alpha: bool
+    path: Path, found: np.ndarray, image_range: Sequence[int], pixels: Pixels, taker: str, *, alpha: bool
 ) -> np.ndarray:
     """Channels and dtype as `pixels` says; DataError names the setting where they are others."""
-    channels, dtype = found.shape[2], str(found.dtype)
+    channels, dtype, given = found.shape[2], str(found.dtype), taker == "the set"
     if alpha and channels in (2, 4) and channels != pixels.channels:
         found = found[..., :-1]
     if found.shape[2] == 1 and pixels.channels == 3:
         found = np.repeat(found, 3, axis=2)
     if found.shape[2] != pixels.channels:
-        what = f"{str(path)!r} has {channels} channels, the set {pixels.channels}"
-        raise DataError(f"{what}; give data.channels={channels} or leave it out")
+        what = f"{str(path)!r} has {channels} channels, {taker} {pixels.channels}"
+        do = f"give data.channels={channels} or leave it out" if given else f"give images of {pixels}"
+        raise DataError(f"{what}; {do}")
     if pixels.dtype == "uint8" and dtype == "uint16":
         found = eight_bits(found, image_range)
     elif pixels.dtype == "float32" and dtype != "uint8" and np.can_cast(dtype, np.float32):
@@ -181,7 +185,8 @@ def _fitted(
     elif pixels.dtype != dtype:
         fits = dtype if dtype in DTYPES else "float32" if np.can_cast(dtype, np.float32) else ""
         do = f"give data.dtype={fits} or convert it" if fits else "save it as float32"
-        raise DataError(f"{str(path)!r} holds {dtype}, the set {pixels.dtype}; {do}")
+        do = do if given else f"give images of {pixels}"
+        raise DataError(f"{str(path)!r} holds {dtype}, {taker} {pixels.dtype}; {do}")
     if found.nbytes > 3 * most_pixels():
         what = f"{str(path)!r} takes {found.nbytes} bytes, the limit is {3 * most_pixels()}"
         raise DataError(f"{what}; cut it into smaller images")
