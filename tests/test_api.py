@@ -136,7 +136,7 @@ def test_settings_are_those_of_the_command_line(monkeypatch, tmp_path):
         ((np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 300)), r"train\[1\]: its mask has ids from 300"),
         (np.zeros((8, 8, 3), np.uint8), r"train\[1\]: it is a ndarray; an item is a pair"),
         (("absent.jpg", np.zeros((8, 8), int)), r"train\[1\]: No such file"),
-        (("a.tif", np.zeros((8, 8), int)), r"train\[1\]: 'a.tif' is no file of .jpg"),
+        (("a.gif", np.zeros((8, 8), int)), r"train\[1\]: 'a.gif' is no file of .jpg"),
         (
             (np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2)),
             r"^mask train\[1\] holds the ids 2, outside 0 to 1",

@@ -165,6 +165,15 @@ def test_other_stills_are_turned_as_well(tmp_path, suffix, orientation):
     np.testing.assert_array_equal(read_image(path), np.rot90(np.array(stored), 2 if orientation == 3 else 3))
 
 
+def test_a_16_bit_tiff_is_seen_as_a_png_of_16_bits_is(tmp_path):
+    deep = pictures()["I;16.png"]
+    for suffix in ("png", "tif"):
+        deep.save(tmp_path / f"deep.{suffix}")
+    for values in ([], [100, 9000]):
+        png, tiff = (read_image(tmp_path / f"deep.{suffix}", values) for suffix in ("png", "tif"))
+        np.testing.assert_array_equal(tiff, png)
+
+
 def hostile_stills():
     """Files that claim to be a still, and what is wrong with them."""
     picture, buffer = pictures()["RGB.png"], io.BytesIO()
@@ -177,9 +186,10 @@ def hostile_stills():
         frames, moving = [picture, picture.rotate(90)], io.BytesIO()
         frames[0].save(moving, save, save_all=True, append_images=frames[1:])
         yield f"moving.{kind}", moving.getvalue(), "it holds several pictures"
-    deep = io.BytesIO()
-    pictures()["I;16.png"].save(deep, "TIFF")
-    yield "deep.tif", deep.getvalue(), r"its pixels \(I;16\) are not of 8 bits"
+    floats = io.BytesIO()
+    pictures()["RGB.png"].convert("F").save(floats, "TIFF")
+    message = "floats.tif' holds float32, the model takes uint8; give images of 3 x uint8"
+    yield "floats.tif", floats.getvalue(), message
 
 
 @pytest.mark.parametrize(

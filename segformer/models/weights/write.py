@@ -117,7 +117,7 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         raise ConfigError(f"segmentation_models_pytorch has no encoder of {arch.variant}; use another target")
     if format_ == "smp" and arch.in_channels != RGB:
         raise ConfigError(
-            f"segmentation_models_pytorch has no mit encoder for {arch.in_channels} channels; use another"
+            f"segmentation_models_pytorch has no mit encoder of {arch.in_channels} channels; take another to="
         )
     if reason := _NO_PLACE.get((format_, arch.kind)):
         raise ConfigError(

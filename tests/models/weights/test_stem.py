@@ -130,7 +130,7 @@ def test_five_channels_survive_every_format(bands: SegFormer, tmp_path: Path, fo
 
 
 def test_smp_has_no_place_for_them(bands: SegFormer, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no mit encoder for 5 channels"):
+    with pytest.raises(ConfigError, match="no mit encoder of 5 channels"):
         write_pth(of(bands), tmp_path / "x.pth", "smp")
 
 
