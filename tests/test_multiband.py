@@ -10,10 +10,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation
 
+import segformer
 from segformer import DataError, Predictor, SegFormer
+from segformer.data.loading.loader import LoaderConfig
+from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet
+from segformer.data.shards.sharding import write_shards
+from segformer.data.sources.dataset import DatasetConfig
+from segformer.distributed.world import World
+from segformer.evaluation.evaluate import evaluate
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
 
@@ -22,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 BANDS = 5
 LAYOUT = {"photometric": "minisblack", "planarconfig": "contig"}
 SCALE = np.array([3000, 2500, 2000, 12000, 400])  # of the bands
-pytestmark = pytest.mark.slow
 
 
 def scene(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,10 +43,9 @@ def scene(index: int) -> tuple[np.ndarray, np.ndarray]:
     return (relief * SCALE + rng.normal(0, 20, relief.shape)).clip(0, 65535).astype(np.uint16), mask
 
 
-@pytest.fixture(scope="module")
-def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bands")
-    for split, count in (("train", 24), ("val", 6)):
+def written(root: Path, counts: dict[str, int]) -> Path:
+    """A folder of scenes, images as TIFF."""
+    for split, count in counts.items():
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
         for index in range(count):
@@ -52,6 +58,57 @@ def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("bands"), {"train": 24, "val": 6})
+
+
+def test_a_rank_that_has_no_image_gives_the_network_as_many_channels(tmp_path: Path) -> None:
+    """Under ZeRO-3 each forward is a collective, so that it repeats one that doesn't count."""
+    cfg = DatasetConfig(classes=["ground", "disc"], channels=BANDS)
+    root = written(tmp_path / "root", {"train": 2, "val": 1})
+    write_shards(cfg, root, tmp_path / "out", seed=0, samples_per_shard=8, workers=1)
+    shards, seen = ShardSet.open(tmp_path / "out"), []
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(tuple(images.shape))
+            return images[:, :2, ::4, ::4]
+
+    assert shards.mean is not None
+    assert shards.std is not None
+    for rank in (0, 1):
+        evaluate(
+            Network(),
+            Normalize(shards.mean, shards.std),
+            shards.split("val"),
+            LoaderConfig(workers=0),
+            World(rank=rank, local_rank=rank, size=2, local_size=2, device=torch.device("cpu")),
+            num_classes=2,
+            batch_size=1,
+            bf16=False,
+            should_stop=lambda: False,
+            on_error=pytest.fail,
+        )
+    assert sorted(seen) == [(1, BANDS, 64, 64), (1, BANDS, 96, 128)]
+
+
+@pytest.mark.slow
+def test_arrays_of_five_bands_are_trained_on_from_python(tmp_path: Path) -> None:
+    pairs = [scene(index) for index in range(6)]
+    settings = {"classes": ["ground", "disc"], "steps": 2, "run_dir": str(tmp_path / "run")}
+    quick = ("experiment=scratch", "augment.crop=[64,64]", "loader.workers=0", "overlays=0")
+    with pytest.raises(DataError, match=r"train\[0\]: .*5 channels are trained on with data\.channels=5"):
+        segformer.train(*quick, train=pairs[2:], val=pairs[:2], **settings)
+    wrong = [pairs[0], (pairs[1][0][..., :4], pairs[1][1])]
+    with pytest.raises(DataError, match=r"val\[1\]: .*\(96, 128, 4\); give \(height, width, 5\) of uint16"):
+        segformer.train(*quick, "data.channels=5", train=pairs[2:], val=wrong, **settings)
+    result = segformer.train(*quick, "data.channels=5", train=pairs[2:], val=pairs[:2], **settings)
+    assert Predictor(result.export, device="cpu")(pairs[0][0]).mask.shape == (96, 128)
+    shards = ShardSet.open(result.run / "data")
+    assert shards.pixels == (BANDS, "uint16")
+
+
 def command(script: str, *arguments: str, cwd: Path, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
@@ -60,6 +117,7 @@ def command(script: str, *arguments: str, cwd: Path, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_five_bands_of_16_bits_from_tiff_to_masks_by_the_commands(bands: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     rgb = build_model(ModelConfig(), 150)
