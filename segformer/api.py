@@ -43,6 +43,7 @@ from segformer.data.sources.dataset import (
     DatasetConfig,
     Pixels,
 )
+from segformer.data.sources.tiff import encode_tiff
 from segformer.errors import ConfigError, DataError, is_main_rank, reraise_as
 from segformer.evaluation.metrics import Scores
 from segformer.inference.export import ExportConfig
@@ -206,7 +207,7 @@ def _write_pair(pair: Any, folder: Path, name: str, cfg: DatasetConfig) -> None:
     elif cfg.pixels == RGB:
         _write_png(Path(f"{target}.png"), cv2.cvtColor(to_pixels(image, cfg.image_range), cv2.COLOR_RGB2BGR))
     else:
-        _write_tiff(Path(f"{target}.tif"), image, cfg)
+        Path(f"{target}.tif").write_bytes(encode_tiff(_bands(image, cfg)))
     target = folder / "masks" / f"{name}.png"
     if isinstance(mask, str | Path):
         shutil.copyfile(mask, target)
@@ -223,16 +224,10 @@ def _write_pair(pair: Any, folder: Path, name: str, cfg: DatasetConfig) -> None:
     _write_png(target, ids.astype(np.uint8))
 
 
-def _write_tiff(path: Path, image: Any, cfg: DatasetConfig) -> None:
+def _bands(image: Any, cfg: DatasetConfig) -> np.ndarray:
     """An image of other channels or type than 8-bit RGB; the type is that of the settings, or its own."""
-    import tifffile
-
     own = str(getattr(image, "dtype", "")).removeprefix("torch.")
-    pixels = to_pixels(image, (), Pixels(cfg.channels, cfg.dtype or (own if own in DTYPES else RGB.dtype)))
-    if cfg.channels == 1:
-        tifffile.imwrite(path, pixels[..., 0], photometric="minisblack")
-    else:
-        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="contig")
+    return to_pixels(image, (), Pixels(cfg.channels, cfg.dtype or (own if own in DTYPES else RGB.dtype)))
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

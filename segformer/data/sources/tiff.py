@@ -61,6 +61,17 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in _MAGIC
 
 
+def encode_tiff(pixels: np.ndarray) -> bytes:
+    """An image (H, W, C) as the bytes of a TIFF."""
+    import tifffile
+
+    out = io.BytesIO()
+    layout = {} if pixels.shape[2] == 1 else {"planarconfig": "contig"}
+    found = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    tifffile.imwrite(out, found, photometric="minisblack", **layout)
+    return out.getvalue()
+
+
 def tiff_header(data: bytes) -> TiffHeader:
     """The header of the image in a TIFF; ValueError for what is not read."""
     order, big = _MAGIC[data[:4]]
