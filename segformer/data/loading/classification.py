@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segformer.data.loading.photometric import MOST_SIDE, by_four, check_lists
+from segformer.data.loading.photometric import MOST_SIDE, check_lists
+from segformer.data.sources.picture import by_four
 from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10

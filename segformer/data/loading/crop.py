@@ -21,8 +21,9 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from segformer.data.loading.photometric import MOST_SIDE, by_four, check_lists
+from segformer.data.loading.photometric import MOST_SIDE, check_lists
 from segformer.data.sources.dataset import IGNORE_INDEX
+from segformer.data.sources.picture import by_four
 from segformer.errors import ConfigError, within
 
 CROP_TRIES = 10

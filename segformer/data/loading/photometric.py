@@ -12,7 +12,7 @@ after normalization.
 Shapes: B batch, H W image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import cv2
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from segformer.data.sources.picture import by_four
 from segformer.errors import ConfigError
 
 _T = TypeVar("_T")
@@ -64,18 +65,6 @@ def draw_distortion(strength: float, rng: np.random.Generator) -> Distortion[flo
         hue=hue if shifted else 0.0,
         contrast_after=contrast if contrasted and after else 1.0,
     )
-
-
-def by_four(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
-    """A function of OpenCV, which may know no more than four channels and drops a single one, of all of them.
-
-    image (H, W, C) -> (h, w, C).
-    """
-    channels = image.shape[2]
-    if 1 < channels <= 4:
-        return function(image)
-    parts = (np.ascontiguousarray(image[..., first : first + 4]) for first in range(0, channels, 4))
-    return np.concatenate([np.atleast_3d(function(part)) for part in parts], axis=2)
 
 
 def blur(image: np.ndarray, valid: Sequence[int], sigma: float) -> None:

@@ -31,6 +31,7 @@ from segformer.data.shards.workfolder import WorkFolder
 from segformer.data.sources.content import Depth, check_depth
 from segformer.data.sources.dataset import IGNORE_INDEX, RGB, DatasetConfig
 from segformer.data.sources.decode import PNG_MAGIC, encode_array, is_deep, read_file
+from segformer.data.sources.picture import by_four
 from segformer.data.sources.sample import LoadedSample, Sample, load_sample
 from segformer.errors import ConfigError, DataError, at_least, within
 from segformer.files import read_json, sha256_of, staged, write_atomic
@@ -74,8 +75,7 @@ class Settings:
             raise ConfigError("data.splits is empty; name at least one split, such as [train,val]")
         if self.quality and self.cfg.pixels != RGB:
             raise ConfigError(
-                f"quality={self.quality} makes JPEGs, which hold {RGB}, not the set's {self.cfg.pixels}; "
-                "leave it out"
+                f"quality={self.quality} makes JPEGs, which hold {RGB}, and the set others; leave it out"
             )
 
 
@@ -265,8 +265,7 @@ def _encoded(
     reduce = size != (loaded.height, loaded.width)
     if reduce:
         height, width = size
-        shape = (height, width, pixels.shape[2])  # OpenCV drops a single channel
-        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA).reshape(shape)
+        pixels = by_four(lambda part: cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA), pixels)
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     if cfg.pixels != RGB:

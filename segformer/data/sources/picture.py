@@ -9,7 +9,7 @@ viewing) is not applied: `image_orientation` reads it from the header, `upright`
 import contextlib
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,3 +247,15 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def by_four(function: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """A function of OpenCV, which may know no more than four channels and drops a single one, of all of them.
+
+    image (H, W, C) -> (h, w, C).
+    """
+    channels = image.shape[2]
+    if 1 < channels <= 4:
+        return function(image)
+    parts = (np.ascontiguousarray(image[..., first : first + 4]) for first in range(0, channels, 4))
+    return np.concatenate([np.atleast_3d(function(part)) for part in parts], axis=2)
