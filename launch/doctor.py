@@ -1,4 +1,4 @@
-"""Look at data and settings before a run, or at labels that a trained model disagrees with.
+"""Look at data and settings before a run, or at labels that a model doubts.
 
     python launch/doctor.py experiment=sample
     python launch/doctor.py data=camvid root=<dir> ranks=8 gpu_gib=80
