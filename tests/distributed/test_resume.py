@@ -103,11 +103,9 @@ def test_a_run_on_two_sets_sees_its_samples_in_order_on_other_ranks_and_stages(
     small, calm, tmp_path, tiny_shards, train_many, metrics
 ):
     """Stopped three times and continued each time elsewhere: each set's own epochs, and the losses of one."""
-    mixture = {
-        "one": {"shards": str(tiny_shards), "weight": 2, "classes": {"background": ["paper", "glass"]}}
-    }
-    mixture |= {"two": {"shards": str(tiny_shards), "classes": {"background": ["glass"]}}}
-    options = ["data=folder", "data.shards=", f"mixture.sets={json.dumps(mixture)}", *calm]
+    options = ["data=folder", "data.shards=", "mixture.sets.one.classes.background=[paper, glass]", *calm]
+    options += [f"mixture.sets.{name}.shards={tiny_shards}" for name in ("one", "two")]
+    options += ["mixture.sets.one.weight=2", "mixture.sets.two.classes.background=[glass]"]
     options += ["global_batch=6", f"steps={STEPS}", "telemetry.ledger=true", "checkpoint.save_every=4"]
     train_many(1, [small("whole", *options)])
     places = ((2, 3, 4), (3, 1, 9), (1, 0, 13), (2, 2, None))  # ranks, ZeRO stage, where it stops
