@@ -63,7 +63,7 @@ def label_format(cfg: DatasetConfig, root: Path) -> str:
     if cfg.format and not os.path.isdir(root):
         raise DataError(no_root(root))
     masks = any(os.path.isdir(root / cfg.folder("mask", split)) for split in cfg.splits)
-    if cfg.format or cfg.task != "segmentation" or masks:
+    if cfg.format or cfg.task != "segmentation" or masks or not cfg.splits:
         return cfg.format
     found = [name for name, module in FORMATS.items() if module.detect(cfg, root)]
     if len(found) > 1:
