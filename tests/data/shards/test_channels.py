@@ -47,6 +47,8 @@ def write(root: Path, out: Path, **options: int) -> ShardSet:
     return ShardSet.open(out)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_shards_hold_the_pixels_and_their_mean_and_std(tmp_path: Path, dtype: str) -> None:
     images = make(tmp_path / "set", dtype)
