@@ -14,6 +14,7 @@ import logging
 import struct
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 
@@ -162,6 +163,35 @@ def _checked(tags: dict[int, tuple[int, ...]], directory: bytes, size: int) -> T
     return TiffHeader(height, width, channels, dtype, indexed, planar, one(_ORIENTATION, 1), directory)
 
 
+class _Joined(io.RawIOBase):
+    """Pieces as one file, without a copy of them."""
+
+    def __init__(self, *pieces: bytes | memoryview) -> None:
+        super().__init__()
+        self._pieces, self._at = pieces, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (0, self._at, sum(map(len, self._pieces)))[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        at = self._at
+        for piece in self._pieces:
+            if at < len(piece):
+                part = memoryview(piece)[at : at + len(buffer)]
+                buffer[: len(part)] = part
+                self._at += len(part)
+                return len(part)
+            at -= len(piece)
+        return 0
+
+
 def decode_tiff(data: bytes) -> np.ndarray:
     """The image of a TIFF as it is stored, (H, W, C); ValueError for what is not read or damaged.
 
@@ -176,15 +206,13 @@ def decode_tiff(data: bytes) -> np.ndarray:
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors come as exceptions
     order, big = _MAGIC[data[:4]]
-    whole = data + b"\0" * (len(data) % 2)
-    start = (
-        data[:8] + struct.pack(order + "Q", len(whole))
-        if big
-        else data[:4] + struct.pack(order + "I", len(whole))
-    )
+    pad = b"\0" * (len(data) % 2)
+    end = struct.pack(order + ("Q" if big else "I"), len(data) + len(pad))
+    start = data[: 8 if big else 4] + end
     with (
         reraise_as(ValueError, "it is damaged", on=(ValueError, RuntimeError, struct.error)),
-        tifffile.TiffFile(io.BytesIO(start + whole[len(start) :] + header.directory)) as file,
+        io.BufferedReader(_Joined(start, memoryview(data)[len(start) :], pad, header.directory)) as joined,
+        tifffile.TiffFile(joined) as file,
     ):
         found = file.pages[0].asarray(maxworkers=1)
     size = (header.height, header.width)
