@@ -96,7 +96,7 @@ LOWEST := .venv-lowest
 test-lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
-	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra train --extra remote --extra tensorboard pyproject.toml -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra train --extra remote --extra tensorboard --extra datasets --extra tiff pyproject.toml -o $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt pytest hypothesis
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -o filterwarnings=default -W ignore -m "not slow and not gpu" \
 		tests/training/test_config.py tests/training/test_loop.py tests/checkpoint/test_checkpoint.py tests/data/sources \

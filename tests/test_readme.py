@@ -17,8 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import pytest
 import shapes
+import writers
 
 from segformer.__main__ import commands as installed
 from segformer.distributed.rendezvous import free_port
@@ -174,6 +176,14 @@ def user(tmp_path_factory, tiny_root):
     for kind in ("images", "masks"):
         (folder / "photos" / kind).symlink_to(tiny_root / kind)
     shutil.copy(next((tiny_root / "images/val").iterdir()), folder / "photo.jpg")
+    items = [
+        writers.Item(
+            path.stem, cv2.imread(str(tiny_root / f"images/train/{path.stem}.jpg")), [("nucleus", ids > 0)]
+        )
+        for path in sorted((tiny_root / "masks/train").iterdir())
+        if (ids := cv2.imread(str(path), cv2.IMREAD_UNCHANGED)).any()
+    ]
+    writers.labelme(folder / "export", {"": items})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
