@@ -34,6 +34,7 @@ BLOCK = 2**22  # bytes that are read at a time
 IGNORE = "ignore"  # category of pixels that neither loss nor scores count
 SHOWN = 3  # names in a message
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # and what they are called
 _ALSO = {"val": ["val", "valid", "validation"]}
 _LOOKED_AT = 32  # names that say which folder is meant
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -202,13 +203,6 @@ def compared(
         kinds["image without labels"] = (len(images), printable(min(images)))
     if kinds:
         found.left[shown] = found.left.get(shown, {}) | kinds
-
-
-def twice(found: Found, keys: Collection[str], what: str) -> None:
-    """Note keys that come more than once."""
-    seen: set[str] = set()
-    again = {key for key in keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
-    found.defects += defect(f"{what} come more than once", "keep one of each", again)
 
 
 def read_labels(path: Path) -> Any:

@@ -12,7 +12,7 @@ covers the other."""
 from collections.abc import Container
 from pathlib import Path
 
-from segformer.data.formats.base import Found, Labeled, defect, first_there
+from segformer.data.formats.base import SPLITS, Found, Labeled, defect, first_there
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import by_key, files_below, left_out
 from segformer.errors import DataError, printable
@@ -21,13 +21,14 @@ _IMAGES, _MASKS = ("images/{split}", "images"), ("masks/{split}", "masks")
 
 
 def detect(cfg: DatasetConfig, root: Path) -> bool:
-    """Every mask lies in the folder of a class, or of an image."""
+    """Every mask lies in the folder of a class (none that is called as a split is), or of an image."""
     first = cfg.splits[0] if cfg.splits else ""
     images, masks = (first_there(cfg, root, first, usual) for usual in (_IMAGES, _MASKS))
     if not (images and masks and (root / images).is_dir() and (root / masks).is_dir()):
         return False
     keys, stems = _files(root / images, cfg.ends("image"))[0], _files(root / masks, cfg.ends("mask"))[0]
-    return bool(stems) and all("/" in stem and _parted(stem, keys) for stem in stems)
+    ways = [_parted(stem, keys) if "/" in stem else None for stem in stems]
+    return bool(ways) and all(way and way[1].lower() not in SPLITS for way in ways)
 
 
 def _files(folder: Path, ends: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str], list[str]]:

@@ -8,7 +8,8 @@
                       {size: [h, w], counts: "..."}      the same, compressed
 
 Annotations cover those that stand before them in the file; a crowd (iscrowd 1) lies below all others. An
-annotation without a segmentation (a box only) is counted, an image without annotations is all uncovered."""
+annotation without a segmentation (a box only) is counted, an image without annotations is all uncovered. A
+category that only groups others, as the first one of Roboflow's, is no class."""
 
 import functools
 import os
@@ -47,7 +48,16 @@ USUAL = (
     *("_annotations.coco.json", "instances.json", "annotations.json", "labels.json", "result.json"),
 )
 """Of COCO itself, Roboflow, and of one file for all splits: CVAT, FiftyOne, Label Studio."""
-IMAGES = ("{split}", "{split}2017", "{split}2014", "images/{split}2017", "images", "data", "")
+IMAGES = (
+    "{split}",
+    "{split}2017",
+    "{split}2014",
+    "images/{split}2017",
+    "images/default",
+    "images",
+    "data",
+    "",
+)
 
 _T = TypeVar("_T")
 Id = int | str
@@ -60,6 +70,8 @@ class Content(Generic[_T]):
     images: dict[Id, tuple[str, tuple[int, int] | None]] = field(default_factory=dict)
     """Path and size (height, width)."""
     categories: dict[Id, str] = field(default_factory=dict)
+    groups: set[str] = field(default_factory=set)
+    """Supercategories of others."""
     annotations: dict[Id, list[_T]] = field(default_factory=dict)
     defects: list[Defect] = field(default_factory=list)
 
@@ -112,6 +124,8 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
                 found.defects.append(Defect("size", f"{text} of {one.size}; export it again"))
             one.size = one.size or entry.size
         one.shapes = tuple(shapes)
+    used = {name for one in found.labeled for name, _ in one.shapes or ()}
+    found.categories = [name for name in found.categories if name in used or name not in content.groups]
     text = f"category ids of annotations are not in the categories of {str(path)!r}"
     found.defects += defect(text, "export it again, with its categories", unknown)
     if bare:
@@ -170,7 +184,8 @@ def _contents(path: Path, annotation: Callable[[Any, str], _T], *_: int) -> Cont
         if key == "images":
             content.images[number] = need(entry, "file_name", str, where), _size(entry)
         elif key == "categories":
-            content.categories[number] = need(entry, "name", str, where)
+            content.categories[number] = name = need(entry, "name", str, where)
+            content.groups |= {str(entry.get("supercategory"))} - {name}
         else:
             image = id_of(entry, "image_id", where)
             content.annotations.setdefault(image, []).append(annotation(entry, where))

@@ -22,7 +22,6 @@ from segformer.data.formats.base import (
     label_lines,
     labels_place,
     parts_of,
-    twice,
 )
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.masks import Defect
@@ -50,7 +49,6 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
         parts = parts_of(cfg, split, named, f"{str(path)!r} has the splits")
         rows = {line: row for line, row in rows.items() if row[cfg.column("split")] in parts}
     missing: dict[str, set[str]] = {"image": set(), "mask": set()}
-    keys = []
     for line, row in rows.items():
         files = {}
         for role in missing:
@@ -67,7 +65,7 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
         for role in gone:
             missing[role].add(files[role])
         if not gone:
-            keys.append(key := key_of(files["image"]))
+            key = key_of(files["image"])
             image, mask = (f"{path.parent}/{name}" for name in files.values())
             found.labeled.append(Labeled(key, image, mask_file=mask))
             for column, value in row.items():
@@ -75,7 +73,6 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     for role, names in missing.items():
         what = f"{role}s of {str(path)!r} are not below {str(path.parent)!r}"
         found.defects += defect(what, "add them, or take their lines out", names)
-    twice(found, keys, f"images of {str(path)!r}")
     return found
 
 

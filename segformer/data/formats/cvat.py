@@ -154,7 +154,7 @@ class _Reader:
                 count(self.left, f"image of the subset {printable(subset)}", name)
             elif not self._broken:
                 with self._noting():
-                    file = self.pictures.find(name)
+                    file = self.pictures.find(name, part=subset)
                     ordered = sorted(self._shapes, key=lambda shape: shape[0])
                     shapes = tuple((label, outline) for _, label, outline in ordered)
                     image = f"{self.pictures.folder}/{file}"

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segformer.data.formats.base import Found, Labeled, defect, inside, key_of, parts_of, read_labels, twice
+from segformer.data.formats.base import Found, Labeled, defect, inside, key_of, parts_of, read_labels
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_FILE_BYTES, DatasetConfig
 from segformer.data.sources.decode import PNG_MAGIC
 from segformer.errors import DataError, listed, reraise_as, say
@@ -65,7 +65,6 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     lacking = {key for key, *paths in pairs if not all(paths)}
     found.defects += defect(f"rows of {str(root)!r} have no image or no mask", "leave them out", lacking)
     found.labeled = [Labeled(key, image, mask_file=mask) for key, image, mask in pairs if image and mask]
-    twice(found, [key for key, *_ in pairs], f"images of {str(root)!r}")
     return found
 
 

@@ -13,6 +13,7 @@ They lie in `data.labels`, or in a folder for each split, or anywhere below root
 folder of its file. An image without a file is not used."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from segformer.data.formats.outlines import (
 )
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import LeftOut, files_below, is_hidden
+from segformer.files import regular
 
 NO_AREAS = ("point", "points", "line", "linestrip")
 _RING = (None, "", "polygon", "oriented_rectangle", "rotation")
@@ -49,11 +51,12 @@ _HEAD = 2**14  # bytes in which a file says what it is
 
 
 def detect(cfg: DatasetConfig, root: Path) -> bool:
-    """The first JSON file of a folder of labels has shapes."""
-    for path in sorted(label_folder(cfg, root, cfg.splits[0]).glob("*.json"))[:1]:
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-        return head.lstrip()[:1] == b"{" and b'"shapes"' in head
+    """The first JSON file in or below a folder of labels has shapes."""
+    for folder, _, names in os.walk(label_folder(cfg, root, cfg.splits[0])):
+        for name in sorted(name for name in names if name.endswith(".json") and not is_hidden(name))[:1]:
+            with regular(Path(folder, name)).open("rb") as file:
+                head = file.read(_HEAD)
+            return head.lstrip()[:1] == b"{" and b'"shapes"' in head
     return False
 
 

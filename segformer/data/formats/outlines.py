@@ -175,8 +175,10 @@ class Pictures:
         """An image has this name, wherever it lies."""
         return _composed(name) in self._by_name
 
-    def find(self, path: str, *, whole: bool = True) -> str:
+    def find(self, path: str, *, whole: bool = True, part: str = "") -> str:
         """The one image whose path ends as this does, in all of it or (not `whole`) as far as any does.
+
+        part: folder, in any case, that tells several apart.
 
         Raises:
             ValueError: there is none, are several, or it was found before.
@@ -189,9 +191,11 @@ class Pictures:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             ends.setdefault(same, []).append(name)
         found = ends[max(ends)] if ends and max(ends) >= (len(wanted) if whole else 1) else []
+        if len(found) > 1:
+            found = [name for name in found if part.lower() in name.lower().split("/")] or found
         if len(found) != 1:
             many = f"{len(found)} files ({listed(found, 3)})" if found else "no file"
-            raise ValueError(f"there is {many} for the image {path!r} below {self.folder!r}")
+            raise ValueError(f"{many} found for the image {path!r} below {self.folder!r}")
         if found[0] in self._used:
             raise ValueError(f"the image {path!r} has labels already")
         self._used.add(found[0])

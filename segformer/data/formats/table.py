@@ -5,6 +5,7 @@ category that is called otherwise, or `ignore`. Without `data.classes` the class
 then the categories of the files, over all splits."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from segformer.data.formats import (
     voc,
     yolo,
 )
-from segformer.data.formats.base import IGNORE, Format, Found, Labeled, Outline
+from segformer.data.formats.base import IGNORE, Format, Found, Labeled, Outline, defect
 from segformer.data.sources.content import override
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, setting
 from segformer.data.sources.folder import no_root
@@ -101,6 +102,9 @@ def labeled_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sa
     found = FORMATS[cfg.format].read(cfg, root, split)
     raw_ids = {name: raw for raw, name in enumerate(cfg.classes)} | {IGNORE: IGNORE_INDEX}
     found.defects += _class_defects(cfg, found, raw_ids)
+    twice = [key for key, count in Counter(one.key for one in found.labeled).items() if count > 1]
+    what = "images have labels more than once, or names that differ in the suffix only"
+    found.defects += defect(what, "keep one of each", twice)
     uncovered = raw_ids.get(cfg.uncovered, IGNORE_INDEX)
 
     def raw_id(category: str) -> int:
@@ -135,7 +139,7 @@ def _class_defects(cfg: DatasetConfig, found: Found, known: dict[str, int]) -> I
         used[category] = used.get(category, 0) + 1
     if unknown := {name: count for name, count in used.items() if _class_of(cfg, name) not in known}:
         count = sum(unknown.values())
-        do = override("data.category_map", dict.fromkeys(sorted(unknown), IGNORE) | cfg.category_map)
+        do = override("data.category_map", cfg.category_map | dict.fromkeys(sorted(unknown), IGNORE))
         yield Defect(
             "listing",
             f"{count} shapes are of {len(unknown)} categories that data.classes doesn't have "

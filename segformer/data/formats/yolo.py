@@ -10,6 +10,7 @@ reads `labels`, or beside the image. Without data.yaml: classes.txt, images/ and
 image without a text file has no objects; it is used, and counted. Boxes and keypoints are refused."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -27,7 +28,6 @@ from segformer.data.formats.base import (
     inside,
     key_of,
     split_places,
-    twice,
 )
 from segformer.data.formats.outlines import count, numbers, refusing, rings
 from segformer.data.sources.dataset import DatasetConfig
@@ -45,10 +45,16 @@ _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 def detect(cfg: DatasetConfig, root: Path) -> bool:
-    """There is a data.yaml, or classes.txt with folders of images and labels."""
+    """A YAML file names classes and images, or there are classes.txt and folders of images and labels."""
     if (root / CLASSES).is_file():
         return (root / "images").is_dir() and (root / "labels").is_dir()
-    return _file(cfg, root) is not None
+    path, text = _file(cfg, root), ""
+    if path and path.suffix in (".yaml", ".yml"):
+        with suppress(OSError, ValueError):
+            text = read_text(path, most=MAX_LABEL_BYTES)
+    return all(
+        re.search(rf"^['\"]?{key}['\"]?\s*:", text, re.MULTILINE) for key in ("names", "(train|val|test)")
+    )
 
 
 def _file(cfg: DatasetConfig, root: Path) -> Path | None:
@@ -67,7 +73,6 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     for place in places:
         images += _images(cfg, root, place, found)
     start = f"{places[0]}/" if len(places) == 1 and not places[0].endswith(".txt") else ""
-    twice(found, [key_of(image) for image in images], "images")
     for image in sorted(images):
         path = _label_file(image)
         with refusing(found.defects, repr(f"{root}/{path}"), "correct it, or export it again"):
@@ -94,9 +99,7 @@ def _content(cfg: DatasetConfig, root: Path, split: str) -> tuple[dict[int, str]
     path = _file(cfg, root)
     if path is None:
         path = root / CLASSES
-        with reraise_as(
-            DataError, f"{str(path)!r} can't be read", "export it again", on=(OSError, ValueError)
-        ):
+        with _reading(path):
             lines = read_text(path, most=MAX_LABEL_BYTES).split("\n")
         return dict(enumerate(line.strip() for line in lines if line.strip())), ["images"]
     with _reading(path):

@@ -221,6 +221,26 @@ def test_classes_come_from_the_labels_and_categories_are_mapped(tmp_path: Path) 
     assert masks(tmp_path, outside)["a"].tolist() == [[0, 0, 255], [0, 0, 255], [255, 255, 255]]
 
 
+def test_a_category_that_only_groups_others_is_no_class(tmp_path: Path) -> None:
+    path = one_leaf(tmp_path)
+    content = json.loads(path.read_text("utf-8"))
+    groups = [{"id": 0, "name": "top", "supercategory": "none"}]
+    own = [
+        one | {"supercategory": "leaf" if one["name"] == "leaf" else "top"} for one in content["categories"]
+    ]
+    path.write_text(json.dumps(content | {"categories": groups + own}), "utf-8")
+    assert resolved(DatasetConfig(splits=["train"]), tmp_path).classes == CLASSES
+
+
+def test_an_image_that_is_listed_twice_is_a_defect(tmp_path: Path) -> None:
+    path = one_leaf(tmp_path)
+    content = json.loads(path.read_text("utf-8"))
+    again = content["images"][0] | {"id": 99}
+    path.write_text(json.dumps(content | {"images": [*content["images"], again]}), "utf-8")
+    _, (defect,), _ = find_samples(CFG, tmp_path, "train")
+    assert "1 images have labels more than once" in str(defect)
+
+
 def test_one_file_for_all_is_divided_and_changed_labels_are_other_shards(
     tmp_path: Path, command: Callable[..., list[str]]
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from segformer.data.formats import huggingface
-from segformer.data.formats.table import resolved
+from segformer.data.formats.table import label_format, resolved
 from segformer.data.shards.packing import source_hash, stat_hash
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.listing import find_samples
@@ -91,7 +91,7 @@ BAD: dict[str, tuple[Callable[[Path], DatasetConfig], str]] = {
     "csv cut in a value": (lambda r: csv(r, 'image,mask\n"a,b\n'), "is no CSV: unexpected end of data"),
     "csv twice": (
         lambda r: csv(r, "image,mask\nimages/a.png,ids/a.png\nimages/a.png,ids/b.png\n"),
-        "come more than once",
+        "1 images have labels more than once",
     ),
     "csv of another split": (
         lambda r: csv(r, "image,mask,split\nimages/a.png,ids/a.png,a\nimages/b.png,ids/b.png,b\n"),
@@ -212,3 +212,10 @@ def test_names_of_ids_are_the_classes(tmp_path: Path) -> None:
     cfg.classes = []
     (tmp_path / "id2label.json").write_text(json.dumps({"1": "leaf", "0": "background"}))
     assert resolved(cfg, tmp_path).classes == CLASSES
+
+
+def test_folders_of_masks_that_are_called_as_splits_are_no_classes(tmp_path: Path) -> None:
+    binary(tmp_path, 0, 1)
+    assert label_format(DatasetConfig(), tmp_path) == "binary_masks"
+    (tmp_path / "masks/leaf").rename(tmp_path / "masks/Training")
+    assert label_format(DatasetConfig(), tmp_path) == ""

@@ -17,7 +17,7 @@ from labels import NAMES, label_set, naive
 from writers import WRITERS, Item, Outline
 
 from segformer.data.formats import cvat, outlines
-from segformer.data.formats.table import labeled_samples
+from segformer.data.formats.table import label_format, labeled_samples
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.listing import find_samples
@@ -207,6 +207,36 @@ def test_labels_of_one_image_that_come_twice_are_a_defect(name: str, tmp_path: P
         path.write_text(json.dumps(region))
         (line,) = defects(tmp_path)
         assert "one id" in line
+
+
+@pytest.mark.parametrize("name", ["yolo", "cvat", "supervisely"])
+def test_images_that_differ_in_the_suffix_only_are_a_defect(name: str, tmp_path: Path) -> None:
+    image = np.zeros((9, 12, 3), np.uint8)
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    WRITERS[name](tmp_path, {"train": [Item("a", image, []), Item("a", image, [], jpeg)]}, ["leaf"])
+    (line,) = defects(tmp_path, format=name)
+    assert "1 images have labels more than once, or names that differ in the suffix only" in line
+
+
+def test_names_of_two_subsets_of_cvat_are_told_apart(tmp_path: Path) -> None:
+    image = np.zeros((9, 12, 3), np.uint8)
+    sets = {split: [Item("a", image, [(split, [[(1, 1), (9, 1), (1, 7)]])])] for split in ("train", "val")}
+    cvat_xml = tmp_path / "annotations.xml"
+    WRITERS["cvat"](tmp_path, sets, ["train", "val"])
+    (tmp_path / "images/train").rename(tmp_path / "images/Train")
+    cvat_xml.write_text(re.sub('name="(train|val)/', 'name="', cvat_xml.read_text()))
+    for split in sets:
+        samples, found = labeled_samples(DatasetConfig(), tmp_path, split)
+        assert [sample.image.parent.name.lower() for sample in samples] == [split]
+        assert not found.defects
+
+
+def test_labels_in_other_folders_are_those_of_labelme_and_not_of_yolo(tmp_path: Path) -> None:
+    export("labelme", tmp_path)
+    (tmp_path / "train").rename(tmp_path / "field A")
+    (tmp_path / "compose.yaml").write_text("services: {}\n")
+    assert label_format(DatasetConfig(val_share=0.5), tmp_path) == "labelme"
+    assert label_format(DatasetConfig(labels="field A"), tmp_path) == "labelme"
 
 
 @pytest.mark.parametrize("name", ["labelme", "cvat", "label_studio", "supervisely"])
