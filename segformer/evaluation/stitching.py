@@ -17,7 +17,7 @@ from torch import Tensor
 
 from segformer.data.shards.tiling import TiledSplit
 
-ROWS = 64  # that leave at a time: what counts them copies them
+ROWS = 64  # that leave at a time, no wider than a tile: what counts them takes the square of the width
 
 
 class Stitching:
@@ -31,7 +31,7 @@ class Stitching:
         self._held: list[Tensor] = []  # total (K, h, W), count (h, W), target (h, W)
 
     def add(self, ids: Iterable[int], logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (1, K, rows, W) and target (1, rows, W) of the rows that tiles, sample by sample, complete.
+        """Logits (1, K, a, b) and target (1, a, b) of parts of the rows that tiles, one by one, complete.
 
         logits: (B, K, h, w) of the tiles' own size. targets: (B, h, w).
         """
@@ -61,9 +61,13 @@ class Stitching:
     def _complete(self, top: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows above `top`, which becomes the first row held."""
         done, (total, count, labels) = top - self._top, self._held
+        wide = self._split.tiling.tile[1]
         for first in range(0, done, ROWS):
             rows = slice(first, min(first + ROWS, done))
-            yield total[None, :, rows].div(count[rows]), labels[None, rows]
+            for left in range(0, total.shape[2], wide):
+                columns = slice(left, left + wide)
+                logits = total[None, :, rows, columns].div(count[rows, columns])
+                yield logits, labels[None, rows, columns]
         for held in self._held if done else ():
             for first in range(0, held.shape[-2], done):  # no part lies over its new place
                 part = held[..., first + done : first + 2 * done, :]
