@@ -41,6 +41,8 @@ class _Side:
     ends: tuple[str, ...]
     files: dict[str, str] = field(default_factory=dict)
     """Key -> file below the folder."""
+    further: dict[str, str] = field(default_factory=dict)
+    """Key -> a further file of that key."""
 
 
 def find_samples(
@@ -71,8 +73,12 @@ def _paired(
         others = {folder: files_below(folder) for folder in dict.fromkeys(side.folder for side in sides)}
         # Where one folder holds both: the longer end first, masks before images.
         for side in sorted(sides, key=lambda side: (min(map(len, side.ends)), side.kind), reverse=True):
-            side.files, further, others[side.folder] = by_key(side.folder, others[side.folder], side.ends)
-            twice = {f"{side.files[key]} = {name}" for key, name in further.items()}
+            side.files, side.further, others[side.folder] = by_key(
+                side.folder, others[side.folder], side.ends
+            )
+        others[sides[0].folder] += _beside_photos(sides)
+        for side in sides:
+            twice = {f"{side.files[key]} = {name}" for key, name in side.further.items()}
             defects += _about(twice, f"files in {side.folder!r} share the key of another", "keep one of each")
         kinds = {folder: left_out(names) for folder, names in others.items()}
         left = {cfg.folder(side.kind, split): dict(kinds[side.folder]) for side in sides}
@@ -109,6 +115,18 @@ def _paired(
             label = labels.get(key.partition("/")[0])
             samples.append(Sample(key, image, masks[0] if masks else None, label))
     return samples, defects, {folder: found for folder, found in left.items() if found}
+
+
+def _beside_photos(sides: Sequence[_Side]) -> list[str]:
+    """Takes out of the images those of other formats where the JPEGs and PNGs are a whole set by themselves:
+    each mask has one, or there are no masks. Such a set stays the same whatever lies beside it."""
+    images, *masks = sides
+    photos = {key for key, name in images.files.items() if name.lower().endswith(PHOTO_SUFFIXES)}
+    if not photos or any(side.files.keys() - photos for side in masks):
+        return []
+    beside = [images.files.pop(key) for key in images.files.keys() - photos]
+    doubled = [key for key, name in images.further.items() if not name.lower().endswith(PHOTO_SUFFIXES)]
+    return beside + [images.further.pop(key) for key in doubled]
 
 
 def _labeled(

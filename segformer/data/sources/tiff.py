@@ -199,7 +199,7 @@ def decode_tiff(data: bytes) -> np.ndarray:
         ConfigError: the packages that it takes are not there.
     """
     header = tiff_header(data)
-    what, do = "TIFFs need tifffile and imagecodecs", "pip install tifffile imagecodecs"
+    what, do = "TIFFs need tifffile and imagecodecs", "pip install 'tifffile>=2025.5' 'imagecodecs>=2025.3'"
     with reraise_as(ConfigError, what, do, on=ImportError):
         import imagecodecs  # noqa: F401  tifffile decodes with it
         import tifffile

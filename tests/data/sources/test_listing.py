@@ -461,3 +461,21 @@ def test_a_wrong_class_tree_is_an_error_that_names_it(name: str, class_tree: Pat
     change(class_tree)
     with pytest.raises(DataError, match=message):
         list_samples(replace(CLASSES, **settings), class_tree, "train")
+
+
+def test_other_formats_beside_a_whole_set_of_photos_are_left_out(tmp_path: Path) -> None:
+    for name in ("images/train/a.jpg", "images/train/b.tif", "images/train/b.bmp", "masks/train/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    cfg = DatasetConfig(classes=["x", "y"], splits=["train"], image_dir="images", mask_dir="masks")
+    samples, defects, left = find_samples(cfg, tmp_path, "train")
+    assert ([sample.key for sample in samples], defects) == (["train/a"], [])
+    assert {kind: count for found in left.values() for kind, (count, _) in found.items()} == {
+        ".tif": 1,
+        ".bmp": 1,
+    }
+    (tmp_path / "masks/train/c.png").touch()
+    (tmp_path / "images/train/c.webp").touch()  # now the photos alone are no set
+    samples, defects, _ = find_samples(cfg, tmp_path, "train")
+    assert [sample.key for sample in samples] == ["train/a", "train/c"]
+    assert len(defects) == 2  # b.tif and b.bmp share a key; b has no mask
