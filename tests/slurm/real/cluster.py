@@ -251,7 +251,7 @@ class Cluster:
 
     def _write_files(self) -> None:
         folder = self.folder
-        for name in ("log", "state", "db", "dev", *(f"spool.{node}" for node in self.nodes)):
+        for name in ("log", "state", "db", "tmp", "dev", *(f"spool.{node}" for node in self.nodes)):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(8):  # copies of /dev/null: a plain file is refused, a count alone counts none
             os.mknod(folder / f"dev/gpu{index}", 0o666 | 0o020000, os.makedev(1, 3))
@@ -344,9 +344,11 @@ StorageUser=root
 StorageLoc=slurm_acct
 """
 
+# Names of temporary tables hold the process id, which two clusters in namespaces of their own share.
 MARIADB = """
 [mariadbd]
 datadir={folder}/db
+tmpdir={folder}/tmp
 socket={folder}/mysql.sock
 pid-file={folder}/mysql.pid
 user=root
