@@ -74,7 +74,8 @@ def shard(cfg: ShardConfig) -> None:
         raise ConfigError(f"part={cfg.part}: a shard holds tiles of all images, cut before; leave it out")
     data = resolved(cfg.data, Path(root))
     if data.format:
-        names = "" if cfg.data.classes else f", with {override('data.classes', data.classes)}"
+        own = data.classes and not cfg.data.classes
+        names = f", with {override('data.classes', data.classes)}" if own else ""
         say(f"labels: {override('data.format', data.format)}{names}")
     if data.task == "segmentation":
         if not data.classes:

@@ -66,6 +66,7 @@ from segformer.training.overrides import (
     give_way,
     refusal,
     renamed,
+    table,
     unquoted,
     unreadable,
 )
@@ -277,6 +278,8 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     own = conf_folders(options)
     names = choices(config_name, own)
     unquoted(overrides)
+    tables = {override: found for override in overrides if (found := table(schema, override))}
+    overrides = [override for override in overrides if override not in tables]
     taken = [checked(schema, names, override) for override in overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -285,6 +288,8 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
                 path.prepend("own", f"file://{folder}")
             again = [f"hydra.searchpath={[f'file://{CONF}']}"] if own else []  # hydra looks at the path anew
             composed = hydra_compose(config_name, overrides=taken + again)
+        for key, entries in tables.values():
+            OmegaConf.update(composed, key, entries, force_add=True)
         _refuse_resolvers(composed)
         OmegaConf.resolve(composed)
         if issubclass(schema, RunConfig):

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from segformer.errors import ConfigError, is_main_rank, printable
+from segformer.errors import ConfigError, is_main_rank, printable, reraise_as
+from segformer.files import parse_yaml
 
 # Names of before 0.2 -> of now, where the command has the new one as a plain value.
 RENAMED = {"run": "checkpoint", "source": "checkpoint", "out": "output"}
@@ -130,6 +131,17 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     if entry := _entry(schema, key, value):
         return entry
     return f"++{key}={value}" if value.startswith("{") else override
+
+
+def table(schema: type[Any], override: str) -> tuple[str, Any] | None:
+    """(key, table) of `key={"a (b)": c}`, whose quoted names hydra's grammar lacks; None of others."""
+    key, _, value = override.lstrip("+").partition("=")
+    quoted = value.startswith("{") and re.search(rf"[{{,]\s*({_QUOTED})\s*:", value)
+    if not quoted or get_origin(type_of(schema, key)) is not dict:
+        return None
+    do = """write it as 'key={"a (b)": c}'"""
+    with reraise_as(ConfigError, f"{printable(override)} can't be read", do, on=ValueError):
+        return key, parse_yaml(value)
 
 
 def _entry(schema: type[Any], key: str, value: str) -> str:

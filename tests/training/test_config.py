@@ -3,12 +3,14 @@
 import ast
 import re
 import runpy
+import shlex
 import sys
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints
 
 import pytest
 
+from segformer.data.sources.content import override
 from segformer.errors import ConfigError, SegformerError
 from segformer.inference.convert import ConvertConfig
 from segformer.inference.predict import PredictConfig
@@ -32,6 +34,21 @@ ROOT = CONF.parent
 
 def run_config(*overrides):
     return compose(RunConfig, "config", list(overrides))
+
+
+def test_names_of_a_table_may_be_quoted():
+    names = {"Baum (groß)": "tree", 'a "b": c, \\': "x y", "no": "ignore"}
+    (word,) = shlex.split(override("data.category_map", names))
+    assert run_config(word).data.category_map == names
+    for wrong in (
+        'data.category_map={"a": ${oc.env:HOME}}',
+        'data.category_map={"a": [b]}',
+        "data.x={'a': b}",
+    ):
+        with pytest.raises(ConfigError):
+            run_config(wrong)
+    with pytest.raises(ConfigError, match="can't be read"):
+        run_config('data.category_map={"a": b')
 
 
 def test_a_command_line_key_wins_over_the_experiment_and_that_over_the_recipe():

@@ -9,6 +9,7 @@ any column may be the `data.group` of a division."""
 
 import csv
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def detect(cfg: DatasetConfig, root: Path) -> bool:
     if not name or not name.lower().endswith(".csv") or not (root / name).is_file():
         return False
     with open(root / name, encoding="utf-8-sig", errors="replace") as stream:
-        header = {title.strip(' "\r\n') for title in stream.readline(2**16).split(",")}
+        header = {title.strip(' "\r\n') for title in re.split("[,;\t]", stream.readline(2**16))}
     return {cfg.column("image"), cfg.column("mask")} <= header
 
 

@@ -64,6 +64,10 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     found = Found(covers=True, categories=_categories(folder))
     lacking = {key for key, *paths in pairs if not all(paths)}
     found.defects += defect(f"rows of {str(root)!r} have no image or no mask", "leave them out", lacking)
+    gone = {path for _, *paths in pairs for path in paths if path and not os.path.isfile(path)}
+    found.defects += defect(
+        f"files of {str(root)!r} are not there", "add them, or leave their rows out", gone
+    )
     found.labeled = [Labeled(key, image, mask_file=mask) for key, image, mask in pairs if image and mask]
     return found
 

@@ -9,6 +9,7 @@ OK     checked and fine
 Histograms are of train ids (in classification of images), raw ids are those in the masks. A remedy is an
 override that can be pasted into a shell; a label map is only proposed where it gives each class its id."""
 
+import json
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -320,6 +321,8 @@ def override(key: str, value: Any) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
+        if not all(_PLAIN.fullmatch(name) for name in value if isinstance(name, str)):
+            return json.dumps(value, ensure_ascii=False)
         return f"{{{', '.join(f'{key}: {_text(entry)}' for key, entry in value.items())}}}"
     if not isinstance(value, str):
         is_list = isinstance(value, Sequence | np.ndarray)

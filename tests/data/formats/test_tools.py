@@ -149,7 +149,7 @@ def test_an_unknown_category_names_what_to_paste(name: str, tmp_path: Path) -> N
     path, word = export(name, tmp_path), LABELS[name][1]
     rewrite(path, word, "7 " if name == "yolo" else word.replace("leaf", "Stängel"))
     (line,) = defects(tmp_path)
-    assert ("'7'" if name == "yolo" else "'data.category_map={Stängel: ignore}'") in line
+    assert ("'7'" if name == "yolo" else """'data.category_map={"Stängel": "ignore"}'""") in line
     if name != "yolo":
         assert defects(tmp_path, category_map={"Stängel": "ignore"}) == []
 
