@@ -53,6 +53,8 @@ NOT_RUN = {
     r" (data|experiment)=(ade20k|cityscapes|coco|imagenet|camvid|roads)|runs/(ade20k|city|camvid|mit_b2)": (
         "needs that data set: tests/training/test_recipes.py"
     ),
+    r"root=(mycoco|scenes|scans)\b": "stands for the reader's files: tests/data, test_multiband.py",
+    r"runs/both|mixture\.": "needs two data sets: tests/training/test_mixture_run.py",
     r" 8 launch/": "needs eight devices; it runs with two",
     r"stepz": "is a mistake, on purpose: below",
 }

@@ -222,7 +222,7 @@ def _look_at_run(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> 
     samples, num_classes = {scan.name: scan.samples for scan in scans}, len(report.classes)
     with report.failing("settings"):
         check_settings(cfg)
-    report.findings += judge_settings(cfg, num_classes, samples)
+    report.findings += judge_settings(cfg, num_classes, (shards or cfg.data).channels, samples)
     if report.failures and needs_sizing(cfg):
         return
     with report.failing("recipe"):

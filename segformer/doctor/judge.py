@@ -192,10 +192,15 @@ def _rarest(classes: Sequence[str], train: SplitScan) -> Finding:
     )
 
 
-def judge_settings(cfg: RunConfig, num_classes: int, samples: Mapping[str, int]) -> Iterator[Finding]:
-    """Findings on a run's settings; samples: by split."""
+def judge_settings(
+    cfg: RunConfig, num_classes: int, channels: int, samples: Mapping[str, int]
+) -> Iterator[Finding]:
+    """Findings on a run's settings; channels: of the images; samples: by split."""
     if cfg.model.num_classes not in (None, num_classes):
         text = f"model.num_classes={cfg.model.num_classes}, the data has {num_classes} classes; leave it null"
+        yield Finding(FAIL, "model", text)
+    if cfg.model.in_channels not in (None, channels):
+        text = f"model.in_channels={cfg.model.in_channels}, the images have {channels}; leave it null"
         yield Finding(FAIL, "model", text)
     for key in ("train_split", "eval_split"):
         if (name := getattr(cfg, key)) not in samples:

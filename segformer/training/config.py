@@ -13,8 +13,7 @@ folder and drop results.
     python launch/train.py ... --conf mydir                 with the files of one's own (choices.py)
     --local_rank=N                                          from `deepspeed`; ignored, the environment has it
 
-Values from the environment (`${oc.env:...}`) are refused: they would end up in saved configurations and in
-wandb.
+Values from the environment (`${oc.env:...}`) are refused: saved configurations and wandb would hold them.
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ from segformer.training.overrides import (
     checked,
     flat,
     give_way,
+    quoted_tables,
     refusal,
     renamed,
-    table,
     unquoted,
     unreadable,
 )
@@ -278,8 +277,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
     own = conf_folders(options)
     names = choices(config_name, own)
     unquoted(overrides)
-    tables = {override: found for override in overrides if (found := table(schema, override))}
-    overrides = [override for override in overrides if override not in tables]
+    tables, overrides = quoted_tables(schema, overrides)
     taken = [checked(schema, names, override) for override in overrides]
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -288,7 +286,7 @@ def _compose(schema: type[Any], config_name: str, overrides: list[str]) -> Any:
                 path.prepend("own", f"file://{folder}")
             again = [f"hydra.searchpath={[f'file://{CONF}']}"] if own else []  # hydra looks at the path anew
             composed = hydra_compose(config_name, overrides=taken + again)
-        for key, entries in tables.values():
+        for key, entries in tables:
             OmegaConf.update(composed, key, entries, force_add=True)
         _refuse_resolvers(composed)
         OmegaConf.resolve(composed)

@@ -133,15 +133,19 @@ def checked(schema: type[Any], names: dict[str, list[str]], override: str) -> st
     return f"++{key}={value}" if value.startswith("{") else override
 
 
-def table(schema: type[Any], override: str) -> tuple[str, Any] | None:
-    """(key, table) of `key={"a (b)": c}`, whose quoted names hydra's grammar lacks; None of others."""
-    key, _, value = override.lstrip("+").partition("=")
-    quoted = value.startswith("{") and re.search(rf"[{{,]\s*({_QUOTED})\s*:", value)
-    if not quoted or get_origin(type_of(schema, key)) is not dict:
-        return None
-    do = """write it as 'key={"a (b)": c}'"""
-    with reraise_as(ConfigError, f"{printable(override)} can't be read", do, on=ValueError):
-        return key, parse_yaml(value)
+def quoted_tables(schema: type[Any], overrides: list[str]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """(key, table) of each `key={"a (b)": c}`, whose quoted names hydra's grammar lacks; and the others."""
+    tables, others = [], []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        quoted = value.startswith("{") and re.search(rf"[{{,]\s*({_QUOTED})\s*:", value)
+        if not quoted or get_origin(type_of(schema, key)) is not dict:
+            others.append(override)
+            continue
+        do = """write it as 'key={"a (b)": c}'"""
+        with reraise_as(ConfigError, f"{printable(override)} can't be read", do, on=ValueError):
+            tables.append((key, parse_yaml(value)))
+    return tables, others
 
 
 def _entry(schema: type[Any], key: str, value: str) -> str:

@@ -234,6 +234,7 @@ def test_a_damaged_shard_and_other_classes_are_failures(sharded: Path, tmp_path:
         ("eval_split=test", "eval_split=test is not there, only train, val"),
         ("gpu_gib=0.001", "lower micro_batch"),
         ("model.num_classes=7", "model.num_classes=7, the data has 3 classes"),
+        ("model.in_channels=5", "model.in_channels=5, the images have 3"),
     ],
 )
 def test_what_does_not_fit_the_run_is_the_one_failure(override: str, message: str, sharded: Path) -> None:

@@ -52,9 +52,9 @@ VALUES = (
 )  # fmt: skip
 # What only data, files or another machine can say; and what takes long.
 ELSEWHERE = (
-    "data", "model.num_classes", "model.pretrained", "loss.class_weights", "train_split", "eval_split",
-    "run_dir", "loader.workers", "loader.prefetch", "loader.storage.cache_dir", "engine.compile",
-    "global_batch", "micro_batch",
+    "data", "model.num_classes", "model.in_channels", "model.pretrained", "loss.class_weights", "train_split",
+    "eval_split", "run_dir", "loader.workers", "loader.prefetch", "loader.storage.cache_dir",
+    "engine.compile", "global_batch", "micro_batch",
 )  # fmt: skip
 
 
