@@ -13,10 +13,9 @@ from collections.abc import Container
 from pathlib import Path
 
 from segformer.data.formats.base import SPLITS, Found, Labeled, defect, first_there
-from segformer.data.formats.outlines import unlabeled
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import by_key, files_below, left_out
-from segformer.errors import DataError
+from segformer.errors import DataError, printable
 
 _IMAGES, _MASKS = ("images/{split}", "images"), ("masks/{split}", "masks")
 
@@ -67,9 +66,10 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
         layers.sort(key=lambda layer: (order.get(cfg.category_map.get(layer[0], layer[0]), -1), layer))
         found.labeled.append(Labeled(key, f"{root / image_dir}/{keys[key]}", shapes=tuple(layers)))
     found.categories = sorted({category for layers in masks.values() for category, _ in layers})
-    alone = {name for name, way in parted.items() if not way}
-    found.defects += defect(f"masks in {mask_dir!r} have no image", "add their images, or remove them", alone)
-    bare = unlabeled(keys[key] for key in keys.keys() - masks.keys())
-    found.left = {image_dir: bare | left_out(others)}
-    found.left[mask_dir] = found.left.get(mask_dir, {}) | left_out(rest)
+    for folder, unused, left, kind in (
+        (image_dir, {keys[key] for key in keys.keys() - masks.keys()}, others, "image without labels"),
+        (mask_dir, {name for name, way in parted.items() if not way}, rest, "mask of no image"),
+    ):
+        kinds = found.left.setdefault(folder, {}) | left_out(left)
+        found.left[folder] = kinds | ({kind: (len(unused), printable(min(unused)))} if unused else {})
     return found

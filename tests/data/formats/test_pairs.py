@@ -105,10 +105,6 @@ BAD: dict[str, tuple[Callable[[Path], DatasetConfig], str]] = {
         "segments without an entry",
     ),
     "voc labelmap": (lambda r: voc(r, train="a\n", labelmap="leaf\n"), "line 1 of .* must be <category>"),
-    "masks of no image": (
-        lambda r: (binary(r, 0, 1), png(r / "masks/leaf/b.png", np.zeros((4, 4), np.uint8)))[0],
-        "1 masks in 'masks' have no image .*b.png",
-    ),
     "mask of many values": (lambda r: binary(r, 0, 3, 255), "of one class has 3 values"),
     "mask of another size": (lambda r: binary(r, 0, 1, size=5), "is 5 x 4 pixels, its image 4 x 4"),
     "row without a mask": (parquet, r"1 rows of .* have no image or no mask \(train-0000001\)"),
