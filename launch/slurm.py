@@ -114,7 +114,7 @@ def changed(before: dict[str, Any], overrides: list[str]) -> SlurmConfig:
         f"{key}={words.get(str(value), value)}" for key, value in before.items() if key not in PROFILE_ONLY
     ]
     cfg = compose(SlurmConfig, "slurm", [*kept, "dry_run=false", "watch=false", *job])
-    return replace(cfg, **{key: before[key] for key in PROFILE_ONLY})
+    return replace(cfg, **{key: before[key] for key in PROFILE_ONLY if key in before})
 
 
 def submit_other(command: str, arguments: list[str]) -> None:
@@ -126,8 +126,6 @@ def submit_other(command: str, arguments: list[str]) -> None:
     conf, arguments = take_conf(arguments)
     job, rest = split_overrides(arguments)
     cfg, rest = compose(SlurmConfig, "slurm", [*conf, *job]), [*conf, *rest]
-    if cfg.watch:
-        raise ConfigError(f"watch is for training; squeue shows the jobs of {command}")
     if command == "evaluate":
         commands.evaluate(cfg, rest)
         return

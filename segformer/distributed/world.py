@@ -117,6 +117,12 @@ def _leave() -> None:
         time.sleep(0.2)
 
 
+def _mig_slices() -> list[str]:
+    """The MIG slices that are visible, where there are several: CUDA shows a process the first alone."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return visible if len(visible) > 1 and visible[0].startswith("MIG-") else []
+
+
 def init_world(timeout_s: float = 600.0) -> World:
     """Join the process group that the environment describes; a world of one when it describes none.
 
@@ -126,10 +132,14 @@ def init_world(timeout_s: float = 600.0) -> World:
     """
     place = find_place()
     device = torch.device("cpu")
+    slices = _mig_slices()
+    if own_slice := place.local_rank < len(slices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = slices[place.local_rank]
     if torch.cuda.is_available():
         of_slurm = os.environ.get("SLURM_LOCALID") == str(place.local_rank)
-        own_gpu_only = of_slurm and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
-        index = 0 if own_gpu_only else place.local_rank  # --gpus-per-task=1: its GPU is the first
+        alone = of_slurm and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1
+        # --gpus-per-task=1: its GPU is the first
+        index = 0 if own_slice or (alone and not slices) else place.local_rank
         if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {place.local_rank} has no GPU of its own, there are {torch.cuda.device_count()};"

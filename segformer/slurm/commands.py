@@ -20,9 +20,9 @@ from pathlib import Path
 from segformer.errors import ConfigError
 from segformer.slurm.code import INSIDE, ROOT, copy_code
 from segformer.slurm.queue import submit_script
-from segformer.slurm.script import JobFolder, command_script
+from segformer.slurm.script import JobFolder, command_script, rank_python
 from segformer.slurm.settings import SlurmConfig
-from segformer.slurm.submission import make_folder, plain_path, show_script
+from segformer.slurm.submission import follow, make_folder, plain_path, show_script
 
 EVALUATE, SHARD = "launch/evaluate.py", "data_prep/shard.py"
 MAX_TASKS = 1000  # MaxArraySize is 1001 where a site has not raised it
@@ -30,10 +30,12 @@ MAX_TASKS = 1000  # MaxArraySize is 1001 where a site has not raised it
 
 def evaluate(cfg: SlurmConfig, arguments: Sequence[str]) -> None:
     """Submit launch/evaluate.py on all ranks of a job."""
-    folder, command = _prepare(cfg, EVALUATE, arguments)
+    folder, command = _prepare(cfg, EVALUATE, arguments, rank_python(cfg, Path.cwd()))
     job = _submit(cfg, folder.script, command_script(cfg, folder, command, ranks=True))
     if job:
         print(f"job {job}\nlogs  {folder.logs}/{job}_0_log.out and .err")
+    if job and cfg.watch:
+        follow(job)
 
 
 def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
@@ -46,7 +48,8 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
         )
     if any(argument.partition("=")[0].lstrip("+") == "part" for argument in arguments):
         raise ConfigError("part is set by the array; leave it out, and say tasks=<number of jobs>")
-    folder, command = _prepare(cfg, SHARD, [*arguments, f"workers={cfg.cpus_per_task}"])
+    given = [*arguments, f"workers={cfg.cpus_per_task}"]
+    folder, command = _prepare(cfg, SHARD, given, [sys.executable])
     part = f'{command} part="$SLURM_ARRAY_TASK_ID/{tasks}"'
     job = _submit(cfg, folder.script, command_script(cfg, folder, part, tasks=tasks))
     after = {"kill-on-invalid-dep": "yes", "dependency": f"afterok:{job}" if job else ""}
@@ -56,9 +59,13 @@ def shard(cfg: SlurmConfig, arguments: Sequence[str], tasks: int) -> None:
             f"job {job}: {tasks} parts; job {join} joins them\n"
             f"logs  {folder.logs}/{job}_*_0_log.out and {join}_0_log.out"
         )
+    if job and cfg.watch:
+        follow(join)
 
 
-def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[JobFolder, str]:
+def _prepare(
+    cfg: SlurmConfig, script: str, arguments: Sequence[str], python: list[str]
+) -> tuple[JobFolder, str]:
     """The folder of the job and its command; ConfigError where the script does not take the arguments."""
     for argument in arguments:
         if not argument.isprintable():
@@ -72,7 +79,7 @@ def _prepare(cfg: SlurmConfig, script: str, arguments: Sequence[str]) -> tuple[J
     folder = JobFolder(top / kind / "0001") if cfg.dry_run else make_folder(top, kind)
     if not cfg.dry_run:
         copy_code(ROOT, folder.code)
-    return folder, shlex.join([sys.executable, "-u", str(folder.code / INSIDE / script), *arguments])
+    return folder, shlex.join([*python, "-u", str(folder.code / INSIDE / script), *arguments])
 
 
 def _submit(cfg: SlurmConfig, script: Path, text: str) -> str:

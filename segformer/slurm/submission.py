@@ -16,6 +16,7 @@ import shutil
 import stat
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def with_batch(cfg: SlurmConfig, run: RunConfig) -> RunConfig:
     run = as_begun(run)
     if "global_batch" not in run.auto:
         return run
-    usual = BATCH["gpu" if cfg.gpus_per_node else "cpu"]
+    usual = BATCH["gpu" if cfg.gpus else "cpu"]
     batch = fitting_batch(usual, _rank_counts(cfg), run.micro_batch)
     return replace(run, global_batch=batch, auto=[key for key in run.auto if key != "global_batch"])
 
@@ -253,15 +254,20 @@ def progress(run_dir: Path, folder: JobFolder) -> str:
 
 
 def watch(run_dir: Path) -> None:
-    """Follow a job on one line until it has ended; Ctrl-C ends the watching only."""
+    """Follow the job of a run and its progress; see `follow`."""
     folder, job = newest(run_dir)
+    follow(job, lambda: f" | step {progress(run_dir, folder)}")
+
+
+def follow(job: str, progress: Callable[[], str] = str) -> None:
+    """Follow a job on one line until it has ended; Ctrl-C ends the watching only."""
     live, shown, unknown = sys.stdout.isatty(), "", 0
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             state = JobState("UNKNOWN")
             with contextlib.suppress(ConfigError):  # slurmctld may be busy, or starting again
                 state = job_state(job)
-            line = f"job {job} {state} | step {progress(run_dir, folder)}"
+            line = f"job {job} {state}{progress()}"
             if live:
                 print(f"\r\x1b[K{line}", end="", flush=True)
             elif line != shown:

@@ -138,3 +138,17 @@ def test_ranks_of_torchrun_do_not_share_the_one_gpu_of_a_task(one_gpu_each, monk
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own"):
         init_world()
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "torchrun"])
+def test_each_rank_takes_the_mig_slice_of_its_own(one_gpu_each, monkeypatch, launcher):
+    """torch sees one GPU however many slices are visible."""
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b,MIG-c,MIG-d")
+    assert init_world().device == torch.device("cuda", 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "MIG-c"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own"):
+        init_world()

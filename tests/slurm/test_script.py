@@ -19,7 +19,11 @@ HOSTILE = [
     "a\nrm -rf x", "a\r\nb", "a\0b", "a b", "a;b", "a'b", 'a"b', "a`b`", "$(touch x)", "${HOME}", "a|b",
     "a>b", "../../x", "-x", "--wrap=x", "\N{FULLWIDTH DIGIT ONE}", "a" * 300,
 ]  # fmt: skip
-TEXTS = ["partition", "account", "qos", "constraint", "mem", "time", "nodes"]
+TEXTS = [
+    "partition", "account", "qos", "constraint", "mem", "time", "nodes", "gpus_per_node", "gpu_request",
+    "dependency", "nodelist", "exclude", "reservation", "container_image", "container_runtime",
+    "container_python",
+]  # fmt: skip
 UNUSUAL = ["a b", "-x", "--wrap=x", "a" * 300]  # as names of folders
 
 
@@ -53,13 +57,14 @@ def test_the_command_of_the_documentation_prints_a_script_and_writes_nothing(tmp
 def test_every_field_reaches_its_option():
     given = {
         "nodes": "2", "mem": "480G", "partition": "gpu,long", "account": "vision", "qos": "high",
-        "constraint": "h100&nvlink|a",
+        "constraint": "h100&nvlink|a", "nodelist": "n[0-3],n7", "exclude": "n5", "reservation": "ours",
+        "dependency": "afterok:12:13,singleton",
     }  # fmt: skip
     more = {"time": "1d12h", "gpus_per_node": 8, "cpus_per_task": 12, "signal_delay_s": 300}
-    found = options(script("name=trial", **given, **more, sbatch={"exclusive": True, "reservation": "ours"}))
+    found = options(script("name=trial", **given, **more, sbatch={"exclusive": True, "comment": "x"}))
     wanted = given | {
         "job-name": "trial", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12",
-        "time": "2160", "signal": "USR2@300", "exclusive": "", "reservation": "ours", "requeue": "",
+        "time": "2160", "signal": "USR2@300", "exclusive": "", "comment": "x", "requeue": "",
         "chdir": str(ROOT),
     }  # fmt: skip
     assert {key: found.get(key) for key in wanted} == wanted
@@ -68,6 +73,62 @@ def test_every_field_reaches_its_option():
     assert not {"mem", "partition", "account", "qos", "constraint", "wckey"} & set(options(script()))
     ranks = options(script(nodes="2", gpus_per_node=0, tasks_per_node=2))
     assert (ranks["ntasks-per-node"], ranks.get("gpus-per-node")) == ("2", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"gpus_per_node": 4}, {"gpus-per-node": "4"}),  # a number, as older records have it
+        ({"gpus_per_node": "a100:4"}, {"gpus-per-node": "a100:4"}),
+        ({"gpus_per_node": "a100_1g.5gb:4", "gpu_request": "gres"}, {"gres": "gpu:a100_1g.5gb:4"}),
+        (
+            {"gpus_per_node": "4", "gpu_request": "gres", "sbatch": {"gres": "nvme:1"}},
+            {"gres": "gpu:4,nvme:1"},
+        ),
+        (
+            {"gpus_per_node": "a100:4", "sbatch": {"gres": "nvme:1"}},
+            {"gpus-per-node": "a100:4", "gres": "nvme:1"},
+        ),
+        ({"gpus_per_node": "0", "tasks_per_node": 4, "gpu_request": "gres"}, {}),
+    ],
+)
+def test_gpus_are_asked_for_once_and_make_the_ranks(fields, wanted):
+    found = options(script("global_batch=16", **fields))
+    assert {key: found[key] for key in ("gpus-per-node", "gres") if key in found} == wanted
+    assert found["ntasks-per-node"] == "4"
+
+
+def srun_of(text: str) -> list[str]:
+    return shlex.split(next(line for line in text.splitlines() if line.startswith("srun")))
+
+
+def test_ranks_run_in_the_container_and_the_last_line_does_not():
+    image, mounts = "nvcr.io#nvidia/pytorch:25.10-py3", ["/data", "/scratch/a:/tmp/a"]
+    given = {"container_image": image, "container_mounts": mounts, "srun": {"mpi": "pmix"}}
+    folder = f"{ROOT}/runs/x/slurm/0001"
+    entry = ["-u", f"{folder}/code/launch/slurm_job.py"]
+    pyxis = script("run_dir=runs/x", **given)
+    words = srun_of(pyxis)
+    assert {f"--container-image={image}", f"--container-workdir={ROOT}", "--mpi=pmix"} < set(words)
+    assert f"--container-mounts={ROOT}:{ROOT},/data:/data,/scratch/a:/tmp/a" in words
+    assert words[-5:] == ["python", *entry, "rank", folder]
+    apptainer = script("run_dir=/elsewhere/x", **given, container_runtime="apptainer", container_python="/py")
+    words = srun_of(apptainer)
+    start = words.index("apptainer")
+    assert words[start:-4] == [
+        "apptainer", "exec", "--nv", f"--pwd={ROOT}", f"--bind={ROOT}:{ROOT}",
+        "--bind=/elsewhere/x:/elsewhere/x", "--bind=/data:/data", "--bind=/scratch/a:/tmp/a", image, "/py",
+    ]  # fmt: skip
+    for text in (pyxis, apptainer):
+        assert shlex.split(text.splitlines()[-1])[0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    "mount", ["data", "/a:/b:/c", "/a,/b", "/a b", "/a:b", "/a;b", "/a/../b", "$HOME", "/a\n"]
+)
+def test_a_mount_that_is_no_path_is_refused(mount):
+    with pytest.raises(ConfigError, match="container_mounts"):
+        SlurmConfig(container_mounts=[mount])
 
 
 def test_every_task_runs_the_fixed_entry_with_the_path_of_the_composed_configuration():
@@ -158,10 +219,15 @@ def test_what_belongs_to_the_profile_is_refused_on_the_command_line(override):
         *({"setup": [line]} for line in ("a\nb", "a\rb", "", " ", "a\0b", "\x1b[2J")),
         *({"sbatch": {key: "x"}} for key in ("wrap", "output", "nodes", "a b", "Comment")),
         *({"sbatch": {"comment": value}} for value in ("a\nb", "$(ls)", ["a"], None, False)),
+        *({"sbatch": {key: "4"}} for key in ("gpus", "gpus-per-task", "ntasks-per-gpu")),
+        *({"sbatch": {"gres": value}} for value in ("gpu:4", "nvme:1,gpu:a100:4", "gpu", "gres/gpu=4")),
+        *({"srun": {key: "x"}} for key in ("container-image", "output", "gres", "gpu-bind", "a b")),
+        {"srun": {"mpi": "$(ls)"}},
+        {"sbatch": {"reservation": "a"}, "reservation": "b"},
     ],
 )
 def test_the_lines_and_options_of_a_profile_are_checked(profile):
-    with pytest.raises(ConfigError, match=r"setup holds|sbatch"):
+    with pytest.raises(ConfigError, match=r"setup holds|sbatch|srun"):
         SlurmConfig(**profile)
 
 
@@ -188,6 +254,7 @@ def test_other_durations_are_refused(text):
     [
         {"nodes": "0"}, {"nodes": "4-2"}, {"nodes": "2-"}, {"gpus_per_node": -1}, {"signal_delay_s": 59},
         {"time": "3m"}, {"gpus_per_node": 4, "tasks_per_node": 2}, {"mem": "480 XB"},
+        {"gpus_per_node": "a100:65"}, {"gpus_per_node": "a100"},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(fields):

@@ -58,7 +58,7 @@ def test_resubmitting_keeps_the_settings_of_before_and_judges_the_new_ones_by_th
         "sbatch": {"exclusive": True}, "requeue": False, "dry_run": False, "watch": True,
     }  # fmt: skip
     cfg = asdict(resubmitted(monkeypatch, tmp_path, saved, "tasks_per_node=2", "time=2m"))
-    wanted = saved | {"tasks_per_node": 2, "time": "2m", "watch": False}
+    wanted = saved | {"gpus_per_node": "0", "tasks_per_node": 2, "time": "2m", "watch": False}
     assert {key: cfg[key] for key in wanted} == wanted
 
 

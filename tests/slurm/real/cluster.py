@@ -259,7 +259,8 @@ class Cluster:
         addresses |= {node: f"10.77.0.{index}" for index, node in enumerate(self.nodes, start=1)}
         files = {
             "slurm.conf": self._slurm_conf(),
-            "gres.conf": f"Name=gpu File={folder}/dev/gpu[0-7]\n",
+            "gres.conf": f"Name=gpu Type=a100 File={folder}/dev/gpu[0-3]\n"
+            f"Name=gpu Type=a100_1g.5gb File={folder}/dev/gpu[4-7]\n",
             "slurmdbd.conf": SLURMDBD.format(folder=folder, ctl=CONTROLLER, port=DBD_PORT),
             "my.cnf": MARIADB.format(folder=folder),
             "hosts": "127.0.0.1 localhost\n"
@@ -272,7 +273,7 @@ class Cluster:
     def _slurm_conf(self) -> str:
         nodes = "".join(
             f"NodeName={node} NodeHostname={node} NodeAddr=10.77.0.{index} Port={SLURMD_PORT} CPUs={CPUS} "
-            f"RealMemory={MEMORY} Gres=gpu:8\n"
+            f"RealMemory={MEMORY} Gres=gpu:a100:4,gpu:a100_1g.5gb:4\n"
             for index, node in enumerate(self.nodes, start=1)
         )
         apart = f"PartitionName=apart Nodes={','.join(self.apart)}\n" if self.apart else ""

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from segformer.slurm.script import command_script, rank_python
 from segformer.slurm.settings import SlurmConfig
+from segformer.slurm.submission import make_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]  # one cluster
 
@@ -106,3 +109,107 @@ def test_a_dry_run_shows_the_script_and_asks_the_controller(cluster, launch, tmp
     assert "Requested node configuration is not available" in refused.stderr
     assert jobs(cluster) == before
     assert not (tmp_path / "run").exists()
+
+
+def printed_by(cluster, folder, cfg, *command):
+    """What a job of these settings prints, whose ranks run a command."""
+    job = make_folder(folder)
+    text = command_script(cfg, job, shlex.join([*rank_python(cfg, Path.cwd()), *command]), ranks=True)
+    job.script.write_text(text)
+    number = cluster.run("sbatch", "--parsable", job.script).stdout.strip()
+    cluster.wait_for_state(number, "COMPLETED", "FAILED", timeout_s=60)
+    logs = "".join(path.read_text() for path in sorted(job.logs.iterdir()))
+    assert cluster.job(number)["JobState"] == "COMPLETED", logs
+    return logs
+
+
+SMALL = {"mem": "500M", "cpus_per_task": 1, "time": "5m"}
+DEVICES = ("-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))")
+
+
+@pytest.mark.parametrize("option", ["gpus-per-node", "gres"])
+def test_a_job_gets_the_gpus_of_the_type_that_it_asks_for(cluster, launch, tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    mig = SlurmConfig(gpus_per_node="a100_1g.5gb:2", gpu_request=option, nodelist="n1", **SMALL)
+    assert printed_by(cluster, tmp_path, mig, *DEVICES).split() == ["4,5", "4,5"]
+    whole = SlurmConfig(gpus_per_node="a100:1", gpu_request=option, exclude="n[0-1]", **SMALL)
+    assert printed_by(cluster, tmp_path, whole, *DEVICES).split() == ["0"]
+    asked = (
+        f"gpu_request={option}",
+        "gpus_per_node=a100:5",
+        "global_batch=5",
+        "experiment=sample",
+        "dry_run=true",
+    )
+    refused = launch(cluster, *asked, f"run_dir={tmp_path / 'x'}", check=False)
+    assert refused.returncode == 2
+    assert "configuration is not available" in refused.stderr
+
+
+# Stand-ins of the runtimes: they write down how they are started, and start what they are given.
+STUBS = {
+    "pyxis": (
+        "srun",
+        """#!/bin/bash
+rest=()
+for word; do case $word in --container-*) echo "$word" >> {record};; *) rest+=("$word");; esac; done
+exec {srun} "${{rest[@]}}"
+""",
+    ),
+    "apptainer": (
+        "apptainer",
+        """#!/bin/bash
+printf '%s\\n' "$@" > {record}
+while [ "$1" != {python} ]; do shift; done
+exec "$@"
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("runtime", STUBS)
+def test_a_container_is_started_with_its_image_and_mounts(cluster, tmp_path, monkeypatch, runtime):
+    monkeypatch.chdir(tmp_path)
+    record, python = tmp_path / "record", "import sys; print(*sys.argv[1:], sep='|')"
+    name, text = STUBS[runtime]
+    text = text.format(record=record, srun=cluster.run("which", "srun").stdout.strip(), python=sys.executable)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / name).write_text(text)
+    (tmp_path / "bin" / name).chmod(0o755)
+    cfg = SlurmConfig(
+        gpus_per_node="0",
+        container_runtime=runtime,
+        container_image="registry.example#a/b:1.0-py3",
+        container_mounts=["/data", "/scratch/a:/b"],
+        container_python=sys.executable,
+        setup=[f"export PATH={tmp_path}/bin:$PATH"],
+        **SMALL,
+    )
+    hostile = ["$(touch x)", "a b", "'; touch x"]
+    assert printed_by(cluster, tmp_path, cfg, "-c", python, *hostile) == "|".join(hostile) + "\n"
+    assert not (tmp_path / "x").exists()
+    wanted = {
+        "pyxis": [
+            "--container-image=registry.example#a/b:1.0-py3",
+            f"--container-mounts={tmp_path}:{tmp_path},/data:/data,/scratch/a:/b",
+            f"--container-workdir={tmp_path}",
+        ],
+        "apptainer": [
+            "exec", f"--pwd={tmp_path}", f"--bind={tmp_path}:{tmp_path}", "--bind=/data:/data",
+            "--bind=/scratch/a:/b", "registry.example#a/b:1.0-py3", sys.executable, "-c", python, *hostile,
+        ],
+    }  # fmt: skip
+    assert record.read_text().splitlines() == wanted[runtime]
+
+
+@pytest.mark.slow
+def test_a_job_waits_for_others_and_its_watcher_for_it(cluster, launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = cluster.run("sbatch", "--parsable", "--hold", "--mem=100", "--wrap=true").stdout.strip()
+    held = ("gpus_per_node=0", "mem=500M", "time=5m", "cpus_per_task=1", f"dependency=afterok:{first}")
+    asked = launch(cluster, "evaluate", *held, f"checkpoint={tmp_path / 'none'}").stdout.split()[1]
+    assert cluster.job(asked)["Dependency"].startswith(f"afterok:{first}")
+    cluster.run("scontrol", "release", first)
+    cluster.wait_for_state(asked, "FAILED", timeout_s=90)  # there is no such checkpoint
+    last = launch(cluster, "evaluate", *held[:-1], "watch=true", f"checkpoint={tmp_path / 'none'}").stdout
+    assert last.splitlines()[-1].startswith(f"job {int(asked) + 1} FAILED")
