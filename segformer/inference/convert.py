@@ -23,7 +23,14 @@ from segformer.models.weights.bundle import Metadata, Weights
 from segformer.models.weights.class_map import check_distinct, map_classes
 from segformer.models.weights.key_maps import ALIGNED, TITLES, WRITTEN
 from segformer.models.weights.read import PROFILES, read_weights
-from segformer.models.weights.write import images_of, shown, write_export, write_hf, write_pth
+from segformer.models.weights.write import (
+    images_of,
+    in_transformers,
+    shown,
+    write_export,
+    write_hf,
+    write_pth,
+)
 
 MOST = 2**20  # bytes of a file of class names
 
@@ -39,7 +46,7 @@ class ConvertConfig:
     to: str = "ours"
     "ours (an export: SegFormer.from_pretrained, model.pretrained, predict.py), hf, nvlabs, smp or mmseg."
     encoder_only: bool = False
-    "Leave the head out; needed for the encoder of an mmsegmentation model and to write one."
+    "Leave the head out: the encoder is what every format holds."
     class_map: Any = None
     "Target class -> class of the source or null (a fresh row), by index or name; or a YAML or JSON file."
     classes: Any = None
@@ -138,7 +145,8 @@ def _read_file(path: str, key: str) -> Any:
 def _report(weights: Weights) -> None:
     arch = weights.arch
     head = {
-        "segmentation": f"segmentation, {arch.num_classes} classes, decoder_dim {arch.decoder_dim}",
+        "segmentation": f"segmentation, {arch.num_classes} classes, decoder_dim {arch.decoder_dim}"
+        + (", head of mmsegmentation" if arch.head == "mmseg" else ""),
         "classification": f"image classifier, {arch.num_classes} classes",
         "encoder": "encoder without a head",
     }[arch.kind]
@@ -167,7 +175,9 @@ def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -
             f"note       {TITLES[to]} runs LayerNorm with the epsilons of profile {profile}, these weights "
             f"are of profile {arch.norm_profile}: outputs differ slightly"
         )
-    if to in ("ours", "hf") and not shown(weights):
+    if to == "ours" and not in_transformers(weights):
+        say("note       transformers has no such network and can't run this export; segformer does")
+    elif to in ("ours", "hf") and not shown(weights):
         say(f"note       {unshown(weights)}")
     if (to, arch.kind) == ("smp", "segmentation"):
         say(f"note       {ALIGNED}")
@@ -192,6 +202,7 @@ _USE = {
     ),
     ("nvlabs", "encoder"): "model=dict(pretrained='{out}') in the config",
     ("nvlabs", "segmentation"): "python tools/test.py <config> {out}",
+    ("mmseg", "segmentation"): "python tools/test.py <config> {out}",
     ("mmseg", "encoder"): "backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='{out}'))",
 }
 

@@ -20,18 +20,20 @@ from segformer.models.variants import VARIANTS, ModelConfig, Variant
 
 
 def head_products(
-    variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool
+    variant: Variant, size: tuple[int, int], num_classes: int, *, folded: bool, kind: str = "segformer"
 ) -> list[Product]:
-    """The products of the decode head for one image of `size` (height, width)."""
-    width, found = variant.decoder_dim, []
+    """The products of the decode head `kind` for one image of `size` (height, width)."""
+    width, found, two = variant.decoder_dim, [], kind == "mmseg"  # convolutions at each stage: no fold
     for stage, dim in enumerate(variant.embed_dims):
         stride = 4 << stage
         tokens = -(-size[0] // stride) * -(-size[1] // stride)
-        found.append(Product.linear(f"head.c{stage + 1}", tokens, dim, width, bias=not folded))
+        found.append(Product.linear(f"head.c{stage + 1}", tokens, dim, width, bias=not (folded or two)))
+        if folded and two:
+            found.append(Product.linear(f"head.fuse{stage + 1}", tokens, width, width, bias=False))
     tokens = -(-size[0] // 4) * -(-size[1] // 4)
-    if folded:
+    if folded and not two:
         found.append(Product("head.fold", 0, 0, shared=width * width * sum(variant.embed_dims)))
-    else:
+    elif not folded:
         found.append(Product.linear("head.fuse", tokens, 4 * width, width, bias=False))
     found.append(Product.linear("head.predict", tokens, width, num_classes))
     return found
@@ -42,7 +44,7 @@ def macs_per_image(
 ) -> int:
     """Multiply-accumulates of one forward of one image of `size` (height, width).
 
-    The network is the one that `model` describes: its variant, decoder_dim, and its head folded
+    The network is the one that `model` describes: its variant, head and decoder_dim, folded
     (ops="fused") or not. task="classification" is the encoder with one Linear on the mean of its last map.
     """
     variant = VARIANTS[model.variant]
@@ -53,8 +55,8 @@ def macs_per_image(
         return macs + variant.embed_dims[-1] * num_classes
     if task != "segmentation":
         raise ValueError(f"task={task!r}; segmentation or classification")
-    variant = replace(variant, decoder_dim=model.decoder_dim or variant.decoder_dim)
-    head = head_products(variant, size, num_classes, folded=BACKENDS[model.ops].fused)
+    variant, folded = replace(variant, decoder_dim=model.head_dim), BACKENDS[model.ops].fused
+    head = head_products(variant, size, num_classes, folded=folded, kind=model.head)
     return macs + sum(product.macs for product in head)
 
 

@@ -1,7 +1,6 @@
 """SegFormer and the ImageNet classifier of its encoder, and how they are built.
 
-    images (B, C, H, W) -> backbone (MiT) -> 4 maps -> decode_head (All-MLP) -> logits (B, K, ceil(H/4),
-    ceil(W/4))
+    images (B, C, H, W) -> backbone (MiT) -> 4 maps -> decode_head -> logits (B, K, ceil(H/4), ceil(W/4))
 
 Shapes: B batch, C channels, K classes, H W image.
 """
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from segformer.errors import CheckpointError
 from segformer.models.backbone import Backbone
 from segformer.models.encoders import build_encoder
-from segformer.models.head import AllMLPHead
+from segformer.models.head import AllMLPHead, MMSegHead
 from segformer.models.mit import init_encoder_weights
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.variants import VARIANTS, ModelConfig
@@ -64,7 +63,7 @@ class Network(nn.Module):
 class SegFormer(Network):
     """The segmentation network."""
 
-    def __init__(self, backbone: Backbone, decode_head: AllMLPHead, num_classes: int) -> None:
+    def __init__(self, backbone: Backbone, decode_head: AllMLPHead | MMSegHead, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
         self.decode_head = decode_head
 
@@ -143,9 +142,8 @@ def build_model(cfg: ModelConfig, num_classes: int) -> SegFormer:
     Raises ConfigError where `cfg.num_classes` is set and differs, CheckpointError for unfit pretrained
     weights.
     """
-    sizes = VARIANTS[cfg.variant]
-    dim = cfg.decoder_dim or sizes.decoder_dim
-    head = AllMLPHead(sizes.embed_dims, dim, num_classes, dropout=cfg.dropout, ops=BACKENDS[cfg.ops])
+    kind, sizes = (MMSegHead if cfg.head == "mmseg" else AllMLPHead), VARIANTS[cfg.variant]
+    head = kind(sizes.embed_dims, cfg.head_dim, num_classes, dropout=cfg.dropout, ops=BACKENDS[cfg.ops])
     model = SegFormer(build_encoder(cfg), head, num_classes)
     model.pretrained = load_pretrained(model, cfg, "segmentation", num_classes)
     return model

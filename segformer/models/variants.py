@@ -50,6 +50,9 @@ VARIANTS = {
 # whatever its config says; mmsegmentation 1e-6 everywhere.
 NORM_PROFILES = {"original": (1e-6, 1e-5), "hf": (1e-5, 1e-5), "mmseg": (1e-6, 1e-6)}
 OPS = ("fused", "reference")
+# Decode head -> its last layer, which predicts the classes.
+HEADS = {"segformer": "linear_pred", "mmseg": "conv_seg"}
+_MMSEG_DIM = 256  # of all its models
 RGB = 3  # channels of the images that published weights take
 STEMS = ("zero", "mean", "repeat")
 LEAST_SIDE = 32  # pixels of an image that a network takes: the encoder reduces by 32
@@ -69,8 +72,11 @@ class ModelConfig:
     """How a first convolution that was trained on RGB begins on images of other channels: zero (0 for every
     channel after the third), mean (of the three, everywhere) or repeat (R, G, B, R, G ...); docs/weights.md
     has the rules."""
+    head: str = "segformer"
+    """Decode head: segformer (the paper's), or mmseg (that of mmsegmentation's models: a BatchNorm and a ReLU
+    more at each stage), to go on from weights that have it."""
     decoder_dim: int | None = None
-    """Channels of the decode head; null takes the variant's (256 for b0 and b1, 768 above)."""
+    """Channels of the decode head; null takes the variant's (256 for b0 and b1, 768 above), 256 for mmseg."""
     ops: str = "fused"
     """fused: folded head and fused operations (same function and parameters, a third of the work of b2);
     reference: the network as the paper writes it, one library call at a time."""
@@ -91,6 +97,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         known: tuple[str, ...]
         choices = {"variant": (*VARIANTS,), "norm_profile": (*NORM_PROFILES,), "ops": OPS, "stem": STEMS}
+        choices["head"] = (*HEADS,)
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"model.{name}={value} is unknown; use one of {', '.join(known)}")
@@ -111,3 +118,9 @@ class ModelConfig:
     def channels(self) -> int:
         """Channels of the images that the network takes: RGB where nothing says otherwise."""
         return self.in_channels or RGB
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of the decode head."""
+        usual = _MMSEG_DIM if self.head == "mmseg" else VARIANTS[self.variant].decoder_dim
+        return self.decoder_dim or usual

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segformer.models.head import AllMLPHead
+from segformer.models.head import AllMLPHead, MMSegHead
 from segformer.models.ops.backend import BACKENDS
 
 DIMS = (32, 64, 160, 256)
@@ -89,3 +89,26 @@ def test_initial_weights_are_those_of_the_original():
     bound = 512**-0.5  # torch's default: uniform in +-1 / sqrt(fan_in)
     assert head.linear_c4.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert head.linear_pred.weight.std().item() == pytest.approx((1 / 768 / 3) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_head_of_mmseg_is_one_function_in_both_backends(training):
+    """Logits, gradients, and the running statistics of all five batch norms."""
+    found = []
+    for ops in ("fused", "reference"):
+        torch.manual_seed(0)
+        head = MMSegHead(DIMS, 32, 19, dropout=0.3, ops=BACKENDS[ops]).double()
+        for name, buffer in head.named_buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 2) if name.endswith("var") else buffer.normal_()
+        head.train(training)
+        inputs = [x.requires_grad_() for x in maps(ODD, torch.float64)]
+        torch.manual_seed(4)
+        logits = head(inputs)
+        grads = torch.autograd.grad(logits.square().sum(), [*head.parameters(), *inputs])
+        found.append([logits, *grads, *(b for b in head.buffers())])
+        with torch.no_grad():
+            torch.manual_seed(4)
+            torch.testing.assert_close(head(inputs), logits)
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-9, rtol=1e-7)

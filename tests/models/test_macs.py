@@ -26,7 +26,9 @@ def test_the_network_as_written_has_the_published_operations(variant):
     assert macs_per_image(cfg, (512, 512), 150) / 1e9 == pytest.approx(PUBLISHED[variant], abs=0.05)
 
 
-@pytest.mark.parametrize("settings", [{}, {"decoder_dim": 96}, {"variant": "b2"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"decoder_dim": 96}, {"variant": "b2"}, {"variant": "b2", "head": "mmseg"}]
+)
 def test_a_counter_on_the_real_model_finds_the_same(settings):
     cfg = dataclasses.replace(ModelConfig(ops="reference"), **settings)
     with torch.device("meta"):
@@ -46,6 +48,12 @@ def test_the_folded_head_is_counted_as_what_it_does():
     folded, written = (macs_per_image(ModelConfig(variant="b2", ops=o), (512, 512), 150)
                        for o in ("fused", "reference"))  # fmt: skip
     assert 0.3 < folded / written < 0.4
+
+
+def test_the_head_of_mmseg_fuses_each_stage_at_its_own_resolution():
+    folded, written = (macs_per_image(ModelConfig(variant="b2", head="mmseg", ops=o), (512, 512), 150)
+                       for o in ("fused", "reference"))  # fmt: skip
+    assert written - folded == 256 * 256 * (4 * 128**2 - 128**2 - 64**2 - 32**2 - 16**2)
 
 
 def test_training_takes_three_forwards_of_two_operations_each():

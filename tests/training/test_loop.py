@@ -15,7 +15,8 @@ from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.loader import LoaderConfig
 from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.dataset import DatasetConfig
-from segformer.inference.export import open_checkpoint
+from segformer.inference.export import ExportConfig, export, open_checkpoint
+from segformer.inference.predictor import Predictor
 from segformer.inference.score import EvaluateConfig, evaluate_checkpoint
 from segformer.models.segformer import build_classifier
 from segformer.models.variants import ModelConfig
@@ -226,6 +227,26 @@ def test_wrong_settings_are_one_line_before_the_first_step(finished, tiny, monke
         line = refused(arguments, monkeypatch, capsys)
         assert expected in line, line
     assert list_steps(run_dir / "checkpoints")[-1] == 6
+
+
+@pytest.mark.slow
+def test_a_run_with_the_head_of_mmseg_goes_on_where_it_stopped(tiny_in, tmp_path, train_many):
+    tiny, head = tiny_in(tmp_path), ("model.head=mmseg", "steps=4", "checkpoint.save_every=2")
+    head += ("optim.ema=0.9",)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    cut = {"cut": str(whole), "to": str(part), "step": 2}
+    outcomes = train_many(1, [tiny("whole", *head), cut, tiny("part", *head)])
+    other = train_many(1, [tiny("part", *head[1:])], failing=True)[-1][0]
+    assert "model.head: mmseg -> segformer" in other, other
+    assert not any(map(any, outcomes))
+    ended = [load_checkpoint(run / "checkpoints") for run in (whole, part)]
+    assert ended[0].model.keys() == ended[1].model.keys()
+    assert all(torch.equal(ended[0].model[name], value) for name, value in ended[1].model.items())
+    assert all(torch.equal(ended[0].ema[name], value) for name, value in ended[1].ema.items())
+    export(ExportConfig(checkpoint=str(whole)))
+    assert open_checkpoint(whole / "export").config() == open_checkpoint(whole).config()
+    assert Predictor(whole / "export")(np.zeros((64, 64, 3), np.uint8)).mask.shape == (64, 64)
+    evaluate_checkpoint(EvaluateConfig(checkpoint=str(whole / "export"), loader=LoaderConfig(workers=0)))
 
 
 def test_other_data_under_an_old_run_is_refused(finished, tiny_root, tmp_path, monkeypatch, capsys):

@@ -32,7 +32,7 @@ from segformer.models.ops.resize import add_bands, band_rows, project_sum, upsam
 class Head(NamedTuple):
     """Parameters of the head, stages in the order c4, c3, c2, c1."""
 
-    projections: Sequence[Affine]  # weight (D, C_i) and bias (D,) of each stage
+    projections: Sequence[Affine]  # weight (D, C_i) and bias (D,) of each stage; none where C_i = D
     fuse: Tensor  # weight (D, 4 D, 1, 1) of the fuse convolution
     norm: BatchNorm
     keep: Tensor | None  # factors (B, D) of the channels of each image
@@ -42,10 +42,9 @@ class Head(NamedTuple):
 def decode_reference(stages: Sequence[Tensor], head: Head) -> Tensor:
     """Maps (B, h_i, w_i, C_i), the last one the largest -> logits (B, H, W, K)."""
     size = (stages[-1].shape[1], stages[-1].shape[2])
-    enlarged = [
-        upsample_to(F.linear(stage, *projection).permute(0, 3, 1, 2), size)
-        for projection, stage in zip(head.projections, stages, strict=True)
-    ]
+    if head.projections:
+        stages = [F.linear(stage, *own) for own, stage in zip(head.projections, stages, strict=True)]
+    enlarged = [upsample_to(stage.permute(0, 3, 1, 2), size) for stage in stages]
     hidden = head.norm(F.conv2d(torch.cat(enlarged, dim=1), head.fuse)).relu()
     if head.keep is not None:
         hidden = hidden * head.keep[:, :, None, None]
@@ -68,7 +67,11 @@ def fold_projections(projections: Sequence[Affine], fuse: Tensor) -> tuple[list[
 
 def _fold(head: Head) -> tuple[list[Tensor], Tensor]:
     """`fold_projections`, with the BatchNorm of eval mode."""
-    weights, offset = fold_projections(head.projections, head.fuse.flatten(1))
+    fuse = head.fuse.flatten(1)
+    if head.projections:
+        weights, offset = fold_projections(head.projections, fuse)
+    else:
+        weights, offset = list(fuse.split(len(fuse), dim=1)), fuse.new_zeros(len(fuse))
     if head.norm.training:
         return weights, offset
     scale, shift = head.norm.scale_shift()

@@ -22,7 +22,7 @@ from torch import Tensor
 from segformer.checkpoint.format import is_finite
 from segformer.errors import CheckpointError, ConfigError, listed, reraise_as
 from segformer.models.encoders import stem_of
-from segformer.models.variants import RGB, VARIANTS, ModelConfig
+from segformer.models.variants import HEADS, RGB, VARIANTS, ModelConfig
 from segformer.models.weights.key_maps import TITLES
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -41,6 +41,8 @@ class Arch:
     "Logits; 0 for an encoder."
     in_channels: int = RGB
     "Channels of the images."
+    head: str = "segformer"
+    "Decode head, a key of HEADS (variants.py)."
     decoder_dim: int | None = None
     "Channels of the decode head."
     norm_profile: str | None = None
@@ -181,11 +183,12 @@ class Weights:
                 f"{self.source} does not say its LayerNorm epsilons; give norm_profile= (model.norm_profile "
                 "in the config.yaml of the run), or the whole directory of the run"
             )
-        usual = VARIANTS[arch.variant].decoder_dim
+        usual = ModelConfig(variant=arch.variant, head=arch.head).head_dim
         return ModelConfig(
             variant=arch.variant,
             in_channels=arch.in_channels,
             norm_profile=profile,
+            head=arch.head,
             decoder_dim=None if arch.decoder_dim == usual else arch.decoder_dim,
             ops=ops or arch.ops,
             dropout=arch.dropout,
@@ -198,7 +201,7 @@ class Weights:
         return replace(
             self,
             state={name: tensor for name, tensor in self.state.items() if name not in head},
-            arch=replace(self.arch, kind="encoder", num_classes=0, decoder_dim=None),
+            arch=replace(self.arch, kind="encoder", num_classes=0, head="segformer", decoder_dim=None),
             metadata=Metadata(mean=self.metadata.mean, std=self.metadata.std, dtype=self.metadata.dtype),
             provenance={},
             dropped=[*self.dropped, *head],
@@ -254,8 +257,9 @@ def with_shapes(arch: Arch, state: Mapping[str, Tensor]) -> Arch:
     """The architecture with the channels that `state` takes, and the head that it has beside the encoder."""
     arch = replace(arch, in_channels=_dim(state, stem_of(arch.variant), 1))
     if any(name.startswith("decode_head.") for name in state):
-        classes, dim = (_dim(state, "decode_head.linear_pred.weight", axis) for axis in (0, 1))
-        return replace(arch, kind="segmentation", num_classes=classes, decoder_dim=dim)
+        head = "mmseg" if any(name.startswith("decode_head.convs.") for name in state) else "segformer"
+        classes, dim = (_dim(state, f"decode_head.{HEADS[head]}.weight", axis) for axis in (0, 1))
+        return replace(arch, kind="segmentation", num_classes=classes, head=head, decoder_dim=dim)
     if any(name.startswith("head.") for name in state):
         return replace(arch, kind="classification", num_classes=_dim(state, "head.weight", 0))
     return arch

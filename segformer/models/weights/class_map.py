@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from segformer.errors import ConfigError, listed
+from segformer.models.variants import HEADS
 from segformer.models.weights.bundle import Weights
-
-PREDICTOR = "decode_head.linear_pred"
 
 
 def map_classes(
@@ -40,9 +39,9 @@ def map_classes(
     sources, names = resolve_class_map(
         class_map, weights.arch.num_classes, weights.metadata.classes, target_classes
     )
-    state = dict(weights.state)
-    bound = 1 / math.sqrt(state[f"{PREDICTOR}.weight"].shape[1])
-    for name in (f"{PREDICTOR}.weight", f"{PREDICTOR}.bias"):
+    state, layer = dict(weights.state), f"decode_head.{HEADS[weights.arch.head]}"
+    bound = 1 / math.sqrt(state[f"{layer}.weight"].shape[1])
+    for name in (f"{layer}.weight", f"{layer}.bias"):
         rows = state[name]
         mapped = rows.new_empty(len(sources), *rows.shape[1:]).uniform_(-bound, bound, generator=generator)
         for target, source in enumerate(sources):

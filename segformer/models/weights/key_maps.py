@@ -64,12 +64,13 @@ _HEAD_ROWS = (  # ours, hf, smp
     ("decode_head.linear_pred", "decode_head.classifier", "segmentation_head.0"),
     ("head", "classifier", None),
 )
+_MMSEG_HEAD = ("convs.{i}.conv", "convs.{i}.bn", "fusion_conv.conv", "fusion_conv.bn", "conv_seg")
 _HEADS = {
     "nvlabs": [(ours, ours) for ours, *_ in _HEAD_ROWS],
     "hf": [(ours, hf) for ours, hf, _ in _HEAD_ROWS],
     "hf5": [(ours, hf.replace("linear_c.", "linear_projections.")) for ours, hf, _ in _HEAD_ROWS],
     "smp": [(ours, smp) for ours, _, smp in _HEAD_ROWS if smp],
-    "mmseg": [],  # its head is another network
+    "mmseg": [(f"decode_head.{module}", f"decode_head.{module}") for module in _MMSEG_HEAD],
 }
 _PREFIX = {  # of the encoder, in a whole model and bare
     "nvlabs": ("backbone.", ""),
@@ -79,11 +80,11 @@ _PREFIX = {  # of the encoder, in a whole model and bare
     "mmseg": ("backbone.layers.", "layers."),
 }
 # Parameters that compute nothing here. NVlabs: left over from a base class, never called. SMP: the
-# classifier that `aux_params` adds beside the segmentation. mmsegmentation: its decode head.
+# classifier that `aux_params` adds beside the segmentation. mmsegmentation: a second head for training.
 _DEAD = {
     "nvlabs": ("decode_head.conv_seg.",),
     "smp": ("classification_head.",),
-    "mmseg": ("decode_head.", "auxiliary_head."),
+    "mmseg": ("auxiliary_head.",),
 }
 # Weights of mmsegmentation that are 1x1 convolutions there and Linears here.
 _1X1 = (".ffn.layers.0.weight", ".ffn.layers.4.weight")
@@ -188,14 +189,16 @@ def detect(names: Iterable[str]) -> KeyFormat:
     return best
 
 
-def to_ours(state: Mapping[str, Tensor], keys: KeyFormat) -> tuple[dict[str, Tensor], list[str]]:
+def to_ours(
+    state: Mapping[str, Tensor], keys: KeyFormat, *, encoder_only: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under the names of a file -> (tensors under ours, names that were dropped).
 
-    Dropped are what is not below the wrapper, parameters that compute nothing, and the decode head of
-    mmsegmentation, which is another network: names from `foreign_head`. Raises CheckpointError naming every
-    tensor without a place, and every half of a pair or pair that does not fit together.
+    Dropped are what is not below the wrapper, parameters that compute nothing, and with `encoder_only` a
+    decode head of any kind. Raises CheckpointError naming every tensor without a place, and every half of a
+    pair or pair that does not fit together.
     """
-    dead = _DEAD.get(keys.format, ())
+    dead = (*_DEAD.get(keys.format, ()), *(["decode_head."] if encoder_only else []))
     below = {name: name.removeprefix(keys.wrapper) for name in state if name.startswith(keys.wrapper)}
     kept = {name: short for name, short in below.items() if not short.startswith(dead)}
     theirs = {short: state[name] for name, short in kept.items()}
@@ -211,9 +214,12 @@ def to_ours(state: Mapping[str, Tensor], keys: KeyFormat) -> tuple[dict[str, Ten
         else:
             unknown.add(keys.wrapper + re.sub("/[01]", "", name))
     if unknown:
+        do = "check that the file is a SegFormer and nothing else"
+        if all(name.startswith(f"{keys.wrapper}decode_head.") for name in unknown):
+            do = "of another decode head, take the encoder alone, with launch/convert.py encoder_only=true"
         raise CheckpointError(
             f"{len(unknown)} of {len(state)} tensors have no place in a SegFormer of {TITLES[keys.format]} "
-            f"names: {listed(sorted(unknown))}; check that the file is a SegFormer and nothing else"
+            f"names: {listed(sorted(unknown))}; {do}"
         )
     return _join(out, equal=True), [name for name in state if name not in kept]
 
@@ -239,12 +245,6 @@ def from_ours(state: Mapping[str, Tensor], format_: str, *, bare: bool = False) 
     if unknown:
         raise CheckpointError(f"tensors that no {TITLES[format_]} SegFormer has: {listed(unknown)}")
     return _to_mmseg(out) if format_ == "mmseg" else out
-
-
-def foreign_head(names: Iterable[str], keys: KeyFormat) -> list[str]:
-    """Names of an mmsegmentation decode head: another network, which can't be converted."""
-    heads = tuple(keys.wrapper + head for head in _DEAD["mmseg"])
-    return [name for name in names if keys.format == "mmseg" and name.startswith(heads)]
 
 
 def _from_mmseg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
             "other weights"
         )
     weights = adapt_stem(weights, cfg.channels, cfg.stem)
-    keep_head = (arch.kind, arch.num_classes) == (kind, num_classes)
+    same_head = arch.head == cfg.head or kind != "segmentation"
+    keep_head = (arch.kind, arch.num_classes) == (kind, num_classes) and same_head
     load_weights(model, weights if keep_head else weights.encoder())
     loaded = "encoder and head" if keep_head else "encoder"
     said = [f"{arch.variant} of {cfg.pretrained} ({weights.title}): {loaded}"]
@@ -42,6 +43,8 @@ def load_pretrained(model: nn.Module, cfg: ModelConfig, kind: str, num_classes: 
         said.append(f"its kernels for RGB are adapted to {cfg.channels} channels ({rule})")
     if not keep_head:
         there = f", which has {arch.num_classes} classes there," if arch.kind == kind else ""
+        if arch.kind == kind and not same_head:
+            there = f", which is that of model.head={arch.head} there,"
         said.append(f"the head{there} is new, for {num_classes} classes")
     if (theirs := arch.norm_profile) not in (cfg.norm_profile, None):
         said.append(f"LayerNorm epsilons are those of {cfg.norm_profile}, the weights had those of {theirs}")

@@ -8,13 +8,12 @@ The names tell the format, and with it the LayerNorm epsilons that it is run wit
     hf        transformers: 1e-5 everywhere, whatever the config says                              hf
     nvlabs    NVlabs/SegFormer .pth, segmentation or ImageNet encoder                              original
     smp       segmentation_models_pytorch, Segformer with a mit_b* encoder                         original
-    mmseg     mmsegmentation, MixVisionTransformer; its decode head is another network             mmseg
-    ours      an export: hf names, and a section "segformer" in config.json             as the section says
+    mmseg     mmsegmentation, MixVisionTransformer with its own decode head                        mmseg
+    ours      an export: a section "segformer" in config.json, hf names or our own      as the section says
     run       our names                                                     as config.yaml of the run says
 
-Refuses, with CheckpointError, everything that those modules refuse, a config.json of another network, an
-export whose weights have another sha256 sum than its config.json says, and the decode head of mmsegmentation
-unless the encoder alone is asked for.
+Refuses, with CheckpointError, everything that those modules refuse, a config.json of another network, and an
+export whose weights have another sha256 sum than its config.json says.
 """
 
 import contextlib
@@ -31,11 +30,10 @@ from segformer.errors import CheckpointError, ConfigError, is_main_rank, listed,
 from segformer.files import sha256_of
 from segformer.models.variants import NORM_PROFILES, VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, Weights, check_tensors, find_arch, with_shapes
-from segformer.models.weights.key_maps import ALIGNED, detect, foreign_head, to_ours
+from segformer.models.weights.key_maps import ALIGNED, detect, to_ours
 from segformer.models.weights.tensor_files import ModelFiles, read_files
 
 PROFILES = {"hf": "hf", "hf5": "hf", "nvlabs": "original", "smp": "original", "mmseg": "mmseg"}
-_COUNTER = "decode_head.linear_fuse.bn.num_batches_tracked"
 
 
 def read_weights(path: str | Path, *, step: str = "newest", encoder_only: bool = False) -> Weights:
@@ -111,8 +109,8 @@ def _read_model(source: Path, encoder_only: bool) -> Weights:
     files = read_files(source)
     with reraise_as(CheckpointError, str(files.file), on=CheckpointError):
         check_tensors(files.state, "its tensors can't be used")
-        if foreign := _foreign_export(files.config):
-            arch = with_shapes(Arch(variant=foreign, kind="encoder"), files.state)
+        if own := _own_names(files.config):
+            arch = with_shapes(Arch(variant=own, kind="encoder"), files.state)
             weights = Weights(state=files.state, arch=arch)
         else:
             weights = _renamed(files.state, encoder_only)
@@ -123,17 +121,13 @@ def _read_model(source: Path, encoder_only: bool) -> Weights:
 def _renamed(theirs: Mapping[str, Tensor], encoder_only: bool) -> Weights:
     """Tensors of any format under our names, with the architecture that they have."""
     keys = detect(theirs)
-    if (head := foreign_head(theirs, keys)) and not encoder_only:
-        raise CheckpointError(
-            f"its decode head ({len(head)} tensors: {listed(head)}) is that of mmsegmentation, another "
-            "network (Conv, BatchNorm and ReLU per level), and can't be converted; take its encoder "
-            "alone, with launch/convert.py encoder_only=true"
-        )
-    state, dropped = to_ours(theirs, keys)
+    state, dropped = to_ours(theirs, keys, encoder_only=encoder_only)
     notes = [f"the prefix {keys.wrapper!r} was taken off the names"] if keys.wrapper else []
-    if _COUNTER not in state and _COUNTER.replace("num_batches_tracked", "running_mean") in state:
-        state[_COUNTER] = torch.zeros((), dtype=torch.int64)  # as torch does
-        notes.append(f"{_COUNTER} is not in the file; it only counts, and was set to 0")
+    means = [name for name in state if name.endswith(".running_mean")]
+    counters = {name.replace("running_mean", "num_batches_tracked") for name in means}
+    if missing := sorted(counters - state.keys()):
+        state |= {name: torch.zeros((), dtype=torch.int64) for name in missing}  # as torch does
+        notes.append(f"{listed(missing)} is not in the file; it only counts, and was set to 0")
     kinds = {str(t.dtype).removeprefix("torch.") for t in state.values() if t.is_floating_point()}
     if kinds != {"float32"}:
         notes.append(f"tensors of {', '.join(sorted(kinds))} were converted to float32")
@@ -149,12 +143,13 @@ def _renamed(theirs: Mapping[str, Tensor], encoder_only: bool) -> Weights:
     )
 
 
-def _foreign_export(config: Mapping[str, Any] | None) -> str:
-    """The variant of an export whose backbone is no MiT, which has our names; "" of all other files."""
+def _own_names(config: Mapping[str, Any] | None) -> str:
+    """The variant of an export that transformers has no network for, with our names; "" of others."""
     section = (config or {}).get("segformer")
-    name = section.get("variant") if isinstance(section, dict) else None
-    known = isinstance(name, str) and name in VARIANTS and VARIANTS[name].backbone != "mit"
-    return str(name) if known else ""
+    section = section if isinstance(section, dict) else {}
+    name = section.get("variant")
+    known = isinstance(name, str) and name in VARIANTS
+    return name if known and (VARIANTS[name].backbone != "mit" or "head" in section) else ""
 
 
 def to_fp32(tensor: Tensor) -> Tensor:

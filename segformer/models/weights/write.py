@@ -12,8 +12,8 @@
 transformers.pipeline("image-segmentation", out) shows images to the model as evaluations do here, whole and
 at their own size, and pipeline("image-classification", out) the center of each. It can't reduce larger images
 to the long_side of the training; the note in config.json says so. Its processors show 8-bit RGB alone: a
-model of other images has no preprocessor_config.json. An export of another backbone than MiT has our names
-and that section alone.
+model of other images has no preprocessor_config.json. An export of another backbone than MiT, or with the
+head of mmsegmentation ("head" in the section), has our names and that section alone.
 
 Every file appears whole or not at all. Refuses, with ConfigError, a folder with other files or a model that
 we did not write, a .pth that exists, a place that can't be written, metadata that does not fit or does not
@@ -56,7 +56,6 @@ _ARCHITECTURES = {
 _MARK = "norm_profile"  # in the header of every model.safetensors that we write
 _NO_PLACE = {  # (format, kind of model) -> why the format can't hold it
     ("smp", "classification"): "its models segment",
-    ("mmseg", "segmentation"): "its decode head is another network",
     ("mmseg", "classification"): "its models segment",
 }
 _SMP_VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5")
@@ -67,6 +66,7 @@ _REDUCED = (
     "; it was trained and scored on images of at most {} pixels a side: give transformers no larger ones"
 )
 _NOTES = {
+    None: "segformer alone runs it: transformers has no such backbone or decode head",
     True: "transformers computes the same logits: it uses LayerNorm eps 1e-5 everywhere, as this model does",
     False: "exact in segformer only: transformers uses LayerNorm eps 1e-5 everywhere, whatever its config "
     "says, and its logits differ slightly",
@@ -75,18 +75,20 @@ _NOTES = {
 
 def write_export(weights: Weights, out: Path, **extra: Any) -> list[Path]:
     """Write an export, with `extra` entries in its section; returns its files."""
-    profile = weights.config().norm_profile
+    profile, theirs = weights.config().norm_profile, in_transformers(weights)
     section = {**_section(weights), **weights.provenance, **extra}
 
     def config_of(model_file: Path) -> dict[str, Any]:
-        exact, side = profile == "hf", weights.metadata.long_side
-        note = _NOTES[exact] + (_REDUCED.format(side) if side else "")
-        note += "" if shown(weights) else _UNSHOWN.format(*images_of(weights))
+        exact, side = theirs and profile == "hf", weights.metadata.long_side
+        note = _NOTES[exact if theirs else None]
+        if theirs:
+            note += _REDUCED.format(side) if side else ""
+            note += "" if shown(weights) else _UNSHOWN.format(*images_of(weights))
         end = {"weights_sha256": sha256_of(model_file), "exact_in_transformers": exact, "note": note}
-        sizes = _hf_config(weights) if _is_mit(weights) else {}
+        sizes = _hf_config(weights) if theirs else {}
         return {**sizes, "segformer": {**section, **end}}
 
-    return _write_directory(weights, out, profile, config_of, theirs=_is_mit(weights))
+    return _write_directory(weights, out, profile, config_of, theirs=theirs)
 
 
 def images_of(weights: Weights) -> tuple[int, str]:
@@ -101,14 +103,15 @@ def shown(weights: Weights) -> bool:
 
 def write_hf(weights: Weights, out: Path) -> list[Path]:
     """Write a directory of transformers, which runs every LayerNorm with eps 1e-5; returns its files."""
+    _check_place(weights, "hf")
     return _write_directory(weights, out, "hf", lambda _: _hf_config(weights), theirs=True)
 
 
 def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
     """Write a .pth as NVlabs, segmentation_models_pytorch or mmsegmentation read it.
 
-    What is no segmentation has bare names, as the published ImageNet encoders have. mmseg holds encoders
-    only, smp no classifier, and b0 to b5.
+    What is no segmentation has bare names, as the published ImageNet encoders have. mmseg holds its own
+    decode head, the others the paper's; mmseg and smp no classifier, smp b0 to b5.
     """
     arch = weights.arch
     if out.suffix not in (".pth", ".pt"):
@@ -119,11 +122,7 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         raise ConfigError(
             f"segmentation_models_pytorch has no mit encoder of {arch.in_channels} channels; take another to="
         )
-    if reason := _NO_PLACE.get((format_, arch.kind)):
-        raise ConfigError(
-            f"{TITLES[format_]} can't hold the head of this model ({arch.kind}): {reason}; write the "
-            "encoder alone, with encoder_only=true"
-        )
+    _check_place(weights, format_)
     with _writing(weights, out):
         if out.exists():
             raise ConfigError(f"output={out} exists; give a new name, or delete it")
@@ -139,6 +138,19 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         with staged(out) as place:
             torch.save(content, place)
     return [out]
+
+
+def _check_place(weights: Weights, format_: str) -> None:
+    """ConfigError where a format has no head such as that of the model."""
+    arch = weights.arch
+    reason = _NO_PLACE.get((format_, arch.kind))
+    if arch.kind == "segmentation" and (arch.head == "mmseg") != (format_ == "mmseg"):
+        reason = "its decode head is another network"
+    if reason:
+        raise ConfigError(
+            f"{TITLES[format_]} can't hold the head of this model ({arch.kind}): {reason}; write the "
+            "encoder alone, with encoder_only=true"
+        )
 
 
 def _preprocessor(weights: Weights) -> dict[str, Any]:
@@ -216,6 +228,7 @@ def _section(weights: Weights) -> dict[str, Any]:
         "variant": config.variant,
         "norm_profile": config.norm_profile,
         "decoder_dim": config.decoder_dim,
+        **({"head": config.head} if config.head != "segformer" else {}),
         "num_classes": weights.arch.num_classes or None,
         **{
             key: value or None
@@ -239,8 +252,10 @@ def normalization(weights: Weights) -> tuple[list[float], list[float]]:
     return mean or IMAGENET_MEAN, std or IMAGENET_STD
 
 
-def _is_mit(weights: Weights) -> bool:
-    return VARIANTS[weights.arch.variant].backbone == "mit"
+def in_transformers(weights: Weights) -> bool:
+    """transformers has the network."""
+    arch = weights.arch
+    return VARIANTS[arch.variant].backbone == "mit" and arch.head == "segformer"
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import torch
 
 from segformer.errors import ConfigError
 from segformer.models.weights.bundle import Arch, Weights
-from segformer.models.weights.class_map import PREDICTOR, map_classes, resolve_class_map
+from segformer.models.weights.class_map import map_classes, resolve_class_map
+
+PREDICTOR = "decode_head.linear_pred"
 
 NAMES = ["wall", "sky", "car", "person", "car"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_files import NAMES, State, bundle, hf_config, randomize, same
+from model_files import NAMES, State, bare, bundle, hf_config, mmseg_names, randomize, same
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -18,17 +18,12 @@ from transformers import (
     SegformerModel,
 )
 
-from segformer.errors import CheckpointError
 from segformer.models.segformer import MiTClassifier, SegFormer, build_encoder, build_model
 from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.models.weights.bundle import Arch, Metadata, find_arch
 from segformer.models.weights.key_maps import ALIGNED
 from segformer.models.weights.read import read_weights
 from segformer.models.weights.write import write_export, write_hf, write_pth
-
-
-def bare(state: State, prefix: str = "backbone.") -> State:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def logits(path: Path) -> Callable[[Tensor], Tensor]:
@@ -183,29 +178,6 @@ def test_smp_there_and_back_is_bit_identical_from_file_and_directory(state: Stat
     assert same(torch.load(tmp_path / "back.pth", weights_only=True), smp_names(state))
 
 
-def mmseg_names(state: State) -> State:
-    """Written out here: what mmsegmentation 1.x calls the tensors of the encoder, and how it keeps them."""
-    block = {"attn.proj": "attn.attn.out_proj", "mlp.fc1": "ffn.layers.0", "mlp.fc2": "ffn.layers.4"}
-    block["mlp.dwconv.dwconv"] = "ffn.layers.1"
-    out = {}
-    for name, tensor in bare(state).items():
-        part, *rest = name.split(".")
-        stage, kind = int(part[-1]) - 1, part[:-1]
-        module, parameter = ".".join(rest[1:-1]), rest[-1]
-        if kind == "patch_embed":
-            out[f"layers.{stage}.0.{name.split('.', 1)[1].replace('proj.', 'projection.')}"] = tensor
-        elif kind == "norm":
-            out[f"layers.{stage}.2.{parameter}"] = tensor
-        elif module == "attn.q":
-            kv = state[f"backbone.{name.replace('attn.q', 'attn.kv')}"]
-            out[f"layers.{stage}.1.{rest[0]}.attn.attn.in_proj_{parameter}"] = torch.cat([tensor, kv])
-        elif module != "attn.kv":
-            linear = parameter == "weight" and module in ("mlp.fc1", "mlp.fc2")
-            value = tensor[:, :, None, None] if linear else tensor
-            out[f"layers.{stage}.1.{rest[0]}.{block.get(module, module)}.{parameter}"] = value
-    return out
-
-
 def test_an_mmseg_encoder_there_and_back_is_bit_identical(state: State, tmp_path: Path) -> None:
     torch.save(mmseg_names(state), tmp_path / "there.pth")
     weights = read_weights(tmp_path / "there.pth")
@@ -214,19 +186,6 @@ def test_an_mmseg_encoder_there_and_back_is_bit_identical(state: State, tmp_path
     write_pth(weights, tmp_path / "back.pth", "mmseg")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
     assert same(back, mmseg_names(state))
-
-
-def test_of_a_whole_mmseg_model_the_encoder_is_taken_when_asked_for(state: State, tmp_path: Path) -> None:
-    theirs = {f"backbone.{name}": tensor for name, tensor in mmseg_names(state).items()}
-    for name in ("conv_seg.weight", "conv_seg.bias", "convs.0.conv.weight"):
-        theirs[f"decode_head.{name}"] = torch.ones(3)
-    meta = {"dataset_meta": {"classes": NAMES}}
-    torch.save({"state_dict": theirs, "meta": meta, "message_hub": {}}, tmp_path / "iter_160000.pth")
-    with pytest.raises(CheckpointError, match=r"decode head \(3 tensors.*mmsegmentation.*encoder_only=true"):
-        read_weights(tmp_path / "iter_160000.pth")
-    weights = read_weights(tmp_path / "iter_160000.pth", encoder_only=True)
-    assert same(bare(weights.state), bare(state))
-    assert len(weights.dropped) == 3
 
 
 @pytest.mark.parametrize("profile", ["original", "hf", "mmseg"])
