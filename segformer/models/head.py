@@ -7,7 +7,7 @@ What is computed with them stands in ops/decode.py.
 Shapes: B batch, C_i channels of stage i, D decoder_dim, H W map of the first stage, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,11 @@ class ConvNorm(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")  # as both originals
 
 
-def kept_channels(head: nn.Module, largest: Tensor, prediction: nn.Conv2d) -> Tensor | None:
-    """Dropout2d in training: factors (B, D) of the channels of each image; None where none are dropped."""
-    if not (head.training and head.dropout > 0):
+def _kept(batch: int, prediction: nn.Conv2d, rate: float) -> Tensor | None:
+    """Dropout2d: factors (B, D) of the channels of each image; None where none are dropped."""
+    if rate == 0:
         return None
-    keep = prediction.weight.new_empty(len(largest), prediction.in_channels)
-    return keep.bernoulli_(1 - head.dropout).div_(1 - head.dropout)
+    return prediction.weight.new_empty(batch, prediction.in_channels).bernoulli_(1 - rate).div_(1 - rate)
 
 
 class AllMLPHead(nn.Module):
@@ -74,7 +73,7 @@ class AllMLPHead(nn.Module):
             projections=[affine(stage.proj) for stage in projections],
             fuse=self.linear_fuse.conv.weight,
             norm=self.linear_fuse.bn,
-            keep=kept_channels(self, maps[0], self.linear_pred),
+            keep=_kept(len(maps[0]), self.linear_pred, self.dropout * self.training),
             prediction=affine(self.linear_pred),
         )
         return self.ops.decode(stages, head).permute(0, 3, 1, 2)
@@ -99,11 +98,11 @@ class MMSegHead(nn.Module):
         super().__init__()
         self.ops = ops
         self.dropout = dropout
-        self.convs = nn.ModuleList(ConvNorm(dim, decoder_dim) for dim in embed_dims)
+        self.convs: Iterable[ConvNorm] = nn.ModuleList(ConvNorm(dim, decoder_dim) for dim in embed_dims)  # type: ignore[assignment]
         self.fusion_conv = ConvNorm(len(embed_dims) * decoder_dim, decoder_dim)
         self.conv_seg = nn.Conv2d(decoder_dim, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        nn.init.constant_(self.conv_seg.bias, 0)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """4 maps (B, C_i, H_i, W_i) in channels-last memory -> logits (B, K, H_1, W_1), likewise."""
@@ -113,7 +112,7 @@ class MMSegHead(nn.Module):
             projections=(),
             fuse=torch.cat(slices[::-1], dim=1),
             norm=self.fusion_conv.bn,
-            keep=kept_channels(self, maps[0], self.conv_seg),
+            keep=_kept(len(maps[0]), self.conv_seg, self.dropout * self.training),
             prediction=affine(self.conv_seg),
         )
         return self.ops.decode(stages[::-1], head).permute(0, 3, 1, 2)

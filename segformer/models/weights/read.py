@@ -148,8 +148,9 @@ def _own_names(config: Mapping[str, Any] | None) -> str:
     section = (config or {}).get("segformer")
     section = section if isinstance(section, dict) else {}
     name = section.get("variant")
-    known = isinstance(name, str) and name in VARIANTS
-    return name if known and (VARIANTS[name].backbone != "mit" or "head" in section) else ""
+    if not (isinstance(name, str) and name in VARIANTS):
+        return ""
+    return name if VARIANTS[name].backbone != "mit" or "head" in section else ""
 
 
 def to_fp32(tensor: Tensor) -> Tensor:
