@@ -56,8 +56,10 @@ ROOMS: dict[str, str] = {
         "losses partial_labels optim early_stop overrides choices help config sizing task directory "
         "stopping step header run recovery loop"
     ),
-    "inference": (
-        "page export convert score photograph predictor predict pictures provenance report compared compare"
+    "inference": "page",
+    "inference.exports": "graph runtime gate write",
+    "inference.": (
+        "export convert score photograph predictor predict pictures provenance report compared compare"
     ),
     "job": "",
     "api": "",
@@ -92,7 +94,8 @@ OWNERS: dict[str, set[str]] = {
     "omegaconf": {"training.choices", "training.config"},
     "yaml": {"files", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
-    "cv2": DATA | {"evaluation.drawing", "api", "doctor.labels"},
+    "cv2": DATA | {"evaluation.drawing", "inference.exports.gate", "api", "doctor.labels"},
+    "onnx": {"inference.exports.graph", "inference.exports.runtime"},
     "PIL": {
         "data.sources.decode",
         "data.sources.large",

@@ -7,6 +7,9 @@
 `SegformerForSemanticSegmentation.from_pretrained(out)` loads an export, or
 `SegformerForImageClassification`, which config.json names as well. transformers runs every LayerNorm with eps
 1e-5, so its logits are those of our model only for norm_profile=hf; config.json says which case it is.
+
+to=onnx and the like write a file for another runtime, which `open_checkpoint` and `build` open like any
+model (exports/).
 """
 
 import os
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from segformer.checkpoint.reader import CONFIG, is_run, run_folder
 from segformer.data.loading.classification import ClassificationAugment
@@ -23,6 +27,8 @@ from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
 from segformer.evaluation.metrics import SCORES, percent
+from segformer.inference.exports.runtime import Exported, is_exported, open_file, read_exported
+from segformer.inference.exports.write import WRITERS, Wanted, write
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
@@ -39,7 +45,7 @@ _FILES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".pdf", ".html", ".json", ".csv"),
     *(".npy", ".npz", ".zip", ".tar", ".gz", ".tgz", ".mp4"),
 )
-_ONNX = (".onnx", ".engine", ".plan", ".trt")
+_TARGETS = {".onnx": "onnx", ".engine": "onnx", ".plan": "onnx", ".trt": "onnx"}
 _UNFIT = "get the whole file again, or take the encoder alone, where that is sound, with encoder_only=true"
 
 
@@ -50,11 +56,21 @@ class ExportConfig:
     checkpoint: str = "???"
     "Directory of the run, or of one of its checkpoints."
     output: str = ""
-    "Folder to write; empty means <run>/export."
+    "Folder to write; empty means <run>/export, of the others <run>/export_<to>."
+    to: str = "hf"
+    "What for: hf (transformers and this project) or another runtime: onnx or openvino."
+    preprocess: bool = False
+    "The graph takes uint8 images (B, H, W, C) as they are decoded, and normalizes them."
+    argmax: bool = False
+    "The graph gives classes uint8 (B, H, W) at the size of the image, in place of logits."
     step: str = "newest"
     "Checkpoint: newest, best (by its validation score) or the number of its step."
 
     def __post_init__(self) -> None:
+        if self.to not in (known := ("hf", *WRITERS)):
+            raise ConfigError(f"to={self.to} is unknown; use one of {', '.join(known)}")
+        if self.to == "hf" and (self.preprocess or self.argmax):
+            raise ConfigError("preprocess and argmax are in the graph of to=onnx or openvino; leave them out")
         check_output(self.output, "an export is a folder of weights and config.json", self.checkpoint)
 
 
@@ -76,11 +92,9 @@ def check_output(output: str, what: str, checkpoint: str = "") -> None:
     place = Path(output)
     if os.path.isfile(place) or (place.suffix.lower() in _FILES and not os.path.isdir(place)):
         way = ""
-        if checkpoint and place.suffix.lower() in _ONNX:
+        if checkpoint and (to := _TARGETS.get(place.suffix.lower())):
             way = (
-                ", or make ONNX of it in Python, with the package onnxscript: torch.onnx.export(SegFormer."
-                f'from_pretrained("{checkpoint}", ops="reference"), torch.zeros(1, 3, 512, 512), '
-                f'"{place.with_suffix(".onnx")}"); a classifier is a MiTClassifier'
+                f", or python launch/export.py checkpoint={checkpoint} to={to} output={place.with_suffix('')}"
             )
         elif checkpoint and place.suffix.lower() in (".pth", ".pt"):
             way = f", or python launch/convert.py checkpoint={checkpoint} output={output} to=nvlabs"
@@ -98,9 +112,14 @@ def export(cfg: ExportConfig) -> Path:
             f"{path} is not a run directory: it has no config.yaml; give one such as runs/sample"
         )
     run = run_folder(path)
-    out = Path(cfg.output) if cfg.output else run / "export"
+    out = Path(cfg.output) if cfg.output else run / ("export" if cfg.to == "hf" else f"export_{cfg.to}")
     weights = open_checkpoint(path, cfg.step)
     check_network(weights)
+    if cfg.to != "hf":
+        wanted = Wanted(cfg.to, preprocess=cfg.preprocess, argmax=cfg.argmax)
+        parity = write(weights, build(weights), out, wanted)
+        say(f"exported step {weights.provenance['step']} of {run} to {out}; {parity}")
+        return out
     write_export(weights, out)
     name, title = next(iter(SCORES[weights.arch.kind].NAMES.items()))
     scores = weights.provenance["scores"] or {}
@@ -132,6 +151,10 @@ def open_checkpoint(path: str | Path, step: str = "newest", storage: StorageConf
             f"{path} is neither a run (it has no config.yaml) nor an export (it has no config.json); give a "
             "directory such as runs/sample or runs/sample/export"
         )
+    if is_exported(source):
+        if step != "newest":
+            raise ConfigError(f"step={step} asks for a checkpoint of a run, but {source} is an export")
+        return complete(read_exported(source), storage)
     weights = read_weights(source, step=step)
     if weights.format not in ("run", "ours"):
         raise CheckpointError(
@@ -170,8 +193,10 @@ def _network(weights: Weights) -> SegFormer | MiTClassifier:
     return build_kind(weights.config(), weights.arch.num_classes or 1)
 
 
-def build(weights: Weights) -> SegFormer | MiTClassifier:
-    """The network with its weights, in evaluation mode on the CPU."""
+def build(weights: Weights) -> nn.Module:
+    """The network with its weights, in evaluation mode on the CPU; of an exported file, in its runtime."""
+    if weights.runtime:
+        return Exported(open_file(weights.runtime, Path(weights.source)))
     return _network(weights).load(weights)
 
 

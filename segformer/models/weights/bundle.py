@@ -163,6 +163,8 @@ class Weights:
     "Names in the file that have no place here and compute nothing, or were not asked for."
     notes: list[str] = field(default_factory=list)
     "Further lines for the user."
+    runtime: str = ""
+    "Of an exported file, which has no state: its `to` (inference/exports/runtime.py)."
 
     @property
     def title(self) -> str:

@@ -181,10 +181,10 @@ def _describe(weights: Weights, files: ModelFiles) -> None:
             if not isinstance(section, dict) or section.get("weights_sha256") != sha256_of(files.file):
                 raise CheckpointError("is damaged or of another export (sha256); export it again")
     if section is not None:
-        _describe_as(weights, section)
+        describe_as(weights, section)
 
 
-def _describe_as(weights: Weights, section: dict[str, Any]) -> None:
+def describe_as(weights: Weights, section: dict[str, Any]) -> None:
     """Take over the section "segformer" that we wrote beside the tensors."""
     arch, damaged = weights.arch, (KeyError, TypeError, ValueError, ConfigError)
     with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):

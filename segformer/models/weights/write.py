@@ -76,7 +76,7 @@ _NOTES = {
 def write_export(weights: Weights, out: Path, **extra: Any) -> list[Path]:
     """Write an export, with `extra` entries in its section; returns its files."""
     profile, theirs = weights.config().norm_profile, in_transformers(weights)
-    section = {**_section(weights), **weights.provenance, **extra}
+    section = {**section_of(weights), **weights.provenance, **extra}
 
     def config_of(model_file: Path) -> dict[str, Any]:
         exact, side = theirs and profile == "hf", weights.metadata.long_side
@@ -130,7 +130,7 @@ def write_pth(weights: Weights, out: Path, format_: str) -> list[Path]:
         named = {name: _alone(tensor) for name, tensor in named.items()}
         content: dict[str, Any] = named
         if format_ != "smp":
-            meta: dict[str, Any] = {"segformer": _section(weights)}
+            meta: dict[str, Any] = {"segformer": section_of(weights)}
             if weights.metadata.classes:
                 meta |= {"CLASSES": weights.metadata.classes, "PALETTE": weights.metadata.palette or None}
             content = {"state_dict": named, "meta": meta}
@@ -158,7 +158,7 @@ def _preprocessor(weights: Weights) -> dict[str, Any]:
 
     Its SegformerImageProcessor can't cut out a center, which a classifier sees; BiT's does all of it.
     """
-    section = _section(weights)
+    section = section_of(weights)
     view: dict[str, Any] = {"image_processor_type": "SegformerImageProcessor", "do_resize": False}
     if weights.arch.kind == "classification":
         size, short = weights.metadata.view or _USUAL_VIEW
@@ -218,7 +218,7 @@ def _writing(weights: Weights, out: Path) -> Iterator[None]:
         yield
 
 
-def _section(weights: Weights) -> dict[str, Any]:
+def section_of(weights: Weights) -> dict[str, Any]:
     """Architecture and metadata, as whoever reads the file will find them."""
     config = weights.config()
     metadata = replace(weights.metadata)  # checked anew
