@@ -151,7 +151,7 @@ def read_exported(folder: Path) -> Weights:
             kind=str(said["kind"]),
             num_classes=int(said["num_classes"]),
             in_channels=int(said["in_channels"]),
-            head=str(said["head"]),
+            head=section.get("head", "segformer"),
             decoder_dim=section["decoder_dim"],
         )
     if to not in RUNTIMES:

@@ -68,7 +68,6 @@ def write(weights: Weights, network: Any, out: Path, wanted: Wanted) -> str:
             "to": wanted.to,
             "files": {name: sha256_of(place / name) for name in FILES[wanted.to]},
             "kind": weights.arch.kind,
-            "head": weights.arch.head,
             "num_classes": weights.arch.num_classes,
             "in_channels": weights.arch.in_channels,
             "preprocess": wanted.preprocess,
