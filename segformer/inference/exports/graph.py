@@ -173,8 +173,8 @@ def _head(graph: Graph, maps: list[Name], size: Name, head: AllMLPHead | MMSegHe
     scale, shift = fused.bn.scale_shift()
     kernels = [(weight * scale[:, None])[:, :, None, None] for weight in weights]
     hidden = graph("Conv", maps[0], kernels[0], offset * scale + shift)
-    for stage, weight in zip(maps[:0:-1], kernels[:0:-1], strict=True):
-        hidden = graph("Add", hidden, graph.resize(graph("Conv", stage, weight), size))
+    for smaller, weight in zip(maps[:0:-1], kernels[:0:-1], strict=True):
+        hidden = graph("Add", hidden, graph.resize(graph("Conv", smaller, weight), size))
     return graph("Conv", graph("Relu", hidden), *affine(prediction))
 
 
