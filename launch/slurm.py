@@ -14,8 +14,10 @@ dry_run=true prints its script and submits nothing.
 
     python launch/slurm.py evaluate nodes=2 checkpoint=runs/x split=test
     python launch/slurm.py shard tasks=16 data=ade20k root=... output=...
+    python launch/slurm.py sweep sweep.jobs=4 name=lr optim.lr=1e-4,3e-4 ...
 
-The last two: launch/evaluate.py on all ranks, data_prep/shard.py as an array.
+The last three: launch/evaluate.py on all ranks, data_prep/shard.py and the runs
+of launch/sweep.py as arrays.
 """
 
 import re
@@ -27,8 +29,9 @@ from segformer.errors import ending, importing
 
 with importing(__name__):
     from segformer.errors import ConfigError
-    from segformer.slurm import commands, submission
+    from segformer.slurm import commands, submission, sweeping
     from segformer.slurm.settings import PROFILE_ONLY, SlurmConfig
+    from segformer.sweep.plan import SweepConfig
     from segformer.training.choices import CONF, take_conf
     from segformer.training.config import RunConfig, cli, compose
     from segformer.training.directory import check_start
@@ -39,7 +42,8 @@ LOOK_AFTER = {
     "watch": submission.watch,
     "cancel": submission.cancel,
 }
-COMMANDS = (*LOOK_AFTER, "resubmit", "evaluate", "shard")
+OF_SWEEPS = {"status": lambda run_dir: print(sweeping.status(run_dir)), "cancel": sweeping.cancel}
+COMMANDS = (*LOOK_AFTER, "resubmit", "evaluate", "shard", "sweep")
 SETTINGS = {f.name for f in fields(SlurmConfig)}
 
 
@@ -92,6 +96,11 @@ def look_after(command: str, arguments: list[str]) -> None:
     if not arguments or "=" in arguments[0]:
         raise ConfigError(f"{command} needs a run's directory: python launch/slurm.py {command} runs/<name>")
     run_dir, overrides = submission.plain_path("run_dir", arguments[0]), arguments[1:]
+    sweep = sweeping.is_sweep(run_dir)
+    if sweep and command not in OF_SWEEPS:
+        raise ConfigError(
+            f"{arguments[0]} is a sweep; use {' or '.join(OF_SWEEPS)}, or {command} one of its runs"
+        )
     if command == "resubmit":
         cfg = changed(submission.settings_of(run_dir), overrides)
         if submission.resubmit(run_dir, cfg) and cfg.watch:
@@ -99,7 +108,7 @@ def look_after(command: str, arguments: list[str]) -> None:
         return
     if overrides:
         raise ConfigError(f"{command} takes the run's directory only, not {overrides[0]!r}")
-    LOOK_AFTER[command](run_dir)
+    (OF_SWEEPS if sweep else LOOK_AFTER)[command](run_dir)
 
 
 def changed(before: dict[str, Any], overrides: list[str]) -> SlurmConfig:
@@ -135,6 +144,23 @@ def submit_other(command: str, arguments: list[str]) -> None:
     commands.shard(cfg, [one for one in rest if not one.startswith("tasks=")], int(tasks))
 
 
+def submit_sweep(arguments: list[str]) -> None:
+    """sweep: the settings of the job and of the sweep are ours, all else is that of launch/train.py."""
+    if {"--help", "-h"} & set(arguments):
+        print("keys of the job: python launch/slurm.py --help\nall others: python launch/sweep.py --help")
+        return
+    conf, arguments = take_conf(arguments)
+    job, rest = split_overrides(arguments)
+    ours = {field.name for field in fields(SweepConfig)} - SETTINGS
+    own = [one for one in rest if re.split(r"[.=]", one, maxsplit=1)[0] in ours]
+    cfg, plan = compose(SlurmConfig, "slurm", [*conf, *job]), compose(SweepConfig, "sweep", own)
+    if plan.name == "???":
+        raise ConfigError("a sweep needs a name: name=lr makes runs/lr")
+    training = [*conf, *(one for one in rest if one not in own)]
+    if (array := sweeping.submit_sweep(cfg, plan, training)) and cfg.watch:
+        submission.follow(array)
+
+
 def main() -> None:
     """The command line; see above."""
     arguments = sys.argv[1:]
@@ -142,6 +168,8 @@ def main() -> None:
     with ending():
         if command in ("evaluate", "shard"):
             submit_other(command, arguments[1:])
+        elif command == "sweep":
+            submit_sweep(arguments[1:])
         elif command in COMMANDS:
             look_after(command, arguments[1:])
         elif re.fullmatch(r"[a-z]+", command):

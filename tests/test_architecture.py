@@ -64,7 +64,7 @@ ROOMS: dict[str, str] = {
     "job": "",
     "api": "",
     "sweep": "plan queue",
-    "slurm": "attempts settings queue code script after task submission commands",
+    "slurm": "attempts settings queue code script after task submission commands sweeping",
     "doctor": "memory measure scan judge advice doctor labels",
 }
 ORDER = [

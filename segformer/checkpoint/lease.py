@@ -37,7 +37,7 @@ class Owner:
     """Holder of a run directory."""
 
     job: str
-    "Slurm's job id; empty outside of Slurm."
+    "Slurm's job id, 12_3 of an element of an array; empty outside of Slurm."
     attempt: int
     "How often Slurm has started the job again."
     host: str
@@ -46,7 +46,9 @@ class Owner:
     @classmethod
     def current(cls) -> Owner:
         """This process."""
-        job = os.environ.get("SLURM_JOB_ID", "")
+        array, index = (os.environ.get(f"SLURM_ARRAY_{part}_ID", "") for part in ("JOB", "TASK"))
+        # An element's own number may be that of the whole array, which Slurm would start again with it.
+        job = f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
         attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
         return cls(job, int(attempt) if attempt.isdigit() else 0, socket.gethostname(), os.getpid())
 

@@ -27,7 +27,8 @@ def attempt_line(run_dir: Path, ranks_per_node: int) -> str:
     newest = f'"$(ls {steps} 2>/dev/null | grep -E "^step-[0-9]+$" | tail -n 1)"'
     form = r'{"job": "%s", "attempt": %d, "ranks": %d, "nodes": "%s", "newest": "%s"}\n'
     ranks = f'"$((SLURM_JOB_NUM_NODES * {ranks_per_node}))"'
-    values = f'"$SLURM_JOB_ID" "${{SLURM_RESTART_COUNT:-0}}" {ranks} "$SLURM_JOB_NODELIST"'
+    job = '"${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
+    values = f'{job} "${{SLURM_RESTART_COUNT:-0}}" {ranks} "$SLURM_JOB_NODELIST"'
     return f"printf '{form}' {values} {newest} >> {shlex.quote(str(run_dir / 'slurm' / FILE))}"
 
 

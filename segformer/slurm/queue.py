@@ -124,9 +124,21 @@ def own_environment() -> dict[str, str]:
 
 
 def job_state(job: str) -> JobState:
-    """The state of a job."""
-    words = slurm("scontrol", "show", "job", "-o", job, check=False).split()
-    found = {key: value for key, _, value in (word.partition("=") for word in words)}
+    """The state of a job; of an array that of an element that is alive, where there is one."""
+    rows = slurm("scontrol", "show", "job", "-o", job, check=False).splitlines()
+    shown = [one for row in rows if (one := _shown(row))]
+    if shown:
+        return next((one for one in shown if one.alive), shown[0])
+    for row in reversed(_accounts("-X", "-j", job, "-o", "State,NodeList,Elapsed,Timelimit")):
+        state, nodes, elapsed, limit = row.split("|")
+        nodes = nodes.replace("None assigned", "")
+        return JobState(state.split()[0], nodes=nodes, elapsed=elapsed, limit=limit)
+    return JobState("UNKNOWN")
+
+
+def _shown(row: str) -> JobState | None:
+    """The state in a line of scontrol."""
+    found = {key: value for key, _, value in (word.partition("=") for word in row.split())}
     if found.get("JobState"):
         reason = found.get("Reason", "")
         return JobState(
@@ -138,11 +150,7 @@ def job_state(job: str) -> JobState:
             elapsed=found.get("RunTime", ""),
             limit=found.get("TimeLimit", ""),
         )
-    for row in reversed(_accounts("-X", "-j", job, "-o", "State,NodeList,Elapsed,Timelimit")):
-        state, nodes, elapsed, limit = row.split("|")
-        nodes = nodes.replace("None assigned", "")
-        return JobState(state.split()[0], nodes=nodes, elapsed=elapsed, limit=limit)
-    return JobState("UNKNOWN")
+    return None
 
 
 def ran_out_of_memory(job: str) -> bool:

@@ -25,11 +25,12 @@ from segformer.slurm.settings import SlurmConfig, minutes
 class JobFolder:
     """The files of one submission: runs/x/slurm/0001."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, code: Path | None = None) -> None:
+        """code: where the copy of the code is, if not in the folder itself."""
         self.path = path
         self.config = path / "config.yaml"  # the composed configuration of the run
         self.record = path / "job.json"  # the settings of the job, and its id once it has one
-        self.code = path / "code"
+        self.code = code or path / "code"
         self.script = path / "script.sh"
         self.logs = path / "logs"  # <job>_<rank>_log.out and .err
         self.outcomes = path / "outcomes"  # why ranks ended early: <attempt>-<rank>.json
@@ -70,6 +71,13 @@ def command_script(
         options |= {"nodes": 1, "ntasks-per-node": 1, "cpus-per-task": cfg.cpus_per_task}
     array = {"array": f"0-{tasks - 1}%{tasks}"} if tasks else {}
     return _script(options | array | (more or {}), cfg, [*_setup(cfg, folder), command])
+
+
+def array_script(cfg: SlurmConfig, folder: JobFolder, directory: Path, tasks: int, at_once: int) -> str:
+    """The script of an array of training jobs: an element runs the script <its number>.sh of the folder."""
+    options = _options(cfg, folder.path.parent.parent.name, folder, directory, "%A_%a") | _shape(cfg)
+    options |= {"signal": f"USR2@{cfg.signal_delay_s}", "array": f"0-{tasks - 1}%{at_once}"}
+    return _script(options, cfg, [f'exec bash {shlex.quote(str(folder.path))}/"$SLURM_ARRAY_TASK_ID".sh'])
 
 
 def _options(

@@ -95,14 +95,10 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
         show_script(training_script(cfg, run.name, folder, directory, run_dir))
         print(f"dry run, nothing was written or submitted: {shape}", file=sys.stderr)
         return ""
-    for earlier in _submissions(run_dir):
-        _check_ended(run.run_dir, _record_of(earlier).get("job", ""))
+    check_ended(run_dir)
     folder = make_folder(run_dir)
-    run.checkpoint.notice_s = float(cfg.signal_delay_s)
-    save_config(run, folder.config)
     code = copy_code(ROOT, folder.code)
-    folder.script.write_text(training_script(cfg, run.name, folder, directory, run_dir))
-    record = {"settings": asdict(cfg), "code": code, "run_dir": str(run_dir), "directory": str(directory)}
+    record = write_job(folder, cfg, run, directory, run_dir) | {"code": code}
     write_atomic(folder.record, json.dumps(record, indent=1))
     job = submit_script(folder.script)
     write_atomic(folder.record, json.dumps(record | {"job": job}, indent=1))
@@ -116,16 +112,30 @@ def submit(cfg: SlurmConfig, run: RunConfig, directory: Path | None = None) -> s
     return job
 
 
-def _check_ended(run_dir: str, job: str) -> None:
-    """Refuse a run whose job waits, runs or ends at this moment."""
-    state = job_state(job) if job else JobState("UNKNOWN")
-    if state.name == "COMPLETING":
-        raise ConfigError(f"{run_dir}: job {job} is still ending; try again in a moment")
-    if state.alive:
-        raise ConfigError(
-            f"{run_dir} has job {job}, which is {state.name}; `python launch/slurm.py cancel {run_dir}` ends "
-            "it, after saving its state"
-        )
+def write_job(
+    folder: JobFolder, cfg: SlurmConfig, run: RunConfig, directory: Path, run_dir: Path
+) -> dict[str, Any]:
+    """Write configuration and script of a run's job into its folder; what is to be its record."""
+    run.checkpoint.notice_s = float(cfg.signal_delay_s)
+    save_config(run, folder.config)
+    folder.script.write_text(training_script(cfg, run.name, folder, directory, run_dir))
+    return {"settings": asdict(cfg), "run_dir": str(run_dir), "directory": str(directory)}
+
+
+def check_ended(run_dir: Path) -> None:
+    """Refuse a run, or a sweep, one of whose jobs waits, runs or ends at this moment."""
+    shown = os.path.relpath(run_dir)
+    for earlier in _submissions(run_dir):
+        record = record_of(earlier)
+        for job in filter(None, (record.get("job", ""), record.get("next", ""))):
+            state = job_state(job)
+            if state.name == "COMPLETING":
+                raise ConfigError(f"{shown}: job {job} is still ending; try again in a moment")
+            if state.alive:
+                raise ConfigError(
+                    f"{shown} has job {job}, which is {state.name}; `python launch/slurm.py cancel {shown}` "
+                    "ends it, after saving its state"
+                )
 
 
 def show_script(text: str) -> None:
@@ -176,7 +186,7 @@ def _submissions(run_dir: Path) -> list[JobFolder]:
     return [JobFolder(path) for path in _numbered(run_dir / "slurm")]
 
 
-def _record_of(folder: JobFolder) -> dict[str, Any]:
+def record_of(folder: JobFolder) -> dict[str, Any]:
     """What was submitted; {} where it was never written whole."""
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads(folder.record.read_text()))
@@ -188,7 +198,7 @@ def newest(run_dir: Path) -> tuple[JobFolder, str]:
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir} does not exist; give the run_dir of a run that was submitted")
     for folder in reversed(_submissions(run_dir)):
-        if job := _record_of(folder).get("job"):
+        if job := record_of(folder).get("job"):
             return folder, job
     raise ConfigError(
         f"{run_dir} has not been submitted; python launch/slurm.py run_dir={run_dir} ... does it"
@@ -208,7 +218,7 @@ def cancel(run_dir: Path) -> None:
 
 def settings_of(run_dir: Path) -> dict[str, Any]:
     """The settings of a run's newest job, by the names of SlurmConfig."""
-    return dict(_record_of(newest(run_dir)[0])["settings"])
+    return dict(record_of(newest(run_dir)[0])["settings"])
 
 
 def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
@@ -216,7 +226,7 @@ def resubmit(run_dir: Path, cfg: SlurmConfig) -> str:
     folder, _ = newest(run_dir)
     run = load_config(folder.config)
     run.run_dir = str(run_dir)
-    return submit(cfg, run, Path(_record_of(folder)["directory"]))
+    return submit(cfg, run, Path(record_of(folder)["directory"]))
 
 
 def status(run_dir: Path) -> str:

@@ -103,8 +103,12 @@ def _ended(run_dir: Path) -> bool:
     return False
 
 
-def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Rung]]:
+def plan_of(
+    cfg: SweepConfig, overrides: list[str], device: str = "", world_size: int = 1
+) -> tuple[list[Job], list[Rung]]:
     """The runs of a sweep, each composed and checked, and the rungs.
+
+    device, world_size: what each run will have; empty takes what is here.
 
     Raises:
         ConfigError: of the plan, or as for launch/train.py of the first run that is wrong.
@@ -113,7 +117,7 @@ def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Run
         raise ConfigError(f"{taken[0]} is refused: the sweep sets it for each run; leave it out")
     planned = trials(overrides, cfg.sweep)
     stages = rungs(len({trial.setting for trial in planned}), cfg.sweep.halving)
-    jobs, device = [], "cuda" if torch.cuda.is_available() else "cpu"
+    jobs, device = [], device or ("cuda" if torch.cuda.is_available() else "cpu")
     opened: dict[str, ShardSet | Mixture] = {}
 
     def shards_of(run: RunConfig) -> ShardSet | Mixture:
@@ -129,14 +133,14 @@ def plan_of(cfg: SweepConfig, overrides: list[str]) -> tuple[list[Job], list[Run
         run = compose(RunConfig, "config", [*trial.overrides, f"name={trial.name}", f"run_dir={folder}"])
         check_start(run)
         by_rungs = len(stages) > 1 and ("steps" in run.auto or run.epochs is not None)
-        run, _ = settled(run, device=device, world_size=1, opened=shards_of)
+        run, _ = settled(run, device=device, world_size=world_size, opened=shards_of)
         jobs.append(Job(trial, folder, run, steps=run.steps if by_rungs else None))
     return jobs, stages
 
 
 def check(cfg: SweepConfig, overrides: list[str]) -> None:
     """What --check does: all runs are composed and checked, and a line says what the sweep would do."""
-    say(_summary(*plan_of(cfg, overrides)))
+    say(summary(*plan_of(cfg, overrides)))
 
 
 def describe(cfg: SweepConfig, overrides: list[str]) -> None:
@@ -144,13 +148,14 @@ def describe(cfg: SweepConfig, overrides: list[str]) -> None:
     jobs, stages = plan_of(cfg, overrides)
     for job in jobs:
         say(shlex.join(["python", "launch/train.py", *_to(stages[0], job).overrides]))
-    say(_summary(jobs, stages), file=sys.stderr)
+    say(summary(jobs, stages), file=sys.stderr)
     if jobs[0].steps:
         where = "a GPU" if torch.cuda.is_available() else "a CPU"
         say(f"steps and stop_at are worked out for this machine, with {where}", file=sys.stderr)
 
 
-def _summary(jobs: list[Job], stages: list[Rung]) -> str:
+def summary(jobs: list[Job], stages: list[Rung]) -> str:
+    """Runs, settings and rungs in a line."""
     steps = [f"{rung.settings} to {100 * rung.share:.3g}% of the steps" for rung in stages[:-1]]
     ladder = f": {', '.join([*steps, f'{stages[-1].settings} to the end'])}" if steps else ""
     return f"{len(jobs)} runs of {stages[0].settings} settings{ladder}"
@@ -290,6 +295,22 @@ def sweep(cfg: SweepConfig, overrides: list[str], train: list[str]) -> list[Job]
         describe(cfg, overrides)
         return []
     jobs, stages = plan_of(cfg, overrides)
+    with begun(cfg, overrides, jobs) as (jobs, folder, running):
+        say(f"{folder}: {summary(jobs, stages)}")
+        with StopFlag() as stop:
+            queue = Queue(train, running, stop, f"the same command goes on with {folder}")
+            finalists = _by_rungs(queue, jobs, stages, cfg.sweep.jobs)
+        return concluded(cfg, folder, jobs, finalists, queue.failed)
+
+
+@contextlib.contextmanager
+def begun(cfg: SweepConfig, overrides: list[str], jobs: list[Job]) -> Iterator[tuple[list[Job], Path, int]]:
+    """A sweep, begun or gone on with, for this process alone: its runs with the steps of its first start, its
+    folder, and a descriptor for the runs to keep open.
+
+    Raises:
+        ConfigError: another sweep or a run is there, or somebody works on it.
+    """
     folder = Path("runs", cfg.name)
     if (folder / CONFIG).exists() or (folder / "checkpoints").exists():
         raise ConfigError(f"{folder} is a run, and a sweep is a folder of runs; choose another name=...")
@@ -298,35 +319,41 @@ def sweep(cfg: SweepConfig, overrides: list[str], train: list[str]) -> list[Job]
     with _taken(folder) as running:
         steps = [job.config.steps for job in jobs]
         steps = keep_plan(folder, overrides, cfg.sweep, [job.trial for job in jobs], steps)
-        jobs = [job.of(count) for job, count in zip(jobs, steps, strict=True)]
-        say(f"{folder}: {_summary(jobs, stages)}")
-        with StopFlag() as stop:
-            queue = Queue(train, running, stop, f"the same command goes on with {folder}")
-            finalists = _by_rungs(queue, jobs, stages, cfg.sweep.jobs)
-        others = [job for job in jobs if job.trial not in [finalist.trial for finalist in finalists]]
-        scored = [str(job.folder) for job in [*finalists, *_ranked(others)]]
-        left = [str(job.folder) for job in others]
-        if len(scored) > 1:
-            shown = CompareConfig(runs=scored, output=str(folder / "comparison"), images=cfg.images)
-            compare(shown, logged=left)
-    if queue.failed:
+        yield [job.of(count) for job, count in zip(jobs, steps, strict=True)], folder, running
+
+
+def concluded(
+    cfg: SweepConfig, folder: Path, jobs: list[Job], finalists: list[Job], failed: list[str]
+) -> list[Job]:
+    """Compare the runs of a sweep; the finalists again. SegformerError where runs have failed."""
+    others = [job for job in jobs if job.trial not in [finalist.trial for finalist in finalists]]
+    scored = [str(job.folder) for job in [*finalists, *ranked(others)]]
+    left = [str(job.folder) for job in others]
+    if len(scored) > 1:
+        shown = CompareConfig(runs=scored, output=str(folder / "comparison"), images=cfg.images)
+        compare(shown, logged=left)
+    if failed:
         raise SegformerError(
-            f"{len(queue.failed)} of {len(jobs)} runs failed: {listed(queue.failed)}; the same command tries "
-            "them again"
+            f"{len(failed)} of {len(jobs)} runs failed: {listed(failed)}; the same command tries them again"
         )
     if not scored:
         raise SegformerError(f"none of the {len(jobs)} runs has a score that is a number; see {folder}/*.out")
     return finalists
 
 
+def of_rung(jobs: list[Job], rung: Rung, first: bool) -> list[Job]:
+    """The jobs of the settings that are trained in a rung, of those of the rung before."""
+    survivors = list(_means(jobs)) if first else best(_means(jobs), rung.settings)
+    return [_to(rung, job) for job in jobs if job.trial.setting in survivors]
+
+
 def _by_rungs(queue: Queue, jobs: list[Job], stages: list[Rung], at_once: int | None) -> list[Job]:
     """Train the settings that go on, rung by rung; those of the last one, best first."""
     slots = _slots(at_once)
     for rung in stages:
-        survivors = best(_means(jobs), rung.settings) if rung is not stages[0] else list(_means(jobs))
-        jobs = [_to(rung, job) for job in jobs if job.trial.setting in survivors]
+        jobs = of_rung(jobs, rung, rung is stages[0])
         queue.work(jobs, slots)
-    return _ranked(jobs)
+    return ranked(jobs)
 
 
 def _means(jobs: list[Job]) -> dict[str, float | None]:
@@ -341,7 +368,7 @@ def _means(jobs: list[Job]) -> dict[str, float | None]:
     }
 
 
-def _ranked(jobs: list[Job]) -> list[Job]:
+def ranked(jobs: list[Job]) -> list[Job]:
     """The jobs whose setting has a score, best first."""
     means = _means(jobs)
     order = best(means, len(means))

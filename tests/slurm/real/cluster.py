@@ -138,6 +138,12 @@ class Cluster:
         """SIGKILL the node's daemon; the steps of its jobs live on."""
         self.run("pkill", "-KILL", "-x", "slurmd", where=node)
 
+    def restart_controller(self) -> None:
+        """SIGKILL slurmctld and start it again: it reads what it has saved."""
+        self.run("pkill", "-KILL", "-x", "slurmctld")
+        self._daemon(CONTROLLER, "slurmctld", "-D")
+        self.wait(lambda: self.run("scontrol", "ping", check=False).stdout.count("UP"), 30, "slurmctld again")
+
     def down(self, node: str) -> bool:
         """Whether the node is without power or without its daemon."""
         if self._inits[node].poll() is not None:

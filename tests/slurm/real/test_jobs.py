@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from comparing import assert_identical, saved_state
-from slurm.real.conftest import STEPS
+from slurm.real.conftest import JOB, STEPS
 
 from segformer.checkpoint.reader import list_steps, load_checkpoint
 from segformer.data.loading.order import OrderSpec, SampleOrder
+from segformer.telemetry.jsonl import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]  # one cluster
 
@@ -201,3 +202,51 @@ def test_a_time_limit_is_met_twice_or_more(limited, undisturbed, metrics):
     assert len(limited.attempts) >= 3, limited.logs()
     assert redone(limited) == 0, limited.logs()
     assert_undisturbed(limited, undisturbed, metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_sweep_as_an_array_ends_as_its_runs_do_alone(
+    launch, overrides, powered, train_many, tmp_path, monkeypatch
+):
+    """Four runs, two at a time, in two rungs; slurmctld is killed, and a node that works loses its power."""
+    cluster, runs = powered, tmp_path / "runs/s"
+    monkeypatch.chdir(tmp_path)
+    own = ("name=", "run_dir=", "steps=", "optim.lr=")
+    common = [one for one in overrides(tmp_path / "x") if not one.startswith(own)]
+    common += ["steps=20", "checkpoint.save_every=5"]
+    plan = ("name=s", "images=0", "sweep.jobs=2", "sweep.halving=2", "optim.lr=1e-5,2e-5", "seed=0,1")
+    command = ("sweep", "nodes=1", "tasks_per_node=1", *JOB, *plan, *common)
+    array = launch(cluster, *command).stdout.partition("job ")[2].partition(":")[0]
+    again = launch(cluster, *command, check=False)
+    assert (again.returncode, f"has job {array}" in again.stderr) == (2, True), again.stderr
+    cluster.wait(lambda: list_steps(runs / "lr1e-5_seed1/checkpoints"), 120, "a checkpoint")
+    cluster.restart_controller()
+    cluster.wait(lambda: cluster.nodes_of(f"{array}_2"), 120, "the third run at work")
+    (node,) = cluster.nodes_of(f"{array}_2")
+    cluster.cut_power(node)
+    cluster.wait_for_state(f"{array}_2", "PENDING", "RUNNING", timeout_s=60)
+    cluster.boot(node)
+    cluster.wait((runs / "comparison/index.html").exists, 400, "the comparison")
+    assert "COMPLETED" in launch(cluster, "status", "runs/s").stdout
+    names = sorted(path.parent.name for path in runs.glob("*/config.yaml"))
+    ends = {name: list_steps(runs / name / "checkpoints")[-1] for name in names}
+    assert sorted(ends.values()) == [10, 10, 20, 20], "one setting of two went on to the end"
+    alone = [
+        [
+            *common,
+            f"name={name}",
+            f"run_dir={tmp_path / name}",
+            f"optim.lr={lr}",
+            f"seed={seed}",
+            f"stop_at={end}",
+        ]
+        for name, end in ends.items()
+        for lr, _, seed in [name.removeprefix("lr").partition("_seed")]
+    ]
+    train_many(1, alone)
+    for name in names:
+        assert_identical(saved_state(runs / name), saved_state(tmp_path / name))
+        steps = [row["step"] for row in read_metrics(runs / name, "train")]
+        again = sum(row["redone"] for row in read_metrics(runs / name, "continued"))
+        assert len(steps) == ends[name] + again
