@@ -63,7 +63,7 @@ ROOMS: dict[str, str] = {
     ),
     "job": "",
     "api": "",
-    "sweep": "plan queue",
+    "sweep": "plan runs queue",
     "slurm": "attempts settings queue code script after task submission commands sweeping",
     "doctor": "memory measure scan judge advice doctor labels",
 }

@@ -35,7 +35,8 @@ from segformer.slurm.submission import (
     write_job,
 )
 from segformer.sweep.plan import FILE, SearchConfig, SweepConfig
-from segformer.sweep.queue import Job, begun, concluded, of_rung, plan_of, ranked, summary
+from segformer.sweep.queue import begun, concluded
+from segformer.sweep.runs import Job, of_rung, plan_of, ranked, summary
 from segformer.training.config import RunConfig, compose
 
 

@@ -15,9 +15,10 @@ import pytest
 from sweep.fake_training import STEPS, score
 
 from segformer.errors import ConfigError, Preempted, SegformerError
-from segformer.sweep import queue
+from segformer.sweep import queue, runs
 from segformer.sweep.plan import SearchConfig, SweepConfig
-from segformer.sweep.queue import Job, plan_of, sweep
+from segformer.sweep.queue import sweep
+from segformer.sweep.runs import Job, plan_of
 from segformer.training.config import RunConfig, compose
 from segformer.training.directory import check_start
 
@@ -42,7 +43,7 @@ def place(tmp_path, monkeypatch):
     """An empty working directory; what would be compared is kept in the list that is returned beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(queue, "POLL_S", 0.01)
-    monkeypatch.setattr(queue, "compose", composed)
+    monkeypatch.setattr(runs, "compose", composed)
     compared: list[list[str]] = []
     monkeypatch.setattr(queue, "compare", lambda cfg, logged: compared.append(cfg.runs))
     return tmp_path / "runs/s", compared
@@ -179,12 +180,12 @@ def test_a_run_has_ended_where_log_export_and_report_are_of_one_step_whatever_th
     for exported, told, ended in ((8, 8, True), (8, 4, False), (4, 8, False), (8, 80, False)):
         (run / "report.html").write_text(f"<td>mIoU, step {told}</td>")
         (export / "config.json").write_text(json.dumps({"segformer": {"step": exported}}))  # later
-        assert queue._ended(run) == ended
+        assert runs._ended(run) == ended
 
 
 def test_rungs_keep_the_steps_of_the_first_start(place, monkeypatch, tiny_shards):
-    opened, open_shards = [], queue.open_shards
-    monkeypatch.setattr(queue, "open_shards", lambda cfg: opened.append(1) or open_shards(cfg))
+    opened, open_shards = [], runs.open_shards
+    monkeypatch.setattr(runs, "open_shards", lambda cfg: opened.append(1) or open_shards(cfg))
     lines = ["experiment=scratch", f"data.shards={tiny_shards}", "epochs=3", "optim.lr=0.01,0.1"]
     cfg = SweepConfig(name="s", sweep=SearchConfig(halving=2))
     jobs, _ = plan_of(cfg, lines)
@@ -194,7 +195,7 @@ def test_rungs_keep_the_steps_of_the_first_start(place, monkeypatch, tiny_shards
     assert "steps=40" in elsewhere.overrides
     assert "epochs=3" not in elsewhere.overrides
     assert compose(RunConfig, "config", elsewhere.overrides).steps == 40
-    assert queue._to(queue.Rung(0.25, 2), elsewhere).stop_at == 10
+    assert runs.to_rung(runs.Rung(0.25, 2), elsewhere).stop_at == 10
 
 
 def test_a_sweep_without_any_score_says_so(place, monkeypatch):
