@@ -3,6 +3,7 @@
     SegformerError                   one line on stderr      2, Preempted 75, RankLost and WorkerLost 76
     Ctrl-C                           "stopped" on stderr     130 = 128 + SIGINT, as shells count
     nobody reads stdout (| head)     nothing                 141 = 128 + SIGPIPE
+    Incomplete                       one line on stderr      1: some inputs can't be used, all others are done
     any other exception              its traceback           1: a bug of this program
 
 A message says what is wrong, where, what was found and what to do. Every script of launch/ and data_prep/
@@ -47,6 +48,12 @@ class ConfigError(SegformerError):
 
 class DataError(SegformerError):
     """A data set, shard, image or mask is missing, damaged or inconsistent."""
+
+
+class Incomplete(DataError):
+    """Some of the inputs can't be used; all others are done."""
+
+    exit_code = 1
 
 
 class CheckpointError(SegformerError):

@@ -58,9 +58,9 @@ ROOMS: dict[str, str] = {
     ),
     "inference": "page",
     "inference.exports": "graph runtime gate write",
-    "inference.": (
-        "export convert score photograph predictor predict pictures provenance report compared compare"
-    ),
+    "inference.": "export convert score photograph predictor",
+    "inference.predicting": "inputs pipeline outputs",
+    "inference..": "predict pictures provenance report compared compare",
     "job": "",
     "api": "",
     "sweep": "plan runs queue",
@@ -94,7 +94,14 @@ OWNERS: dict[str, set[str]] = {
     "omegaconf": {"training.choices", "training.config"},
     "yaml": {"files", "training.config"},
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
-    "cv2": DATA | {"evaluation.drawing", "inference.exports.gate", "api", "doctor.labels"},
+    "cv2": DATA
+    | {
+        "evaluation.drawing",
+        "inference.exports.gate",
+        "inference.predicting.outputs",
+        "api",
+        "doctor.labels",
+    },
     "onnx": {"inference.exports.graph", "inference.exports.runtime"},
     "PIL": {
         "data.sources.decode",
@@ -103,7 +110,7 @@ OWNERS: dict[str, set[str]] = {
         "evaluation.drawing",
         "inference.photograph",
         "inference.predictor",
-        "inference.predict",
+        "inference.predicting.outputs",
         "inference.pictures",
         "telemetry.confusion",
     },

@@ -43,7 +43,7 @@ from segformer.inference.compared import (
 from segformer.inference.export import check_output
 from segformer.inference.page import Html, element, figure, folded, page, percent, section, table
 from segformer.inference.pictures import GRID, series, smoothed
-from segformer.inference.predict import writing
+from segformer.inference.predicting.outputs import writing
 from segformer.inference.predictor import Predictor
 from segformer.inference.report import MANY_CLASSES, class_names
 

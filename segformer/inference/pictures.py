@@ -22,7 +22,7 @@ from segformer.errors import printable
 from segformer.evaluation.drawing import INK, grid, legend, panels, write_picture
 from segformer.evaluation.metrics import SCORES
 from segformer.files import write_atomic
-from segformer.inference.predict import writing
+from segformer.inference.predicting.outputs import writing
 from segformer.telemetry.jsonl import read_metrics
 
 if TYPE_CHECKING:

@@ -1,39 +1,54 @@
 """Prediction: a trained model and photographs in files -> a class per pixel, and a picture of that.
 
-`predict` reads one picture, or those of a folder (not of its sub-folders), as photograph.py does, and writes
-for each, whole or not at all,
-    <output>/<stem>.png           indexed PNG: pixel values are class ids, colors are the palette
-    <output>/<stem>_overlay.jpg   the photograph under the colors of its classes
+`predict` takes what predicting/inputs.py finds, and writes for each picture what `save` names
+(predicting/outputs.py), by default
+    <output>/<name>.png           indexed PNG: pixel values are class ids, colors are the palette
+    <output>/<name>_overlay.jpg   the photograph under the colors of its classes
 
-Masks and overlays are upright, and of the size of the upright picture.
+Masks and overlays are upright, and of the size of the upright picture. Decoding and writing go on in threads
+while the network computes (predicting/pipeline.py).
 
-Refuses two inputs with one output name, an output that would overwrite an input, and the folder of the inputs
-as output. The headers of all files are checked before the first is predicted. What else a folder holds is
-counted and named; where there are pictures of other formats among it, the command ends with an error once all
-others are done.
+A picture that can't be used is named in a line when it is its turn, and skipped; so is what else a folder
+holds, in one line at the start. Exit codes: 0 where all is done, 1 (Incomplete) where pictures were skipped,
+2 (DataError) where none could be used, and for what is wrong before the first.
 """
 
 import os
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from segformer.data.sources.dataset import RGB
-from segformer.data.sources.decode import image_header, read_file
-from segformer.data.sources.folder import LeftOut, is_hidden, left_out, left_out_text
-from segformer.data.sources.tiff import is_tiff
-from segformer.errors import ConfigError, DataError, reported, reraise_as, say, within
-from segformer.evaluation.drawing import write_picture
+import numpy as np
+
+from segformer.data.sources.folder import LeftOut, left_out_text
+from segformer.errors import ConfigError, DataError, Incomplete, at_least, say, within
 from segformer.evaluation.inference_mode import InferenceModeConfig
 from segformer.inference.export import check_output
-from segformer.inference.photograph import SUFFIXES, open_still, read_image, trained_on
-from segformer.inference.predictor import Predictor
+from segformer.inference.photograph import SUFFIXES, read_image
+from segformer.inference.predicting.inputs import check_folder, find, plan
+from segformer.inference.predicting.outputs import (
+    ENDINGS,
+    Done,
+    check_probabilities,
+    ending,
+    tables,
+    write,
+    writing,
+)
+from segformer.inference.predicting.pipeline import ahead, same_size
+from segformer.inference.predictor import Prediction, Predictor
+from segformer.telemetry.progress import beside_bars, evaluated
 
 OTHER_PICTURES = (
     *(".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".jpe", ".svg", ".psd", ".ico", ".tga", ".exr"),
     *(".ppm", ".pgm", ".pbm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw"),
 )
-HEADER_BYTES = 2**18  # EXIF, color profile and previews that come before the size of most JPEGs
+Job = tuple[Path, Path]
+"""A picture, and the path of its outputs without their ending."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,38 +60,109 @@ class PredictConfig(InferenceModeConfig):
     step: str = "newest"
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     input: str = "???"
-    "A picture (JPEG, PNG, TIFF, WebP, BMP, GIF), or a folder of them."
+    """A picture (JPEG, PNG, TIFF, WebP, BMP, GIF), a folder of them, a pattern ('photos/*.jpg'), a .txt with
+    a file a line, or [several,of,these]."""
+    recursive: bool = False
+    "Also the folders in a folder; the output has the same folders."
     output: str = "???"
     "Folder to write to, not that of the input; made if it does not exist."
+    save: list[str] = field(default_factory=lambda: ["mask", "overlay"])
+    "What is written: mask, overlay, probabilities, confidence, entropy, polygons (COCO), areas (CSV)."
     device: str = "auto"
     "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
+    batch: int = 0
+    "Pictures of one size that go through the network together; 0 = 8 on a GPU, 1 on a CPU."
     alpha: float = 0.5
     "Share of the class color in the overlay, 0 to 1."
 
     def __post_init__(self) -> None:
         InferenceModeConfig.__post_init__(self)
         within(self, "", alpha=(0, 1))
-        check_output(self.output, "a mask and an overlay of each picture are written into a folder")
+        at_least(self, "", batch=0)
+        if not self.save or set(self.save).difference(ENDINGS):
+            raise ConfigError(f"save={self.save} must be some of {', '.join(ENDINGS)}: save=[mask,areas]")
+        check_output(self.output, "the outputs of each picture are written into a folder")
 
 
-def writing(place: object) -> AbstractContextManager[None]:
-    """ConfigError that names the place where it can't be written."""
-    return reraise_as(ConfigError, f"{place} can't be written", "choose another folder")
+class _Run:
+    """One call of `predict`: what it works with, and what it has done."""
+
+    def __init__(self, cfg: PredictConfig, predictor: Predictor) -> None:
+        self.cfg, self.predictor = cfg, predictor
+        self.keep = [name for name in ("probabilities", "confidence", "entropy") if name in cfg.save]
+        self.batch = cfg.batch or (8 if predictor.device.type == "cuda" else 1)
+        self.masks: list[Path] = []
+        self.done = 0
+        self.refused: list[DataError] = []
+
+    def decode(self, job: Job) -> tuple[Job, np.ndarray | DataError]:
+        """A picture, or why it can't be used."""
+        try:
+            found = read_image(job[0], self.predictor.image_range, self.predictor.pixels)
+            if "probabilities" in self.keep:
+                check_probabilities(len(self.predictor.classes), found.shape[:2])
+        except DataError as error:
+            return job, error
+        return job, found
+
+    def refuse(self, error: DataError) -> None:
+        """Name a picture that is skipped."""
+        self.refused.append(error)
+        with beside_bars():
+            say(f"skipped: {error}", file=sys.stderr)
+
+    def predicted(
+        self, decoded: Iterator[tuple[Job, np.ndarray | DataError]]
+    ) -> Iterator[tuple[Job, Prediction]]:
+        """Each picture that can be used, with its prediction; those of one size together."""
+
+        def usable() -> Iterator[tuple[Job, np.ndarray]]:
+            for job, found in decoded:
+                if isinstance(found, DataError):
+                    self.refuse(found)
+                else:
+                    yield job, found
+
+        for group in same_size(usable(), self.batch):
+            found = self.predictor.of_one_size([image for _, image in group], self.keep)
+            yield from zip((job for job, _ in group), found, strict=True)
+
+    def write(self, one: tuple[Job, Prediction]) -> tuple[Job, Done]:
+        """The files of a prediction."""
+        (source, target), found = one
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        return (source, target), write(found, str(source), target, self.cfg.save, self.cfg.alpha)
+
+    def finish(self, job: Job, done: Done) -> None:
+        """Say what is in a picture whose files are written."""
+        self.done += 1
+        target = ending(job[1], ".png") if "mask" in self.cfg.save else job[1]
+        shares = done.pixels / max(1, done.size[0] * done.size[1])
+        largest = ", ".join(
+            f"{self.predictor.classes[k]} {f'{shares[k]:.0%}' if shares[k] >= 0.005 else '<1%'}"
+            for k in np.argsort(-shares, kind="stable")[:4].tolist()
+            if shares[k] > 0
+        )
+        with beside_bars():
+            say(f"{job[0]} -> {target}: {largest}")
+        if "mask" in self.cfg.save:
+            self.masks.append(target)
 
 
 def predict(cfg: PredictConfig) -> list[Path]:
-    """Write mask and overlay of every input image; returns the masks' paths.
+    """Write what `cfg.save` names of every input; returns the masks' paths.
 
-    DataError also where pictures of other formats were left out, once all others are done.
+    Raises:
+        Incomplete: some pictures can't be used, or have other formats; all others are done.
+        DataError: there is none that can be used.
     """
-    from PIL import Image
-
     output = Path(cfg.output)
-    images, unused = _pictures(Path(cfg.input))
-    plan = _plan(images, Path(cfg.input), output)
+    pictures, base, unused = find(cfg.input, cfg.recursive)
+    check_folder(base, output, os.path.isdir(cfg.input), cfg.recursive)
+    jobs = plan(pictures, base, output, [text for name in cfg.save for text in ENDINGS[name]])
     mode = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
     predictor = Predictor(cfg.checkpoint, step=cfg.step, device=cfg.device, **mode)
-    _check_headers(images, cfg.input, predictor)
     if unused:
         say(f"not used of input={cfg.input}: {left_out_text(unused)}")
     if cfg.long_side is None and (side := predictor.mode.reduced_to):
@@ -86,100 +172,48 @@ def predict(cfg: PredictConfig) -> list[Path]:
         )
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
-    for source, target in plan:
-        found = predictor(source)
-        with writing(target):
-            found.save(target)
-            picture = Image.fromarray(found.overlay(cfg.alpha))
-            write_picture(_overlay_path(target), picture, quality=90, subsampling=0)
-        shares = [*found.shares.items()][:4]
-        largest = ", ".join(f"{name} {f'{share:.0%}' if share >= 0.005 else '<1%'}" for name, share in shares)
-        say(f"{source} -> {target}: {largest}")
-    say(f"predictions: {output} ({len(plan)} picture{'s' * (len(plan) > 1)}: mask and overlay of each)")
-    pictures = {kind: found for kind, found in unused.items() if kind in (*SUFFIXES, *OTHER_PICTURES)}
-    if pictures:
-        raise DataError(
-            f"input={cfg.input} holds pictures that can't be read, {left_out_text(pictures)}; all others are "
-            "done: save these as PNG or JPEG, or take them away"
+    run, start = _Run(cfg, predictor), time.monotonic()
+    with (
+        tables(output, cfg.save, predictor.classes) as table,
+        evaluated(len(jobs), lambda line: say(line, file=sys.stderr), "predicted") as advance,
+        _threads() as readers,
+        _threads() as writers,
+    ):
+        decoded = ahead(readers, run.decode, jobs, run.batch + 1)
+        for job, done in ahead(writers, run.write, run.predicted(decoded), run.batch + 1):
+            table.add(done)
+            run.finish(job, done)
+            advance(1)
+    _summary(run, unused, time.monotonic() - start)
+    return run.masks
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode or write; what waits when the block raises isn't begun."""
+    pool = ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 2) // 2)))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _summary(run: _Run, unused: LeftOut, seconds: float) -> None:
+    """How much is done; what is raised where something is not."""
+    total = run.done + len(run.refused)
+    if not run.done and run.refused:
+        what = f"none of the {total} pictures of input={run.cfg.input} can be used; the first: "
+        raise DataError(f"{what if total > 1 else ''}{run.refused[0]}")
+    *most, last = run.cfg.save
+    kinds = f"{', '.join(most)} and {last}" if most else last
+    rate = f"{run.done / seconds:.1f} img/s"
+    say(f"predictions: {run.cfg.output} ({run.done} picture{'s' * (run.done > 1)}: {kinds} of each; {rate})")
+    others = {kind: found for kind, found in unused.items() if kind in (*SUFFIXES, *OTHER_PICTURES)}
+    parts = [f"{len(run.refused)} of {total} pictures can't be used and were skipped"] * bool(run.refused)
+    if others:
+        parts.append(
+            f"there are pictures that can't be read, {left_out_text(others)}: save these as PNG or JPEG, or "
+            "take them away"
         )
-    return [target for _, target in plan]
-
-
-def _check_headers(images: list[Path], source: str, predictor: Predictor) -> None:
-    """DataError where a file is no picture within the limits, as far as its first bytes show; TIFFs and
-    all images that are not 8-bit RGB are decoded, for what tells their channels may come last."""
-    errors: list[DataError] = []
-    for path in images:
-        with reported(errors.append, on=DataError):
-            first = read_file(path, HEADER_BYTES)
-            if predictor.pixels != RGB or is_tiff(first):
-                read_image(path, predictor.image_range, predictor.pixels)
-                continue
-            if not trained_on(first):
-                with open_still(path):
-                    continue
-            try:
-                image_header(first)
-            except ValueError:  # it is no image, or its size comes later
-                read_image(path)
-    if errors:
-        what = f"{len(errors)} of the {len(images)} images in input={source} can't be used; the first: "
-        raise DataError(f"{what if len(images) > 1 else ''}{errors[0]}")
-
-
-def _pictures(source: Path) -> tuple[list[Path], LeftOut]:
-    """The pictures of a file or folder, sorted by name, and what else the folder holds."""
-    if not (source.is_dir() or source.is_file()):
-        raise DataError(f"input={source} is no file or folder; give a picture or a folder of pictures")
-    if source.is_file():
-        return [source], {}
-    with reraise_as(DataError, f"input={source} cannot be listed", "check its permissions"):
-        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(source))
-    used = [
-        name
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not is_hidden(name) and (source / name).is_file()
-    ]
-    unused = left_out(set(names).difference(used))
-    if not used:
-        there = f", but {left_out_text(unused)}" if unused else ""
-        below = [f"input={path} ({count} picture{'s' * (count > 1)})" for path, count in _below(source)]
-        do = f"give {' or '.join(below)}" if below else "give a folder of pictures"
-        raise DataError(f"input={source} holds no picture ({', '.join(SUFFIXES)}){there}; {do}")
-    return [source / name for name in used], unused
-
-
-def _below(source: Path) -> list[tuple[Path, int]]:
-    """The first folders below one that hold pictures, and how many."""
-    found = []
-    for path, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        used = sum(Path(name).suffix.lower() in SUFFIXES and not is_hidden(name) for name in names)
-        found += [(Path(path), used)] if used else []
-        if len(found) == 2:
-            break
-    return found
-
-
-def _plan(images: list[Path], source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """(image, mask to write) for each image of the file or folder `source`."""
-    if source.is_dir() and output.resolve() == source.resolve():
-        raise ConfigError(
-            f"output={output} is the input folder: masks would lie among the images; choose another folder"
-        )
-    inputs = {path.resolve() for path in images}
-    plan: dict[Path, Path] = {}
-    for path in images:
-        target = output / f"{path.stem}.png"
-        if target in plan:
-            raise DataError(f"{plan[target].name} and {path.name} would both become {target}; rename one")
-        if overwritten := inputs & {target.resolve(), _overlay_path(target).resolve()}:
-            raise ConfigError(
-                f"output={output} would overwrite the input {overwritten.pop()}; choose another folder"
-            )
-        plan[target] = path
-    return [(path, target) for target, path in plan.items()]
-
-
-def _overlay_path(target: Path) -> Path:
-    return target.with_name(f"{target.stem}_overlay.jpg")
+    if parts:
+        raise Incomplete(f"input={run.cfg.input}: {'; '.join(parts)}; all others are done")

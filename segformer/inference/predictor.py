@@ -14,14 +14,18 @@ but for rounding.
 Shapes: B batch, H W image, K classes.
 """
 
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from segformer.data.loading.photometric import Normalize
+from segformer.data.shards.tiling import Size
 from segformer.data.sources.dataset import Pixels
 from segformer.errors import ConfigError, DataError, listed, reraise_as
 from segformer.evaluation.drawing import displayed, overlay, write_picture
@@ -29,6 +33,7 @@ from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConf
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.photograph import Photograph, to_pixels
 from segformer.models.ops.argmax import upsample_argmax
+from segformer.models.ops.resize import Enlargement
 from segformer.models.weights.write import images_of
 from segformer.training.overrides import check_values, type_of
 
@@ -41,11 +46,15 @@ class Prediction:
     "(H, W, 3) uint8 RGB, the photograph; of other images, a picture of them."
     mask: np.ndarray
     "(H, W) uint8, class ids."
-    probabilities: np.ndarray | None
-    "(K, H, W) float32, where they were asked for: K floats for each pixel."
     classes: list[str]
     palette: np.ndarray
     "(K, 3) uint8 RGB, the colors of the classes."
+    probabilities: np.ndarray | None = None
+    "(K, H, W) float32, where they were asked for: K floats for each pixel."
+    confidence: np.ndarray | None = None
+    "(H, W) float32, the probability of the class of the mask, where it was asked for."
+    entropy: np.ndarray | None = None
+    "(H, W) float32, that of the probabilities over log(K): 0 = one class alone, 1 = all alike."
 
     def __repr__(self) -> str:
         height, width = self.mask.shape
@@ -75,7 +84,7 @@ class Prediction:
         indexed = Image.fromarray(self.mask)
         indexed.putpalette(np.pad(self.palette, ((0, 256 - len(self.palette)), (0, 0))).tobytes())
         with reraise_as(ConfigError, f"{path} can't be written", "choose another place"):
-            write_picture(Path(path), indexed, optimize=True)
+            write_picture(Path(path), indexed)
 
 
 class Predictor:
@@ -140,9 +149,10 @@ class Predictor:
         """
         if batch < 1:
             raise ConfigError(f"batch={batch} must be 1 or more")
+        keep = ("probabilities",) if probabilities else ()
         if not isinstance(images, list | tuple):
             pixels = to_pixels(images, self.image_range, self.pixels)
-            return self._predict([pixels], probabilities)[0]
+            return self.of_one_size([pixels], keep)[0]
         found: list[np.ndarray] = []
         for index, image in enumerate(images):
             with reraise_as(DataError, f"image {index} of {len(images)}", on=DataError):
@@ -154,24 +164,48 @@ class Predictor:
         for same in sizes.values():
             for start in range(0, len(same), batch):
                 part = same[start : start + batch]
-                predictions |= zip(part, self._predict([found[i] for i in part], probabilities), strict=True)
+                predictions |= zip(part, self.of_one_size([found[i] for i in part], keep), strict=True)
         return [predictions[index] for index in range(len(found))]
 
     @torch.inference_mode()
-    def _predict(self, images: list[np.ndarray], probabilities: bool) -> list[Prediction]:
-        """The predictions of images (H, W, C) of one size."""
+    def of_one_size(self, images: list[np.ndarray], keep: Collection[str] = ()) -> list[Prediction]:
+        """The predictions of images (H, W, C) of one size, as `to_pixels` gives them.
+
+        keep: what else than the mask, of probabilities, confidence and entropy.
+        """
         size = (images[0].shape[0], images[0].shape[1])
         check_images(self.mode, [size])
         pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         logits = self.model(self._normalize(pixels, None))
         masks = upsample_argmax(logits, size).to(torch.uint8).cpu().numpy()
-        shares: Any = [None] * len(images)
-        if probabilities:
-            shares = self.model.probabilities(logits, size).cpu().numpy()
         return [
-            Prediction(displayed(image), mask, share, self.classes, self.palette)
-            for image, mask, share in zip(images, masks, shares, strict=True)
+            Prediction(displayed(image), mask, self.classes, self.palette, **self.shares(one, size, keep))
+            for image, mask, one in zip(images, masks, logits, strict=True)
         ]
+
+    def shares(self, out: Tensor, size: Size, keep: Collection[str]) -> dict[str, np.ndarray]:
+        """What is to be kept of an image of `size`, of what the network gave of it (K, h, w)."""
+        shapes = {"probabilities": (len(out), *size), "confidence": size, "entropy": size}
+        found = {name: np.empty(shapes[name], np.float32) for name in keep}
+        for rows, columns, shares in self._enlarged(out, size) if keep else ():
+            if "probabilities" in found:
+                found["probabilities"][:, rows, columns] = shares.transpose(0, 1).cpu().numpy()
+            if "confidence" in found:
+                found["confidence"][rows, columns] = shares.amax(1).cpu().numpy()
+            if "entropy" in found:
+                bits = torch.special.entr(shares).sum(1) / math.log(max(len(out), 2))
+                found["entropy"][rows, columns] = bits.cpu().numpy()
+        return found
+
+    def _enlarged(self, out: Tensor, size: Size) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(rows, columns, probabilities (rows, K, columns)) of the tiles of an image."""
+        small = out.float().permute(1, 0, 2).contiguous()
+        if self.mode.flip or len(self.mode.scales) > 1:  # the mean of several views
+            yield slice(0, size[0]), slice(0, size[1]), small
+            return
+        enlargement = Enlargement(out[None], size, torch.float32)
+        for row, column in enlargement.tiles():
+            yield row.rows, column.rows, enlargement.tile(small, row, column).softmax(1)
 
 
 def _device(name: str) -> torch.device:

@@ -54,7 +54,7 @@ from segformer.inference.pictures import (
     write_curve,
     write_overlays,
 )
-from segformer.inference.predict import writing
+from segformer.inference.predicting.outputs import writing
 from segformer.inference.predictor import Predictor
 from segformer.inference.provenance import data_of, provenance
 from segformer.telemetry.confusion import confusion_picture, mistakes

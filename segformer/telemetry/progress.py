@@ -75,8 +75,8 @@ def open_bar(step: int, steps: int) -> Any:
 class Evaluated:
     """How far an evaluation is: every 30 s `evaluated 200 of 2000 images, 31.2 img/s, eta 58s` to `line`."""
 
-    def __init__(self, total: int, line: Callable[[str], None]) -> None:
-        self._total, self._line, self._done = total, line, 0
+    def __init__(self, total: int, line: Callable[[str], None], verb: str = "evaluated") -> None:
+        self._total, self._line, self._verb, self._done = total, line, verb, 0
         self._start = self._said = time.monotonic()
 
     def add(self, images: int) -> None:
@@ -86,14 +86,16 @@ class Evaluated:
             return
         self._said, rate = now, self._done / (now - self._start)
         left = duration((self._total - self._done) / rate)
-        self._line(f"evaluated {self._done} of {self._total} images, {rate:.1f} img/s, eta {left}")
+        self._line(f"{self._verb} {self._done} of {self._total} images, {rate:.1f} img/s, eta {left}")
 
 
 @contextlib.contextmanager
-def evaluated(total: int, line: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+def evaluated(
+    total: int, line: Callable[[str], None], verb: str = "evaluated"
+) -> Iterator[Callable[[int], None]]:
     """`Evaluated.add` where standard error is a file, and a progress bar's on a terminal."""
     if not on_terminal():
-        yield Evaluated(total, line).add
+        yield Evaluated(total, line, verb).add
         return
     from tqdm import tqdm
 
@@ -103,3 +105,10 @@ def evaluated(total: int, line: Callable[[str], None]) -> Iterator[Callable[[int
             bar.update(min(images, total - bar.n))
 
         yield add
+
+
+def beside_bars() -> contextlib.AbstractContextManager[Any]:
+    """What is printed inside stands above the bars that there are."""
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode()

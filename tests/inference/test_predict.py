@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 
 from segformer.data.loading.photometric import Normalize
 from segformer.data.sources.decode import decode_image
-from segformer.errors import ConfigError, DataError
+from segformer.errors import ConfigError, DataError, Incomplete
 from segformer.evaluation.inference_mode import InferenceMode
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.photograph import read_image
@@ -77,7 +78,8 @@ def test_a_folder_gives_mask_and_overlay_of_each_picture_in_it(checkpoint, photo
     said = capsys.readouterr().out
     assert "b.JPG" in said
     assert " 0%" not in said
-    assert said.splitlines()[-1] == f"predictions: {tmp_path}/deep/out (2 pictures: mask and overlay of each)"
+    last = f"predictions: {tmp_path}/deep/out (2 pictures: mask and overlay of each; "
+    assert re.fullmatch(re.escape(last) + r"[\d.]+ img/s\)", said.splitlines()[-1])
 
 
 def test_a_prediction_does_not_depend_on_the_memory_layout_of_the_image(checkpoint):
@@ -140,7 +142,7 @@ def test_a_folder_is_predicted_whole_and_what_is_left_is_named(checkpoint, photo
         (photos / name).write_bytes(b"?") if name != "nowhere.png" else (photos / name).symlink_to("gone")
     out = tmp_path / "out"
     with pytest.raises(
-        DataError, match=r"can't be read, 1 x \.png \(nowhere\.png\), 1 x \.heic \(phone\.HEIC\);"
+        Incomplete, match=r"can't be read, 1 x \.png \(nowhere\.png\), 1 x \.heic \(phone\.HEIC\):"
     ):
         predict(config(checkpoint, photos, out))
     predictor = Predictor(checkpoint, device="cpu")
@@ -213,12 +215,12 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize(("size", "left"), [(100, set()), (1200, {"noise.png"})])
+@pytest.mark.parametrize(("size", "left"), [(100, set()), (2500, {"noise.png"})])
 def test_on_a_full_disk_an_output_is_whole_or_absent(checkpoint, tmp_path, size, left):
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     out = tmp_path / "out"
-    message = r"noise\.png can't be written: File too large"
+    message = r"noise(\.png|_overlay\.jpg) can't be written: File too large"
     with files_of_at_most(size), pytest.raises(ConfigError, match=message):
         predict(config(checkpoint, tmp_path / "noise.png", out))
     assert {path.name for path in out.iterdir()} == left
@@ -241,7 +243,7 @@ def test_an_output_that_is_no_folder_is_refused_before_anything(checkpoint, tmp_
         ("pipe", "out", DataError, "pipe is no file or folder"),
         ("empty", "out", DataError, "holds no picture .*; give a folder of pictures"),
         ("root", "out", DataError, r"holds no picture .*; give input=.*root/images/val \(1 picture\)"),
-        ("twins", "out", DataError, "b.JPG and b.png would both become"),
+        ("twins", "out", DataError, "b.JPG and .*b.png would both become"),
         ("photos/a.png", "photos", ConfigError, "would overwrite the input"),
         ("photos", "photos/../photos", ConfigError, "output=.*photos is the input folder: .*choose another"),
         ("photos", "photos/notes.txt", ConfigError, "output=.* is the name of a file"),
@@ -263,13 +265,21 @@ def test_places_that_do_not_fit_are_refused_and_nothing_changes(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_bad_files_of_a_folder_are_refused_before_the_first_is_predicted(checkpoint, photos, tmp_path):
-    (photos / "x.png").write_bytes(b"text")
-    Image.new("1", (10_000, 10_000)).save(photos / "y.png")
-    message = r"2 of the 4 images in input=.*photos can't be used; the first: '.*x.png' is not a whole"
-    with pytest.raises(DataError, match=message):
+def test_bad_files_are_named_and_skipped_and_all_others_are_done(checkpoint, photos, tmp_path, capsys):
+    (photos / "aa.png").write_bytes(b"text")
+    Image.new("1", (10_000, 10_000)).save(photos / "ab.png")
+    message = r"input=.*photos: 2 of 4 pictures can't be used and were skipped; all others are done"
+    with pytest.raises(Incomplete, match=message) as caught:
         predict(config(checkpoint, photos, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert caught.value.exit_code == 1
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "b.png"}
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [re.search(r"a[ab]\.png", line).group() for line in said] == ["aa.png", "ab.png"]
+    for name in ("a.png", "b.JPG"):
+        (photos / name).unlink()
+    with pytest.raises(DataError, match=r"none of the 2 .*; the first: '.*aa.png' is not a") as caught:
+        predict(config(checkpoint, photos, tmp_path / "out"))
+    assert caught.value.exit_code == 2
 
 
 def test_a_photograph_whose_size_comes_after_a_long_profile_is_predicted(checkpoint, tmp_path):
