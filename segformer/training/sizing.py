@@ -40,7 +40,7 @@ SHORT_EPOCHS = 50  # below, regularization costs more than it gains
 RARE = 0.01  # share of the pixels of a class
 SCRATCH_LR, FINETUNE_LR = 1e-3, 6e-5  # of b0 in batches of 8; of every encoder in batches of 16
 # Steps below which the lr is raised by sqrt(these / steps), and by how much at most.
-SHORTER = {"scratch": (5000, 1.5), "finetune": (10_000, 4.0)}
+SHORTER = {"scratch": (5000, 2.0), "finetune": (10_000, 4.0)}
 
 Chosen = tuple[dict[str, Any], str]
 
