@@ -27,7 +27,7 @@ ROOMS: dict[str, str] = {
     "errors": "",
     "files": "",
     "data.sources": (
-        "web dataset content decode tiff picture division similar folder masks shapes sample large"
+        "web dataset content decode tiff png picture division similar folder masks shapes sample large"
     ),
     "data.formats": (
         "base coco coco_panoptic outlines yolo labelme cvat label_studio supervisely "

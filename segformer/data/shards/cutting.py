@@ -2,11 +2,12 @@
 
     plan    the header of every image, and of training images the mask, where tiles must be labeled: samples
             with a window in the place of each image that is larger than a tile
-    cut     image by image, in processes: decoded once, its tiles as PNG (or .npy) and their raw ids as PNG of
-            16 bits into the work folder, where any shard finds them; then a note with the sums of its files
+    cut     image by image, in processes: from top to bottom, its tiles as PNG (or .npy) and their raw ids as
+            PNG of 16 bits into the work folder, where any shard finds them; then a note with the sums of its
+            files
 
-A process holds one image or its mask decoded: of 20,000 x 20,000 pixels 1.2 GB and 0.8 GB. What was cut is
-kept until the set is there: as much space as its shards take, and no image is decoded for each shard anew."""
+A process holds the rows of one row of tiles (large.py), of JPEG, WebP and BMP the whole image. What was cut
+is kept until the set is there: as much space as its shards take, and no image is decoded for each shard."""
 
 import hashlib
 import json
@@ -115,24 +116,17 @@ def _cut(task: tuple[DatasetConfig, list[Sample], WorkFolder]) -> str:
             return str(there["sum"])
     remove(folder)
     folder.mkdir(parents=True)
-    pixels = image_rows(cfg, sample.image)
-    for rows, columns, path in _places(work, tiles):
-        path.write_bytes(_encoded(cfg, pixels(rows.start, rows.stop)[:, columns]))
-    del pixels  # before its mask is decoded
-    ids = label_rows(cfg, sample, image_size(sample.image))
-    for rows, columns, path in _places(work, tiles):
-        own = np.ascontiguousarray(ids(rows.start, rows.stop)[:, columns])
+    pixels, ids = image_rows(cfg, sample.image), label_rows(cfg, sample, image_size(sample.image))
+    for tile in tiles:
+        assert tile.window is not None
+        top, left, bottom, right = tile.window
+        path = _place(work, tile)
+        path.write_bytes(_encoded(cfg, pixels(top, bottom)[:, left:right]))
+        own = np.ascontiguousarray(ids(top, bottom)[:, left:right])
         path.with_suffix(".ids").write_bytes(cv2.imencode(".png", own, _FAST)[1].tobytes())
     content = content_sum(sample)
     write_atomic(note, json.dumps({"stat": stat, "sum": content}))
     return content
-
-
-def _places(work: WorkFolder, tiles: list[Sample]) -> Iterator[tuple[slice, slice, Path]]:
-    for tile in tiles:
-        assert tile.window is not None
-        top, left, bottom, right = tile.window
-        yield slice(top, bottom), slice(left, right), _place(work, tile)
 
 
 def _encoded(cfg: DatasetConfig, pixels: np.ndarray) -> bytes:

@@ -8,8 +8,10 @@ Masks belong to the stored pixels, so decoding does not apply the EXIF orientati
 
 import contextlib
 import io
+import os
 import re
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -31,6 +33,7 @@ from segformer.files import regular
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_PARTS = 2**16  # segments of a JPEG before its pixels, chunks of a PNG; Pillow takes 4 us for each
+_PIECE, _SHORT = 2**16, 2**8  # bytes of a chunk that are read at a time; of one that counts as a part
 MAX_SCANS = 64  # of a progressive JPEG, which has about 10; one of 75 bytes takes 43 ms at 49 million pixels
 
 
@@ -199,6 +202,49 @@ def _decode(data: bytes, flags: int, dimensions: int, dtype: type = np.uint8) ->
     return decoded
 
 
+def _unread(path: Path) -> tuple[str, str]:
+    return f"{str(path)!r} cannot be read", "replace it, or check its permissions"
+
+
+class FileBytes:
+    """The bytes of a file of any size, read when they are sliced."""
+
+    def __init__(self, path: Path) -> None:
+        with reraise_as(DataError, *_unread(path)):
+            self._file = os.open(regular(path), os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._file)
+            self._size = os.fstat(self._file).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        return os.pread(self._file, max(stop - start, 0), start)
+
+
+def png_chunks(data: bytes | FileBytes) -> Iterator[tuple[bytes, bytes]]:
+    """(kind, content) of the chunks of a PNG, long ones in pieces.
+
+    ValueError after one that is cut or differs from its CRC, and for more than MAX_PARTS short ones.
+    """
+    at, parts = 8, 0
+    while parts <= MAX_PARTS:
+        start = data[at : at + 8]
+        kind, end = start[4:], at + 8 + int.from_bytes(start[:4], "big")
+        crc, parts = zlib.crc32(kind), parts + (end - at < _SHORT)
+        for first in range(at + 8, min(end, len(data)), _PIECE):
+            piece = data[first : min(first + _PIECE, end)]
+            crc = zlib.crc32(piece, crc)
+            yield kind, piece
+        if len(start) < 8 or data[end : end + 4] != crc.to_bytes(4, "big"):
+            raise ValueError(f"it is truncated or damaged after {at} of {len(data)} bytes")
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise ValueError(f"PNG of more than {MAX_PARTS} chunks")
+
+
 def check_parts(data: bytes) -> None:
     """ValueError for what no decoder looks at: chunks of a PNG that are cut or differ from their CRC, and
     small files that would take minutes, by endless parts, scans, or pixels beyond those of the header."""
@@ -222,29 +268,18 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes, most: int) -> None:
-    at, inflate = 8, zlib.decompressobj()
-    for _ in range(MAX_PARTS):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        crc = int.from_bytes(data[end - 4 : end], "big")
-        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != crc:
-            raise ValueError(f"it is truncated or damaged after {at} of {len(data)} bytes")
-        chunk = data[at + 4 : at + 8]
-        if chunk == b"IEND":
-            return
-        with contextlib.suppress(zlib.error):  # the decoder says so
-            for start in range(at + 8, end - 4, 2**16) if chunk == b"IDAT" else ():
-                if inflate.eof:
-                    break
-                most -= len(inflate.decompress(data[start : min(start + 2**16, end - 4)]))
-                if most < 0:
-                    raise ValueError("it holds more pixels than its header says")
-        at = end
-    raise ValueError(f"PNG of more than {MAX_PARTS} chunks")
+    inflate = zlib.decompressobj()
+    for kind, piece in png_chunks(data):
+        if kind == b"IDAT" and not inflate.eof:
+            with contextlib.suppress(zlib.error):  # the decoder says so
+                most -= len(inflate.decompress(piece))
+            if most < 0:
+                raise ValueError("it holds more pixels than its header says")
 
 
 def read_file(path: Path, first: int = -1) -> bytes:
     """All bytes, or the first so many, of a file of at most MAX_FILE_BYTES (TIFF, BMP: MAX_RAW_BYTES)."""
-    with reraise_as(DataError, f"{str(path)!r} cannot be read", "replace it, or check its permissions"):
+    with reraise_as(DataError, *_unread(path)):
         size, limit = regular(path).stat().st_size, MAX_TILED_BYTES if _larger.get() else MAX_FILE_BYTES
         if not _larger.get() and path.suffix.lower() in (".tif", ".tiff", ".bmp"):
             limit = MAX_RAW_BYTES

@@ -1,21 +1,27 @@
 """Images and masks that are too large for one sample, rows by rows: what sharding cuts into tiles.
 
-Files are decoded whole, once: of 20,000 x 20,000 pixels an image takes 1.6 GB, its mask 1.2 GB. Shapes
-are drawn on the rows alone, but for run lengths.
+    TIFF     the strips or tiles that the rows lie in are decoded (tiff.py)
+    PNG      inflated from top to bottom (png.py), but for interlaced ones
+    others   decoded whole, once; so are masks of run lengths or segments. Other shapes are drawn on the rows
 
-Refused is what is refused of other samples, with limits of its own (MAX_TILED_PIXELS, MAX_TILED_BYTES)."""
+What rows give is kept until others are asked for, and is not to be written to. Refused is what is refused of
+other samples, but an image may have MAX_TILED_PIXELS, and a file that is decoded whole MAX_TILED_BYTES."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from segformer.data.sources.dataset import FORMATS, RGB, DatasetConfig
-from segformer.data.sources.decode import PNG_MAGIC, check_parts, is_deep, larger, read_file
+from segformer.data.sources.dataset import FORMATS, DatasetConfig
+from segformer.data.sources.decode import PNG_MAGIC, FileBytes, larger, read_file
+from segformer.data.sources.masks import mask_ids
 from segformer.data.sources.picture import image_orientation, size_of, unless_whole, whole_image
+from segformer.data.sources.png import PngRows
 from segformer.data.sources.sample import LoadedSample, Sample, check_size, sample_ids
 from segformer.data.sources.shapes import GRID
+from segformer.data.sources.tiff import is_tiff, tiff_header, tiff_rows
 from segformer.errors import DataError, reraise_as
 
 Rows = Callable[[int, int], np.ndarray]
@@ -28,33 +34,51 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width, from the header."""
     what = f"{str(path)!r} is not a whole {FORMATS}"
     with larger(), reraise_as(DataError, what, "replace, shrink or remove it", on=ValueError):
+        if is_tiff(data := FileBytes(path)):
+            return (header := tiff_header(data)).height, header.width
         try:
-            return size_of(read_file(path, _HEADER))
+            return size_of(data[:_HEADER])
         except ValueError:
             return size_of(read_file(path))
 
 
+Finish = Callable[[np.ndarray | bytes, int], np.ndarray]
+"(rows as pixels of a TIFF or as a PNG, the first row) -> what `Rows` give."
+
+
+def _by_rows(path: Path, finish: Finish, *, mask: bool = False) -> Rows | None:
+    """The rows of a TIFF or PNG; None for other files."""
+    data = FileBytes(path)
+    read: Callable[[int, int], np.ndarray | bytes]
+    with unless_whole(path):
+        if is_tiff(data):
+            read = tiff_rows(data, indexed=mask)
+        elif data[:8] == PNG_MAGIC and data[28:29] == b"\0":
+            read = PngRows(data)
+        else:
+            return None
+
+    @lru_cache(maxsize=1)
+    def rows(top: int, bottom: int) -> np.ndarray:
+        with larger():
+            with unless_whole(path):
+                found = read(top, bottom)
+            return finish(found, top)
+
+    return rows
+
+
 def image_rows(cfg: DatasetConfig, path: Path) -> Rows:
     """The rows of an image, (rows, W, C) as its tiles are stored."""
+
+    def finish(found: np.ndarray | bytes, top: int = 0) -> np.ndarray:
+        return whole_image(path, found, cfg.image_range, cfg.pixels, top=top)
+
     with larger():
-        data = read_file(path)
-        if cfg.pixels == RGB and data[:8] == PNG_MAGIC and not is_deep(data):
-            with unless_whole(path):
-                check_parts(data)
-                del data
-                return _png_rows(path)
-        image = whole_image(path, data, cfg.image_range, cfg.pixels)
+        if (rows := _by_rows(path, finish)) is not None:
+            return rows
+        image = finish(read_file(path))
     return lambda top, bottom: image[top:bottom]
-
-
-def _png_rows(path: Path) -> Rows:
-    """The rows of a PNG of 8 bits. Pillow takes 4 bytes a pixel, OpenCV 3 and all bytes of the file twice."""
-    from PIL import Image  # heavy, and only preparing data needs it
-
-    with Image.open(path, formats=("PNG",)) as picture:
-        picture.load()
-    width = picture.width
-    return lambda top, bottom: np.asarray(picture.crop((0, top, width, bottom)).convert("RGB"))
 
 
 def label_rows(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> Rows:
@@ -76,8 +100,13 @@ def label_rows(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> Row
 
         return draw
     with larger():
-        ids = sample_ids(cfg, sample, size)
-        if ids.shape != size:
-            loaded.orientation = image_orientation(read_file(sample.image))
-        check_size(sample, loaded, ids.shape)
-    return lambda top, bottom: ids[top:bottom]
+        rows = None
+        if sample.mask is not None and sample.segments is None:
+            rows = _by_rows(sample.mask, partial(mask_ids, cfg, sample.mask), mask=True)
+            found = image_size(sample.mask)
+        if rows is None:
+            found = (ids := sample_ids(cfg, sample, size)).shape
+        if found != size:
+            loaded.orientation = image_orientation(FileBytes(sample.image))
+        check_size(sample, loaded, found)
+    return rows or (lambda top, bottom: ids[top:bottom])

@@ -52,18 +52,23 @@ class Defect(DataError):  # noqa: N818  the doctor counts it, sharding raises it
         return self.text
 
 
-def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
-    """Raw ids of a mask before the label map, uint16 (H, W); DataError for what is no mask of ids."""
-    data = read_file(path)
-    if is_tiff(data):
-        return _tiff_ids(cfg, path, whole_tiff(path, data))
+def mask_ids(
+    cfg: DatasetConfig, path: Path, data: bytes | np.ndarray | None = None, top: int = 0
+) -> np.ndarray:
+    """Raw ids of a mask before the label map, uint16 (H, W); DataError for what is no mask of ids.
+
+    data, top: rows of the mask from `top` on in the place of the file, as a PNG or as the pixels of a TIFF.
+    """
+    data = read_file(path) if data is None else data
+    if isinstance(data, np.ndarray) or is_tiff(data):
+        return _tiff_ids(cfg, path, data if isinstance(data, np.ndarray) else whole_tiff(path, data), top)
     if data and data[:8] != PNG_MAGIC:
         raise DataError(f"mask {str(path)!r} is no PNG or TIFF; ids do not survive other formats")
     if cfg.mask_colours and data[24:25] == b"\x10":
         raise DataError(f"mask {str(path)!r} has 16 bits a channel; data.mask_colours are of 8 bits")
     pixels = decode_pixels(path, data, "RGB" if cfg.mask_colours else None)
     if cfg.mask_colours:
-        return _painted_ids(cfg, path, pixels)
+        return _painted_ids(cfg, path, pixels, top)
     if pixels.ndim != 2:
         raise Defect(
             "colour",
@@ -77,19 +82,19 @@ def mask_ids(cfg: DatasetConfig, path: Path) -> np.ndarray:
     return ids
 
 
-def _tiff_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray:
+def _tiff_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray, top: int) -> np.ndarray:
     """`mask_ids` of a decoded TIFF (H, W, C)."""
     need, dtypes = ((1, 3), ("uint8",)) if cfg.mask_colours else ((1,), ("uint8", "uint16"))
     if pixels.shape[2] not in need or pixels.dtype not in dtypes:
         wanted = f"{' or '.join(map(str, need))} channels of {' or '.join(dtypes)}"
         raise DataError(f"mask {str(path)!r} holds {pixels.shape[2]} x {pixels.dtype}; save {wanted}")
     if cfg.mask_colours:
-        return _painted_ids(cfg, path, np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+        return _painted_ids(cfg, path, np.broadcast_to(pixels, (*pixels.shape[:2], 3)), top)
     ids: np.ndarray = pixels[..., 0].astype(np.uint16)
     return ids
 
 
-def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarray:
+def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray, top: int) -> np.ndarray:
     """Color (H, W, 3) -> its position in data.mask_colours."""
     weights = np.array([1 << 16, 1 << 8, 1], np.uint32)
     packed = pixels.astype(np.uint32) @ weights  # (H, W)
@@ -101,7 +106,8 @@ def _painted_ids(cfg: DatasetConfig, path: Path, pixels: np.ndarray) -> np.ndarr
             int(value) for value in np.argwhere(wrong if missing is None else packed == missing)[0]
         )
         where = (
-            f"mask {str(path)!r} has the color {pixels[row, column].tolist()} at row {row}, column {column}, "
+            f"mask {str(path)!r} has the color {pixels[row, column].tolist()} at row {top + row}, "
+            f"column {column}, "
         )
         if missing is None:
             raise Defect("blended", f"{where}a blend of those in data.mask_colours, {SMOOTH}")

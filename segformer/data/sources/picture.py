@@ -9,6 +9,7 @@ viewing) is not applied: `image_orientation` reads it from the header, `upright`
 import contextlib
 import io
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from segformer.data.sources.dataset import (
 )
 from segformer.data.sources.decode import (
     PNG_MAGIC,
+    FileBytes,
     check_parts,
     decode_deep,
     decode_image,
@@ -33,7 +35,6 @@ from segformer.data.sources.decode import (
     is_deep,
     larger,
     most_pixels,
-    read_file,
     too_many,
 )
 from segformer.data.sources.tiff import decode_tiff, is_tiff, tiff_header
@@ -52,7 +53,7 @@ def decode_pixels(path: Path, data: bytes, mode: str | None = None) -> np.ndarra
 
 def unless_whole(path: Path) -> contextlib.AbstractContextManager[None]:
     """DataError naming the file that the block cannot decode."""
-    refused = (ValueError, OSError, SyntaxError, DataError, struct.error)
+    refused = (ValueError, OSError, SyntaxError, DataError, struct.error, zlib.error)
     what = f"{str(path)!r} is not a whole {FORMATS}"
     return reraise_as(DataError, what, "replace, shrink or remove it", on=refused)
 
@@ -71,17 +72,25 @@ def value_range(data: bytes) -> tuple[int, int] | None:
 
 
 def whole_image(
-    path: Path, data: bytes, image_range: Sequence[int] = (), pixels: Pixels = RGB, taker: str = "the set"
+    path: Path,
+    data: bytes | np.ndarray,
+    image_range: Sequence[int] = (),
+    pixels: Pixels = RGB,
+    taker: str = "the set",
+    top: int = 0,
 ) -> np.ndarray:
     """An image file that is whole -> (H, W, C) as a set of these `pixels` holds it, as training decodes it.
 
     Of 3 channels a gray image becomes three equal ones; alpha that no channel is left for is dropped (not of
     a TIFF, whose last channel may be anything). image_range: as in `decode_image`, for uint8. taker: what has
-    these `pixels`, in words; of a set the settings are named.
+    these `pixels`, in words; of a set the settings are named. data, top: may be rows from `top` on, as a PNG
+    or the pixels of a TIFF.
 
     Raises:
         DataError: it is damaged, of another format, or does not fit `pixels`.
     """
+    if isinstance(data, np.ndarray):
+        return _finite(path, _fitted(path, data, image_range, pixels, taker, alpha=False), top)
     photo = _is_photo(data)
     with unless_whole(path):
         if photo:
@@ -91,7 +100,7 @@ def whole_image(
         if photo and pixels == RGB:
             return decode_image(data, image_range)
         found = _stored(data, photo)
-    return _fitted(path, found, image_range, pixels, taker, alpha=not is_tiff(data))
+    return _finite(path, _fitted(path, found, image_range, pixels, taker, alpha=not is_tiff(data)), top)
 
 
 def _is_photo(data: bytes) -> bool:
@@ -116,8 +125,6 @@ def size_of(data: bytes) -> tuple[int, int]:
 def _stored(data: bytes, photo: bool) -> np.ndarray:
     """The channels of an image file as they are stored, (H, W, C)."""
     if is_tiff(data):
-        if tiff_header(data).indexed:
-            raise ValueError("its colors are indices, which only masks may be; save it as RGB")
         return decode_tiff(data)
     if not photo:
         return _still(data)
@@ -190,17 +197,22 @@ def _fitted(
     if found.nbytes > 3 * most_pixels():
         what = f"{str(path)!r} takes {found.nbytes} bytes, the limit is {3 * most_pixels()}"
         raise DataError(f"{what}; cut it into smaller images")
-    if dtype[0] == "f" and not np.isfinite(found).all():
-        row, column, channel = np.argwhere(~np.isfinite(found))[0].tolist()
-        where = f"row {row}, column {column}, channel {channel}"
-        raise DataError(f"{str(path)!r} holds NaN or infinite values ({where}); replace them by numbers")
     return np.ascontiguousarray(found)
+
+
+def _finite(path: Path, found: np.ndarray, top: int) -> np.ndarray:
+    """The pixels, which are rows from `top` on; DataError where one is no number."""
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        row, column, channel = np.argwhere(~np.isfinite(found))[0].tolist()
+        where = f"row {top + row}, column {column}, channel {channel}"
+        raise DataError(f"{str(path)!r} holds NaN or infinite values ({where}); replace them by numbers")
+    return found
 
 
 def whole_tiff(path: Path, data: bytes) -> np.ndarray:
     """The image of a TIFF as it is stored, (H, W, C)."""
     with unless_whole(path):
-        return decode_tiff(data)
+        return decode_tiff(data, indexed=True)
 
 
 def with_dtype(cfg: DatasetConfig, first: Path) -> DatasetConfig:
@@ -208,13 +220,13 @@ def with_dtype(cfg: DatasetConfig, first: Path) -> DatasetConfig:
     if cfg.dtype or cfg.image_range or first.suffix.lower() not in (".tif", ".tiff"):
         return cfg
     with unless_whole(first), larger():
-        found = tiff_header(data).dtype if is_tiff(data := read_file(first)) else ""
+        found = tiff_header(data).dtype if is_tiff(data := FileBytes(first)) else ""
     if found not in DTYPES and found and np.can_cast(found, np.float32):
         found = "float32"
     return replace(cfg, dtype=found) if found in DTYPES[1:] else cfg
 
 
-def image_orientation(data: bytes) -> int:
+def image_orientation(data: bytes | FileBytes) -> int:
     """EXIF orientation of a whole image, 1 to 8, without decoding; 1 (upright) where it says nothing."""
     from PIL import Image  # heavy, and training needs none
 
@@ -222,7 +234,7 @@ def image_orientation(data: bytes) -> int:
     with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error, Warning):  # a damaged header
         if is_tiff(data):
             return max(1, tiff_header(data).orientation % 9)
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as picture:
+        with Image.open(io.BytesIO(data[:]), formats=("JPEG", "PNG", "WEBP")) as picture:
             exif.load(picture.info.get("exif", b""))
         value = exif.get(0x0112, 1)
     return value if value in range(1, 9) else 1

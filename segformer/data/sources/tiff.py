@@ -7,11 +7,14 @@
               outside the file or decodes to more than it says
 
 The directories are looked at here, before anything is decoded. tifffile then sees a file with one directory
-of the known tags alone: what it knows of other software's metadata stays unread."""
+of the known tags alone: what it knows of other software's metadata stays unread. It decodes the strips or
+tiles one by one, those that lie in the rows asked for, so a file need not be read as a whole."""
 
+import functools
 import io
 import logging
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
@@ -19,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from segformer.data.sources.dataset import MAX_CHANNELS
-from segformer.data.sources.decode import most_pixels, too_many
+from segformer.data.sources.decode import FileBytes, most_pixels, too_many
 from segformer.errors import ConfigError, reraise_as
 
 MAX_DIRECTORIES = 256
 MAX_TAGS = 4096  # of one directory
 MAX_SEGMENTS = 2**18  # strips or tiles: 64 x 64 in an image of MAX_PIXELS are 12,207 a band
+_PLAIN = 2**20  # bytes of the parts in which a single plain strip is read
 
 _MAGIC = {b"II*\0": ("<", False), b"MM\0*": (">", False), b"II+\0": ("<", True), b"MM\0+": (">", True)}
 _WHOLE = {1: "B", 3: "H", 4: "I", 16: "Q"}  # types of tags
@@ -35,6 +39,7 @@ _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 25
 _ORIENTATION, _SAMPLES, _ROWS, _PLANAR, _PREDICTOR = 274, 277, 278, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT, _FILL_ORDER = 322, 323, 338, 339, 266
 _STRIPS, _TILES = (273, 279), (324, 325)  # offsets, bytes
+_LAYOUT = (_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _PLANAR, _PREDICTOR, _TILE_WIDTH)
 _KNOWN = {
     *(_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _ROWS, _PLANAR),
     *(_PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _EXTRA, _FORMAT, _FILL_ORDER, *_STRIPS, *_TILES),
@@ -53,11 +58,17 @@ class TiffHeader:
     """Indices into a table of colors."""
     planar: bool
     orientation: int
-    directory: bytes
-    """Its known tags as a directory, the last of the file."""
+    rows: int
+    columns: int
+    """Of a strip or tile."""
+    offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Of the bytes of each strip or tile."""
+    layout: dict[int, int]
+    """The tags that say how these are decoded."""
 
 
-def is_tiff(data: bytes) -> bool:
+def is_tiff(data: bytes | FileBytes) -> bool:
     """The file begins as a TIFF."""
     return data[:4] in _MAGIC
 
@@ -73,53 +84,58 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def tiff_header(data: bytes) -> TiffHeader:
+def tiff_header(data: bytes | FileBytes) -> TiffHeader:
     """The header of the image in a TIFF; ValueError for what is not read."""
     order, big = _MAGIC[data[:4]]
     try:
-        found: list[tuple[dict[int, tuple[int, ...]], bytes]] = []
-        at = struct.unpack_from(order + "Q" * big + "I" * (not big), data, 8 if big else 4)[0]
+        found: list[dict[int, tuple[int, ...]]] = []
+        (at,) = _unpack(order + "Q" * big + "I" * (not big), data, 8 if big else 4)
         seen: set[int] = set()
         while at:
             if at in seen or len(seen) == MAX_DIRECTORIES:
                 raise ValueError(f"its directories loop, or are more than {MAX_DIRECTORIES}")
             seen.add(at)
-            tags, directory, at = _directory(data, at, order, big)
+            tags, at = _directory(data, at, order, big)
             if not found or not tags.get(_SUBFILE, (0,))[0] & 5:  # a reduced copy, a mask
-                found.append((tags, directory))
+                found.append(tags)
     except struct.error as error:
         raise ValueError("it is truncated or damaged") from error
     if len(found) != 1:
         raise ValueError(f"it holds {len(found)} images; save each as a file of its own")
-    return _checked(*found[0], len(data))
+    return _checked(found[0], len(data))
 
 
-def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[dict[int, tuple[int, ...]], bytes, int]:
-    """(the known tags with their values, the same as a directory without a next, place of the next)."""
-    count, entry, place = (
-        order + letters for letters in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I"))
-    )
-    (number,) = struct.unpack_from(count, data, at)
+def _unpack(form: str, data: bytes | FileBytes, at: int) -> tuple[int, ...]:
+    return struct.unpack(form, data[at : at + struct.calcsize(form)])
+
+
+def _directory(
+    data: bytes | FileBytes, at: int, order: str, big: bool
+) -> tuple[dict[int, tuple[int, ...]], int]:
+    """(the known tags with their values, place of the next directory)."""
+    count, entry, place = (order + letters for letters in (("Q", "HHQ", "Q") if big else ("H", "HHI", "I")))
+    (number,) = _unpack(count, data, at)
     if number > MAX_TAGS:
         raise ValueError(f"a directory of {number} tags, the limit is {MAX_TAGS}")
     at += struct.calcsize(count)
-    size, tags, kept = struct.calcsize(entry), {}, []
-    for start in range(at, at + number * size, size):
-        code, kind, length, value = struct.unpack_from(entry, data, start)
+    before, inside = struct.calcsize(entry), struct.calcsize(place)
+    end, tags = at + number * (before + inside), {}
+    entries = data[at:end]  # so that a file is not read for each
+    for start in range(0, end - at, before + inside):
+        code, kind, length = _unpack(entry, entries, start)
         if code not in _KNOWN:
             continue
         if code in tags or kind not in _WHOLE or not 0 < length <= MAX_SEGMENTS:
             raise ValueError(f"its tag {code} is not what a TIFF has there")
         values = f"{order}{length}{_WHOLE[kind]}"
-        inside = struct.calcsize(values) <= len(value)
-        where = start + size - len(value) if inside else struct.unpack(place, value)[0]
-        tags[code] = struct.unpack_from(values, data, where)
-        kept.append(data[start : start + size])
-    after = struct.unpack_from(place, data, at + number * size)[0]
-    return tags, struct.pack(count, len(kept)) + b"".join(kept) + struct.pack(place, 0), after
+        if struct.calcsize(values) <= inside:
+            tags[code] = _unpack(values, entries, start + before)
+        else:
+            tags[code] = _unpack(values, data, _unpack(place, entries, start + before)[0])
+    return tags, _unpack(place, data, end)[0]
 
 
-def _checked(tags: dict[int, tuple[int, ...]], directory: bytes, size: int) -> TiffHeader:
+def _checked(tags: dict[int, tuple[int, ...]], size: int) -> TiffHeader:
     """ValueError unless the image is one that is read, and its strips or tiles lie in a file of `size`."""
 
     def one(code: int, default: int = 0) -> int:
@@ -137,9 +153,6 @@ def _checked(tags: dict[int, tuple[int, ...]], directory: bytes, size: int) -> T
         raise ValueError(too_many(height, width))
     if not 0 < channels <= MAX_CHANNELS:
         raise ValueError(f"{channels} channels, the limit is {MAX_CHANNELS}")
-    if height * width * channels * np.dtype(dtype).itemsize > 3 * most_pixels():
-        what = f"{width} x {height} pixels of {channels} x {dtype}"
-        raise ValueError(f"{what}; the limit for them is {3 * most_pixels()} bytes")
     if one(_COMPRESSION, 1) not in _COMPRESSIONS or one(_PREDICTOR, 1) not in (1, 2, 3):
         raise ValueError(f"its compression ({one(_COMPRESSION)}) is not read; save it with LZW or deflate")
     if one(_PHOTOMETRIC, 1) not in (1, 2, 3) or one(_FILL_ORDER, 1) != 1:
@@ -159,65 +172,87 @@ def _checked(tags: dict[int, tuple[int, ...]], directory: bytes, size: int) -> T
     ends = map(int.__add__, offsets, counts)
     if min(counts) <= 0 or max(ends) > size or sum(counts) > size:
         raise ValueError("it is truncated or damaged: strips or tiles lie outside of it or overlap")
-    indexed = one(_PHOTOMETRIC, 1) == 3
-    return TiffHeader(height, width, channels, dtype, indexed, planar, one(_ORIENTATION, 1), directory)
+    line = width * np.dtype(dtype).itemsize * (1 if planar else channels)  # bytes
+    if not tiled and rows == height and (one(_COMPRESSION, 1), one(_PREDICTOR, 1)) == (1, 1):
+        if min(counts) < height * line:
+            raise ValueError("it is damaged: a strip is too short")
+        rows = max(1, min(height, _PLAIN // line))
+        starts = range(0, height, rows)
+        offsets = tuple(at + start * line for at in offsets for start in starts)
+        counts = tuple(min(rows, height - start) * line for start in starts) * (channels if planar else 1)
+    if (most := grid[1] * rows * columns * channels * np.dtype(dtype).itemsize) > 3 * most_pixels():
+        what = f"its strips or tiles, {rows} rows of {channels} x {dtype}, take {most} bytes decoded"
+        raise ValueError(f"{what}, the limit is {3 * most_pixels()}; save it with smaller ones")
+    indexed, orientation = one(_PHOTOMETRIC, 1) == 3, one(_ORIENTATION, 1)
+    kind = {_PHOTOMETRIC: 1, _FORMAT: " uif".index(np.dtype(dtype).kind), _STRIPS[0]: 1}
+    kind |= {_TILE_HEIGHT: rows} if tiled else {_ROWS: rows}
+    layout = {code: tags[code][0] for code in _LAYOUT if code in tags} | kind
+    place = rows, columns, offsets, counts, layout
+    return TiffHeader(height, width, channels, dtype, indexed, planar, orientation, *place)
 
 
-class _Joined(io.RawIOBase):
-    """Pieces as one file, without a copy of them."""
-
-    def __init__(self, *pieces: bytes | memoryview) -> None:
-        super().__init__()
-        self._pieces, self._at = pieces, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = (0, self._at, sum(map(len, self._pieces)))[whence] + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        at = self._at
-        for piece in self._pieces:
-            if at < len(piece):
-                part = memoryview(piece)[at : at + len(buffer)]
-                buffer[: len(part)] = part
-                self._at += len(part)
-                return len(part)
-            at -= len(piece)
-        return 0
-
-
-def decode_tiff(data: bytes) -> np.ndarray:
-    """The image of a TIFF as it is stored, (H, W, C); ValueError for what is not read or damaged.
-
-    Raises:
-        ConfigError: the packages that it takes are not there.
-    """
-    header = tiff_header(data)
+def _decoder(header: TiffHeader, order: str) -> Callable[[bytes, int], tuple[Any, ...]]:
+    """tifffile's decoder of single strips or tiles."""
     what, do = "TIFFs need tifffile and imagecodecs", "pip install 'tifffile>=2025.5' 'imagecodecs>=2025.3'"
     with reraise_as(ConfigError, what, do, on=ImportError):
         import imagecodecs  # noqa: F401  tifffile decodes with it
         import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # errors come as exceptions
-    order, big = _MAGIC[data[:4]]
-    pad = b"\0" * (len(data) % 2)
-    end = struct.pack(order + ("Q" if big else "I"), len(data) + len(pad))
-    start = data[: 8 if big else 4] + end
-    with (
-        reraise_as(ValueError, "it is damaged", on=(ValueError, RuntimeError, struct.error)),
-        io.BufferedReader(_Joined(start, memoryview(data)[len(start) :], pad, header.directory)) as joined,
-        tifffile.TiffFile(joined) as file,
-    ):
-        found = file.pages[0].asarray(maxworkers=1)
-    size = (header.height, header.width)
-    if found.size != prod(size) * header.channels or str(found.dtype.newbyteorder("=")) != header.dtype:
-        raise ValueError(f"it is damaged: {found.dtype} {found.shape} instead of {header.dtype} {size}")
-    if header.planar:
-        found = found.reshape(header.channels, *size).transpose(1, 2, 0)
-    return np.ascontiguousarray(found.reshape(*size, header.channels), found.dtype.newbyteorder("="))
+    entries = [
+        struct.pack(order + "HHII", code, 4, 1, value) for code, value in sorted(header.layout.items())
+    ]
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    with tifffile.TiffFile(io.BytesIO(start + b"".join(entries) + bytes(4))) as file:
+        decode: Callable[[bytes, int], tuple[Any, ...]] = file.pages[0].decode
+    return decode
+
+
+def tiff_rows(data: bytes | FileBytes, *, indexed: bool = False) -> Callable[[int, int], np.ndarray]:
+    """(top, bottom) -> these rows of the image of a TIFF as they are stored, (rows, W, C).
+
+    In memory are the rows that are asked for, and of the strips or tiles as many as lie side by side.
+    indexed: it may hold indices into a table of colors.
+
+    Raises:
+        ValueError: it is not read, or damaged, which may show when its rows are asked for.
+        ConfigError: the packages that it takes are not there.
+    """
+    header = tiff_header(data)
+    if header.indexed and not indexed:
+        raise ValueError("its colors are indices, which only masks may be; save it as RGB")
+    decode = _decoder(header, _MAGIC[data[:4]][0])
+    down, across = ceil(header.height / header.rows), ceil(header.width / header.columns)
+    planes = header.channels if header.planar else 1
+
+    @functools.lru_cache(maxsize=planes * across)  # the last ones of a call are often the first of the next
+    def segment(index: int) -> np.ndarray:
+        at, count = header.offsets[index], header.counts[index]
+        with reraise_as(ValueError, "it is damaged", on=(ValueError, RuntimeError, struct.error)):
+            decoded: np.ndarray = decode(data[at : at + count], index)[0][0]  # (rows, columns, C)
+        return decoded
+
+    def rows(top: int, bottom: int) -> np.ndarray:
+        found = np.empty((bottom - top, header.width, header.channels), header.dtype)
+        for line in range(top // header.rows, ceil(bottom / header.rows)):
+            first = line * header.rows
+            start, stop = max(top, first), min(bottom, first + header.rows)
+            for plane in range(planes):
+                into = found[start - top : stop - top, :, slice(plane, plane + 1) if header.planar else ...]
+                for column in range(across):
+                    left = column * header.columns
+                    part = segment((plane * down + line) * across + column)[start - first : stop - first]
+                    into[:, left : left + header.columns] = part[:, : header.width - left]
+        return found
+
+    return rows
+
+
+def decode_tiff(data: bytes, *, indexed: bool = False) -> np.ndarray:
+    """The image of a TIFF as it is stored, (H, W, C); the rest: `tiff_rows`."""
+    header = tiff_header(data)
+    size = header.height, header.width, header.channels
+    if prod(size) * np.dtype(header.dtype).itemsize > 3 * most_pixels():
+        what = f"{header.width} x {header.height} pixels of {header.channels} x {header.dtype}"
+        raise ValueError(f"{what}; the limit for them is {3 * most_pixels()} bytes")
+    return tiff_rows(data, indexed=indexed)(0, header.height)
