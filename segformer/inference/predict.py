@@ -20,26 +20,28 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from segformer.data.sources.folder import LeftOut, left_out_text
-from segformer.errors import ConfigError, DataError, Incomplete, at_least, say, within
-from segformer.evaluation.inference_mode import InferenceModeConfig
+from segformer.errors import ConfigError, DataError, Incomplete, at_least, reported, say, within
+from segformer.evaluation.inference_mode import InferenceModeConfig, settings
 from segformer.inference.export import check_output
-from segformer.inference.photograph import SUFFIXES, read_image
+from segformer.inference.photograph import SUFFIXES
 from segformer.inference.predicting.inputs import check_folder, find, plan
 from segformer.inference.predicting.outputs import (
     ENDINGS,
     Done,
     check_probabilities,
-    ending,
     tables,
     write,
     writing,
 )
 from segformer.inference.predicting.pipeline import ahead, same_size
+from segformer.inference.predicting.tiled import Tiled, predict_large, predict_whole, read
+from segformer.inference.predicting.tiles import Blending, check_tile
 from segformer.inference.predictor import Prediction, Predictor
 from segformer.telemetry.progress import beside_bars, evaluated
 
@@ -49,6 +51,7 @@ OTHER_PICTURES = (
 )
 Job = tuple[Path, Path]
 """A picture, and the path of its outputs without their ending."""
+Pixels = np.ndarray | Tiled
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +73,11 @@ class PredictConfig(InferenceModeConfig):
     "What is written: mask, overlay, probabilities, confidence, entropy, polygons (COCO), areas (CSV)."
     device: str = "auto"
     "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
+    tile: int = 0
+    """Larger pictures are predicted in tiles of so many pixels a side, which are blended where they overlap;
+    0 = whole, up to 50 million pixels."""
+    overlap: int | None = None
+    "Pixels that neighboring tiles have in common; null = a quarter of a tile."
     batch: int = 0
     "Pictures of one size that go through the network together; 0 = 8 on a GPU, 1 on a CPU."
     alpha: float = 0.5
@@ -79,6 +87,12 @@ class PredictConfig(InferenceModeConfig):
         InferenceModeConfig.__post_init__(self)
         within(self, "", alpha=(0, 1))
         at_least(self, "", batch=0)
+        if self.tile:
+            check_tile(self.tile, self.overlap)
+            if given := settings(self):
+                raise ConfigError(f"{', '.join(given)} and tile={self.tile} exclude each other; give one")
+        elif self.overlap is not None:
+            raise ConfigError(f"overlap={self.overlap} is that of tiles; give tile=1024")
         if not self.save or set(self.save).difference(ENDINGS):
             raise ConfigError(f"save={self.save} must be some of {', '.join(ENDINGS)}: save=[mask,areas]")
         check_output(self.output, "the outputs of each picture are written into a folder")
@@ -95,12 +109,12 @@ class _Run:
         self.done = 0
         self.refused: list[DataError] = []
 
-    def decode(self, job: Job) -> tuple[Job, np.ndarray | DataError]:
+    def decode(self, job: Job) -> tuple[Job, Pixels | DataError]:
         """A picture, or why it can't be used."""
         try:
-            found = read_image(job[0], self.predictor.image_range, self.predictor.pixels)
+            found = read(job[0], self.predictor, self.cfg.tile, self.cfg.save)
             if "probabilities" in self.keep:
-                check_probabilities(len(self.predictor.classes), found.shape[:2])
+                check_probabilities(len(self.predictor.classes), found.shape)
         except DataError as error:
             return job, error
         return job, found
@@ -112,11 +126,11 @@ class _Run:
             say(f"skipped: {error}", file=sys.stderr)
 
     def predicted(
-        self, decoded: Iterator[tuple[Job, np.ndarray | DataError]]
-    ) -> Iterator[tuple[Job, Prediction]]:
+        self, decoded: Iterator[tuple[Job, Pixels | DataError]]
+    ) -> Iterator[tuple[Job, Prediction | Done]]:
         """Each picture that can be used, with its prediction; those of one size together."""
 
-        def usable() -> Iterator[tuple[Job, np.ndarray]]:
+        def usable() -> Iterator[tuple[Job, Pixels]]:
             for job, found in decoded:
                 if isinstance(found, DataError):
                     self.refuse(found)
@@ -124,20 +138,44 @@ class _Run:
                     yield job, found
 
         for group in same_size(usable(), self.batch):
-            found = self.predictor.of_one_size([image for _, image in group], self.keep)
-            yield from zip((job for job, _ in group), found, strict=True)
+            images = [image for _, image in group if isinstance(image, np.ndarray)]
+            predictions = iter(self.predictor.of_one_size(images, self.keep) if images else [])
+            for job, found in group:
+                if not isinstance(found, Tiled):
+                    yield job, next(predictions)
+                    continue
+                with reported(self.refuse, on=DataError):  # damage that is seen as its rows are read
+                    yield job, self._of_tiles(job, found)
 
-    def write(self, one: tuple[Job, Prediction]) -> tuple[Job, Done]:
+    def _of_tiles(self, job: Job, found: Tiled) -> Prediction | Done:
+        """A picture in tiles; one that is too large to be held is written as well."""
+        (source, target), size, cfg = job, (found.shape[0], found.shape[1]), self.cfg
+        overlap = check_tile(cfg.tile, cfg.overlap)
+        blending = Blending(self.predictor, found.rows, size, tile=cfg.tile, overlap=overlap, keep=self.keep)
+        verb, total = f"{source.name}: predicted", prod(blending.tiles)
+        with evaluated(total, lambda line: say(line, file=sys.stderr), verb, "tiles") as advance:
+            if found.image is not None:
+                return predict_whole(found.image, blending, advance)
+            self.make(target.parent)
+            pixels, mask = predict_large(blending, target, cfg.save, cfg.alpha, advance)
+            return Done(source=str(source), size=size, pixels=pixels, mask=mask)
+
+    def make(self, folder: Path) -> None:
+        """The folder of an output."""
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, one: tuple[Job, Prediction | Done]) -> tuple[Job, Done]:
         """The files of a prediction."""
         (source, target), found = one
-        with writing(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        return (source, target), write(found, str(source), target, self.cfg.save, self.cfg.alpha)
+        if isinstance(found, Done):
+            return one[0], found
+        self.make(target.parent)
+        return one[0], write(found, str(source), target, self.cfg.save, self.cfg.alpha)
 
     def finish(self, job: Job, done: Done) -> None:
         """Say what is in a picture whose files are written."""
         self.done += 1
-        target = ending(job[1], ".png") if "mask" in self.cfg.save else job[1]
         shares = done.pixels / max(1, done.size[0] * done.size[1])
         largest = ", ".join(
             f"{self.predictor.classes[k]} {f'{shares[k]:.0%}' if shares[k] >= 0.005 else '<1%'}"
@@ -145,9 +183,9 @@ class _Run:
             if shares[k] > 0
         )
         with beside_bars():
-            say(f"{job[0]} -> {target}: {largest}")
-        if "mask" in self.cfg.save:
-            self.masks.append(target)
+            say(f"{job[0]} -> {done.mask or job[1]}: {largest}")
+        if done.mask:
+            self.masks.append(done.mask)
 
 
 def predict(cfg: PredictConfig) -> list[Path]:
@@ -162,10 +200,11 @@ def predict(cfg: PredictConfig) -> list[Path]:
     check_folder(base, output, os.path.isdir(cfg.input), cfg.recursive)
     jobs = plan(pictures, base, output, [text for name in cfg.save for text in ENDINGS[name]])
     mode = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
+    mode |= {"long_side": 0} if cfg.tile else {}
     predictor = Predictor(cfg.checkpoint, step=cfg.step, device=cfg.device, **mode)
     if unused:
         say(f"not used of input={cfg.input}: {left_out_text(unused)}")
-    if cfg.long_side is None and (side := predictor.mode.reduced_to):
+    if cfg.long_side is None and not cfg.tile and (side := predictor.mode.reduced_to):
         say(
             f"{cfg.checkpoint} was trained on images of at most {side} pixels a side: larger ones are "
             "reduced to that, and the masks enlarged again (long_side=0 takes them as they are)"

@@ -175,16 +175,25 @@ class Predictor:
         """
         size = (images[0].shape[0], images[0].shape[1])
         check_images(self.mode, [size])
-        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
-        logits = self.model(self._normalize(pixels, None))
-        masks = upsample_argmax(logits, size).to(torch.uint8).cpu().numpy()
+        found = self.read_out(self.logits(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)), size, keep)
         return [
-            Prediction(displayed(image), mask, self.classes, self.palette, **self.shares(one, size, keep))
-            for image, mask, one in zip(images, masks, logits, strict=True)
+            Prediction(displayed(image), classes=self.classes, palette=self.palette, **one)
+            for image, one in zip(images, found, strict=True)
         ]
 
-    def shares(self, out: Tensor, size: Size, keep: Collection[str]) -> dict[str, np.ndarray]:
-        """What is to be kept of an image of `size`, of what the network gave of it (K, h, w)."""
+    def logits(self, pixels: Tensor) -> Tensor:
+        """What the network, in its inference mode, gives of images (B, C, H, W) of the training's type."""
+        return self.model(self._normalize(pixels.to(self.device), None))
+
+    def read_out(self, logits: Tensor, size: Size, keep: Collection[str] = ()) -> list[dict[str, np.ndarray]]:
+        """Mask, and what else is to be kept, of each image of `size` of which `logits` are (B, K, h, w)."""
+        masks = upsample_argmax(logits, size).to(torch.uint8).cpu().numpy()
+        return [
+            {"mask": mask, **self._shares(one, size, keep)} for mask, one in zip(masks, logits, strict=True)
+        ]
+
+    def _shares(self, out: Tensor, size: Size, keep: Collection[str]) -> dict[str, np.ndarray]:
+        """Probabilities, confidence and entropy, where they are to be kept, of one image (K, h, w)."""
         shapes = {"probabilities": (len(out), *size), "confidence": size, "entropy": size}
         found = {name: np.empty(shapes[name], np.float32) for name in keep}
         for rows, columns, shares in self._enlarged(out, size) if keep else ():

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 STRAGGLER, SPIKE = 1.2, 2.0  # from where on a line has them
+_UNITS = {"images": "img", "tiles": "tile", "frames": "frame"}
 EVERY = 30.0  # seconds between two lines on how far an evaluation is
 
 
@@ -75,8 +76,10 @@ def open_bar(step: int, steps: int) -> Any:
 class Evaluated:
     """How far an evaluation is: every 30 s `evaluated 200 of 2000 images, 31.2 img/s, eta 58s` to `line`."""
 
-    def __init__(self, total: int, line: Callable[[str], None], verb: str = "evaluated") -> None:
-        self._total, self._line, self._verb, self._done = total, line, verb, 0
+    def __init__(
+        self, total: int, line: Callable[[str], None], verb: str = "evaluated", what: str = "images"
+    ) -> None:
+        self._total, self._line, self._verb, self._what, self._done = total, line, verb, what, 0
         self._start = self._said = time.monotonic()
 
     def add(self, images: int) -> None:
@@ -86,20 +89,21 @@ class Evaluated:
             return
         self._said, rate = now, self._done / (now - self._start)
         left = duration((self._total - self._done) / rate)
-        self._line(f"{self._verb} {self._done} of {self._total} images, {rate:.1f} img/s, eta {left}")
+        done = f"{self._verb} {self._done} of {self._total} {self._what}"
+        self._line(f"{done}, {rate:.1f} {_UNITS[self._what]}/s, eta {left}")
 
 
 @contextlib.contextmanager
 def evaluated(
-    total: int, line: Callable[[str], None], verb: str = "evaluated"
+    total: int, line: Callable[[str], None], verb: str = "evaluated", what: str = "images"
 ) -> Iterator[Callable[[int], None]]:
     """`Evaluated.add` where standard error is a file, and a progress bar's on a terminal."""
     if not on_terminal():
-        yield Evaluated(total, line, verb).add
+        yield Evaluated(total, line, verb, what).add
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="img", dynamic_ncols=True, leave=False) as bar:
+    with tqdm(total=total, unit=_UNITS[what], dynamic_ncols=True, leave=False) as bar:
 
         def add(images: int) -> None:
             bar.update(min(images, total - bar.n))

@@ -16,7 +16,7 @@ mask of them. A region with holes is a run-length code, which COCO has no rings 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,9 @@ ENDINGS = {
     "polygons": (),
     "areas": (),
 }
+LARGE = ("mask", "overlay", "areas")
+"What there is of an image above MAX_PIXELS; its overlay is a picture of every n-th pixel."
+TIFF_TILE = 512  # pixels of a side
 MAX_PROBABILITIES = 2**30  # values of one image: 4 GiB while they are made
 
 
@@ -52,6 +55,8 @@ class Done:
     "Of every class, int64."
     area: float | None = None
     "Square meters of a pixel, where the image says so."
+    mask: Path | None = None
+    "Where the mask is."
     regions: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -88,7 +93,8 @@ def write(found: Prediction, source: str, target: Path, save: list[str], alpha: 
             write_atomic(path, data.getvalue(), durable=False)
     pixels = np.bincount(found.mask.ravel(), minlength=len(found.classes))
     shapes = [*regions(found.mask)] if "polygons" in save else []
-    return Done(source=source, size=found.mask.shape, pixels=pixels, regions=shapes)
+    mask = ending(target, ".png") if "mask" in save else None
+    return Done(source=source, size=found.mask.shape, pixels=pixels, regions=shapes, mask=mask)
 
 
 def eight_bits(shares: np.ndarray) -> np.ndarray:
@@ -96,7 +102,59 @@ def eight_bits(shares: np.ndarray) -> np.ndarray:
     return np.rint(shares * 255).astype(np.uint8)
 
 
-def check_probabilities(classes: int, size: tuple[int, int]) -> None:
+def write_strips(
+    strips: Iterator[np.ndarray], size: tuple[int, int], palette: np.ndarray, path: Path | None
+) -> np.ndarray:
+    """Write a mask that comes in strips of rows as a TIFF, if there is a path; the pixels of each class."""
+    pixels = np.zeros(256, np.int64)
+
+    def tiles() -> Iterator[np.ndarray]:
+        held = np.zeros((0, size[1]), np.uint8)
+        for strip in strips:
+            pixels[:] += np.bincount(strip.ravel(), minlength=256)
+            held = np.concatenate([held, strip])
+            while len(held) >= TIFF_TILE:
+                yield from _cut(held[:TIFF_TILE])
+                held = held[TIFF_TILE:]
+        if len(held):
+            yield from _cut(held)
+
+    if path is None:
+        for _ in tiles():
+            pass
+    else:
+        _write_tiff(path, tiles(), size, palette)
+    return pixels[: len(palette)]
+
+
+def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for left in range(0, rows.shape[1], TIFF_TILE):
+        part = rows[:, left : left + TIFF_TILE]
+        yield np.pad(part, ((0, TIFF_TILE - part.shape[0]), (0, TIFF_TILE - part.shape[1])))
+
+
+def _write_tiff(path: Path, tiles: Any, size: tuple[int, int], palette: np.ndarray) -> None:
+    what, do = "masks as TIFF need tifffile", "pip install 'tifffile>=2025.5' 'imagecodecs>=2025.3'"
+    with reraise_as(ConfigError, what, do, on=ImportError):
+        import tifffile
+    colors = np.zeros((3, 256), np.uint16)
+    colors[:, : len(palette)] = palette.T.astype(np.uint16) * 257
+    with writing(path), staged(path, durable=False) as place:
+        tifffile.imwrite(
+            place,
+            tiles,
+            shape=size,
+            dtype=np.uint8,
+            tile=(TIFF_TILE, TIFF_TILE),
+            photometric="palette",
+            colormap=colors,
+            compression="zlib",
+            metadata=None,
+            bigtiff=size[0] * size[1] > 2**31,
+        )
+
+
+def check_probabilities(classes: int, size: Sequence[int]) -> None:
     """DataError where the probabilities of an image are too many."""
     if classes * size[0] * size[1] > MAX_PROBABILITIES:
         what = f"probabilities of {classes} classes for {size[1]} x {size[0]} pixels are too many values"

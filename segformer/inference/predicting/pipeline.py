@@ -9,12 +9,19 @@ decoded and as many being written, and at most two batches of decoded ones that 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import TypeVar
-
-import numpy as np
+from typing import Protocol, TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_S = TypeVar("_S", bound="Shaped")
+
+
+class Shaped(Protocol):
+    """What has a shape, as arrays have."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, channels."""
 
 
 def ahead(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], depth: int) -> Iterator[_R]:
@@ -32,9 +39,9 @@ def ahead(pool: Executor, function: Callable[[_T], _R], items: Iterable[_T], dep
             future.cancel()
 
 
-def same_size(items: Iterable[tuple[_T, np.ndarray]], batch: int) -> Iterator[list[tuple[_T, np.ndarray]]]:
+def same_size(items: Iterable[tuple[_T, _S]], batch: int) -> Iterator[list[tuple[_T, _S]]]:
     """Groups of up to `batch` items of one shape; where two batches wait, the largest group leaves."""
-    waiting: dict[tuple[int, ...], list[tuple[_T, np.ndarray]]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[_T, _S]]] = {}
     for item in items:
         group = waiting.setdefault(item[1].shape, [])
         group.append(item)
