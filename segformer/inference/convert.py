@@ -182,14 +182,15 @@ def _report_written(to: str, weights: Weights, out: Path, written: list[Path]) -
     if (to, arch.kind) == ("smp", "segmentation"):
         say(f"note       {ALIGNED}")
     use = _USE.get((to, arch.kind)) or _USE[to, "encoder"]
-    say("use        " + use.format(out=out, arch=arch))
+    head = "model.head=mmseg " if arch.head == "mmseg" else ""
+    say("use        " + use.format(out=out, arch=arch, head=head))
 
 
 # (format, kind) -> how the file is loaded; a kind that is not listed as the encoder is.
 _USE = {
     ("ours", "encoder"): "model.pretrained={out} in training",
     ("ours", "segmentation"): (
-        'model.pretrained={out} in training, SegFormer.from_pretrained("{out}"), '
+        '{head}model.pretrained={out} in training, SegFormer.from_pretrained("{out}"), '
         "launch/predict.py checkpoint={out}"
     ),
     ("hf", "encoder"): 'SegformerModel.from_pretrained("{out}")',

@@ -125,4 +125,4 @@ class MMSegHead(nn.Module):
             return layer.bn(hidden).relu().permute(0, 2, 3, 1)
         scale, shift = layer.bn.scale_shift()
         folded, shift = (weight * scale[:, None]).to(stage.dtype), shift.to(stage.dtype)
-        return self.ops.linear(stage, folded, shift).relu()
+        return self.ops.linear(stage, folded, shift).relu_()

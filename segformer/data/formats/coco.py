@@ -23,20 +23,18 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from segformer.data.formats.base import (
+    NO_LABELS,
     Found,
     Labeled,
     Outline,
-    compared,
     defect,
-    first_there,
-    images_place,
     inside,
     key_of,
-    labels_place,
     need,
     read_entries,
 )
-from segformer.data.sources.dataset import DatasetConfig
+from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig
+from segformer.data.sources.folder import files_below
 from segformer.data.sources.masks import Defect
 from segformer.data.sources.shapes import ring
 from segformer.errors import DataError, printable, reraise_as
@@ -58,6 +56,7 @@ IMAGES = (
     "data",
     "",
 )
+_LOOKED_AT = 32  # names that say which folder is meant
 
 _T = TypeVar("_T")
 Id = int | str
@@ -85,13 +84,14 @@ class _Object:
     """That of run lengths."""
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """A file of one of the usual names is there that says what COCO's say first."""
-    for split in cfg.splits:
-        if not cfg.labels and first_there(cfg, root, split, SURE):
+    for split in found.cfg.splits:
+        one = Found(found.cfg, found.root, split)
+        if not one.cfg.labels and one.first(*SURE):
             return True
-        name = first_there(cfg, root, split, [cfg.labels] if cfg.labels else USUAL)
-        if name.endswith(".json") and "panoptic" not in name and _is_coco(root / name):
+        name = one.label_name(*USUAL)
+        if name.endswith(".json") and "panoptic" not in name and _is_coco(one.root / name):
             return True
     return False
 
@@ -104,11 +104,11 @@ def _is_coco(path: Path) -> bool:
     return False
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of a split with the shapes of their annotations."""
-    path = labels_place(cfg, root, split, USUAL)
+    path = found.labels(*USUAL)
     content = contents(path, _object)
-    found, wanted = located(cfg, root, split, path, content)
+    wanted = located(found, path, content)
     unknown: list[str] = []
     bare: list[str] = []
     for number, one in wanted.items():
@@ -127,32 +127,54 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     used = {name for one in found.labeled for name, _ in one.shapes or ()}
     found.categories = [name for name in found.categories if name in used or name not in content.groups]
     text = f"category ids of annotations are not in the categories of {str(path)!r}"
-    found.defects += defect(text, "export it again, with its categories", unknown)
-    if bare:
-        kind = "annotation without a segmentation"
-        found.left[os.path.relpath(path, root)] = {kind: (len(bare), printable(bare[0]))}
-    return found
+    found.note(text, "export it again, with its categories", unknown)
+    found.skip(os.path.relpath(path, found.root), "annotation without a segmentation", *bare)
 
 
-def located(
-    cfg: DatasetConfig, root: Path, split: str, path: Path, content: Content[Any]
-) -> tuple[Found, dict[Id, Labeled]]:
-    """The images that are there, without labels yet, by their ids too; categories and defects."""
-    found = Found(defects=[*content.defects], categories=[*dict.fromkeys(content.categories.values())])
-    shown = images_place(cfg, root, split, IMAGES, [name for name, _ in content.images.values()])
-    folder = str(root / shown)
-    labeled, names = {}, {}
+def located(found: Found, path: Path, content: Content[Any]) -> dict[Id, Labeled]:
+    """The images that are there, without labels yet, by their ids too; categories and defects.
+
+    Labels of a missing image are a defect; images without labels and other files are counted.
+    """
+    found.defects += content.defects
+    found.categories = [*dict.fromkeys(content.categories.values())]
+    shown = _images_place(found, [name for name, _ in content.images.values()])
+    folder = str(found.root / shown)
+    there = {*files_below(folder)}
+    labeled = {}
+    names, missing = set(), set()
     for number, (file, size) in content.images.items():
         name = inside(folder, file)
-        key = key_of(name)
-        labeled[number] = Labeled(key, f"{folder}/{name}", size=size)
-        names[name] = key
-    found.labeled = [*labeled.values()]
-    compared(found, folder, shown, names, {os.path.relpath(path, folder)})
+        labeled[number] = one = Labeled(key_of(name), f"{folder}/{name}", size=size)
+        names.add(name)
+        if name in there:
+            found.labeled.append(one)
+        else:
+            missing.add(name)
+    do = "add them, set data.image_dir, or take them out of the labels"
+    found.note(f"images are not in {folder!r}, but have labels", do, missing)
+    others = there - names - {os.path.relpath(path, folder)}
+    images = {name for name in others if name.lower().endswith(IMAGE_SUFFIXES)}
+    found.skip_files(shown, others - images)
+    found.skip(shown, NO_LABELS, *images)
     strangers = content.annotations.keys() - content.images.keys()
     text = f"image ids of annotations are not in the images of {str(path)!r}"
-    found.defects += defect(text, "export it again, with its images", map(str, strangers))
-    return found, labeled
+    found.note(text, "export it again, with its images", map(str, strangers))
+    return labeled
+
+
+def _images_place(found: Found, names: list[str]) -> str:
+    """The folder of the images, below root: `data.image_dir`, or, where that is as it comes, the first of it
+    and the usual places that holds one of the named images; DataError where there is none."""
+    default = found.cfg.image_dir == DatasetConfig().image_dir
+    places = found.places(found.cfg.image_dir, *(IMAGES if default else ()))
+    there = [place for place in places if os.path.isdir(found.root / place)]
+    if not there:
+        do = "set data.image_dir, with {split} where the split's name stands"
+        raise DataError(f"image folder {str(found.root / places[0])!r} is not a folder; {do}")
+    some = names[:: -(-len(names) // _LOOKED_AT) or 1]
+    holds = (place for place in there if any(os.path.isfile(found.root / place / name) for name in some))
+    return next(holds, there[0])
 
 
 def contents(path: Path, annotation: Callable[[Any, str], _T]) -> Content[_T]:

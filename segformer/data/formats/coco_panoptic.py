@@ -7,39 +7,28 @@ the folder that has the name of the JSON file, without its suffix, beside it or 
 
 import os
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from segformer.data.formats.base import (
-    IGNORE,
-    Found,
-    defect,
-    first_there,
-    inside,
-    labels_place,
-    need,
-)
+from segformer.data.formats.base import IGNORE, Found, inside, need
 from segformer.data.formats.coco import Id, contents, id_of, located
-from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.folder import files_below
 from segformer.errors import DataError
 
 USUAL = tuple(f"annotations/panoptic_{{split}}{year}.json" for year in ("", "2017"))
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """A file of the usual name is there."""
-    places = [cfg.labels] if cfg.labels else USUAL
-    found = (first_there(cfg, root, split, places) for split in cfg.splits)
-    return any(name.endswith(".json") and "panoptic" in name for name in found)
+    names = (Found(found.cfg, found.root, split).label_name(*USUAL) for split in found.cfg.splits)
+    return any(name.endswith(".json") and "panoptic" in name for name in names)
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of a split with their masks of segments."""
-    path = labels_place(cfg, root, split, USUAL)
+    path = found.labels(*USUAL)
     content = contents(path, _segments)
-    found, labeled = located(cfg, root, split, path, content)
-    places = (path.with_suffix(""), root / path.stem)
+    labeled = located(found, path, content)
+    places = (path.with_suffix(""), found.root / path.stem)
     folder = str(next((place for place in places if place.is_dir()), places[0]))
     if not os.path.isdir(folder):
         raise DataError(f"the PNGs of {str(path)!r} are not there: {folder!r} is not a folder; unpack them")
@@ -62,13 +51,12 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
             if category not in content.categories:
                 unknown.add(str(category))
     found.labeled = [one for one in found.labeled if one.mask_file]
-    what, do = f"images of {str(path)!r} have not one annotation", "export it again"
-    found.defects += defect(what, do, bare)
-    found.defects += defect(f"masks are not in {folder!r}", "add them, or remove their annotations", missing)
+    do = "export it again"
+    found.note(f"images of {str(path)!r} have not one annotation", do, bare)
+    found.note(f"masks are not in {folder!r}", "add them, or remove their annotations", missing)
     what = f"category ids of segments are not in the categories of {str(path)!r}"
-    found.defects += defect(what, f"{do}, with its categories", unknown)
+    found.note(what, f"{do}, with its categories", unknown)
     found.covers = True
-    return found
 
 
 def _segments(entry: Any, where: str) -> tuple[str, dict[int, Id]]:

@@ -8,22 +8,13 @@ it is empty throughout, all lines are one pool. `data.columns` names the columns
 any column may be the `data.group` of a division."""
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from segformer.data.formats.base import (
-    Found,
-    Labeled,
-    defect,
-    first_there,
-    inside,
-    key_of,
-    label_lines,
-    labels_place,
-    parts_of,
-)
+from segformer.data.formats.base import Found, Labeled, inside, key_of, label_text
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.masks import Defect
 from segformer.errors import DataError, listed, reraise_as
@@ -31,23 +22,23 @@ from segformer.errors import DataError, listed, reraise_as
 USUAL = ("{split}.csv", "pairs.csv", "dataset.csv", "data.csv")
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """One of the usual files is there and has both columns."""
-    name = cfg.splits and first_there(cfg, root, cfg.splits[0], [cfg.labels] if cfg.labels else USUAL)
-    if not name or not name.lower().endswith(".csv") or not (root / name).is_file():
+    cfg, name = found.cfg, found.label_name(*USUAL)
+    if not name.lower().endswith(".csv") or not (found.root / name).is_file():
         return False
-    with open(root / name, encoding="utf-8-sig", errors="replace") as stream:
+    with open(found.root / name, encoding="utf-8-sig", errors="replace") as stream:
         header = {title.strip(' "\r\n') for title in re.split("[,;\t]", stream.readline(2**16))}
     return {cfg.column("image"), cfg.column("mask")} <= header
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The lines of a split."""
-    path = labels_place(cfg, root, split, USUAL)
-    place, found = os.path.abspath(path.parent), Found(covers=True)
+    path, cfg = found.labels(*USUAL), found.cfg
+    place, found.covers = os.path.abspath(path.parent), True
     rows = dict(_rows(cfg, path))
     if named := {row.get(cfg.column("split"), "") for row in rows.values()} - {""}:
-        parts = parts_of(cfg, split, named, f"{str(path)!r} has the splits")
+        parts = found.parts(named, f"{str(path)!r} has the splits")
         rows = {line: row for line, row in rows.items() if row[cfg.column("split")] in parts}
     missing: dict[str, set[str]] = {"image": set(), "mask": set()}
     for line, row in rows.items():
@@ -73,13 +64,12 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
                 found.columns.setdefault(column, {})[key] = value
     for role, names in missing.items():
         what = f"{role}s of {str(path)!r} are not below {str(path.parent)!r}"
-        found.defects += defect(what, "add them, or take their lines out", names)
-    return found
+        found.note(what, "add them, or take their lines out", names)
 
 
 def _rows(cfg: DatasetConfig, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of the line, column -> value) of each; blank lines are none."""
-    lines = csv.reader(label_lines(path, ends=True), strict=True)
+    lines = csv.reader(io.StringIO(label_text(path), newline=""), strict=True)
     with reraise_as(DataError, f"{str(path)!r} is no CSV", "save it as one (RFC 4180)", on=csv.Error):
         header = [title.strip() for title in next(lines, [])]
         for role in ("image", "mask"):

@@ -12,39 +12,16 @@ Shapes are drawn by z_order, then in the order of the file. A split is a file of
 its subset in one file, or all of that. XML is read in a stream; a document type, which could define entities,
 is refused."""
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
 from xml.parsers import expat
 
 import numpy as np
 
-from segformer.data.formats.base import (
-    MAX_LIST_BYTES,
-    Found,
-    Labeled,
-    Outline,
-    first_there,
-    key_of,
-    labels_place,
-    split_places,
-)
-from segformer.data.formats.outlines import (
-    Pictures,
-    box,
-    count,
-    ellipse,
-    numbers,
-    picture_size,
-    pooled,
-    refusing,
-    rings,
-    run_lengths,
-    turned,
-)
-from segformer.data.sources.dataset import MAX_PIXELS, DatasetConfig
-from segformer.data.sources.folder import LeftOut
-from segformer.errors import DataError, listed, printable, reraise_as
+from segformer.data.formats.base import MAX_LIST_BYTES, Found, Outline, reading
+from segformer.data.formats.outlines import Pictures, box, ellipse, numbers, picture_size, rings, run_lengths
+from segformer.data.sources.dataset import MAX_PIXELS
+from segformer.errors import DataError, listed, printable
 from segformer.files import regular
 
 AREAS = ("polygon", "box", "ellipse", "mask")
@@ -55,43 +32,35 @@ _BLOCK = 2**18
 _DEEPEST = 64
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """There is such a file, at one of its usual places."""
-    name = cfg.labels or first_there(cfg, root, cfg.splits[0], _PLACES)
-    with suppress(OSError), regular(root / name).open("rb") as file:
+    with suppress(OSError), regular(found.root / found.label_name(*_PLACES)).open("rb") as file:
         return b"<annotations" in file.read(4096)
     return False
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of a split in its file."""
-    path = labels_place(cfg, root, split, pooled(cfg, *_PLACES))
-    what = f"the labels {str(path)!r} can't be read"
-    own = set() if cfg.is_divided else {name.lower() for name in split_places(cfg, ["{split}"], split)}
-    reader = _Reader(str(path), Pictures(cfg, root, split), own)
-    with reraise_as(DataError, what, "export them again", on=(OSError, ValueError, expat.ExpatError)):
+    path = found.labels(*_PLACES, pooled=True)
+    reader = _Reader(found, path)
+    with reading(path, expat.ExpatError):
         reader.read(path)
-    if reader.others and not reader.images:
+    if reader.others and not found.labeled:
         do = "set data.split_dirs, or divide all of them: data.val_share=0.2"
-        raise DataError(f"{str(path)!r} has no subset {split!r}, but {listed(sorted(reader.others))}; {do}")
-    found = Found(reader.images, reader.defects, categories=reader.categories)
-    found.left = {path.relative_to(root).as_posix(): reader.left}
-    pictures = reader.pictures
-    found.left[pictures.shown] = found.left.get(pictures.shown, {}) | pictures.unused()
-    return found
+        others = listed(sorted(reader.others))
+        raise DataError(f"{str(path)!r} has no subset {found.split!r}, but {others}; {do}")
+    reader.pictures.count_unused()
 
 
 class _Reader:
-    """What a file holds, gathered while it is parsed."""
+    """The parser of a file, which fills in what is found."""
 
-    def __init__(self, path: str, pictures: Pictures, own: set[str]) -> None:
-        self.path, self.pictures, self.own = path, pictures, own
-        self.images: list[Labeled] = []
+    def __init__(self, found: Found, path: Path) -> None:
+        self.found, self.path, self.place = found, str(path), found.below(path)
+        self.pictures = Pictures(found)
+        self.own = set() if found.cfg.is_divided else {name.lower() for name in found.places("{split}")}
         self.others: set[str] = set()
         """Subsets that are not its own."""
-        self.defects: list[Any] = []
-        self.left: LeftOut = {}
-        self.categories: list[str] = []
         self._parser = parser = expat.ParserCreate("utf-8")
         parser.buffer_text = True
         parser.StartDoctypeDeclHandler = self._refuse
@@ -102,8 +71,8 @@ class _Reader:
         self._text = ""
         self._label: dict[str, str] = {}
         self._image: dict[str, str] = {}
-        self._shapes: list[tuple[int, str, Outline]] = []
-        self._broken = False
+        self._tags: list[tuple[int, str, dict[str, str]]] = []
+        """Line, name and values of those in the open image."""
 
     def read(self, path: Path) -> None:
         done = 0
@@ -126,13 +95,9 @@ class _Reader:
         if len(self._open) == 1 and tag == "track":
             raise ValueError("it is 'CVAT for video'; export as 'CVAT for images 1.1'")
         if self._open[-1:] == ["image"]:
-            with self._noting():
-                self._shape(tag, values)
+            self._tags.append((self._parser.CurrentLineNumber, tag, values))
         elif tag == "image":
-            self._image, self._shapes, self._broken = values, [], True
-            with self._noting():
-                self._size()
-                self._broken = False
+            self._image, self._tags = values, []
         elif tag == "label":
             self._label = {}
         if len(self._open) > _DEEPEST:
@@ -146,41 +111,42 @@ class _Reader:
         elif tag == "label" and self._open[-1:] == ["labels"]:
             kind = self._label.get("type", "any")
             if kind not in NO_AREAS and "parent" not in self._label:
-                self.categories.append(self._label.get("name", ""))
+                self.found.categories.append(self._label.get("name", ""))
         elif tag == "image":
             name, subset = self._image.get("name", ""), self._image.get("subset", "")
             if self.own and subset and subset.lower() not in self.own:
                 self.others.add(subset)
-                count(self.left, f"image of the subset {printable(subset)}", name)
-            elif not self._broken:
-                with self._noting():
-                    file = self.pictures.find(name, part=subset)
-                    ordered = sorted(self._shapes, key=lambda shape: shape[0])
-                    shapes = tuple((label, outline) for _, label, outline in ordered)
-                    image = f"{self.pictures.folder}/{file}"
-                    self.images.append(Labeled(key_of(file), image, shapes, size=self._size()))
+                self.found.skip(self.place, f"image of the subset {printable(subset)}", name)
+            else:
+                self._draw(name, subset)
 
-    def _noting(self) -> Any:
-        where = f"{self.path!r}, line {self._parser.CurrentLineNumber}"
-        return refusing(self.defects, where, "correct it in CVAT and export again")
+    def _draw(self, name: str, subset: str) -> None:
+        """The open image with its shapes, unless one of them is wrong."""
+        before, shapes = len(self.found.defects), []
+        with self._noting(self._parser.CurrentLineNumber):
+            width, height = _whole(self._image, "width", "height")
+            size = picture_size(height, width)
+            for line, tag, values in self._tags:
+                if tag in NO_AREAS:
+                    self.found.skip(self.place, tag, name)
+                    continue
+                with self._noting(line):
+                    (order,) = _whole({"z_order": "0"} | values, "z_order")
+                    shapes.append((order, values.get("label", ""), _outline(tag, values, size)))
+            if len(self.found.defects) == before:
+                one = self.pictures.find(name, part=subset)
+                ordered = sorted(shapes, key=lambda shape: shape[0])
+                one.shapes, one.size = tuple((label, outline) for _, label, outline in ordered), size
+                self.found.labeled.append(one)
 
-    def _size(self) -> tuple[int, int]:
-        width, height = _whole(self._image, "width", "height")
-        return picture_size(height, width)
-
-    def _shape(self, tag: str, values: dict[str, str]) -> None:
-        if tag in NO_AREAS:
-            count(self.left, tag, self._image.get("name", ""))
-            return
-        self._broken, broken = True, self._broken  # until it has been read
-        if tag not in AREAS:
-            raise ValueError(f"the shape <{tag}> is unknown")
-        (order,) = _whole({"z_order": "0"} | values, "z_order")
-        self._shapes.append((order, values.get("label", ""), _outline(tag, values, self._size())))
-        self._broken = broken
+    def _noting(self, line: int) -> AbstractContextManager[None]:
+        where = f"{self.path!r}, line {line}"
+        return self.found.refusing(where, "correct it in CVAT and export again")
 
 
 def _outline(tag: str, values: dict[str, str], size: tuple[int, int]) -> Outline:
+    if tag not in AREAS:
+        raise ValueError(f"the shape <{tag}> is unknown")
     if tag == "polygon":
         return rings(numbers(values.get("points", "").replace(";", ",").split(","), (-1, 2)))
     if tag == "mask":
@@ -194,9 +160,9 @@ def _outline(tag: str, values: dict[str, str], size: tuple[int, int]) -> Outline
     (degrees,) = numbers([values.get("rotation", 0)], (1,))
     if tag == "ellipse":
         x, y, across, down = _real(values, "cx", "cy", "rx", "ry")
-        return rings(turned(ellipse(x, y, across, down), degrees, x, y))
+        return ellipse(x, y, across, down, degrees)
     x0, y0, x1, y1 = _real(values, "xtl", "ytl", "xbr", "ybr")
-    return rings(turned(box(x0, y0, x1, y1), degrees, (x0 + x1) / 2, (y0 + y1) / 2))
+    return box(x0, y0, x1, y1, degrees, ((x0 + x1) / 2, (y0 + y1) / 2))
 
 
 def _real(values: dict[str, str], *keys: str) -> list[float]:

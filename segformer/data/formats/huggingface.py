@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from segformer.data.formats.base import Found, Labeled, defect, inside, key_of, parts_of, read_labels
+from segformer.data.formats.base import Found, Labeled, inside, key_of, read_labels
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_FILE_BYTES, DatasetConfig
 from segformer.data.sources.decode import PNG_MAGIC
 from segformer.errors import DataError, listed, reraise_as, say
@@ -35,8 +35,9 @@ Pair = tuple[str, str, str]
 """Key, image file, mask file; a file is "" where the row has none."""
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """An address on the hub; or a folder with parquet files or with metadata of images."""
+    cfg, root = found.cfg, found.root
     places = [root, root / "data", *(root / cfg.split_dirs.get(split, split) for split in cfg.splits)]
     return str(root).startswith(HUB) or any(
         any(place.glob("*.parquet")) or any((place / name).is_file() for name in _METADATA)
@@ -44,8 +45,9 @@ def detect(cfg: DatasetConfig, root: Path) -> bool:
     )
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The rows of a split."""
+    cfg, root = found.cfg, found.root
     with reraise_as(DataError, "data.format=huggingface needs a package", INSTALL, on=ImportError):
         import datasets
         from datasets.exceptions import DatasetsError
@@ -55,21 +57,18 @@ def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
     with reraise_as(DataError, f"the data set {str(root)!r} can't be read", do, on=failed):
         folder = _downloaded(str(root)) if str(root).startswith(HUB) else root
         builder = datasets.load_dataset_builder(str(folder), cfg.labels or None)
-        for part in parts_of(cfg, split, builder.config.data_files, f"{str(root)!r} has the splits"):
+        for part in found.parts(builder.config.data_files, f"{str(root)!r} has the splits"):
             files = [Path(file) for file in builder.config.data_files[part]]
             if all(file.suffix == ".parquet" and file.name not in _METADATA for file in files):
                 pairs += _written(cfg, part, files)
             else:
                 pairs += _listed(cfg, folder, builder.as_streaming_dataset(part))
-    found = Found(covers=True, categories=_categories(folder))
+    found.covers, found.categories = True, _categories(folder)
     lacking = {key for key, *paths in pairs if not all(paths)}
-    found.defects += defect(f"rows of {str(root)!r} have no image or no mask", "leave them out", lacking)
+    found.note(f"rows of {str(root)!r} have no image or no mask", "leave them out", lacking)
     gone = {path for _, *paths in pairs for path in paths if path and not os.path.isfile(path)}
-    found.defects += defect(
-        f"files of {str(root)!r} are not there", "add them, or leave their rows out", gone
-    )
+    found.note(f"files of {str(root)!r} are not there", "add them, or leave their rows out", gone)
     found.labeled = [Labeled(key, image, mask_file=mask) for key, image, mask in pairs if image and mask]
-    return found
 
 
 def _downloaded(address: str) -> Path:

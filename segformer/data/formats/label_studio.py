@@ -27,31 +27,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from segformer.data.formats.base import (
-    Found,
-    Labeled,
-    Outline,
-    first_there,
-    key_of,
-    labels_place,
-    need,
-    read_entries,
-)
-from segformer.data.formats.outlines import (
-    Pictures,
-    box,
-    count,
-    ellipse,
-    numbers,
-    picture_size,
-    pooled,
-    refusing,
-    rings,
-    run_lengths,
-    turned,
-)
-from segformer.data.sources.dataset import MAX_PIXELS, DatasetConfig
-from segformer.data.sources.folder import LeftOut
+from segformer.data.formats.base import Found, Labeled, Outline, need, read_entries
+from segformer.data.formats.outlines import Pictures, box, ellipse, numbers, picture_size, rings, run_lengths
+from segformer.data.sources.dataset import MAX_PIXELS
 
 AREAS = ("polygon", "rectangle", "ellipse", "brush")
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-")
@@ -59,10 +37,10 @@ _PLACE = "{split}.json"
 _HEAD = 2**16  # bytes in which an export says what it is
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """One JSON file in the folder is an export."""
-    found = _exports(root)
-    return len(found) == 1 or (bool(found) and first_there(cfg, root, cfg.splits[0], [_PLACE]) in found)
+    names = _exports(found.root)
+    return len(names) == 1 or (bool(names) and found.first(_PLACE) in names)
 
 
 def _exports(root: Path) -> list[str]:
@@ -75,29 +53,24 @@ def _exports(root: Path) -> list[str]:
     return found
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of the annotated tasks in the export of a split, or in the one there is."""
-    path = labels_place(cfg, root, split, [*pooled(cfg, _PLACE), *_exports(root)])
-    found = Found()
-    left: LeftOut = {}
-    pictures = Pictures(cfg, root, split)
+    path = found.labels(_PLACE, *_exports(found.root), pooled=True)
+    place, pictures = found.below(path), Pictures(found)
     for number, (_, task) in enumerate(read_entries(path), 1):
         where = f"{str(path)!r}, task {task.get('id', number) if isinstance(task, dict) else number}"
-        with refusing(found.defects, where, "correct it in Label Studio and export as JSON again"):
+        with found.refusing(where, "correct it in Label Studio and export as JSON again"):
             name = _image(need(task, "data", dict, where))
             annotation = _annotation(need(task, "annotations", list, where))
             if annotation is None:
-                count(left, "task without an annotation", name)
+                found.skip(place, "task without an annotation", name)
                 continue
-            file = _file(pictures, name)
+            one = _picture(pictures, name)
             results = need(annotation, "result", list, where)
-            size = _size(results)
-            shapes = tuple(_shapes(results, where, name, size, left))
-            found.labeled.append(Labeled(key_of(file), f"{pictures.folder}/{file}", shapes, size=size))
-    found.categories = sorted({name for one in found.labeled for name, _ in one.shapes or ()})
-    found.left = {path.relative_to(root).as_posix(): left}
-    found.left[pictures.shown] = found.left.get(pictures.shown, {}) | pictures.unused()
-    return found
+            one.size = _size(results)
+            one.shapes = tuple(_shapes(found, place, results, where, name, one.size))
+            found.labeled.append(one)
+    pictures.count_unused()
 
 
 def _image(data: dict[str, Any]) -> str:
@@ -111,7 +84,7 @@ def _image(data: dict[str, Any]) -> str:
     raise ValueError(f"its image {texts[0]!r} is no address")
 
 
-def _file(pictures: Pictures, path: str) -> str:
+def _picture(pictures: Pictures, path: str) -> Labeled:
     folder, slash, name = path.replace("\\", "/").rpartition("/")
     if not pictures.has(name):
         name = _UPLOADED.sub("", name)
@@ -140,7 +113,7 @@ def _size(results: list[Any]) -> tuple[int, int] | None:
 
 
 def _shapes(
-    results: list[Any], where: str, name: str, size: tuple[int, int] | None, left: LeftOut
+    found: Found, place: str, results: list[Any], where: str, name: str, size: tuple[int, int] | None
 ) -> Iterator[tuple[str, Outline]]:
     """The areas in their order. Results with one id are one region."""
     regions: dict[Any, list[tuple[str, Any]]] = {}
@@ -158,7 +131,7 @@ def _shapes(
         if not areas:
             if "bitmask" in kinds:
                 raise ValueError("it has a bitmask; label with BrushLabels")
-            count(left, parts[0][0], name)
+            found.skip(place, parts[0][0], name)
             continue
         value: dict[str, Any] = {}
         for part in parts:
@@ -181,8 +154,9 @@ def _rings(area: str, value: dict[str, Any], size: tuple[int, int]) -> Outline:
     keys = ("x", "y", "width", "height") if area == "rectangle" else ("x", "y", "radiusX", "radiusY")
     x, y, across, down = (numbers([value.get(key) for key in keys], (2, 2)) * scale).reshape(-1).tolist()
     (degrees,) = numbers([value.get("rotation", 0)], (1,))
-    points = box(x, y, x + across, y + down) if area == "rectangle" else ellipse(x, y, across, down)
-    return rings(turned(points, degrees, x, y))
+    if area == "ellipse":
+        return ellipse(x, y, across, down, degrees)
+    return box(x, y, x + across, y + down, degrees, (x, y))
 
 
 def _brush(packed: Any, size: tuple[int, int]) -> np.ndarray:

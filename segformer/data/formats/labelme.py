@@ -18,31 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segformer.data.formats.base import (
-    Found,
-    Labeled,
-    Outline,
-    inside,
-    key_of,
-    need,
-    read_labels,
-)
+from segformer.data.formats.base import NO_LABELS, Found, Labeled, Outline, inside, key_of, need, read_labels
 from segformer.data.formats.outlines import (
     box,
-    count,
     ellipse,
     from_base64,
-    label_folder,
     numbers,
     picture_size,
     png_mask,
-    refusing,
     rings,
     run_lengths,
-    unlabeled,
 )
-from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.folder import LeftOut, files_below, is_hidden
+from segformer.data.sources.folder import files_below, is_hidden
 from segformer.files import regular
 
 NO_AREAS = ("point", "points", "line", "linestrip")
@@ -50,9 +37,9 @@ _RING = (None, "", "polygon", "oriented_rectangle", "rotation")
 _HEAD = 2**14  # bytes in which a file says what it is
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """The first JSON file in or below a folder of labels has shapes."""
-    for folder, _, names in os.walk(label_folder(cfg, root, cfg.splits[0])):
+    for folder, _, names in os.walk(found.folder()):
         for name in sorted(name for name in names if name.endswith(".json") and not is_hidden(name))[:1]:
             with regular(Path(folder, name)).open("rb") as file:
                 head = file.read(_HEAD)
@@ -60,34 +47,27 @@ def detect(cfg: DatasetConfig, root: Path) -> bool:
     return False
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of a split that have a file of shapes."""
-    found = Found()
-    place = label_folder(cfg, root, split)
-    folder = place.relative_to(root).as_posix()
-    names = sorted(name for name in files_below(str(place)) if not is_hidden(name))
+    root, place = found.root, found.folder()
+    folder = found.below(place)
+    names = sorted(
+        f"{folder}/{name}".removeprefix("./") for name in files_below(str(place)) if not is_hidden(name)
+    )
     images: set[str] = set()
-    left: LeftOut = {}
-    for name in names:
-        if not name.endswith(".json"):
-            continue
-        path = f"{folder}/{name}".removeprefix("./")
-        with refusing(found.defects, repr(f"{root}/{path}"), "correct it in labelme, or remove it"):
+    for path in (name for name in names if name.endswith(".json")):
+        with found.refusing(repr(f"{root}/{path}"), "correct it in labelme, or remove it"):
             content = read_labels(root / path)
             image = _image(root, path, content)
             if image in images:
                 raise ValueError(f"the image {image!r} has labels already")
             images.add(image)
             size = picture_size(content.get("imageHeight"), content.get("imageWidth"))
-            shapes = tuple(_shapes(content, path, image, size, left))
+            shapes = tuple(_shapes(found, folder, content, path, image, size))
             key = key_of(image.removeprefix(f"{folder}/"))
             found.labeled.append(Labeled(key, f"{root}/{image}", shapes, size=size))
-    others = (
-        f"{folder}/{name}".removeprefix("./") for name in names if name.lower().endswith(cfg.ends("image"))
-    )
-    found.left[folder] = left | unlabeled(set(others) - images)
-    found.categories = sorted({name for one in found.labeled for name, _ in one.shapes or ()})
-    return found
+    there = {name for name in names if name.lower().endswith(found.cfg.ends("image"))}
+    found.skip(folder, NO_LABELS, *there - images)
 
 
 def _image(root: Path, path: str, content: Any) -> str:
@@ -100,21 +80,21 @@ def _image(root: Path, path: str, content: Any) -> str:
 
 
 def _shapes(
-    content: Any, path: str, image: str, size: tuple[int, int], left: LeftOut
+    found: Found, folder: str, content: Any, path: str, image: str, size: tuple[int, int]
 ) -> Iterator[tuple[str, Outline]]:
     for shape in need(content, "shapes", list, path):
         label = need(shape, "label", str, path)
         kind, points = shape.get("shape_type"), need(shape, "points", list, path)
         if kind in NO_AREAS:
-            count(left, kind, image)
+            found.skip(folder, kind, image)
         elif kind in _RING or (kind == "rectangle" and len(points) == 4):
             yield label, rings(points)
         elif kind == "rectangle":
-            yield label, rings(box(*numbers(points, (4,))))
+            yield label, box(*numbers(points, (4,)))
         elif kind == "circle":
             x, y, at_x, at_y = numbers(points, (4,)).tolist()
             radius = math.hypot(at_x - x, at_y - y)
-            yield label, rings(ellipse(x, y, radius, radius))
+            yield label, ellipse(x, y, radius, radius)
         elif kind == "mask":
             x, y, right, lower = map(int, numbers(points, (4,)))
             mask = png_mask(from_base64(need(shape, "mask", str, path)))

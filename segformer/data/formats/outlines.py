@@ -9,56 +9,18 @@ import math
 import os
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from segformer.data.formats.base import first_there, labels_place
-from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_TILED_PIXELS, DatasetConfig
+from segformer.data.formats.base import NO_LABELS, Found, Labeled, key_of
+from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_TILED_PIXELS
 from segformer.data.sources.decode import PNG_MAGIC, check_parts
-from segformer.data.sources.folder import LeftOut, files_below, is_hidden
-from segformer.data.sources.masks import Defect
-from segformer.data.sources.sample import noting
+from segformer.data.sources.folder import files_below, is_hidden
 from segformer.data.sources.shapes import FARTHEST, GRID, ring
-from segformer.errors import DataError, listed, printable, reraise_as
-
-NO_LABELS = "image without labels"
-
-
-@contextmanager
-def refusing(defects: list[Defect], where: str, do: str) -> Iterator[None]:
-    """End the block where it raises, and note that as a defect of the label file or line `where`."""
-    with noting(defects, "listing"), reraise_as(DataError, where, do, on=ValueError):
-        yield
-
-
-def count(left: LeftOut, kind: str, first: str) -> None:
-    """One more of what is not used."""
-    number, name = left.get(kind, (0, printable(first)))
-    left[kind] = (number + 1, name)
-
-
-def unlabeled(images: Iterable[str]) -> LeftOut:
-    """The images that no label file speaks of."""
-    rest = sorted(images)
-    return {NO_LABELS: (len(rest), printable(rest[0]))} if rest else {}
-
-
-def label_folder(cfg: DatasetConfig, root: Path, split: str) -> Path:
-    """`data.labels`, or the folder of the split; root where there is none, or one pool is divided."""
-    if cfg.labels:
-        return labels_place(cfg, root, split, ())
-    return root / ("" if cfg.is_divided else first_there(cfg, root, split, ["{split}"]))
-
-
-def pooled(cfg: DatasetConfig, *patterns: str) -> list[str]:
-    """The usual places of labels; where one pool is divided, those that are not of a split."""
-    return [pattern for pattern in patterns if not (cfg.is_divided and "{split}" in pattern)]
+from segformer.errors import listed, printable
 
 
 def picture_size(height: Any, width: Any, most: int = MAX_TILED_PIXELS) -> tuple[int, int]:
@@ -80,33 +42,35 @@ def numbers(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
-    """The corners of a rectangle, float (4, 2)."""
-    return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], np.float64)
+def rings(*outlines: Any) -> tuple[np.ndarray, ...]:
+    """The rings of one shape; of fewer than three points they enclose nothing."""
+    return tuple(ring(points) for points in outlines)
 
 
-def ellipse(x: float, y: float, across: float, down: float) -> np.ndarray:
-    """Points of an ellipse around (x, y) with two half axes, joined within 1/256 pixel of it; (n, 2)."""
+def box(
+    x0: float, y0: float, x1: float, y1: float, degrees: float = 0, around: tuple[float, float] = (0, 0)
+) -> tuple[np.ndarray, ...]:
+    """A rectangle, turned around a point, clockwise as one sees it."""
+    return rings(_turned(np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], np.float64), degrees, *around))
+
+
+def ellipse(x: float, y: float, across: float, down: float, degrees: float = 0) -> tuple[np.ndarray, ...]:
+    """An ellipse around (x, y) with two half axes, turned there: points joined within 1/256 pixel of it."""
     longer = max(abs(across), abs(down), 1.0)
     if longer > FARTHEST:
         raise ValueError(f"an ellipse has a radius of {longer:.0f} pixels")
     number = math.ceil(math.pi * math.sqrt(GRID * longer / 2)) + 4  # sagitta: longer * (pi / number)**2 / 2
     angle = np.arange(number) * (2 * math.pi / number)
-    return np.stack([x + across * np.cos(angle), y + down * np.sin(angle)], axis=1)
+    points = np.stack([x + across * np.cos(angle), y + down * np.sin(angle)], axis=1)
+    return rings(_turned(points, degrees, x, y))
 
 
-def turned(points: np.ndarray, degrees: float, x: float, y: float) -> np.ndarray:
-    """Points turned around (x, y), clockwise as one sees it."""
+def _turned(points: np.ndarray, degrees: float, x: float, y: float) -> np.ndarray:
     if not degrees:
         return points
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     result: np.ndarray = (points - (x, y)) @ np.array([(cosine, sine), (-sine, cosine)]) + (x, y)
     return result
-
-
-def rings(*outlines: Any) -> tuple[np.ndarray, ...]:
-    """The rings of one shape; of fewer than three points they enclose nothing."""
-    return tuple(ring(points) for points in outlines)
 
 
 def run_lengths(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.ndarray:
@@ -161,13 +125,13 @@ class Pictures:
     their composed form (NFC): macOS writes them in the other.
     """
 
-    def __init__(self, cfg: DatasetConfig, root: Path, split: str) -> None:
-        folder = cfg.folder("image", split)
-        self.shown = folder if (root / folder).is_dir() else "."
-        self.folder = str(root / self.shown)
+    def __init__(self, found: Found) -> None:
+        folder, self._found = found.cfg.folder("image", found.split), found
+        self._shown = folder if (found.root / folder).is_dir() else "."
+        self._folder = str(found.root / self._shown)
         self._by_name: dict[str, list[str]] = {}
-        for name in files_below(self.folder):
-            if name.lower().endswith(cfg.ends("image")) and not is_hidden(name):
+        for name in files_below(self._folder):
+            if name.lower().endswith(found.cfg.ends("image")) and not is_hidden(name):
                 self._by_name.setdefault(_composed(os.path.basename(name)), []).append(name)
         self._used: set[str] = set()
 
@@ -175,7 +139,7 @@ class Pictures:
         """An image has this name, wherever it lies."""
         return _composed(name) in self._by_name
 
-    def find(self, path: str, *, whole: bool = True, part: str = "") -> str:
+    def find(self, path: str, *, whole: bool = True, part: str = "") -> Labeled:
         """The one image whose path ends as this does, in all of it or (not `whole`) as far as any does.
 
         part: folder, in any case, that tells several apart.
@@ -186,7 +150,7 @@ class Pictures:
         wanted = _composed(path).split("/")
         ends: dict[int, list[str]] = {}
         for name in self._by_name.get(wanted[-1], ()):
-            parts = _composed(f"{self.shown}/{name}").split("/")
+            parts = _composed(f"{self._shown}/{name}").split("/")
             pairs = zip(reversed(parts), reversed(wanted), strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             ends.setdefault(same, []).append(name)
@@ -195,15 +159,16 @@ class Pictures:
             found = [name for name in found if part.lower() in name.lower().split("/")] or found
         if len(found) != 1:
             many = f"{len(found)} files ({listed(found, 3)})" if found else "no file"
-            raise ValueError(f"{many} found for the image {path!r} below {self.folder!r}")
+            raise ValueError(f"{many} found for the image {path!r} below {self._folder!r}")
         if found[0] in self._used:
             raise ValueError(f"the image {path!r} has labels already")
         self._used.add(found[0])
-        return found[0]
+        return Labeled(key_of(found[0]), f"{self._folder}/{found[0]}")
 
-    def unused(self) -> LeftOut:
-        """The images that were not asked for."""
-        return unlabeled(name for names in self._by_name.values() for name in names if name not in self._used)
+    def count_unused(self) -> None:
+        """Count the images that were not asked for."""
+        names = {name for same in self._by_name.values() for name in same}
+        self._found.skip(self._shown, NO_LABELS, *names - self._used)
 
 
 def _composed(name: str) -> str:

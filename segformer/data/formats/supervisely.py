@@ -19,71 +19,64 @@ from typing import Any
 
 import numpy as np
 
-from segformer.data.formats.base import Found, Labeled, Outline, key_of, need, read_labels
+from segformer.data.formats.base import NO_LABELS, Found, Labeled, Outline, key_of, need, read_labels
 from segformer.data.formats.outlines import (
     box,
-    count,
     from_base64,
     inflated,
-    label_folder,
     numbers,
     picture_size,
     png_mask,
-    refusing,
     rings,
     run_lengths,
-    unlabeled,
 )
-from segformer.data.sources.dataset import DatasetConfig
-from segformer.data.sources.folder import LeftOut, files_below, is_hidden
+from segformer.data.sources.folder import files_below, is_hidden
 
 NO_AREAS = ("point", "line", "graph", "cuboid", "cuboid_2d")
 META = "meta.json"
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """A project with a data set lies there."""
-    return (root / META).is_file() and any(root.glob("*/ann"))
+    return (found.root / META).is_file() and any(found.root.glob("*/ann"))
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images of the data sets of a split."""
-    found = Found()
-    for one in need(read_labels(root / META), "classes", list, META):
+    for one in need(read_labels(found.root / META), "classes", list, META):
         if need(one, "shape", str, META) not in NO_AREAS:
             found.categories.append(need(one, "title", str, META))
-    place = label_folder(cfg, root, split)
+    place = found.folder()
+    folder = found.below(place)
     names = {f"/{name}" for name in files_below(str(place)) if not is_hidden(name)}
-    images = {name for name in names if "/img/" in name and name.lower().endswith(cfg.ends("image"))}
-    left: LeftOut = {}
+    images = {name for name in names if "/img/" in name and name.lower().endswith(found.cfg.ends("image"))}
     for name in sorted(name for name in names if "/ann/" in name and name.endswith(".json")):
         path = f"{place}{name}"
         before, _, file = name.removesuffix(".json").rpartition("/ann/")
         image = f"{before}/img/{file}"
-        with refusing(found.defects, repr(path), "export the project with its images again"):
+        with found.refusing(repr(path), "export the project with its images again"):
             content = read_labels(Path(path))
             if image not in images:
                 raise ValueError(f"there is no image {f'{place}{image}'!r}")
             images.remove(image)
             sides = need(content, "size", dict, path)
             size = picture_size(sides.get("height"), sides.get("width"))
-            shapes = tuple(_shapes(content, path, image[1:], size, left))
+            shapes = tuple(_shapes(found, folder, content, path, image[1:], size))
             key = key_of(f"{before}/{file}"[1:])
             found.labeled.append(Labeled(key, f"{place}{image}", shapes, size=size))
-    found.left[place.relative_to(root).as_posix()] = left | unlabeled(name[1:] for name in images)
-    return found
+    found.skip(folder, NO_LABELS, *(name[1:] for name in images))
 
 
 def _shapes(
-    content: Any, path: str, image: str, size: tuple[int, int], left: LeftOut
+    found: Found, folder: str, content: Any, path: str, image: str, size: tuple[int, int]
 ) -> Iterator[tuple[str, Outline]]:
     for _ in need(content, "tags", list, path) if "tags" in content else ():
-        count(left, "tag", image)
+        found.skip(folder, "tag", image)
     for one in need(content, "objects", list, path):
         label = need(one, "classTitle", str, path)
         kind = need(one, "geometryType", str, path)
         if kind in NO_AREAS:
-            count(left, kind, image)
+            found.skip(folder, kind, image)
         elif kind == "bitmap":
             bitmap = need(one, "bitmap", dict, path)
             mask = png_mask(inflated(from_base64(need(bitmap, "data", str, path))))
@@ -105,4 +98,4 @@ def _rings(kind: str, outlines: list[Any]) -> tuple[np.ndarray, ...]:
     if kind == "polygon":
         return rings(*(own + pixels / 2 for own in pairs))
     (x0, y0), (x1, y1) = np.sort(numbers(pairs[0], (2, 2)), axis=0)
-    return rings(box(x0, y0, x1 + pixels, y1 + pixels))
+    return box(x0, y0, x1 + pixels, y1 + pixels)

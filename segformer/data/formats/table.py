@@ -25,7 +25,7 @@ from segformer.data.formats import (
     voc,
     yolo,
 )
-from segformer.data.formats.base import IGNORE, Format, Found, Labeled, Outline, defect
+from segformer.data.formats.base import IGNORE, Format, Found, Labeled, Outline
 from segformer.data.sources.content import override
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig, setting
 from segformer.data.sources.folder import no_root
@@ -66,7 +66,8 @@ def label_format(cfg: DatasetConfig, root: Path) -> str:
     masks = any(os.path.isdir(root / cfg.folder("mask", split)) for split in cfg.splits)
     if cfg.format or cfg.task != "segmentation" or masks or not cfg.splits:
         return cfg.format
-    found = [name for name, module in FORMATS.items() if module.detect(cfg, root)]
+    first = Found(cfg, root, cfg.splits[0])
+    found = [name for name, module in FORMATS.items() if module.detect(first)]
     if len(found) > 1:
         choices = " or ".join(setting("format", name) for name in found)
         raise DataError(f"{str(root)!r} has labels of {len(found)} formats; give {choices}")
@@ -80,11 +81,22 @@ def resolved(cfg: DatasetConfig, root: Path) -> DatasetConfig:
     cfg = replace(cfg, format=name)
     if cfg.classes:
         return cfg
-    found = [FORMATS[name].read(cfg, root, split) for split in cfg.splits]
-    categories = [_class_of(cfg, category) for one in found for category in one.categories]
+    found = [_read(cfg, root, split) for split in cfg.splits]
+    categories = [_class_of(cfg, category) for one in found for category in one.categories or _drawn(one)]
     if categories and not all(one.covers for one in found):
         categories.insert(0, cfg.uncovered)
     return replace(cfg, classes=[name for name in dict.fromkeys(categories) if name != IGNORE])
+
+
+def _read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+    """The labels of a split."""
+    found = Found(cfg, root, split)
+    FORMATS[cfg.format].read(found)
+    return found
+
+
+def _drawn(found: Found) -> list[str]:
+    return sorted({name for one in found.labeled for name in categories_of(one)} - {""})
 
 
 def _class_of(cfg: DatasetConfig, category: str) -> str:
@@ -99,12 +111,12 @@ def categories_of(one: Labeled) -> list[str]:
 def labeled_samples(cfg: DatasetConfig, root: Path, split: str) -> tuple[list[Sample], Found]:
     """The samples of a split's label files, and all that these hold, with the defects of their classes."""
     cfg = resolved(cfg, root)
-    found = FORMATS[cfg.format].read(cfg, root, split)
+    found = _read(cfg, root, split)
     raw_ids = {name: raw for raw, name in enumerate(cfg.classes)} | {IGNORE: IGNORE_INDEX}
     found.defects += _class_defects(cfg, found, raw_ids)
     twice = [key for key, count in Counter(one.key for one in found.labeled).items() if count > 1]
     what = "images have labels more than once, or names that differ in the suffix only"
-    found.defects += defect(what, "keep one of each", twice)
+    found.note(what, "keep one of each", twice)
     uncovered = raw_ids.get(cfg.uncovered, IGNORE_INDEX)
 
     def raw_id(category: str) -> int:

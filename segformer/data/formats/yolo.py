@@ -12,31 +12,31 @@ image without a text file has no objects; it is used, and counted. Boxes and key
 import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from segformer.data.formats.base import (
-    MAX_LABEL_BYTES,
     MAX_LIST_BYTES,
     Found,
     Labeled,
     Outline,
-    defect,
     inside,
     key_of,
-    split_places,
+    label_lines,
+    label_text,
+    reading,
 )
-from segformer.data.formats.outlines import count, numbers, refusing, rings
+from segformer.data.formats.outlines import numbers, rings
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.data.sources.decode import larger, read_file
-from segformer.data.sources.folder import LeftOut, by_key, files_below, left_out
+from segformer.data.sources.folder import by_key, files_below
 from segformer.data.sources.large import image_size
 from segformer.data.sources.picture import image_orientation
-from segformer.errors import DataError, listed, reraise_as
-from segformer.files import parse_yaml, read_text
+from segformer.errors import DataError, listed
+from segformer.files import parse_yaml
 
 CLASSES = "classes.txt"
 _HEAD = 2**18  # bytes of an image in which EXIF stands
@@ -44,14 +44,15 @@ _FARTHEST = 16  # shares; beyond, they are pixels
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
 
-def detect(cfg: DatasetConfig, root: Path) -> bool:
+def detect(found: Found) -> bool:
     """A YAML file names classes and images, or there are classes.txt and folders of images and labels."""
+    root = found.root
     if (root / CLASSES).is_file():
         return (root / "images").is_dir() and (root / "labels").is_dir()
-    path, text = _file(cfg, root), ""
+    path, text = _file(found.cfg, root), ""
     if path and path.suffix in (".yaml", ".yml"):
-        with suppress(OSError, ValueError):
-            text = read_text(path, most=MAX_LABEL_BYTES)
+        with suppress(DataError):
+            text = label_text(path)
     return all(
         re.search(rf"^['\"]?{key}['\"]?\s*:", text, re.MULTILINE) for key in ("names", "(train|val|test)")
     )
@@ -64,46 +65,36 @@ def _file(cfg: DatasetConfig, root: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read(cfg: DatasetConfig, root: Path, split: str) -> Found:
+def read(found: Found) -> None:
     """The images that data.yaml names for a split, and their polygons."""
-    names, places = _content(cfg, root, split)
-    found = Found(categories=list(names.values()))
-    images: list[str] = []
-    left: LeftOut = {}
-    for place in places:
-        images += _images(cfg, root, place, found)
+    root = found.root
+    names, places = _content(found)
+    found.categories = [*names.values()]
+    images = sorted(image for place in places for image in _images(found, place))
     start = f"{places[0]}/" if len(places) == 1 and not places[0].endswith(".txt") else ""
-    for image in sorted(images):
+    for image in images:
         path = _label_file(image)
-        with refusing(found.defects, repr(f"{root}/{path}"), "correct it, or export it again"):
-            text = ""
+        with found.refusing(repr(f"{root}/{path}"), "correct it, or export it again"):
+            lines: list[str] = []
             if os.path.lexists(root / path):
-                with reraise_as(ValueError, "it can't be read"):
-                    text = read_text(root / path, most=MAX_LABEL_BYTES)
+                lines = label_lines(root / path)
             else:
-                count(left, "image without a text file, which has no objects", image)
+                found.skip("labels", "image without a text file, which has no objects", image)
             size = _size(root / image)
-            shapes = tuple(_shape(number, line, names, size) for number, line in _lines(text))
+            rows = ((number, line.split()) for number, line in enumerate(lines, 1))
+            shapes = tuple(_shape(number, words, names, size) for number, words in rows if words)
             key = key_of(image.removeprefix(start))
             found.labeled.append(Labeled(key, f"{root}/{image}", shapes, size=size))
-    found.left["labels"] = left
-    return found
 
 
-def _reading(path: Path) -> AbstractContextManager[None]:
-    return reraise_as(DataError, f"{str(path)!r} can't be read", "export it again", on=(OSError, ValueError))
-
-
-def _content(cfg: DatasetConfig, root: Path, split: str) -> tuple[dict[int, str], list[str]]:
+def _content(found: Found) -> tuple[dict[int, str], list[str]]:
     """The names of the classes, and the folders and lists of the images of a split, below root."""
+    cfg, root = found.cfg, found.root
     path = _file(cfg, root)
     if path is None:
-        path = root / CLASSES
-        with _reading(path):
-            lines = read_text(path, most=MAX_LABEL_BYTES).split("\n")
-        return dict(enumerate(line.strip() for line in lines if line.strip())), ["images"]
-    with _reading(path):
-        content = parse_yaml(read_text(path, most=MAX_LABEL_BYTES))
+        return dict(enumerate(filter(None, label_lines(root / CLASSES)))), ["images"]
+    with reading(path):
+        content = parse_yaml(label_text(path))
         if isinstance(content, dict) and "kpt_shape" in content:
             raise ValueError("its labels are keypoints (kpt_shape), which are no areas")
         names = content.get("names") if isinstance(content, dict) else None
@@ -111,11 +102,13 @@ def _content(cfg: DatasetConfig, root: Path, split: str) -> tuple[dict[int, str]
         if not isinstance(names, dict) or not all(isinstance(number, int) for number in names):
             raise ValueError("its 'names' are neither a list of classes nor <number>: <class>")
     there = [key for key in _SPLITS if content.get(key)]
-    own = there if cfg.is_divided else split_places(cfg, ["{split}"], split)
+    own = there if cfg.is_divided else found.places("{split}")
     keys = [key for key in own if content.get(key)]
     if not keys:
         do = "set data.split_dirs, or divide what there is: data.val_share=0.2"
-        raise DataError(f"{str(path)!r} names no images of {split!r}, but of {listed(there) or 'none'}; {do}")
+        raise DataError(
+            f"{str(path)!r} names no images of {found.split!r}, but of {listed(there) or 'none'}; {do}"
+        )
     start = content.get("path") if isinstance(content.get("path"), str) else ""
     given = [content[key] for key in keys]
     entries = [one for value in given for one in (value if isinstance(value, list) else [value])]
@@ -132,24 +125,22 @@ def _place(root: Path, start: str, entry: Any, path: Path) -> str:
     raise DataError(f"{str(path)!r} names the images {entry!r}; they are not below {str(root)!r}; correct it")
 
 
-def _images(cfg: DatasetConfig, root: Path, place: str, found: Found) -> Iterator[str]:
+def _images(found: Found, place: str) -> Iterator[str]:
     """The paths of the images below root; what else is there is noted."""
+    root = found.root
     if place.endswith(".txt"):
         missing = []
-        with _reading(root / place):
-            lines = read_text(root / place, most=MAX_LIST_BYTES).split("\n")
-        for line in filter(None, map(str.strip, lines)):
+        for line in filter(None, label_lines(root / place, MAX_LIST_BYTES)):
             for start in (os.path.dirname(place), ""):
                 if (root / (image := inside(str(root), line.removeprefix("data/"), start))).is_file():
                     yield image
                     break
             else:
                 missing.append(line)
-        found.defects += defect(
-            f"images of {place!r} are missing", "add them, or remove their lines", missing
-        )
+        found.note(f"images of {place!r} are missing", "add them, or remove their lines", missing)
         return
-    images, further, others = by_key(f"{root}/{place}", files_below(f"{root}/{place}"), cfg.ends("image"))
+    folder = f"{root}/{place}"
+    images, further, others = by_key(folder, files_below(folder), found.cfg.ends("image"))
     names = [*images.values(), *further.values()]
     yield from (f"{place}/{name}" for name in names)
     labels = os.path.dirname(_label_file(f"{place}/x"))
@@ -159,9 +150,8 @@ def _images(cfg: DatasetConfig, root: Path, place: str, found: Found) -> Iterato
         with_image = {_label_file(f"{place}/{name}") for name in names}
         there = {f"{labels}/{name}" for name in files_below(f"{root}/{labels}") if name.endswith(".txt")}
         alone = {name for name in there - with_image if os.path.basename(name) != CLASSES}
-        found.defects += defect("text files have no image", "add their images, or remove them", alone)
-    if kinds := left_out(others):
-        found.left[place] = kinds
+        found.note("text files have no image", "add their images, or remove them", alone)
+    found.skip_files(place, others)
 
 
 def _label_file(image: str) -> str:
@@ -178,12 +168,6 @@ def _size(path: Path) -> tuple[int, int]:
     with larger():
         turned = image_orientation(read_file(path, _HEAD)) >= 5
     return (width, height) if turned else (height, width)
-
-
-def _lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if words := line.split():
-            yield number, words
 
 
 def _shape(

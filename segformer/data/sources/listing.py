@@ -6,11 +6,12 @@ place of masks, their format (data/formats) says what belongs together. `sample.
 
 import os
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from segformer.data.formats.base import SHOWN, defect
 from segformer.data.formats.table import categories_of, label_format, labeled_samples
 from segformer.data.sources.dataset import FORMATS, IMAGE_SUFFIXES, PHOTO_SUFFIXES, DatasetConfig, setting
 from segformer.data.sources.division import divided, working_share
@@ -27,8 +28,6 @@ from segformer.data.sources.masks import Defect, classes_in
 from segformer.data.sources.sample import Sample, noting
 from segformer.errors import DataError, is_name, listed, printable, reraise_as
 from segformer.files import read_text
-
-SHOWN = 3  # names in the message of a defect
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ def _paired(
         others[sides[0].folder] += _beside_photos(sides)
         for side in sides:
             twice = {f"{side.files[key]} = {name}" for key, name in side.further.items()}
-            defects += _about(twice, f"files in {side.folder!r} share the key of another", "keep one of each")
+            defects += defect(f"files in {side.folder!r} share the key of another", "keep one of each", twice)
         kinds = {folder: left_out(names) for folder, names in others.items()}
         left = {cfg.folder(side.kind, split): dict(kinds[side.folder]) for side in sides}
         if split in cfg.split_lists:
@@ -98,7 +97,7 @@ def _paired(
         for side in sides:
             end, there = "|".join(side.ends), kinds[side.folder]
             what = f"keys{of} have no file {side.folder}/<key>{end}"
-            defects += _about(keys - side.files.keys(), what, instead_text(side.kind, there) + remedy)
+            defects += defect(what, instead_text(side.kind, there) + remedy, keys - side.files.keys())
             if not keys:
                 text = f"no file in {side.folder!r} ends in {end}: the split is empty"
                 do = f"set data.{side.kind}_suffix or leave the split out of data.splits"
@@ -149,11 +148,9 @@ def _labeled(
     keys, of = divided(cfg, split, set(known), present, found.columns), ""
     if split in cfg.split_lists:
         keys, of = _listed_keys(cfg, root, split), f" of {cfg.split_lists[split]!r}"
-        if unlisted := known.keys() - keys:
-            count = (len(unlisted), printable(min(unlisted)))
-            found.left.setdefault(cfg.split_lists[split], {})["unlisted image"] = count
+        found.skip(cfg.split_lists[split], "unlisted image", *known.keys() - keys)
     remedy = "a line of the list is one key, without folder and suffix"
-    found.defects += _about(keys - known.keys(), f"keys{of} have no image with labels", remedy)
+    found.note(f"keys{of} have no image with labels", remedy, keys - known.keys())
     if not (keys or found.defects):
         do = "give its labels (data.labels) or leave the split out of data.splits"
         found.defects.append(Defect("listing", f"no image of {split} has labels: the split is empty; {do}"))
@@ -165,11 +162,9 @@ def _foreign(cfg: DatasetConfig, side: _Side, others: list[str]) -> Iterator[Def
     """Images that data.image_suffix leaves out."""
     plain = cfg.image_suffix.lower() in IMAGE_SUFFIXES
     do = f"data.image_suffix='' reads {FORMATS}" if plain else "set data.image_suffix"
-    yield from _about(
-        {name for name in others if name.lower().endswith(PHOTO_SUFFIXES) and not is_hidden(name)},
-        f"pictures in {side.folder!r} do not end in {cfg.image_suffix!r}",
-        f"{do}, or remove them",
-    )
+    pictures = {name for name in others if name.lower().endswith(PHOTO_SUFFIXES) and not is_hidden(name)}
+    what = f"pictures in {side.folder!r} do not end in {cfg.image_suffix!r}"
+    yield from defect(what, f"{do}, or remove them", pictures)
 
 
 def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
@@ -191,23 +186,15 @@ def class_folders(cfg: DatasetConfig, root: Path) -> list[str]:
 
 def _class_defects(cfg: DatasetConfig, folder: str, outside: set[str]) -> Iterator[Defect]:
     """Class folders that are missing, and images outside of them."""
-    yield from _about(
-        set(cfg.class_dirs) - _folders_in(folder),
-        f"class folders are missing in {folder!r}",
-        "add them (empty, if the split has no such image) or correct data.class_dirs",
-    )
-    what, remedy = f"images in {folder!r} are in no class folder", "move or remove them"
-    yield from _about(outside, what, f"{remedy}, or add their folder to data.class_dirs")
+    do = "add them (empty, if the split has no such image) or correct data.class_dirs"
+    missing = set(cfg.class_dirs) - _folders_in(folder)
+    yield from defect(f"class folders are missing in {folder!r}", do, missing)
+    what, do = f"images in {folder!r} are in no class folder", "move or remove them"
+    yield from defect(what, f"{do}, or add their folder to data.class_dirs", outside)
 
 
 def _folders_in(folder: str) -> set[str]:
     return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)}
-
-
-def _about(names: Iterable[str], what: str, remedy: str) -> Iterator[Defect]:
-    """A defect of several files, with the first few names; none without a name."""
-    if found := sorted(names):
-        yield Defect("listing", f"{len(found)} {what} ({listed(found, SHOWN)}); {remedy}", len(found))
 
 
 def _folder(cfg: DatasetConfig, root: Path, kind: str, split: str) -> str:

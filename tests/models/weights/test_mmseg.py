@@ -85,6 +85,7 @@ def test_a_whole_model_comes_back_bit_for_bit_through_an_export_of_ours(
     printed = capsys.readouterr().out
     assert "b0, segmentation, 3 classes, decoder_dim 256, head of mmsegmentation" in printed
     assert "transformers has no such network and can't run this export" in printed
+    assert "use        model.head=mmseg model.pretrained=" in printed
     convert(ConvertConfig(checkpoint=str(tmp_path / "ours"), output=str(tmp_path / "back.pth"), to="mmseg"))
     assert same(torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"], theirs)
     weights = read_weights(tmp_path / "back.pth")
