@@ -57,7 +57,7 @@ ROOMS: dict[str, str] = {
         "stopping step header run recovery loop"
     ),
     "inference": "page",
-    "inference.exports": "graph runtime gate write",
+    "inference.exports": "graph runtime gate int8 write",
     "inference.": "export convert score photograph predictor",
     "inference.predicting": "inputs pipeline outputs tiles tiled",
     "inference..": "predict pictures provenance report compared compare",
@@ -104,6 +104,8 @@ OWNERS: dict[str, set[str]] = {
         "doctor.labels",
     },
     "onnx": {"inference.exports.graph", "inference.exports.runtime"},
+    "onnxruntime": {"inference.exports.int8", "inference.exports.runtime"},
+    "openvino": {"inference.exports.runtime", "inference.exports.write"},
     "PIL": {
         "data.sources.decode",
         "data.sources.large",

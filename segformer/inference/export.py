@@ -13,7 +13,7 @@ model (exports/).
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
+from segformer.errors import CheckpointError, ConfigError, at_least, listed, reraise_as, say
 from segformer.evaluation.metrics import SCORES, percent
 from segformer.inference.exports.runtime import Exported, is_exported, open_file, read_exported
 from segformer.inference.exports.write import WRITERS, Wanted, write
@@ -63,14 +63,23 @@ class ExportConfig:
     "The graph takes uint8 images (B, H, W, C) as they are decoded, and normalizes them."
     argmax: bool = False
     "The graph gives classes uint8 (B, H, W) at the size of the image, in place of logits."
+    int8: bool = False
+    "Quantize convolutions and linear maps, calibrated on the training split of the run's shards."
+    calibration: int = 64
+    "Images of the training split that int8 is calibrated on."
+    max_miou_loss: float = 0.5
+    "Most points of mIoU on the validation split that int8 may lose."
     step: str = "newest"
     "Checkpoint: newest, best (by its validation score) or the number of its step."
 
     def __post_init__(self) -> None:
         if self.to not in (known := ("hf", *WRITERS)):
             raise ConfigError(f"to={self.to} is unknown; use one of {', '.join(known)}")
-        if self.to == "hf" and (self.preprocess or self.argmax):
-            raise ConfigError("preprocess and argmax are in the graph of to=onnx or openvino; leave them out")
+        if self.to == "hf" and (self.preprocess or self.argmax or self.int8):
+            raise ConfigError("preprocess, argmax and int8 are of to=onnx or openvino; leave them out")
+        if self.int8 and (self.preprocess or self.argmax):
+            raise ConfigError("int8 is judged by its logits; leave preprocess and argmax out")
+        at_least(self, "", calibration=1, max_miou_loss=0)
         check_output(self.output, "an export is a folder of weights and config.json", self.checkpoint)
 
 
@@ -116,7 +125,9 @@ def export(cfg: ExportConfig) -> Path:
     weights = open_checkpoint(path, cfg.step)
     check_network(weights)
     if cfg.to != "hf":
-        wanted = Wanted(cfg.to, preprocess=cfg.preprocess, argmax=cfg.argmax)
+        if cfg.int8 and weights.arch.kind != "segmentation":
+            raise ConfigError(f"{path} is a classifier; int8 is for segmentation models")
+        wanted = Wanted(**{field.name: getattr(cfg, field.name) for field in fields(Wanted)})
         parity = write(weights, build(weights), out, wanted)
         say(f"exported step {weights.provenance['step']} of {run} to {out}; {parity}")
         return out

@@ -8,7 +8,7 @@ logits.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -21,7 +21,7 @@ from segformer.data.loading.photometric import Normalize
 from segformer.data.loading.samples import Samples
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
-from segformer.errors import CheckpointError, DataError
+from segformer.errors import CheckpointError, ConfigError, DataError
 from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.weights.bundle import Weights
 
@@ -33,54 +33,32 @@ _TIMED = 3  # runs of the first case
 Images = list[np.ndarray]
 
 
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """How a file agrees with its network."""
+def run_images(weights: Weights, count: int, split: str) -> Iterator[tuple[np.ndarray, Any]]:
+    """At most `count` images (H, W, C) of a split of the run's shards, evenly over it, and their labels.
 
-    images: str
-    "Where they come from."
-    digest: str
-    "Of the shards; empty for noise."
-    count: int
-    "Images that were compared."
-    sizes: list[str]
-    agreement: float
-    "Share of all pixels with the same class, or of all images of a classifier."
-    difference: float
-    "Greatest difference of two logits; of argmax in the graph 0 or 1."
-    network_ms: float
-    "Of one image of the first size."
-    file_ms: float
-    threads: int
-
-    def __str__(self) -> str:
-        """In one line."""
-        return (
-            f"{100 * self.agreement:.4f} % of the classes of {self.count} images are equal ({self.images}; "
-            f"logits differ by {self.difference:.1g} at most), {self.file_ms:.0f} ms an image, the network "
-            f"{self.network_ms:.0f} ms ({self.sizes[0]}, {self.threads} threads)"
-        )
+    Raises:
+        DataError: they can't be read.
+    """
+    if not (place := weights.provenance.get("shards")):
+        raise DataError(f"{weights.source} does not say which shards it was trained with")
+    chosen = ShardSet.open(place, StorageConfig()).split(split)
+    samples = Samples(chosen, None)
+    for index in np.linspace(0, chosen.num_samples - 1, min(count, chosen.num_samples)).astype(int):
+        yield samples.picture(int(index))
 
 
-def images_of_run(weights: Weights, count: int, split: str = "val") -> tuple[Images, str, str]:
-    """`count` images (H, W, C) of a split of the run's shards, where they come from, and their digest."""
-    place = weights.provenance.get("shards")
-    try:
-        shards = ShardSet.open(place, StorageConfig()) if place else None
-        if shards is not None and split in shards.splits:
-            chosen = shards.split(split)
-            samples = Samples(chosen, None)
-            ids = np.linspace(0, chosen.num_samples - 1, min(count, chosen.num_samples)).astype(int)
-            return [samples.picture(int(i))[0] for i in ids], f"{split} of {place}", shards.digest
-    except DataError:  # moved, or somebody else's: an export has no need of them
-        pass
+def _images(weights: Weights, count: int) -> tuple[Images, str]:
+    """Images to compare on, and where they come from."""
+    with suppress(DataError, ConfigError):  # shards that are not here any more, or have no such split
+        found = [image for image, _ in run_images(weights, count, "val")]
+        return found, f"val of {weights.provenance['shards']}"
     rng = np.random.default_rng(0)
     dtype, channels = weights.metadata.dtype or "uint8", weights.arch.in_channels
     mean, std = (np.array(values, np.float32) for values in (weights.metadata.mean, weights.metadata.std))
     coarse = rng.standard_normal((count, 12, 12, channels)).astype(np.float32) * std + mean
     found = [cv2.resize(image, (320, 320), interpolation=cv2.INTER_CUBIC) for image in coarse]
     limits = (0, 255) if dtype == "uint8" else (0, 65535) if dtype == "uint16" else (-np.inf, np.inf)
-    return [x.reshape(320, 320, -1).clip(*limits).astype(dtype) for x in found], "seeded noise", ""
+    return [x.reshape(320, 320, -1).clip(*limits).astype(dtype) for x in found], "seeded noise"
 
 
 def batches(images: Images) -> Iterator[Tensor]:
@@ -103,9 +81,13 @@ def compare(
     *,
     preprocess: bool = False,
     argmax: bool = False,
-) -> Parity:
-    """The file beside the network on images of its run."""
-    images, source, digest = images_of_run(weights, 16)
+) -> dict[str, Any]:
+    """How the file agrees with the network on images of its run: what stands in the certificate.
+
+    agreement: share of all pixels with the same class, or of images of a classifier. difference: greatest of
+    two logits. network_ms and file_ms: of one image of the first size.
+    """
+    images, source = _images(weights, 16)
     normalize = Normalize(weights.metadata.mean, weights.metadata.std)
     pixels = same = count = 0
     difference, own_s, file_s = 0.0, inf, inf
@@ -125,17 +107,17 @@ def compare(
         difference = max(float(gap), difference)  # NaN stays, and its classes are not equal
         same, pixels = same + int((classes == expected).sum()), pixels + expected.numel()
         count += len(batch)
-    return Parity(
-        images=source,
-        digest=digest,
-        count=count,
-        sizes=[f"{batch} x {height} x {width}" for batch, height, width in CASES],
-        agreement=same / pixels,
-        difference=difference,
-        network_ms=1e3 * own_s,
-        file_ms=1e3 * file_s,
-        threads=torch.get_num_threads(),
-    )
+    return {
+        "images": source,
+        "digest": weights.provenance.get("digest") if source != "seeded noise" else None,
+        "count": count,
+        "sizes": [f"{batch} x {height} x {width}" for batch, height, width in CASES],
+        "agreement": same / pixels,
+        "difference": difference,
+        "network_ms": round(1e3 * own_s, 2),
+        "file_ms": round(1e3 * file_s, 2),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _classes(logits: Tensor, batch: Tensor) -> Tensor:
@@ -143,11 +125,20 @@ def _classes(logits: Tensor, batch: Tensor) -> Tensor:
     return logits.argmax(1) if logits.ndim == 2 else upsample_argmax(logits, (batch.shape[2], batch.shape[3]))
 
 
-def check(parity: Parity, what: str) -> dict[str, Any]:
-    """The parity as it is written; CheckpointError where too few classes are equal."""
-    if not parity.agreement >= AGREEMENT:
+def told(parity: dict[str, Any]) -> str:
+    """The parity in one line."""
+    return (
+        f"{100 * parity['agreement']:.4f} % of the classes of {parity['count']} images are equal "
+        f"({parity['images']}; logits differ by {parity['difference']:.1g} at most), {parity['file_ms']:.0f} "
+        f"ms an image, the network {parity['network_ms']:.0f} ms ({parity['sizes'][0]}, threads: "
+        f"{parity['threads']})"
+    )
+
+
+def check(parity: dict[str, Any], what: str) -> None:
+    """CheckpointError where too few classes are equal."""
+    if not parity["agreement"] >= AGREEMENT:
         raise CheckpointError(
-            f"{what} is refused and removed: only {parity}; at least {100 * AGREEMENT:.2f} % must "
-            "be: another version of the runtime may compute what the network does"
+            f"{what} is refused and removed: only {told(parity)}; at least {100 * AGREEMENT:.2f} % must be: "
+            "another version of the runtime may compute what the network does"
         )
-    return asdict(parity)

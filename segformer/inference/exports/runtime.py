@@ -17,7 +17,6 @@ Refuses, with CheckpointError, all else; with ConfigError, what takes other imag
 import re
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ _FOREIGN = re.compile(rb"<!DOCTYPE|<!ENTITY|version=\"(?!opset\d+\"|1\.0\"|\d+\"
 
 def package(name: str, what: str) -> Any:
     """An installed package; ConfigError that says how to install it."""
-    with reraise_as(ConfigError, f"{what} needs {name}", INSTALL[name], on=ImportError):
+    do = INSTALL[name.partition(".")[0]]
+    with reraise_as(ConfigError, f"{what} needs {name}", do, on=ImportError):
         return import_module(name)
 
 
@@ -173,8 +173,3 @@ def read_exported(folder: Path) -> Weights:
             f"{folder}/{wrong[0]} is damaged or of another export (sha256); export it again"
         )
     return weights
-
-
-def runtime_of(to: str) -> str:
-    """Name and version of the runtime of `to`."""
-    return f"{RUNTIMES[to]} {version(RUNTIMES[to])}"

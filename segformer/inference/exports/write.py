@@ -8,19 +8,17 @@ network (gate.py). certificate.json says on what, with which versions, how far, 
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from segformer.errors import ConfigError, reraise_as
 from segformer.files import remove, sha256_of, staged
-from segformer.inference.exports import gate
+from segformer.inference.exports import gate, int8
 from segformer.inference.exports.graph import OPSET, to_onnx
-from segformer.inference.exports.runtime import FILES, open_file, package, runtime_of
+from segformer.inference.exports.runtime import FILES, RUNTIMES, open_file, package
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.tensor_files import CONFIG_FILE
 from segformer.models.weights.write import images_of, section_of
@@ -35,6 +33,9 @@ class Wanted:
     to: str
     preprocess: bool = False
     argmax: bool = False
+    int8: bool = False
+    calibration: int = 64
+    max_miou_loss: float = 0.5
 
 
 def write(weights: Weights, network: Any, out: Path, wanted: Wanted) -> str:
@@ -50,19 +51,21 @@ def write(weights: Weights, network: Any, out: Path, wanted: Wanted) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         place.mkdir()
         WRITERS[wanted.to](weights, network, place, wanted)
-        parity = gate.compare(
-            weights,
-            network,
-            open_file(wanted.to, place),
-            preprocess=wanted.preprocess,
-            argmax=wanted.argmax,
-        )
+        run = open_file(wanted.to, place)
+        own = {"preprocess": wanted.preprocess, "argmax": wanted.argmax}
+        parity, scored = gate.compare(weights, network, run, **own), {}
+        if wanted.int8:
+            scored = int8.scores(weights, network, run, wanted.max_miou_loss)
+        else:
+            gate.check(parity, f"{out} (to={wanted.to})")
+        versions = {name: version(name) for name in ("torch", "onnx", RUNTIMES[wanted.to])}
         certificate = {
             "to": wanted.to,
-            "runtime": runtime_of(wanted.to),
             "opset": OPSET,
-            **gate.check(parity, f"{out} (to={wanted.to})"),
-            "versions": {"segformer": sys.modules["segformer"].__version__, "torch": torch.__version__},
+            **parity,
+            "int8": wanted.int8,
+            **scored,
+            "versions": versions,
         }
         exported = {
             "to": wanted.to,
@@ -70,8 +73,7 @@ def write(weights: Weights, network: Any, out: Path, wanted: Wanted) -> str:
             "kind": weights.arch.kind,
             "num_classes": weights.arch.num_classes,
             "in_channels": weights.arch.in_channels,
-            "preprocess": wanted.preprocess,
-            "argmax": wanted.argmax,
+            **own,
         }
         section = {**section_of(weights), **weights.provenance}
         for name, content in (
@@ -80,7 +82,13 @@ def write(weights: Weights, network: Any, out: Path, wanted: Wanted) -> str:
         ):
             (place / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         remove(out)  # an older export; staged() needs the name free
-    return f"{runtime_of(wanted.to)}: {parity}"
+    megabytes = sum((out / name).stat().st_size for name in FILES[wanted.to]) / 1e6
+    line = f"{megabytes:.1f} MB; {RUNTIMES[wanted.to]} {versions[RUNTIMES[wanted.to]]}: {gate.told(parity)}"
+    if scored:
+        line += (
+            f"; int8 mIoU {100 * scored['miou_int8']:.2f}, {100 * scored['miou']:.2f} of the network (val)"
+        )
+    return line
 
 
 def _claim(out: Path) -> None:
@@ -100,6 +108,8 @@ def _write_onnx(weights: Weights, network: Any, place: Path, wanted: Wanted) -> 
         normalization = (weights.metadata.mean, weights.metadata.std)
     data = to_onnx(network, normalization=normalization, argmax=wanted.argmax)
     (place / FILES["onnx"][0]).write_bytes(data)
+    if wanted.int8:
+        int8.quantize(place / FILES["onnx"][0], weights, wanted.calibration)
 
 
 def _write_openvino(weights: Weights, network: Any, place: Path, wanted: Wanted) -> None:

@@ -140,7 +140,7 @@ def test_the_certificate_says_what_was_compared(run: Path, tiny_shards: Path) ->
     assert said["images"] == f"val of {tiny_shards}"
     assert (said["count"], said["opset"]) == (17, 20)
     assert said["agreement"] >= 0.9999
-    assert said["runtime"].startswith("onnxruntime ")
+    assert said["versions"]["onnxruntime"] == runtime.__version__
     assert len(said["sizes"]) == 7
 
 
@@ -208,7 +208,8 @@ def test_a_hostile_folder_is_one_line(run: Path, tmp_path: Path, kind: str) -> N
     ("given", "message"),
     [
         (["to=tflite"], "to=tflite is unknown; use one of hf, onnx"),
-        (["argmax=true"], "in the graph of to=onnx"),
+        (["argmax=true"], "are of to=onnx"),
+        (["to=onnx", "int8=true", "argmax=true"], "judged by its logits"),
         (["output=m.onnx"], r"python launch/export.py checkpoint=x to=onnx output=m"),
     ],
 )
@@ -222,6 +223,23 @@ def test_a_folder_of_others_stays_as_it_is(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds other files"):
         export(ExportConfig(checkpoint=str(run), to="onnx", output=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_int8_says_what_it_loses_and_is_refused_above_its_bound(run: Path, tmp_path: Path) -> None:
+    config = {"checkpoint": str(run), "to": "onnx", "int8": True, "output": str(tmp_path / "out")}
+    out = export(ExportConfig(**config, calibration=4, max_miou_loss=100))
+    said = json.loads((out / "certificate.json").read_text())
+    own, file = (evaluate_checkpoint(EvaluateConfig(checkpoint=str(x))).miou for x in (run, out))
+    assert (said["miou"], said["miou_int8"]) == pytest.approx((own, file), abs=1e-6)
+    operators = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
+    assert "DequantizeLinear" in operators
+    assert (out / "model.onnx").stat().st_size < 0.6 * (run / "export_onnx/model.onnx").stat().st_size
+    monkey = ExportConfig(**config | {"output": str(tmp_path / "no")}, calibration=1, max_miou_loss=0)
+    if own > file:
+        with pytest.raises(CheckpointError, match=r"int8 is refused and removed: it loses .*max_miou_loss=0"):
+            export(monkey)
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
