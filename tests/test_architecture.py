@@ -103,7 +103,7 @@ OWNERS: dict[str, set[str]] = {
         "api",
         "doctor.labels",
     },
-    "onnx": {"inference.exports.graph", "inference.exports.runtime"},
+    "onnx": {"inference.exports.graph", "inference.exports.runtime", "inference.exports.int8"},
     "onnxruntime": {"inference.exports.int8", "inference.exports.runtime"},
     "openvino": {"inference.exports.runtime", "inference.exports.write"},
     "PIL": {
