@@ -5,7 +5,8 @@
     .<out>.tmp/<identity>/parts/   <shard>.part, <shard>.json: one shard's index, and the note that it is
                                    complete
     .<out>.tmp/<identity>/set/     what becomes `out`, by one rename
-    .<out>.tmp/<identity>/tiles/   what large images were cut into (cutting.py)
+    .<out>.tmp/<identity>/tiles/   what large images were cut into (cutting.py): <image>/note.json says that
+                                   all of one is there
 
 identity: a hash of the arguments and of the sample names. Every file appears by a rename after its bytes are
 on the disk. Workers that outlive a killed process for a moment write the bytes that the next one expects, or
@@ -14,12 +15,16 @@ into the folder of another identity, which is removed."""
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from segformer import files
 from segformer.errors import DataError
+
+
+def _finished(own: Path) -> bool:
+    """Something there need not be made again."""
+    return any(any(own.glob(notes)) for notes in ("parts/*.json", "tiles/*/note.json"))
 
 
 class WorkFolder:
@@ -58,7 +63,7 @@ class WorkFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             yield
         finally:
-            if not shared and not any(self.parts.glob("*.json")):
+            if not shared and not _finished(self.own):
                 files.remove(self.path)
             os.close(lock)
 
@@ -69,17 +74,21 @@ class WorkFolder:
         files.sync(self.set)
         self.set.rename(self.out)
         files.sync(self.out.parent)
-        shutil.rmtree(self.parts)
+        self._forget()
 
     def clear(self) -> None:
         """Remove what a run left that was killed after its last rename; nothing where another is at work."""
         if self.path.exists():
             with contextlib.suppress(DataError, OSError), self.hold():
-                shutil.rmtree(self.parts)
+                self._forget()
+
+    def _forget(self) -> None:
+        for folder in (self.parts, self.tiles):
+            files.remove(folder)
 
     def _remove_others(self) -> None:
         others = [path for path in self.path.iterdir() if path.is_dir() and path != self.own]
-        if any(path for other in others for path in other.glob("parts/*.json")):
+        if any(map(_finished, others)):
             print(f"what an earlier try with other settings or files left in {self.path} is removed")
         for other in others:
             files.remove(other)

@@ -179,6 +179,23 @@ def test_no_image_is_decoded_more_than_once(
     assert len(seen) == len(set(seen)) == 2 * sum(max(size) > 64 for size in SIZES.values())
 
 
+def test_tiles_that_were_cut_outlive_a_try_that_fails_before_its_first_shard(
+    pictures: Path, cfg: DatasetConfig, tiled: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, seen = Path(shutil.copytree(pictures, tmp_path / "root")), []
+    mask = root / "masks/train/a.png"
+    sound = mask.read_bytes()
+    cv2.imwrite(str(mask), np.full(SIZES["a"], 9, np.uint8))
+    monkeypatch.setattr(cutting, "image_rows", lambda cfg, path: seen.append(path) or image_rows(cfg, path))
+    with pytest.raises(DataError, match="holds the ids 9, outside 0 to 2"):
+        write(cfg, root, tmp_path / "out")
+    assert len(seen) == 8
+    mask.write_bytes(sound)
+    assert write(cfg, root, tmp_path / "out").digest == tiled.digest
+    assert seen[8:] == [root / "images/train/a.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "root"]
+
+
 def test_training_tiles_with_too_few_labels_are_left_out(
     pictures: Path, cfg: DatasetConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
