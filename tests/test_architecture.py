@@ -65,7 +65,7 @@ ROOMS: dict[str, str] = {
     "api": "",
     "sweep": "plan runs queue",
     "slurm": "attempts settings queue code script after task submission commands sweeping",
-    "doctor": "memory measure scan judge advice doctor labels",
+    "doctor": "memory measure scan judge advice report doctor labels",
 }
 ORDER = [
     f"{room.rstrip('.')}.{module}" if module else room

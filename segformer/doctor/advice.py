@@ -139,7 +139,7 @@ def _imbalance(cfg: RunConfig, facts: Facts) -> Advice:
     share = facts.class_pixels / max(1, facts.class_pixels.sum())
     rare = [k for k in np.argsort(share) if 0 < share[k] < RARE]
     weighted = cfg.loss.class_weights or cfg.loss.class_weighting or set(cfg.loss.terms) - {"cross_entropy"}
-    if not rare or weighted or cfg.augment.class_balanced_crop or cfg.augment.copy_paste:
+    if not rare or weighted or cfg.mixture.joint or cfg.augment.class_balanced_crop or cfg.augment.copy_paste:
         return None
     names = listed([f"{facts.classes[k]} {share[k]:.2%}" for k in rare], 4)
     text = f"{len(rare)} of {len(share)} classes have under {RARE:.0%} of the pixels ({names}) and no weight"

@@ -25,14 +25,16 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from segformer.checkpoint.format import TrainState
 from segformer.data.formats.table import resolved
+from segformer.data.loading.mixture import Mixture
+from segformer.data.loading.order import MixedOrder
 from segformer.data.shards.format import ShardSet
-from segformer.data.sources.content import FAIL, OK, WARN, Finding, Labels, other_classes
+from segformer.data.sources.content import FAIL, OK, WARN, Labels, other_classes
 from segformer.data.sources.dataset import DIVISION, class_palette
 from segformer.data.sources.folder import no_root
 from segformer.data.sources.listing import class_folders
@@ -42,19 +44,24 @@ from segformer.doctor.judge import (
     judge_batch,
     judge_labels,
     judge_memory,
+    judge_sets,
     judge_settings,
     judge_source,
 )
-from segformer.doctor.measure import Measured, judge_measured, measure
+from segformer.doctor.measure import judge_measured, measure
 from segformer.doctor.memory import forecast
+from segformer.doctor.report import Report, as_json, as_text
 from segformer.doctor.scan import SplitScan, scan_folder, scan_shards
-from segformer.errors import ConfigError, DataError, at_least, printable, reported, reraise_as, say
+from segformer.errors import ConfigError, DataError, at_least, reraise_as, say
 from segformer.evaluation.drawing import beside, grid, legend, panels, write_picture
 from segformer.files import write_atomic
 from segformer.models.variants import LEAST_SIDE
 from segformer.training.config import RunConfig
-from segformer.training.sizing import needs_sizing, sized, with_values
-from segformer.training.task import check_settings, training_crop
+from segformer.training.directory import check_start
+from segformer.training.header import set_lines
+from segformer.training.run import sample_order
+from segformer.training.sizing import Facts, needs_sizing, sized, with_values
+from segformer.training.task import check_data, check_settings, open_shards, training_crop
 
 CELL = 240  # long side of a picture on a contact sheet, pixels
 COLUMNS = 3  # pairs beside each other
@@ -89,32 +96,6 @@ class DoctorConfig(RunConfig):
             raise ConfigError(f"gpu_gib={self.gpu_gib} must be above 0")
 
 
-@dataclass(kw_only=True, slots=True)
-class Report:
-    """Findings, and the facts behind them."""
-
-    findings: list[Finding] = dataclasses.field(default_factory=list)
-    classes: list[str] = dataclasses.field(default_factory=list)
-    source: list[SplitScan] = dataclasses.field(default_factory=list)
-    shards: list[SplitScan] = dataclasses.field(default_factory=list)
-    memory: dict[str, int] | None = None
-    measured: Measured | None = None
-    sheets: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Contact sheets, PIL images, by file name."""
-
-    def add(self, level: str, about: str, text: str) -> None:
-        self.findings.append(Finding(level, about, text))
-
-    def failing(self, about: str) -> contextlib.AbstractContextManager[None]:
-        """An error of the block becomes a finding."""
-        return reported(lambda error: self.add(FAIL, about, str(error)))
-
-    @property
-    def failures(self) -> int:
-        """The number of findings that are FAIL."""
-        return sum(finding.level == FAIL for finding in self.findings)
-
-
 def doctor(cfg: DoctorConfig) -> None:
     """Look at everything, print it, write the files; DataError where training should not start."""
     output = Path(cfg.output)
@@ -133,7 +114,7 @@ def doctor(cfg: DoctorConfig) -> None:
     seen = f"{warnings} warnings, nothing that stops training" if warnings else "nothing was found"
     sheets = " and ".join(str(output / f"{name}.png") for name in report.sheets)
     say(f"{seen}; look at {sheets}: do the masks fit?" if sheets else seen)
-    if report.shards:
+    if report.shards or report.sets:
         own = {field.name for field in dataclasses.fields(DoctorConfig)} - {
             field.name for field in dataclasses.fields(RunConfig)
         }
@@ -147,8 +128,16 @@ def look(cfg: DoctorConfig) -> Report:
     root = "" if cfg.root == "-" else cfg.root or cfg.data.root
     if root and (cfg.root or Path(root).is_dir()):
         _look_at_source(cfg, Path(root), report)
-    shards = _open(cfg, report) if cfg.data.shards else None
-    if shards is not None:
+    shards: ShardSet | Mixture | None = None
+    if cfg.mixture.sets:
+        with report.failing("mixture"):
+            check_start(cfg)
+            shards = open_shards(cfg)
+    elif cfg.data.shards:
+        shards = _open(cfg, report)
+    if isinstance(shards, Mixture):
+        _look_at_sets(cfg, shards, report)
+    elif shards is not None:
         _look_at_shards(cfg, shards, report)
     if not report.findings:
         report.add(FAIL, "data", "nothing to look at; give root=<source folder> or data.shards=<shards>")
@@ -217,9 +206,28 @@ def _look_at_shards(cfg: DoctorConfig, shards: ShardSet, report: Report) -> None
     _draw_sheet(cfg, report, "shards", report.shards, shards.palette)
 
 
-def _look_at_run(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> None:
-    scans = report.shards or report.source
-    samples, num_classes = {scan.name: scan.samples for scan in scans}, len(report.classes)
+def _look_at_sets(cfg: DoctorConfig, mixture: Mixture, report: Report) -> None:
+    """Each set as if it were alone, and what the run makes of them."""
+    report.classes = list(mixture.classes)
+    for name, shards in mixture.sets.items():
+        report.sets[name] = one = Report()
+        _look_at_shards(cfg, shards, one)
+        for finding in one.findings:
+            report.add(finding.level, f"{name}: {finding.about}", finding.text)
+        report.sheets |= {f"{sheet}-{name}": picture for sheet, picture in one.sheets.items()}
+    if not report.failures:
+        with report.failing("mixture"):
+            check_data(cfg, mixture)
+    report.findings += judge_sets(
+        {name: one.shards for name, one in report.sets.items()}, cfg.train_split, cfg.eval_split
+    )
+
+
+def _look_at_run(cfg: DoctorConfig, shards: ShardSet | Mixture | None, report: Report) -> None:
+    scans, num_classes = report.shards or report.source, len(report.classes)
+    samples = {scan.name: scan.samples for scan in scans}
+    if isinstance(shards, Mixture):
+        samples = {name: shards.split(name).num_samples for name in (cfg.train_split, cfg.eval_split)}
     with report.failing("settings"):
         check_settings(cfg)
     report.findings += judge_settings(cfg, num_classes, (shards or cfg.data).channels, samples)
@@ -231,18 +239,27 @@ def _look_at_run(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> 
         return
     with report.failing("batch"):
         batch = cfg.batch_shape(cfg.ranks)
-        sizes = {} if shards is None else {n: split.shard_sizes for n, split in shards.splits.items()}
+        if isinstance(shards, Mixture):
+            order = sample_order(cfg, shards.split(cfg.train_split), TrainState())
+            assert isinstance(order, MixedOrder)
+            for line in set_lines(cfg, shards, order):
+                report.add(OK, "mixture", line.strip())
+        splits = shards.splits if isinstance(shards, ShardSet) else {}
+        sizes = {name: split.shard_sizes for name, split in splits.items()}
         report.findings += judge_batch(cfg, batch, samples, sizes)
         if min(training_crop(cfg)) >= LEAST_SIDE:
             channels = cfg.data.channels if shards is None else shards.channels
             network = with_values(cfg, {"model.in_channels": channels})
             report.memory = forecast(network, num_classes, batch)
             report.findings.append(judge_memory(report.memory, cfg.gpu_gib))
-    if facts := facts_of(cfg, scans, report.classes, _device(cfg) != "cpu", cfg.ranks):
+    facts = facts_of(cfg, scans, report.classes, _device(cfg) != "cpu", cfg.ranks)
+    if isinstance(shards, Mixture):
+        facts = Facts.of(cfg, shards, _device(cfg), cfg.ranks)
+    if facts:
         report.findings += judge_recipe(cfg, facts)
 
 
-def _worked_out(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> DoctorConfig:
+def _worked_out(cfg: DoctorConfig, shards: ShardSet | Mixture | None, report: Report) -> DoctorConfig:
     """The settings with the numbers that the recipe takes from the shards; as they are without these."""
     if shards is None:
         if needs_sizing(cfg):
@@ -261,7 +278,7 @@ def _device(cfg: DoctorConfig) -> str:
     return "cuda" if cfg.gpu_gib is not None or torch.cuda.is_available() else "cpu"
 
 
-def _measure(cfg: DoctorConfig, shards: ShardSet | None, report: Report) -> None:
+def _measure(cfg: DoctorConfig, shards: ShardSet | Mixture | None, report: Report) -> None:
     if shards is None:
         report.add(WARN, "measured", "measure=true needs shards; write them with data_prep/shard.py")
         return
@@ -290,61 +307,3 @@ def _draw_sheet(
     if cells:
         entries = legend(masks, report.classes, palette)
         report.sheets[name] = grid(cells, entries, columns=COLUMNS, font_size=FONT)
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """The report as plain values."""
-
-    def split(scan: SplitScan) -> dict[str, Any]:
-        return {
-            "samples": scan.samples,
-            "class_pixels": scan.class_pixels.tolist(),
-            "class_images": scan.class_images.tolist(),
-            "ignored_pixels": scan.ignored_pixels,
-            "ignored_images": scan.ignored_images,
-            "raw_pixels": {str(raw): pixels for raw, pixels in sorted(scan.raw_pixels.items())},
-            "sizes": {name: [height, width] for name, height, width in scan.sizes()},
-            "defects": {kind: dataclasses.asdict(places) for kind, places in scan.defects.items()},
-        }
-
-    memory = report.memory
-    return {
-        "may_start": not report.failures,
-        "verdicts": [dataclasses.asdict(finding) for finding in report.findings],
-        "classes": report.classes,
-        "source": {scan.name: split(scan) for scan in report.source},
-        "shards": {scan.name: split(scan) for scan in report.shards},
-        "memory_bytes": memory and memory | {"total": sum(memory.values())},
-        "measured": report.measured and report.measured.to_dict(),
-    }
-
-
-def as_text(report: Report) -> str:
-    """Tables of splits and classes, then the findings, worst last."""
-    lines = []
-    for title, scans in (("source", report.source), ("shards", report.shards)):
-        for scan in scans:
-            area = ", ".join(f"{name} {width} x {height}" for name, height, width in scan.sizes())
-            lines.append(f"{title} {scan.name}: {scan.samples} samples{'; ' + area if area else ''}")
-    lines += _class_table(report)
-    width = max((len(finding.about) for finding in report.findings), default=0)
-    for finding in sorted(report.findings, key=lambda finding: (OK, WARN, FAIL).index(finding.level)):
-        lines.append(f"{finding.level:<4}  {finding.about:<{width}}  {finding.text}")
-    return "\n".join(map(printable, lines))
-
-
-def _class_table(report: Report) -> list[str]:
-    """Share of the labelled pixels, and images that hold the class, per split; `ignored` of all pixels."""
-    scans = [scan for scan in report.shards or report.source if scan.num_classes == len(report.classes)]
-    if not scans or not report.classes:
-        return []
-    rows = [("class", [f"{scan.name:>8} %  {'images':>7}" for scan in scans])]
-
-    def cell(scan: SplitScan, pixels: int, images: int, more: int = 0) -> str:
-        return f"{100 * pixels / max(1, int(scan.class_pixels.sum()) + more):>8.2f}    {images:>6}"
-
-    for k, name in enumerate(report.classes):
-        rows.append((name, [cell(scan, scan.class_pixels[k], scan.class_images[k]) for scan in scans]))
-    width = max(len(name) for name, _ in rows)
-    ignored = [cell(s, s.ignored_pixels, s.ignored_images, more=s.ignored_pixels) for s in scans]
-    return ["  ".join([f"{name:<{width}}", *cells]) for name, cells in [*rows, ("ignored", ignored)]]

@@ -168,6 +168,22 @@ def judge_alike(cfg: DatasetConfig, scans: Sequence[SplitScan], again: str = "")
         yield Finding(WARN, f"{found.first} and {found.second}", found.text)
 
 
+def judge_sets(sets: Mapping[str, Sequence[SplitScan]], train: str, scored: str) -> Iterator[Finding]:
+    """A WARN for each set of a mixture that is scored on images which another one is trained on."""
+    for name, scans in sets.items():
+        others = [
+            scan for other, found in sets.items() if other != name for scan in found if scan.name == train
+        ]
+        learned = {digest for scan in others for digest in scan.digests}
+        held = {
+            key for scan in scans if scan.name == scored for d, key in scan.digests.items() if d in learned
+        }
+        if held:
+            which = f"{len(held)} images of its {scored} ({listed(sorted(held), 3)})"
+            text = f"{which} are trained on in another set, so that its scores flatter"
+            yield Finding(WARN, name, f"{text}; leave them out there and shard it again")
+
+
 def _ignored(scan: SplitScan) -> Finding | None:
     about = f"{scan.name}: ignored pixels"
     total = int(scan.class_pixels.sum()) + scan.ignored_pixels

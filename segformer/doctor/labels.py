@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from segformer.data.loading.loader import LoaderConfig, eval_batches
+from segformer.data.loading.mixture import LabelMap
 from segformer.data.loading.photometric import Normalize
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.sources.dataset import IGNORE_INDEX, DatasetConfig
@@ -63,7 +64,7 @@ class LabelsConfig(InferenceModeConfig):
     step: str = "newest"
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     data: DatasetConfig = field(default_factory=DatasetConfig)
-    "Set whose data.shards are looked at; without these, the shards that the model was trained with."
+    "data.shards: a folder, or a set of the run's mixture by name; empty takes those of the training."
     splits: list[str] = field(default_factory=list)
     "Splits whose samples are ranked, together; empty = all of the shards."
     batch: int = 1
@@ -97,46 +98,48 @@ class Doubt:
 
 def rank_labels(cfg: LabelsConfig) -> list[Doubt]:
     """Rank the samples, write the files and print the first; the ranking."""
-    trained, shards = _opened(cfg)
+    trained, shards, labels = _opened(cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     doubts: list[Doubt] = []
     first: list[tuple[float, int, str, np.ndarray]] = []  # a heap, the weakest on top
-    labels: set[int] = set()
+    drawn: set[int] = set()
     for name in cfg.splits or list(shards.splits):
         split = shards.split(name)
         with evaluated(split.num_samples, lambda line: say(line, file=sys.stderr)) as advance:
-            for key, pixels, target, probabilities in _predicted(cfg, trained, split, device):
+            for key, pixels, target, probabilities in _predicted(cfg, trained, split, labels, device):
                 found = judge(probabilities, target, name, key, shards.classes)
                 doubts.append(found)
                 advance(1)
                 place = (found.disagreement, -len(doubts))
                 if cfg.pictures and (len(first) < cfg.pictures or place > first[0][:2]):
                     picture, seen = _picture(pixels, target, probabilities, shards.palette)
-                    labels |= seen
+                    drawn |= seen
                     caption = f"{name}/{key}  {found.disagreement:.2f}  {_said(found)}"
                     push = heapq.heappush if len(first) < cfg.pictures else heapq.heapreplace
                     push(first, (*place, caption, picture))
     doubts.sort(key=lambda doubt: -doubt.disagreement)
-    _write(cfg, doubts, first, legend([np.array(sorted(labels))], shards.classes, shards.palette))
+    _write(cfg, doubts, first, legend([np.array(sorted(drawn))], shards.classes, shards.palette))
     return doubts
 
 
-def _opened(cfg: LabelsConfig) -> tuple[Weights, ShardSet]:
-    """The model and the shards, looked at as by an evaluation."""
+def _opened(cfg: LabelsConfig) -> tuple[Weights, ShardSet, LabelMap | None]:
+    """The model, the shards and what their labels are in its classes, looked at as by an evaluation."""
     mode: dict[str, Any] = {key.name: getattr(cfg, key.name) for key in fields(InferenceModeConfig)}
     model = EvaluateConfig(
         checkpoint=cfg.checkpoint, step=cfg.step, shards=cfg.data.shards, loader=cfg.loader, **mode
     )
-    trained, shards, _ = open_scored(model, cfg.splits, "data.shards")
+    trained, shards, labels = open_scored(model, cfg.splits, "data.shards")
     if trained.arch.kind != "segmentation":
         raise ConfigError(
             f"{cfg.checkpoint} is a classifier; labels are ranked by a model for segmentation, so give one"
         )
-    return trained, shards
+    return trained, shards, labels
 
 
-def _predicted(cfg: LabelsConfig, trained: Weights, split: Split, device: torch.device) -> Any:
-    """(key, image (H, W, C), target (H, W), probabilities (K, H, W)) of each sample."""
+def _predicted(
+    cfg: LabelsConfig, trained: Weights, split: Split, labels: LabelMap | None, device: torch.device
+) -> Any:
+    """(key, image (H, W, C), target (H, W), probabilities (K, H, W)) of each sample in its labels."""
     metadata = trained.metadata
     model = InferenceMode(build(trained).to(device), mode_for(cfg, trained, split))
     normalize = Normalize(metadata.mean, metadata.std).to(device)
@@ -147,6 +150,8 @@ def _predicted(cfg: LabelsConfig, trained: Weights, split: Split, device: torch.
             with torch.no_grad():
                 out = model(normalize(batch.images.to(device), None))
                 found = model.probabilities(out, size)
+            if labels is not None:
+                found, batch.targets = labels.probabilities(found), labels.known(batch.targets)
             images = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
             for sample_id, pixels, target, one in zip(
                 batch.sample_ids.tolist(), images, batch.targets, found, strict=True

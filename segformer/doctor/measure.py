@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from segformer.checkpoint.format import TrainState
 from segformer.data.loading.loader import train_batches
-from segformer.data.loading.order import BatchShape, SampleOrder, make_order_spec
+from segformer.data.loading.mixture import Mixture
+from segformer.data.loading.order import BatchShape
 from segformer.data.loading.samples import Samples
 from segformer.data.shards.format import ShardSet, Split
 from segformer.data.sources.content import OK, WARN, Finding
@@ -27,6 +29,7 @@ from segformer.models.ops.backend import BACKENDS
 from segformer.telemetry.progress import duration
 from segformer.training.config import RunConfig
 from segformer.training.optim import build_optimizer, freeze_stages
+from segformer.training.run import sample_order
 from segformer.training.step import enough_memory, too_large
 from segformer.training.task import Task, make_task, training_crop
 
@@ -58,7 +61,7 @@ class Measured:
         return asdict(self) | {"hours": self.hours}
 
 
-def measure(cfg: RunConfig, shards: ShardSet, batch: BatchShape) -> Measured:
+def measure(cfg: RunConfig, shards: ShardSet | Mixture, batch: BatchShape) -> Measured:
     """Measure a run that is to have `batch.world_size` ranks like this device.
 
     Raises:
@@ -114,10 +117,9 @@ def _step_seconds(
 ) -> float:
     """The mean time of an optimizer step of one rank, after a first one."""
     split = task.shards.split(cfg.train_split)
-    assert isinstance(split, Split)
-    spec = make_order_spec(split.shard_sizes, seed=cfg.seed, global_batch=cfg.global_batch)
+    order = sample_order(cfg, split, TrainState())
     stream = train_batches(
-        split, SampleOrder(spec), task.augment, cfg.loader, batch=batch, seed=cfg.seed, rank=0, start_step=0
+        split, order, task.augment, cfg.loader, batch=batch, seed=cfg.seed, rank=0, start_step=0
     )
     optimizer = build_optimizer(model, cfg.optim)
     start = 0.0
@@ -140,12 +142,26 @@ def _step_seconds(
 def _evaluation_seconds(
     cfg: RunConfig, task: Task, model: nn.Module, bf16: bool, device: torch.device
 ) -> float:
-    """The time of a whole evaluation on one device."""
+    """The time of a whole evaluation on one device; of a mixture that of all sets."""
     split = task.shards.split(cfg.eval_split)
-    assert isinstance(split, Split)
+    if isinstance(split, Split):
+        return _split_seconds(cfg, task, model, bf16, device, split, None)
+    parts = zip(split.parts, split.tables, strict=True)
+    return sum(_split_seconds(cfg, task, model, bf16, device, *part) for part in parts)
+
+
+def _split_seconds(
+    cfg: RunConfig,
+    task: Task,
+    model: nn.Module,
+    bf16: bool,
+    device: torch.device,
+    split: Split,
+    table: np.ndarray | None,
+) -> float:
     pixels = split.heights.astype(np.int64) * split.widths
     median = int(np.argsort(pixels, kind="stable")[len(pixels) // 2])
-    images = Samples(split, task.view).batch([(median, 0)]).to(device)
+    images = Samples(split, task.view, table=table).batch([(median, 0)]).to(device)
     model.eval()
     ops, taken = BACKENDS[cfg.model.ops], 0.0
     for _ in range(2):  # the first one warms up

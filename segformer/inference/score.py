@@ -235,13 +235,13 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         say(f"scores: {folder / name}.json, .csv and .md", file=sys.stderr)
 
 
-def _set_of(cfg: EvaluateConfig, trained: Weights) -> dict[str, Any]:
+def _set_of(cfg: EvaluateConfig, trained: Weights, key: str) -> dict[str, Any]:
     """The set of the model's mixture that `cfg.shards` names; {} for none."""
     said, wrong = trained.provenance.get("sets", {}), (AttributeError, TypeError, KeyError)
     with reraise_as(CheckpointError, f"{cfg.checkpoint}: what it says of its data sets is damaged", on=wrong):
         sets = {str(name): {"shards": one["shards"], "classes": one["classes"]} for name, one in said.items()}
     if sets and not cfg.shards:
-        ways = " or ".join(f"shards={name}" for name in sets)
+        ways = " or ".join(f"{key}={name}" for name in sets)
         raise ConfigError(f"{cfg.checkpoint} was trained on several data sets; give {ways}")
     return sets.get(cfg.shards, {})
 
@@ -252,7 +252,7 @@ def open_scored(
     """The model, its shards, checked for `splits` (None: cfg.split; empty: all), and what their labels are in
     its classes where these are others. key: names the shards."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
-    one = _set_of(cfg, trained)
+    one = _set_of(cfg, trained, key)
     place = one.get("shards") or cfg.shards or trained.provenance.get("shards")
     kind, predicted = trained.arch.kind, trained.metadata.classes
     if not place:

@@ -71,7 +71,7 @@ def log_start(
         f"{'tiles' if eval_split.tiled else 'images'}, {len(shards.classes)} classes{_pixels(cfg, shards)}"
     )
     if isinstance(shards, Mixture) and isinstance(order, MixedOrder):
-        for line in _sets(cfg, shards, order):
+        for line in set_lines(cfg, shards, order):
             telemetry.line(line)
     crop, batch = "x".join(map(str, training_crop(cfg))), cfg.batch_shape(world.size)
     epochs = cfg.steps * cfg.global_batch / max(1, train_split.num_samples)
@@ -102,7 +102,7 @@ def _pixels(cfg: RunConfig, shards: ShardSet | Mixture) -> str:
     return f"; images of {shards.pixels}, normalized by the mean and std of {whose}"
 
 
-def _sets(cfg: RunConfig, shards: Mixture, order: MixedOrder) -> Iterator[str]:
+def set_lines(cfg: RunConfig, shards: Mixture, order: MixedOrder) -> Iterator[str]:
     """A line for each set of a mixture."""
     seen = order.positions(cfg.steps * cfg.global_batch)
     for name, one in shards.sets.items():

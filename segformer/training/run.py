@@ -116,7 +116,7 @@ def set_up(
     _describe(state, shards, task)
     model = _make_model(cfg, world, task, saved, state, batch)
     split, run_dir = shards.split(cfg.train_split), Path(cfg.run_dir)
-    order = _sample_order(cfg, split, state)
+    order = sample_order(cfg, split, state)
     samples = (split, order, task.augment, cfg.loader)
     stream = partial(
         train_batches,
@@ -231,7 +231,7 @@ def _check_resumed(cfg: RunConfig, shards: ShardSet | Mixture, state: TrainState
         raise DataError(over_budget(*spent, last))
 
 
-def _sample_order(cfg: RunConfig, split: Split | MixedSplit, state: TrainState) -> SampleOrder | MixedOrder:
+def sample_order(cfg: RunConfig, split: Split | MixedSplit, state: TrainState) -> SampleOrder | MixedOrder:
     """The order that the checkpoint was trained in, or a new one, which the state keeps from now on."""
     if isinstance(split, MixedSplit):
         return _mixed_order(cfg, split, state)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -262,8 +261,7 @@ def _class_weights(cfg: RunConfig, facts: Facts) -> Chosen:
     share = facts.class_pixels / max(1, facts.class_pixels.sum())
     rare = int(((share > 0) & (share < RARE)).sum())
     weighting = cfg.loss.class_weighting
-    maps = [one.classes.values() for one in cfg.mixture.sets.values()]
-    if not weighting and any(len(names) > 1 for names in chain(*maps)):
+    if not weighting and cfg.mixture.joint:
         return {"loss.class_weights": []}, "a class of the mixture may be several, of which each has its own"
     if not weighting and not rare:
         return {"loss.class_weights": []}, f"no class has under {RARE:.0%} of the pixels"

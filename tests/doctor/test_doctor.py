@@ -17,7 +17,9 @@ from segformer.data.shards.sharding import write_shards
 from segformer.data.sources.content import FAIL, OK, WARN, Finding
 from segformer.data.sources.dataset import DatasetConfig
 from segformer.doctor import doctor as doctor_module
-from segformer.doctor.doctor import DoctorConfig, Report, as_json, as_text, doctor, look
+from segformer.doctor.doctor import DoctorConfig, doctor, look
+from segformer.doctor.judge import judge_sets
+from segformer.doctor.report import Report, as_json, as_text
 from segformer.doctor.scan import SplitScan
 from segformer.errors import ConfigError
 from segformer.training.config import compose
@@ -318,3 +320,71 @@ def test_the_text_lists_failures_last() -> None:
     report = Report(findings=[Finding(FAIL, "a", "x"), Finding(OK, "b", "y"), Finding(WARN, "c", "z")])
     assert [line[:4].strip() for line in as_text(report).splitlines()] == [OK, WARN, FAIL]
     assert as_json(report)["may_start"] is False
+
+
+def mixed(shards: Path, *more: str) -> Report:
+    """What the doctor says of a run on the same shards under two meanings."""
+    given = [
+        "data=folder",
+        "steps=8",
+        "global_batch=4",
+        "augment.crop=[64,64]",
+        "augment.resize=[]",
+        "read=2",
+    ]
+    given += [f"mixture.sets.{name}.shards={shards}" for name in ("one", "two")]
+    given += ["mixture.sets.one.classes.background=[paper, glass]", "mixture.sets.one.weight=3"]
+    given += ["mixture.sets.two.classes.background=[glass]"]
+    return look(compose(DoctorConfig, "doctor", [*given, *more]))
+
+
+def test_each_set_of_a_mixture_is_looked_at_and_the_run_on_all_of_them(tiny_shards: Path) -> None:
+    report = mixed(tiny_shards, "pictures=2")
+    assert not report.failures
+    assert (report.classes, list(report.sets)) == (["paper", "glass", "nucleus"], ["one", "two"])
+    assert report.sheets.keys() == {"shards-one", "shards-two"}
+    fine = texts(report, OK)
+    assert any(text.startswith("two: train: classes: all 2 seen") for text in fine)
+    assert any("75.0 % of the samples = 1.5 epochs, annotates 3 of the classes" in text for text in fine)
+    assert any("8 steps are 1 epochs of 32" in text for text in fine)
+    assert not any("class_weighting" in text for text in texts(report, WARN)), (
+        "refused where a class may be two"
+    )
+    told = as_text(report)
+    assert "one shards train: 16 samples" in told
+    assert told.count("background") == 2
+    assert as_json(report)["sets"]["two"]["shards"]["val"]["samples"] == 3
+
+
+def test_what_a_run_on_a_mixture_would_refuse_is_a_failure(tiny_shards: Path) -> None:
+    for wrong, said in {
+        "mixture.sets.two.classes={background: [nucleus]}": "mixture: mixture.sets.two.classes: background",
+        "mixture.sets.three.weight=1": "mixture: mixture.sets.three.shards is empty",
+        "loss.label_smoothing=0.1": "mixture: loss.label_smoothing gives a share to every class",
+        "data.shards=elsewhere": "mixture: data.shards=elsewhere and mixture.sets both say",
+    }.items():
+        found = texts(mixed(tiny_shards, wrong, "pictures=0"), FAIL)
+        assert len(found) == 1
+        assert found[0].startswith(said)
+
+
+def test_images_that_one_set_of_a_mixture_learns_and_another_is_scored_on_are_a_warning() -> None:
+    def scans(**splits: list[str]) -> list[SplitScan]:
+        found = [SplitScan(name, 2, lambda sample: ("", None)) for name in splits]
+        for scan in found:
+            scan.digests = {key.encode(): key for key in splits[scan.name]}
+        return found
+
+    sets = {"a": scans(train=["1", "2"], val=["3"]), "b": scans(train=["3", "4"], val=["5", "2", "1"])}
+    found = [(one.level, one.about, one.text[:42]) for one in judge_sets(sets, "train", "val")]
+    assert found == [
+        (WARN, "a", "1 images of its val (3) are trained on in "),
+        (WARN, "b", "2 images of its val (1, 2) are trained on "),
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_on_a_mixture_is_measured(tiny_shards: Path) -> None:
+    measured = mixed(tiny_shards, "pictures=0", "measure=true", "loader.workers=0").measured
+    assert measured is not None
+    assert measured.evaluate_h > 0

@@ -10,12 +10,19 @@ import nano
 import numpy as np
 import pytest
 import torch
+from checkpoints import make_run
 
 import segformer
+from segformer.data.loading.mixture import LabelMap
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.reader import ShardReader
 from segformer.data.shards.sharding import write_shards
-from segformer.doctor.labels import LabelsConfig, flat_sides, judge, rank_labels, tiny_regions
+from segformer.data.sources.decode import decode_image, decode_mask
+from segformer.doctor.labels import Doubt, LabelsConfig, flat_sides, judge, rank_labels, tiny_regions
 from segformer.errors import ConfigError
-from segformer.models.variants import VARIANTS
+from segformer.inference.predictor import Predictor
+from segformer.models.segformer import build_model
+from segformer.models.variants import VARIANTS, ModelConfig
 from segformer.training.config import RunConfig, compose
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data_prep/sample"
@@ -109,3 +116,48 @@ def test_planted_label_errors_rank_first(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len(some) == 80
     with pytest.raises(ConfigError, match="too small"):
         compose(LabelsConfig, "labels", [*given, "short_side=8"])
+
+
+def test_labels_of_a_set_of_a_mixture_are_judged_as_what_they_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_shards: Path
+) -> None:
+    """`background` may be paper or glass, and is believed by the sum of both among what is annotated."""
+    monkeypatch.setitem(VARIANTS, *nano.SIZE)
+    torch.manual_seed(0)
+    weights = build_model(ModelConfig(variant="nano"), 4).state_dict()
+    given = ["data=folder", "model.variant=nano", "data.classes=[paper,glass,nucleus,sea]"]
+    given += [f"mixture.sets.{name}.shards={tiny_shards}" for name in ("one", "two")]
+    given += [
+        "mixture.sets.one.classes={background: [glass, paper]}",
+        "mixture.sets.two.classes={background: [sea]}",
+    ]
+    run = make_run(tmp_path / "run", {10: weights}, *given)
+
+    def ranked(*more: str) -> list[Doubt]:
+        fixed = [f"checkpoint={run}", f"output={tmp_path}/doctor", "loader.workers=0", "splits=[val]"]
+        return rank_labels(compose(LabelsConfig, "labels", [*fixed, *more]))
+
+    with pytest.raises(ConfigError, match=r"several data sets; give data\.shards=one or data\.shards=two"):
+        ranked()
+    found = {one.key: one for one in ranked("data.shards=one", "pictures=0")}
+    split = ShardSet.open(str(tiny_shards)).split("val")
+    for number in range(split.num_samples):
+        raw = ShardReader(split).read(number)
+        probabilities = Predictor(run, device="cpu")(
+            decode_image(raw.image), probabilities=True
+        ).probabilities
+        paper, glass, nucleus, _ = np.asarray(probabilities, np.float64)
+        target, known = decode_mask(raw.target), paper + glass + nucleus
+        trust = [((paper + glass) / known)[target == 0].mean(), (nucleus / known)[target == 1].mean()]
+        doubt = found[split.key(number)]
+        assert doubt.disagreement == pytest.approx(1 - np.mean(trust), abs=1e-5)
+        assert doubt.worst == ["background", "nucleus"][int(np.argmin(trust))]
+
+
+def test_a_label_that_a_mixture_leaves_out_is_neither_believed_nor_doubted() -> None:
+    one = LabelMap.of(
+        "classes", {"road": ["ignore"], "sky": ["blue", "gray"]}, CLASSES, ["tree", "blue", "gray"]
+    )
+    shares = torch.tensor([0.5, 0.2, 0.3])[None, :, None, None]
+    assert one.probabilities(shares).flatten().tolist() == pytest.approx([0.5, 0.0, 0.5])
+    assert one.known(torch.tensor([0, 1, 2, 255], dtype=torch.uint8)).tolist() == [0, 255, 2, 255]

@@ -69,6 +69,11 @@ class MixtureConfig:
                     f"mixture.sets.{name}.weight and mixture.temperature decide the same; give one of them"
                 )
 
+    @property
+    def joint(self) -> bool:
+        """A class of a set may be several of the common ones."""
+        return any(len(names) > 1 for one in self.sets.values() for names in one.classes.values())
+
     def weights(self, sizes: Mapping[str, int]) -> dict[str, float]:
         """The weight of each set, whose training split has `sizes` samples."""
         if self.temperature:
@@ -131,11 +136,27 @@ class LabelMap:
 
     def folded(self, counts: Tensor) -> Tensor:
         """Counts of the annotated classes (A, A) as counts of the set's labels (L, L)."""
-        places = self.annotated
-        belongs = torch.zeros(len(places), len(self.labels), dtype=counts.dtype)
+        belongs = self._belongs(counts)
+        return belongs.T @ counts @ belongs
+
+    def probabilities(self, common: Tensor) -> Tensor:
+        """Probabilities of the common classes (B, K, H, W) as those of the set's labels (B, L, H, W), of
+        which it has one everywhere; 0 for those that are ignored."""
+        known = common[:, self.annotated]
+        own = torch.einsum("bahw,al->blhw", known, self._belongs(common))
+        return own / own.sum(1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+
+    def known(self, target: Tensor) -> Tensor:
+        """Labels (...) with IGNORE_INDEX for those that are ignored."""
+        left = [label for label, group in enumerate(self.groups) if not group]
+        return target.masked_fill(torch.isin(target, target.new_tensor(left)), IGNORE_INDEX)
+
+    def _belongs(self, like: Tensor) -> Tensor:
+        """1 where an annotated class is of a label, (A, L), of the type and device of `like`."""
+        places, belongs = self.annotated, like.new_zeros(len(self.annotated), len(self.labels))
         for label, group in enumerate(self.groups):
             belongs[[places.index(k) for k in group], label] = 1
-        return belongs.T @ counts @ belongs
+        return belongs
 
 
 def common_classes(cfg: MixtureConfig, labels: Mapping[str, Sequence[str]]) -> list[str]:
