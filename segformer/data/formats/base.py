@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ MAX_LABEL_BYTES = 2**26  # of a label file that is read whole
 MAX_LIST_BYTES = 2**33  # of one that is read entry by entry
 MAX_ENTRY = 2**24  # signs of one entry
 BLOCK = 2**22  # signs that are read at a time
-NO_LABELS = "image without labels"
+_HEAD = 2**16  # bytes in which a file says what it is
 IGNORE = "ignore"  # category of pixels that neither loss nor scores count
 SHOWN = 3  # names in a message
 
@@ -161,6 +161,10 @@ class Found:
             number, first = kinds.get(kind, (0, printable(min(names))))
             kinds[kind] = (number + len(names), first)
 
+    def unlabeled(self, place: str, names: Iterable[str]) -> None:
+        """Count images that no label speaks of."""
+        self.skip(place, "image without labels", *names)
+
     def files(self, folder: str, kind: str) -> tuple[dict[str, str], list[str]]:
         """{key: file} of the images or masks below a folder (kind: image or mask), and the other files."""
         where = str(self.root / folder)
@@ -214,6 +218,13 @@ def reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     what, do = f"the labels {str(path)!r} can't be read", "export them again"
     with reraise_as(DataError, what, do, on=(OSError, ValueError, *also)):
         yield
+
+
+def head(path: Path) -> bytes:
+    """The first bytes of a file, which say what it is; none where it can't be read."""
+    with suppress(OSError), regular(path).open("rb") as file:
+        return file.read(_HEAD).lstrip()
+    return b""
 
 
 def read_labels(path: Path) -> Any:

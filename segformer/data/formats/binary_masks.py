@@ -11,7 +11,7 @@ covers the other."""
 
 from collections.abc import Container
 
-from segformer.data.formats.base import NO_LABELS, SPLITS, Found, Labeled
+from segformer.data.formats.base import SPLITS, Found, Labeled
 from segformer.errors import DataError
 
 _IMAGES, _MASKS = ("images/{split}", "images"), ("masks/{split}", "masks")
@@ -55,6 +55,6 @@ def read(found: Found) -> None:
         layers.sort(key=lambda layer: (order.get(cfg.category_map.get(layer[0], layer[0]), -1), layer))
         found.labeled.append(Labeled(key, f"{root / image_dir}/{keys[key]}", shapes=tuple(layers)))
     found.skip_files(image_dir, others)
-    found.skip(image_dir, NO_LABELS, *(keys[key] for key in keys.keys() - masks.keys()))
+    found.unlabeled(image_dir, (keys[key] for key in keys.keys() - masks.keys()))
     found.skip_files(mask_dir, rest)
     found.skip(mask_dir, "mask of no image", *(name for name, way in parted.items() if not way))

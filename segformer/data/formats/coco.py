@@ -22,17 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from segformer.data.formats.base import (
-    NO_LABELS,
-    Found,
-    Labeled,
-    Outline,
-    defect,
-    inside,
-    key_of,
-    need,
-    read_entries,
-)
+from segformer.data.formats.base import Found, Labeled, Outline, inside, key_of, need, read_entries
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, DatasetConfig
 from segformer.data.sources.folder import files_below
 from segformer.data.sources.masks import Defect
@@ -72,7 +62,8 @@ class Content(Generic[_T]):
     groups: set[str] = field(default_factory=set)
     """Supercategories of others."""
     annotations: dict[Id, list[_T]] = field(default_factory=dict)
-    defects: list[Defect] = field(default_factory=list)
+    again: dict[str, list[str]] = field(default_factory=dict)
+    """Ids that come more than once, of images, categories and annotations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +127,9 @@ def located(found: Found, path: Path, content: Content[Any]) -> dict[Id, Labeled
 
     Labels of a missing image are a defect; images without labels and other files are counted.
     """
-    found.defects += content.defects
+    for key, numbers in content.again.items():
+        text = f"ids of {key} come more than once in {str(path)!r}"
+        found.note(text, "give each an id of its own", numbers)
     found.categories = [*dict.fromkeys(content.categories.values())]
     shown = _images_place(found, [name for name, _ in content.images.values()])
     folder = str(found.root / shown)
@@ -156,7 +149,7 @@ def located(found: Found, path: Path, content: Content[Any]) -> dict[Id, Labeled
     others = there - names - {os.path.relpath(path, folder)}
     images = {name for name in others if name.lower().endswith(IMAGE_SUFFIXES)}
     found.skip_files(shown, others - images)
-    found.skip(shown, NO_LABELS, *images)
+    found.unlabeled(shown, images)
     strangers = content.annotations.keys() - content.images.keys()
     text = f"image ids of annotations are not in the images of {str(path)!r}"
     found.note(text, "export it again, with its images", map(str, strangers))
@@ -190,7 +183,6 @@ def contents(path: Path, annotation: Callable[[Any, str], _T]) -> Content[_T]:
 def _contents(path: Path, annotation: Callable[[Any, str], _T], *_: int) -> Content[_T]:
     content: Content[_T] = Content()
     seen: dict[str, set[Id]] = {"images": set(), "categories": set(), "annotations": set()}
-    again: dict[str, list[str]] = {key: [] for key in seen}
     for key, entry in read_entries(path):
         if key not in seen:
             continue
@@ -201,7 +193,7 @@ def _contents(path: Path, annotation: Callable[[Any, str], _T], *_: int) -> Cont
         if key != "annotations" or "id" in entry:
             number = id_of(entry, "id", where)
             if number in seen[key]:
-                again[key].append(str(number))
+                content.again.setdefault(key, []).append(str(number))
             seen[key].add(number)
         if key == "images":
             content.images[number] = need(entry, "file_name", str, where), _size(entry)
@@ -213,9 +205,6 @@ def _contents(path: Path, annotation: Callable[[Any, str], _T], *_: int) -> Cont
             content.annotations.setdefault(image, []).append(annotation(entry, where))
     if not content.images:
         raise DataError(f"the labels {str(path)!r} have no images; export them again, as COCO JSON")
-    for key, numbers in again.items():
-        text = f"ids of {key} come more than once in {str(path)!r}"
-        content.defects += defect(text, "give each an id of its own", numbers)
     return content
 
 
@@ -233,13 +222,12 @@ def _size(entry: Any) -> tuple[int, int] | None:
 def _object(entry: Any, where: str) -> _Object:
     category, crowd = id_of(entry, "category_id", where), bool(entry.get("iscrowd"))
     shape = entry.get("segmentation")
-    if isinstance(shape, dict):
-        with reraise_as(DataError, where, "export it again", on=ValueError):
-            size, runs = _runs(shape)
-        return _Object(category, crowd, (runs,), size)
-    if shape and not isinstance(shape, list):
-        raise DataError(f"{where}: its segmentation is {type(shape).__name__}; it must be polygons or runs")
     with reraise_as(DataError, where, "export it again", on=ValueError):
+        if isinstance(shape, dict):
+            size, runs = _runs(shape)
+            return _Object(category, crowd, (runs,), size)
+        if shape and not isinstance(shape, list):
+            raise ValueError(f"its segmentation is {type(shape).__name__}, not polygons or runs")
         return _Object(category, crowd, tuple((ring(part),) for part in shape or ()), None)
 
 

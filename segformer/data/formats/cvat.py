@@ -12,13 +12,13 @@ Shapes are drawn by z_order, then in the order of the file. A split is a file of
 its subset in one file, or all of that. XML is read in a stream; a document type, which could define entities,
 is refused."""
 
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
 
-from segformer.data.formats.base import MAX_LIST_BYTES, Found, Outline, reading
+from segformer.data.formats.base import MAX_LIST_BYTES, Found, Outline, head, reading
 from segformer.data.formats.outlines import Pictures, box, ellipse, numbers, picture_size, rings, run_lengths
 from segformer.data.sources.dataset import MAX_PIXELS
 from segformer.errors import DataError, listed, printable
@@ -34,9 +34,7 @@ _DEEPEST = 64
 
 def detect(found: Found) -> bool:
     """There is such a file, at one of its usual places."""
-    with suppress(OSError), regular(found.root / found.label_name(*_PLACES)).open("rb") as file:
-        return b"<annotations" in file.read(4096)
-    return False
+    return b"<annotations" in head(found.root / found.label_name(*_PLACES))
 
 
 def read(found: Found) -> None:

@@ -27,14 +27,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from segformer.data.formats.base import Found, Labeled, Outline, need, read_entries
+from segformer.data.formats.base import Found, Labeled, Outline, head, need, read_entries
 from segformer.data.formats.outlines import Pictures, box, ellipse, numbers, picture_size, rings, run_lengths
 from segformer.data.sources.dataset import MAX_PIXELS
 
 AREAS = ("polygon", "rectangle", "ellipse", "brush")
 _UPLOADED = re.compile(r"^[0-9a-f]{8}-")
 _PLACE = "{split}.json"
-_HEAD = 2**16  # bytes in which an export says what it is
 
 
 def detect(found: Found) -> bool:
@@ -46,9 +45,8 @@ def detect(found: Found) -> bool:
 def _exports(root: Path) -> list[str]:
     found = []
     for path in sorted(root.glob("*.json")):
-        with path.open("rb") as file:
-            head = file.read(_HEAD)
-        if head.lstrip()[:1] == b"[" and b'"annotations"' in head and b'"result"' in head:
+        start = head(path)
+        if start[:1] == b"[" and b'"annotations"' in start and b'"result"' in start:
             found.append(path.name)
     return found
 

@@ -18,32 +18,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segformer.data.formats.base import NO_LABELS, Found, Labeled, Outline, inside, key_of, need, read_labels
-from segformer.data.formats.outlines import (
-    box,
-    ellipse,
-    from_base64,
-    numbers,
-    picture_size,
-    png_mask,
-    rings,
-    run_lengths,
-)
+from segformer.data.formats.base import Found, Labeled, Outline, head, inside, key_of, need, read_labels
+from segformer.data.formats.outlines import box, ellipse, numbers, picture_size, png_mask, rings, run_lengths
 from segformer.data.sources.folder import files_below, is_hidden
-from segformer.files import regular
 
 NO_AREAS = ("point", "points", "line", "linestrip")
 _RING = (None, "", "polygon", "oriented_rectangle", "rotation")
-_HEAD = 2**14  # bytes in which a file says what it is
 
 
 def detect(found: Found) -> bool:
     """The first JSON file in or below a folder of labels has shapes."""
     for folder, _, names in os.walk(found.folder()):
         for name in sorted(name for name in names if name.endswith(".json") and not is_hidden(name))[:1]:
-            with regular(Path(folder, name)).open("rb") as file:
-                head = file.read(_HEAD)
-            return head.lstrip()[:1] == b"{" and b'"shapes"' in head
+            start = head(Path(folder, name))
+            return start[:1] == b"{" and b'"shapes"' in start
     return False
 
 
@@ -67,7 +55,7 @@ def read(found: Found) -> None:
             key = key_of(image.removeprefix(f"{folder}/"))
             found.labeled.append(Labeled(key, f"{root}/{image}", shapes, size=size))
     there = {name for name in names if name.lower().endswith(found.cfg.ends("image"))}
-    found.skip(folder, NO_LABELS, *there - images)
+    found.unlabeled(folder, there - images)
 
 
 def _image(root: Path, path: str, content: Any) -> str:
@@ -97,7 +85,7 @@ def _shapes(
             yield label, ellipse(x, y, radius, radius)
         elif kind == "mask":
             x, y, right, lower = map(int, numbers(points, (4,)))
-            mask = png_mask(from_base64(need(shape, "mask", str, path)))
+            mask = png_mask(need(shape, "mask", str, path))
             if mask.shape != (lower - y + 1, right - x + 1):
                 raise ValueError(f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels does not fit its box")
             yield label, run_lengths(mask, x, y, size)

@@ -4,7 +4,6 @@ A box or an ellipse becomes a ring; a bitmap, which a tool stores as a PNG of th
 run lengths of the whole picture. What a payload unpacks to is bounded before it is unpacked."""
 
 import base64
-import binascii
 import math
 import os
 import unicodedata
@@ -15,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from segformer.data.formats.base import NO_LABELS, Found, Labeled, key_of
+from segformer.data.formats.base import Found, Labeled, key_of
 from segformer.data.sources.dataset import MAX_FILE_BYTES, MAX_TILED_PIXELS
 from segformer.data.sources.decode import PNG_MAGIC, check_parts
 from segformer.data.sources.folder import files_below, is_hidden
@@ -86,28 +85,20 @@ def run_lengths(mask: np.ndarray, x: int, y: int, size: tuple[int, int]) -> np.n
     return np.diff(ends + left * height, prepend=0, append=height * width).astype(np.uint32)
 
 
-def from_base64(text: str) -> bytes:
-    """The bytes of base64, with or without line breaks."""
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError("a bitmap is not base64") from error
+def png_mask(text: str, *, packed: bool = False) -> np.ndarray:
+    """A PNG in base64, with or without line breaks, as bool (h, w): where alpha, or one channel, is not 0.
 
-
-def inflated(data: bytes) -> bytes:
-    """What zlib packed, where that is at most MAX_FILE_BYTES."""
-    unpacked = zlib.decompressobj()
+    packed: zlib packed it; what that unpacks to is at most MAX_FILE_BYTES.
+    """
     try:
-        found = unpacked.decompress(data, MAX_FILE_BYTES)
-    except zlib.error as error:
-        raise ValueError("a bitmap is damaged (zlib)") from error
-    if not unpacked.eof:
+        data = base64.b64decode("".join(text.split()), validate=True)
+        if packed:
+            unpacked = zlib.decompressobj()
+            data = unpacked.decompress(data, MAX_FILE_BYTES)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"a bitmap is damaged: {error}") from error
+    if packed and not unpacked.eof:
         raise ValueError(f"a bitmap is truncated, or unpacks to more than {MAX_FILE_BYTES} bytes")
-    return found
-
-
-def png_mask(data: bytes) -> np.ndarray:
-    """A PNG as bool (h, w): where its alpha, or its one channel, is not zero."""
     if data[:8] != PNG_MAGIC:
         raise ValueError("a bitmap is not a PNG")
     check_parts(data)
@@ -168,7 +159,7 @@ class Pictures:
     def count_unused(self) -> None:
         """Count the images that were not asked for."""
         names = {name for same in self._by_name.values() for name in same}
-        self._found.skip(self._shown, NO_LABELS, *names - self._used)
+        self._found.unlabeled(self._shown, names - self._used)
 
 
 def _composed(name: str) -> str:

@@ -19,17 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from segformer.data.formats.base import NO_LABELS, Found, Labeled, Outline, key_of, need, read_labels
-from segformer.data.formats.outlines import (
-    box,
-    from_base64,
-    inflated,
-    numbers,
-    picture_size,
-    png_mask,
-    rings,
-    run_lengths,
-)
+from segformer.data.formats.base import Found, Labeled, Outline, key_of, need, read_labels
+from segformer.data.formats.outlines import box, numbers, picture_size, png_mask, rings, run_lengths
 from segformer.data.sources.folder import files_below, is_hidden
 
 NO_AREAS = ("point", "line", "graph", "cuboid", "cuboid_2d")
@@ -64,7 +55,7 @@ def read(found: Found) -> None:
             shapes = tuple(_shapes(found, folder, content, path, image[1:], size))
             key = key_of(f"{before}/{file}"[1:])
             found.labeled.append(Labeled(key, f"{place}{image}", shapes, size=size))
-    found.skip(folder, NO_LABELS, *(name[1:] for name in images))
+    found.unlabeled(folder, (name[1:] for name in images))
 
 
 def _shapes(
@@ -79,7 +70,7 @@ def _shapes(
             found.skip(folder, kind, image)
         elif kind == "bitmap":
             bitmap = need(one, "bitmap", dict, path)
-            mask = png_mask(inflated(from_base64(need(bitmap, "data", str, path))))
+            mask = png_mask(need(bitmap, "data", str, path), packed=True)
             x, y = map(int, numbers(bitmap.get("origin"), (2,)))
             yield label, run_lengths(mask, x, y, size)
         elif kind in ("polygon", "rectangle"):
