@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeAlias
 
 import cv2
 import numpy as np
@@ -223,7 +224,10 @@ class FileBytes:
         return os.pread(self._file, max(stop - start, 0), start)
 
 
-def png_chunks(data: bytes | FileBytes) -> Iterator[tuple[bytes, bytes]]:
+Data: TypeAlias = bytes | FileBytes
+
+
+def png_chunks(data: Data) -> Iterator[tuple[bytes, bytes]]:
     """(kind, content) of the chunks of a PNG, long ones in pieces.
 
     ValueError after one that is cut or differs from its CRC, and for more than MAX_PARTS short ones.

@@ -42,12 +42,8 @@ def image_size(path: Path) -> tuple[int, int]:
             return size_of(read_file(path))
 
 
-Finish = Callable[[np.ndarray | bytes, int], np.ndarray]
-"(rows as pixels of a TIFF or as a PNG, the first row) -> what `Rows` give."
-
-
-def _by_rows(path: Path, finish: Finish, *, mask: bool = False) -> Rows | None:
-    """The rows of a TIFF or PNG; None for other files."""
+def _by_rows(path: Path, finish: Callable[..., np.ndarray], *, mask: bool = False) -> Rows | None:
+    """The rows of a TIFF or PNG, `finish`ed from pixels or a PNG of them; None for other files."""
     data = FileBytes(path)
     read: Callable[[int, int], np.ndarray | bytes]
     with unless_whole(path):
@@ -63,17 +59,14 @@ def _by_rows(path: Path, finish: Finish, *, mask: bool = False) -> Rows | None:
         with larger():
             with unless_whole(path):
                 found = read(top, bottom)
-            return finish(found, top)
+            return finish(found, top=top)
 
     return rows
 
 
 def image_rows(cfg: DatasetConfig, path: Path) -> Rows:
     """The rows of an image, (rows, W, C) as its tiles are stored."""
-
-    def finish(found: np.ndarray | bytes, top: int = 0) -> np.ndarray:
-        return whole_image(path, found, cfg.image_range, cfg.pixels, top=top)
-
+    finish = partial(whole_image, path, image_range=cfg.image_range, pixels=cfg.pixels)
     with larger():
         if (rows := _by_rows(path, finish)) is not None:
             return rows
@@ -98,7 +91,7 @@ def label_rows(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> Row
             moved = tuple(replace(shape, rings=tuple(ring - up for ring in shape.rings)) for shape in here)
             return sample_ids(cfg, replace(sample, shapes=moved), (bottom - top, width))
 
-        return draw
+        return lru_cache(maxsize=1)(draw)
     with larger():
         rows = None
         if sample.mask is not None and sample.segments is None:

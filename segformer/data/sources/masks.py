@@ -52,16 +52,16 @@ class Defect(DataError):  # noqa: N818  the doctor counts it, sharding raises it
         return self.text
 
 
-def mask_ids(
-    cfg: DatasetConfig, path: Path, data: bytes | np.ndarray | None = None, top: int = 0
-) -> np.ndarray:
+def mask_ids(cfg: DatasetConfig, path: Path, data: bytes | np.ndarray = b"", top: int = 0) -> np.ndarray:
     """Raw ids of a mask before the label map, uint16 (H, W); DataError for what is no mask of ids.
 
     data, top: rows of the mask from `top` on in the place of the file, as a PNG or as the pixels of a TIFF.
     """
-    data = read_file(path) if data is None else data
-    if isinstance(data, np.ndarray) or is_tiff(data):
-        return _tiff_ids(cfg, path, data if isinstance(data, np.ndarray) else whole_tiff(path, data), top)
+    data = data if len(data) else read_file(path)
+    if isinstance(data, np.ndarray):
+        return _tiff_ids(cfg, path, data, top)
+    if is_tiff(data):
+        return _tiff_ids(cfg, path, whole_tiff(path, data), top)
     if data and data[:8] != PNG_MAGIC:
         raise DataError(f"mask {str(path)!r} is no PNG or TIFF; ids do not survive other formats")
     if cfg.mask_colours and data[24:25] == b"\x10":

@@ -26,6 +26,7 @@ from segformer.data.sources.dataset import (
 )
 from segformer.data.sources.decode import (
     PNG_MAGIC,
+    Data,
     FileBytes,
     check_parts,
     decode_deep,
@@ -226,7 +227,7 @@ def with_dtype(cfg: DatasetConfig, first: Path) -> DatasetConfig:
     return replace(cfg, dtype=found) if found in DTYPES[1:] else cfg
 
 
-def image_orientation(data: bytes | FileBytes) -> int:
+def image_orientation(data: Data) -> int:
     """EXIF orientation of a whole image, 1 to 8, without decoding; 1 (upright) where it says nothing."""
     from PIL import Image  # heavy, and training needs none
 

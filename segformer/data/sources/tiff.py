@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from segformer.data.sources.dataset import MAX_CHANNELS
-from segformer.data.sources.decode import FileBytes, most_pixels, too_many
+from segformer.data.sources.decode import Data, most_pixels, too_many
 from segformer.errors import ConfigError, reraise_as
 
 MAX_DIRECTORIES = 256
@@ -68,7 +68,7 @@ class TiffHeader:
     """The tags that say how these are decoded."""
 
 
-def is_tiff(data: bytes | FileBytes) -> bool:
+def is_tiff(data: Data) -> bool:
     """The file begins as a TIFF."""
     return data[:4] in _MAGIC
 
@@ -84,7 +84,7 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def tiff_header(data: bytes | FileBytes) -> TiffHeader:
+def tiff_header(data: Data) -> TiffHeader:
     """The header of the image in a TIFF; ValueError for what is not read."""
     order, big = _MAGIC[data[:4]]
     try:
@@ -105,13 +105,11 @@ def tiff_header(data: bytes | FileBytes) -> TiffHeader:
     return _checked(found[0], len(data))
 
 
-def _unpack(form: str, data: bytes | FileBytes, at: int) -> tuple[int, ...]:
+def _unpack(form: str, data: Data, at: int) -> tuple[int, ...]:
     return struct.unpack(form, data[at : at + struct.calcsize(form)])
 
 
-def _directory(
-    data: bytes | FileBytes, at: int, order: str, big: bool
-) -> tuple[dict[int, tuple[int, ...]], int]:
+def _directory(data: Data, at: int, order: str, big: bool) -> tuple[dict[int, tuple[int, ...]], int]:
     """(the known tags with their values, place of the next directory)."""
     count, entry, place = (order + letters for letters in (("Q", "HHQ", "Q") if big else ("H", "HHI", "I")))
     (number,) = _unpack(count, data, at)
@@ -208,7 +206,7 @@ def _decoder(header: TiffHeader, order: str) -> Callable[[bytes, int], tuple[Any
     return decode
 
 
-def tiff_rows(data: bytes | FileBytes, *, indexed: bool = False) -> Callable[[int, int], np.ndarray]:
+def tiff_rows(data: Data, *, indexed: bool = False) -> Callable[[int, int], np.ndarray]:
     """(top, bottom) -> these rows of the image of a TIFF as they are stored, (rows, W, C).
 
     In memory are the rows that are asked for, and of the strips or tiles as many as lie side by side.
