@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,8 +54,11 @@ class Wandb:
         self._wandb, self._log = wandb, log
         id_file = run_dir / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
-        options |= {"dir": str(run_dir), "id": id_file.read_text().strip(), "resume": "allow"}
+            id_file.write_text(f"{uuid.uuid4().hex[:8]} {time.time():.3f}")
+        identifier, *begun = id_file.read_text().split()
+        self._begun = float(begun[0]) if begun else 0.0  # older versions wrote the id alone
+        self._row = -1
+        options |= {"dir": str(run_dir), "id": identifier, "resume": "allow"}
         settings = wandb.Settings(
             init_timeout=timeout_s,
             finish_timeout=timeout_s,
@@ -78,7 +82,8 @@ class Wandb:
             )
             wandb.teardown()  # the failed run holds its id: "run ID is in use", wandb issue 9865
             self._run = wandb.init(mode="offline", settings=settings, **options)
-        # wandb's own step only grows; a run that continues from a checkpoint goes back to it.
+        # wandb's own step must only grow, and would begin at 0 again in a run that goes on offline; ours goes
+        # back to that of the checkpoint.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -87,12 +92,17 @@ class Wandb:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log numbers by name."""
-        self._run.log({"step": step, **values})
+        self._log_row({"step": step, **values})
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Log pictures by name, uint8 (H, W, 3)."""
         images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
-        self._run.log({"step": step, **images})
+        self._log_row({"step": step, **images})
+
+    def _log_row(self, row: dict[str, Any]) -> None:
+        """A row of the history; wandb's own step are the milliseconds since the run has begun, or more."""
+        self._row = max(self._row + 1, int(1000 * (time.time() - self._begun)))
+        self._run.log(row, step=self._row)
 
     def close(self) -> None:
         """End the run, and log where its files are when the server doesn't take them."""

@@ -65,6 +65,9 @@ for _ in range(2 if mode == "offline" else 1):
 """
 
 
+PLACE = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """As much of wandb's server as its client needs; hangs where `server.hangs` is set."""
 
@@ -80,7 +83,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.bodies.append(body)
         answer = {"data": None}
-        if self.path == "/graphql" and (asked := json.loads(body))["operationName"] == "CreateRunFiles":
+        asked = json.loads(body) if self.path == "/graphql" else {}
+        if (name := asked.get("operationName")) == "RunResumeStatus" and self.server.history():
+            answer = {"data": {"model": {**PLACE, "bucket": self.server.resumed()}}}
+        elif name == "UpsertBucket":
+            bucket = {"id": "b", "name": asked["variables"]["name"], "project": PLACE}
+            bucket |= {"historyLineCount": len(self.server.history())}
+            answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        elif name == "CreateRunFiles":
             names = asked["variables"]["files"]
             files = [{"name": name, "uploadUrl": f"{self.server.url}/upload/{name}"} for name in names]
             answer = {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
@@ -112,6 +122,22 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def history(self):
+        """The lines of the run's history, by the place that each was sent to."""
+        lines = {}
+        for body in self.bodies:
+            sent = json.loads(body)["files"] if body.startswith(b'{"files"') else {}
+            if part := sent.get("wandb-history.jsonl"):
+                lines |= dict(enumerate(part["content"], part["offset"]))
+        return [lines[place] for place in sorted(lines)]
+
+    def resumed(self):
+        """What is said of a run that goes on."""
+        lines = self.history()
+        told = {"id": "b", "name": "r", "summaryMetrics": "{}", "displayName": "run", "config": "{}"}
+        told |= {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "tags": [], "wandbConfig": "{}"}
+        return told | {"historyLineCount": len(lines), "historyTail": json.dumps([lines[-1]])}
 
     def handle_error(self, *_):
         """A client that gave up is no error of the server."""
@@ -189,10 +215,27 @@ def test_a_server_gets_values_pictures_and_the_step_they_belong_to(ran):
 
 @pytest.mark.slow
 def test_offline_keeps_one_run_id_over_restarts(ran):
-    identifier = (ran["offline"].run_dir / "wandb_id.txt").read_text()
+    identifier = (ran["offline"].run_dir / "wandb_id.txt").read_text().split()[0]
     # The folders' names end otherwise when both runs began within one second.
     recorded = list(ran["offline"].run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     assert [path.name for path in recorded] == [f"run-{identifier}.wandb"] * 2
+
+
+@pytest.mark.slow
+def test_the_documented_command_sends_all_parts_of_an_offline_run_and_overwrites_nothing(ran, tmp_path):
+    """Both parts logged the steps 1 to 40, as after a restart from the beginning."""
+    server, case = Server(), ran["offline"]
+    parts = sorted(map(str, case.run_dir.glob("wandb/offline-run-*")))
+    wandb = [sys.executable, "-m", "wandb", "sync", *parts]
+    env = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": CANARY, "HOME": str(tmp_path)}
+    done = subprocess.run(wandb, env=env, capture_output=True, text=True, timeout=60)
+    server.stop()
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in server.history()]
+    own = [row["_step"] for row in rows]
+    assert own == sorted(set(own)), "wandb's own step grows over the restart"
+    trained = [row["step"] for row in rows if "train/loss" in row]
+    assert trained == [*range(1, 41), *range(1, 41)]
 
 
 @pytest.mark.slow

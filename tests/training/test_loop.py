@@ -73,7 +73,7 @@ def test_a_run_leaves_metrics_checkpoints_export_and_report(finished, metrics):
 def test_wandb_offline_keeps_one_run_id_and_no_secret_reaches_any_file(finished):
     run_dir, _, _ = finished
     assert len(list(run_dir.glob("wandb/offline-run-*/run-*.wandb"))) == 1
-    identifier = (run_dir / "wandb_id.txt").read_text()
+    identifier = (run_dir / "wandb_id.txt").read_text().split()[0]
     assert list(run_dir.glob(f"wandb/offline-run-*-{identifier}"))
     files = [path for path in run_dir.rglob("*") if path.is_file()]
     recorded = next(iter(run_dir.glob("wandb/offline-run-*/run-*.wandb"))).read_bytes()
