@@ -17,7 +17,7 @@ from segformer.data.sources.decode import decode_image
 from segformer.doctor.doctor import DoctorConfig, look
 from segformer.doctor.scan import scan_folder
 from segformer.errors import ConfigError, DataError
-from segformer.inference.predict import read_image
+from segformer.inference.photograph import read_image
 from segformer.training.config import RunConfig, compose
 from segformer.training.run import _check
 
