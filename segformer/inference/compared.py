@@ -134,6 +134,8 @@ def common_images(entries: list[Entry]) -> tuple[str, Split | None]:
     first = entries[0]
     if any(entry.config.data.task != "segmentation" for entry in entries):
         return "a classifier draws no masks", None
+    if any(entry.config.mixture.sets for entry in entries):
+        return "the sets of a mixture have labels of their own; launch/evaluate.py scores each of them", None
     for entry in entries:
         if not entry.state.step:
             return f"{entry.folder} has no checkpoint yet", None

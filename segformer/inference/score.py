@@ -235,15 +235,25 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         say(f"scores: {folder / name}.json, .csv and .md", file=sys.stderr)
 
 
-def _set_of(cfg: EvaluateConfig, trained: Weights, key: str) -> dict[str, Any]:
-    """The set of the model's mixture that `cfg.shards` names; {} for none."""
+def _sets_of(cfg: EvaluateConfig, trained: Weights, key: str) -> dict[str, Any]:
+    """The sets of the model's mixture by name; ConfigError where neither one of them nor shards are named."""
     said, wrong = trained.provenance.get("sets", {}), (AttributeError, TypeError, KeyError)
     with reraise_as(CheckpointError, f"{cfg.checkpoint}: what it says of its data sets is damaged", on=wrong):
         sets = {str(name): {"shards": one["shards"], "classes": one["classes"]} for name, one in said.items()}
-    if sets and not cfg.shards:
-        ways = " or ".join(f"{key}={name}" for name in sets)
-        raise ConfigError(f"{cfg.checkpoint} was trained on several data sets; give {ways}")
-    return sets.get(cfg.shards, {})
+    if (
+        sets
+        and cfg.shards not in sets
+        and not (cfg.shards and (Path(cfg.shards).exists() or "://" in cfg.shards))
+    ):
+        wrong_name = f", and {key}={cfg.shards} is none of them" if cfg.shards else ""
+        raise ConfigError(
+            f"{cfg.checkpoint} was trained on several data sets{wrong_name}; give {_own(sets, key)}"
+        )
+    return sets
+
+
+def _own(sets: dict[str, Any], key: str) -> str:
+    return " or ".join(f"{key}={name}" for name in sets) or "shards of its own"
 
 
 def open_scored(
@@ -252,7 +262,8 @@ def open_scored(
     """The model, its shards, checked for `splits` (None: cfg.split; empty: all), and what their labels are in
     its classes where these are others. key: names the shards."""
     trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
-    one = _set_of(cfg, trained, key)
+    sets = _sets_of(cfg, trained, key)
+    one = sets.get(cfg.shards, {})
     place = one.get("shards") or cfg.shards or trained.provenance.get("shards")
     kind, predicted = trained.arch.kind, trained.metadata.classes
     if not place:
@@ -271,7 +282,7 @@ def open_scored(
     elif list(shards.classes) != predicted:
         raise ConfigError(
             f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
-            f"{len(shards.classes)} ({listed(shards.classes, 3)}); give shards of its own"
+            f"{len(shards.classes)} ({listed(shards.classes, 3)}); give {_own(sets, key)}"
         )
     if shards.pixels != images_of(trained):
         raise ConfigError(

@@ -206,19 +206,23 @@ def open_shards(cfg: RunConfig, *, verify: bool = True) -> ShardSet | Mixture:
     else:
         shards = _open_set(cfg, verify)
     if cfg.model.num_classes not in (None, len(shards.classes)):
-        where = cfg.data.shards or "the mixture"
         raise ConfigError(
-            f"model.num_classes={cfg.model.num_classes}, but {where} has {len(shards.classes)} classes; "
-            "leave model.num_classes null"
+            f"model.num_classes={cfg.model.num_classes}, but {_place(cfg)} has {len(shards.classes)} "
+            "classes; leave model.num_classes null"
         )
     if cfg.model.in_channels not in (None, shards.channels):
         raise ConfigError(
-            f"model.in_channels={cfg.model.in_channels}, but the images of {cfg.data.shards} have "
+            f"model.in_channels={cfg.model.in_channels}, but the images of {_place(cfg)} have "
             f"{shards.channels} channels; leave model.in_channels null"
         )
+    normalization(cfg, shards)
     for split in (cfg.train_split, cfg.eval_split):
         shards.split(split)
     return shards
+
+
+def _place(cfg: RunConfig) -> str:
+    return cfg.data.shards or "the mixture"
 
 
 def normalization(cfg: RunConfig, shards: ShardSet | Mixture) -> tuple[list[float], list[float]]:
@@ -231,7 +235,7 @@ def normalization(cfg: RunConfig, shards: ShardSet | Mixture) -> tuple[list[floa
         return shards.mean, shards.std
     if len(mean) != shards.channels:
         raise ConfigError(
-            f"{group}.mean has {len(mean)} values, but the images of {cfg.data.shards} have "
+            f"{group}.mean has {len(mean)} values, but the images of {_place(cfg)} have "
             f"{shards.channels} channels; give {shards.channels} values of {group}.mean and {group}.std, or "
             "leave them out"
         )
@@ -249,16 +253,14 @@ def _open_set(cfg: RunConfig, verify: bool) -> ShardSet:
 def check_task(cfg: RunConfig, shards: ShardSet | Mixture) -> None:
     """ConfigError where data.task is not that of the shards, or images and normalization don't fit."""
     if cfg.data.task != shards.task:
-        where = cfg.data.shards or "the mixture"
         raise ConfigError(
-            f"data.task={cfg.data.task}, but {where} was sharded for {shards.task}; give the shards of this "
-            f"data set, or data.task={shards.task}"
+            f"data.task={cfg.data.task}, but {_place(cfg)} was sharded for {shards.task}; give the shards "
+            f"of this data set, or data.task={shards.task}"
         )
     if shards.task == "classification" and shards.pixels != RGB:
         raise ConfigError(
             f"the images of {cfg.data.shards} are {shards.pixels}; a classifier is trained on {RGB} (RGB)"
         )
-    normalization(cfg, shards)
 
 
 def _check_loss(cfg: RunConfig) -> None:

@@ -6,14 +6,20 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from comparing import assert_identical, saved_state
 
 from segformer.checkpoint.reader import load_checkpoint
 from segformer.data.loading.order import MixedOrder, OrderSpec, SampleOrder
+from segformer.data.shards.format import ShardSet
+from segformer.data.shards.sharding import write_shards
+from segformer.data.shards.tiling import Tiling
 from segformer.distributed.rendezvous import free_port
+from segformer.training.config import RunConfig, compose
 
 STEPS, HALF = 16, 8
 
@@ -100,32 +106,50 @@ def test_every_launcher_gives_the_same_weights(tiny, tmp_path, root):
 
 @pytest.mark.slow
 def test_a_run_on_two_sets_sees_its_samples_in_order_on_other_ranks_and_stages(
-    small, calm, tmp_path, tiny_shards, train_many, metrics
+    small, calm, tmp_path, tiny_root, tiny_shards, train_many, metrics
 ):
-    """Stopped three times and continued each time elsewhere: each set's own epochs, and the losses of one."""
+    """Stopped three times and continued each time elsewhere: each set's own epochs, losses and scores of one.
+
+    The second set is cut into tiles, of which two ranks evaluate unequal numbers.
+    """
+    tiles = tmp_path / "tiles"
+    data = compose(RunConfig, "config", ["data=sample"]).data
+    tiling = Tiling.of([128, 128], 0, 0.0)
+    write_shards(data, tiny_root, tiles, seed=0, samples_per_shard=64, workers=1, tiling=tiling)
+    held = ShardSet.open(tiles).split("val")
+    assert len(set(np.bincount(held.tiled.owners(2)).tolist())) == 2
     options = ["data=folder", "data.shards=", "mixture.sets.one.classes.background=[paper, glass]", *calm]
-    options += [f"mixture.sets.{name}.shards={tiny_shards}" for name in ("one", "two")]
+    options += [f"mixture.sets.one.shards={tiny_shards}", f"mixture.sets.two.shards={tiles}"]
     options += ["mixture.sets.one.weight=2", "mixture.sets.two.classes.background=[glass]"]
-    options += ["global_batch=6", f"steps={STEPS}", "telemetry.ledger=true", "checkpoint.save_every=4"]
-    train_many(1, [small("whole", *options)])
-    places = ((2, 3, 4), (3, 1, 9), (1, 0, 13), (2, 2, None))  # ranks, ZeRO stage, where it stops
+    options += ["global_batch=6", f"steps={HALF}", "telemetry.ledger=true"]
+    train_many(1, [small("whole", *options, "eval_every=1")])
+    places = ((2, 3, 2), (3, 1, 5), (1, 0, 7), (2, 2, None))  # ranks, ZeRO stage, where it stops
     for ranks, stage, stop in places:
         extra = [f"engine.zero_stage={stage}"] + ([f"stop_at={stop}"] if stop else [])
         train_many(ranks, [small("moved", *options, *extra)])
     state = load_checkpoint(tmp_path / "moved" / "checkpoints").state
-    order = MixedOrder.from_dict(state.order_spec["sets"], 6 * STEPS)
+    order = MixedOrder.from_dict(state.order_spec["sets"], 6 * HALF)
     assert {name: entry["position"] for name, entry in state.order_spec["sets"].items()} == {
-        "one": 64,
-        "two": 32,
+        "one": 32,
+        "two": 16,
     }
     for run in ("whole", "moved"):
         seen = {}
         for path in (tmp_path / run / "ledger").iterdir():
             for line in map(json.loads, path.read_text().splitlines()):
                 seen.setdefault(line["step"], []).extend(line["ids"])
-        assert [sorted(seen[step]) for step in range(1, STEPS + 1)] == [
-            sorted(order.ids(6 * step, 6).tolist()) for step in range(STEPS)
+        assert [sorted(seen[step]) for step in range(1, HALF + 1)] == [
+            sorted(order.ids(6 * step, 6).tolist()) for step in range(HALF)
         ]
+        of_one = [sample for step in sorted(seen) for sample in seen[step] if sample < 16]
+        assert Counter(of_one) == dict.fromkeys(range(16), 2), "two epochs"
+    scores = [
+        {line["step"]: line["iou"] for kind in ("eval", "final") for line in metrics(tmp_path / run, kind)}
+        for run in ("whole", "moved")
+    ]
+    assert scores[1].keys() == {2, 5, 7, 8}
+    for step, found in scores[1].items():
+        assert found == pytest.approx(scores[0][step], abs=1e-3)
     losses = [torch.tensor([line["loss"] for line in metrics(tmp_path / run)]) for run in ("whole", "moved")]
     assert (losses[0] - losses[1]).abs().max() < 1e-4
     again = small("moved", *options, "mixture.sets.two.weight=2")

@@ -14,6 +14,7 @@ from browser import open_page
 from checkpoints import write_checkpoint
 
 from segformer.checkpoint.format import TrainState
+from segformer.data.loading.mixture import SetConfig
 from segformer.data.shards.format import ShardSet
 from segformer.errors import CheckpointError, ConfigError
 from segformer.evaluation.bootstrap import class_iou, interval, mean_iou, replicates
@@ -183,6 +184,14 @@ def test_runs_of_other_data_are_compared_by_their_logs(runs, tmp_path, tiny_shar
     assert "other data (the digest differs)" in capsys.readouterr().out
     assert "Validation images" not in page.read_text("utf-8")
     assert [row["miou"] for row in rows_of(tmp_path / "out")] == ["0.5", "0.5"]
+
+
+def test_runs_on_mixtures_are_compared_by_their_logs(runs):
+    entry = open_entry(runs[0])
+    entry.config.mixture.sets["a"] = SetConfig(shards="a")
+    note, split = common_images([entry])
+    assert split is None
+    assert note.startswith("the sets of a mixture have labels of their own")
 
 
 def test_paths_are_taken_as_they_are_typed(runs, tmp_path, monkeypatch, root, capsys):

@@ -122,3 +122,37 @@ def test_a_place_that_takes_no_file_never_costs_the_table(run, tmp_path, capsys,
     with pytest.raises(ConfigError, match="No space left"):
         evaluated(run, output=str(tmp_path / "there"))
     assert "mean" in capsys.readouterr().out
+
+
+def test_the_export_of_a_mixture_is_scored_on_a_set_by_its_name(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, *SIZE)
+    torch.manual_seed(0)
+    weights = build_model(ModelConfig(variant="nano"), 3).state_dict()
+    given = ["data=folder", "model.variant=nano", "data.classes=[paper,glass,nucleus]"]
+    given += [f"mixture.sets.{name}.shards={tiny_shards}" for name in ("one", "two")]
+    given += [
+        "mixture.sets.one.classes.background=[glass,paper]",
+        "mixture.sets.two.classes.background=[paper]",
+    ]
+    place = make_run(tmp_path / "run", {10: weights}, *given)
+    place = export(ExportConfig(checkpoint=str(place), output=str(tmp_path / "export")))
+    ways = r"give shards=one or shards=two$"
+    for wrong, said in {
+        "": "several data sets",
+        "three": "none of them",
+        str(tiny_shards): "the shards have 2",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{said}.*{ways}"):
+            evaluated(place, shards=wrong)
+    predictor, split = Predictor(place, device="cpu"), ShardSet.open(str(tiny_shards)).split("val")
+    for name, known in {"one": [0, 1, 2], "two": [0, 2]}.items():
+        scores = evaluated(place, shards=name)
+        confusion = np.zeros((2, 2), int)
+        for number in range(split.num_samples):
+            raw = ShardReader(split).read(number)
+            shares = predictor(decode_image(raw.image), probabilities=True).probabilities
+            label = (np.array(known)[np.asarray(shares)[known].argmax(0)] == 2).astype(int)
+            np.add.at(confusion, (decode_mask(raw.target), label), 1)
+        assert scores.confusion == confusion.tolist()

@@ -85,6 +85,16 @@ def test_what_contradicts_itself_is_refused_in_one_line(tiny_shards, wrong):
         start(tiny_shards, wrong)
 
 
+def test_a_mean_of_other_channels_is_refused_before_anything_is_worked_out(tiny_shards):
+    """`settled` opens the shards, and its lines are printed only after it."""
+    with pytest.raises(
+        ConfigError, match=r"augment\.mean has 2 values, but the images of the mixture have 3"
+    ):
+        configure(tiny_shards, "augment.mean=[1,2]", "augment.std=[1,2]")
+    with pytest.raises(ConfigError, match=r"model\.in_channels=4, but the images of the mixture have 3"):
+        configure(tiny_shards, "model.in_channels=4")
+
+
 class Colors(nn.Module):
     """Logits of three classes from the colors of every fourth pixel."""
 
