@@ -93,12 +93,13 @@ def label_rows(cfg: DatasetConfig, sample: Sample, size: tuple[int, int]) -> Row
 
         return lru_cache(maxsize=1)(draw)
     with larger():
-        rows = None
-        if sample.mask is not None and sample.segments is None:
-            rows = _by_rows(sample.mask, partial(mask_ids, cfg, sample.mask), mask=True)
-            found = image_size(sample.mask)
-        if rows is None:
+        mask, rows = sample.mask, None
+        if mask is not None and sample.segments is None:
+            rows = _by_rows(mask, partial(mask_ids, cfg, mask), mask=True)
+        if mask is None or rows is None:
             found = (ids := sample_ids(cfg, sample, size)).shape
+        else:
+            found = image_size(mask)
         if found != size:
             loaded.orientation = image_orientation(FileBytes(sample.image))
         check_size(sample, loaded, found)

@@ -134,6 +134,14 @@ def test_rows_of_masks_are_those_of_the_whole_file(tmp_path: Path) -> None:
             label_rows(cfg, Sample("x", str(tmp_path / file), str(tmp_path / file)), (97, 130))
 
 
+def test_a_mask_of_another_format_is_named_as_that_of_a_small_image_is(tmp_path: Path) -> None:
+    jpeg = cv2.imencode(".jpg", np.zeros(SIZE, np.uint8))[1].tobytes()
+    for name, data in (("m.jpg", jpeg), ("m.png", b"no")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match="is no PNG or TIFF; ids do not survive other formats"):
+            label_rows(config(Pixels()), Sample("x", "x", str(tmp_path / name)), SIZE)
+
+
 def test_a_damaged_file_is_refused_by_the_time_its_rows_are_there(tmp_path: Path) -> None:
     """Cut off anywhere, or a byte of its pixels changed; a PNG also where a chunk is longer than said."""
     png, tif = io.BytesIO(), io.BytesIO()
