@@ -7,6 +7,7 @@
     python launch/bench.py bench=trainers trainers.seeds=[0]
     python launch/bench.py bench=stages stages.variants=[b0]
     python launch/bench.py bench=agreement agreement.ranks=8
+    python launch/bench.py bench=exports exports.variants=[b0]
     python launch/bench.py bench=scaling scaling.nodes=[1,8,64]
 
 Tables are printed and written as CSV into `output`; bench/README.md says what
@@ -26,6 +27,8 @@ from segformer.errors import importing  # noqa: E402
 with importing(__name__):
     from bench.agreement import AgreementBench
     from bench.agreement import measure as measure_agreement
+    from bench.exports import ExportsBench
+    from bench.exports import measure as measure_exports
     from bench.kernels import KernelsBench
     from bench.kernels import measure as measure_kernels
     from bench.loader import LoaderBench
@@ -55,7 +58,8 @@ class BenchConfig:
     """The measurement and its settings."""
 
     bench: str = "???"
-    """loader, order, start, memory, peers, kernels, trainers, stages, agreement, scaling or slurm."""
+    """loader, order, start, memory, peers, exports, kernels, trainers, stages, agreement, scaling or
+    slurm."""
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
     trainers a folder with val, too; empty = data_prep/sample."""
@@ -73,6 +77,7 @@ class BenchConfig:
     stages: StagesBench = field(default_factory=StagesBench)
     agreement: AgreementBench = field(default_factory=AgreementBench)
     scaling: ScalingBench = field(default_factory=ScalingBench)
+    exports: ExportsBench = field(default_factory=ExportsBench)
     slurm: RequeueBench = field(default_factory=RequeueBench)
 
     def __post_init__(self) -> None:
@@ -91,6 +96,7 @@ BENCHES: dict[str, Callable[[BenchConfig, Path], object]] = {
     "stages": lambda cfg, out: measure_stages(cfg.stages, out),
     "agreement": lambda cfg, out: measure_agreement(cfg.agreement, out),
     "scaling": lambda cfg, out: measure_scaling(cfg.scaling, out),
+    "exports": lambda cfg, out: measure_exports(cfg.exports, out),
     "slurm": lambda cfg, out: measure_requeue(cfg.slurm, out),
 }
 

@@ -13,7 +13,7 @@ model (exports/).
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from segformer.data.loading.classification import ClassificationAugment
 from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
-from segformer.errors import CheckpointError, ConfigError, at_least, listed, reraise_as, say
+from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
 from segformer.evaluation.metrics import SCORES, percent
 from segformer.inference.exports.runtime import Exported, is_exported, open_file, read_exported
-from segformer.inference.exports.write import WRITERS, Wanted, write
+from segformer.inference.exports.write import FileConfig, write
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
 from segformer.models.weights.load import check_weights
@@ -50,36 +50,18 @@ _UNFIT = "get the whole file again, or take the encoder alone, where that is sou
 
 
 @dataclass(kw_only=True, slots=True)
-class ExportConfig:
+class ExportConfig(FileConfig):
     """Which run to export, and where to."""
 
     checkpoint: str = "???"
     "Directory of the run, or of one of its checkpoints."
     output: str = ""
     "Folder to write; empty means <run>/export, of the others <run>/export_<to>."
-    to: str = "hf"
-    "What for: hf (transformers and this project) or another runtime: onnx or openvino."
-    preprocess: bool = False
-    "The graph takes uint8 images (B, H, W, C) as they are decoded, and normalizes them."
-    argmax: bool = False
-    "The graph gives classes uint8 (B, H, W) at the size of the image, in place of logits."
-    int8: bool = False
-    "Quantize convolutions and linear maps, calibrated on the training split of the run's shards."
-    calibration: int = 64
-    "Images of the training split that int8 is calibrated on."
-    max_miou_loss: float = 0.5
-    "Most points of mIoU on the validation split that int8 may lose."
     step: str = "newest"
     "Checkpoint: newest, best (by its validation score) or the number of its step."
 
     def __post_init__(self) -> None:
-        if self.to not in (known := ("hf", *WRITERS)):
-            raise ConfigError(f"to={self.to} is unknown; use one of {', '.join(known)}")
-        if self.to == "hf" and (self.preprocess or self.argmax or self.int8):
-            raise ConfigError("preprocess, argmax and int8 are of to=onnx or openvino; leave them out")
-        if self.int8 and (self.preprocess or self.argmax):
-            raise ConfigError("int8 is judged by its logits; leave preprocess and argmax out")
-        at_least(self, "", calibration=1, max_miou_loss=0)
+        FileConfig.__post_init__(self)
         check_output(self.output, "an export is a folder of weights and config.json", self.checkpoint)
 
 
@@ -125,10 +107,7 @@ def export(cfg: ExportConfig) -> Path:
     weights = open_checkpoint(path, cfg.step)
     check_network(weights)
     if cfg.to != "hf":
-        if cfg.int8 and weights.arch.kind != "segmentation":
-            raise ConfigError(f"{path} is a classifier; int8 is for segmentation models")
-        wanted = Wanted(**{field.name: getattr(cfg, field.name) for field in fields(Wanted)})
-        parity = write(weights, build(weights), out, wanted)
+        parity = write(weights, build(weights), out, cfg)
         say(f"exported step {weights.provenance['step']} of {run} to {out}; {parity}")
         return out
     write_export(weights, out)

@@ -73,7 +73,7 @@ class AllMLPHead(nn.Module):
             projections=[affine(stage.proj) for stage in projections],
             fuse=self.linear_fuse.conv.weight,
             norm=self.linear_fuse.bn,
-            keep=_kept(len(maps[0]), self.linear_pred, self.dropout * self.training),
+            keep=_kept(maps[0].shape[0], self.linear_pred, self.dropout * self.training),
             prediction=affine(self.linear_pred),
         )
         return self.ops.decode(stages, head).permute(0, 3, 1, 2)
@@ -112,7 +112,7 @@ class MMSegHead(nn.Module):
             projections=(),
             fuse=torch.cat(slices[::-1], dim=1),
             norm=self.fusion_conv.bn,
-            keep=_kept(len(maps[0]), self.conv_seg, self.dropout * self.training),
+            keep=_kept(maps[0].shape[0], self.conv_seg, self.dropout * self.training),
             prediction=affine(self.conv_seg),
         )
         return self.ops.decode(stages[::-1], head).permute(0, 3, 1, 2)

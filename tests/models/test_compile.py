@@ -156,3 +156,18 @@ def test_what_is_started_to_compile_is_born_deaf_to_the_signals_of_the_job():
         handler.start_callbacks[:], handler.end_callbacks[:] = start, end
     assert masks == [before | set(SIGNALS)]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.slow
+def test_torch_export_keeps_batch_height_and_width_open() -> None:
+    """Of the reference operations, which need nothing of ours where the program runs; sides from 64."""
+    model = small("reference").eval()
+    side = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.zeros(2, 3, 96, 128),), dynamic_shapes=({0: side, 2: side, 3: side},)
+    )
+    assert not [node for node in program.graph.nodes if str(node.target).startswith("segformer")]
+    for size in ((1, 64, 64), (3, 101, 77), (5, 64, 97)):
+        images = torch.randn(size[0], 3, *size[1:])
+        with torch.no_grad():
+            assert torch.equal(program.module()(images), model(images))

@@ -30,8 +30,6 @@ CASES = ((1, 256, 256), (1, 224, 321), (2, 133, 189), (2, 96, 64), (5, 65, 98), 
 "Batch, height and width of what is compared; the tests of an export trace none of them."
 _TIMED = 3  # runs of the first case
 
-Images = list[np.ndarray]
-
 
 def run_images(weights: Weights, count: int, split: str) -> Iterator[tuple[np.ndarray, Any]]:
     """At most `count` images (H, W, C) of a split of the run's shards, evenly over it, and their labels.
@@ -47,7 +45,7 @@ def run_images(weights: Weights, count: int, split: str) -> Iterator[tuple[np.nd
         yield samples.picture(int(index))
 
 
-def _images(weights: Weights, count: int) -> tuple[Images, str]:
+def _images(weights: Weights, count: int) -> tuple[list[np.ndarray], str]:
     """Images to compare on, and where they come from."""
     with suppress(DataError, ConfigError):  # shards that are not here any more, or have no such split
         found = [image for image, _ in run_images(weights, count, "val")]
@@ -61,7 +59,7 @@ def _images(weights: Weights, count: int) -> tuple[Images, str]:
     return [x.reshape(320, 320, -1).clip(*limits).astype(dtype) for x in found], "seeded noise"
 
 
-def batches(images: Images) -> Iterator[Tensor]:
+def batches(images: list[np.ndarray]) -> Iterator[Tensor]:
     """The images, cut or repeated to the CASES, (B, C, H, W)."""
     start = 0
     for batch, height, width in CASES:

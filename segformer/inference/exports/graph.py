@@ -30,30 +30,11 @@ from segformer.models.segformer import MiTClassifier, SegFormer
 OPSET = 20  # the first with Gelu; LayerNormalization is of 17
 IR_VERSION = 10  # what runtimes of that age read
 MOST_BYTES = 2**31 - 2**20  # of a protobuf; weights beside the file are not written
-OPERATORS = frozenset(
-    [
-        "Add",
-        "ArgMax",
-        "Cast",
-        "Concat",
-        "Conv",
-        "DequantizeLinear",
-        "Div",
-        "Gelu",
-        "Gemm",
-        "LayerNormalization",
-        "MatMul",
-        "QuantizeLinear",
-        "ReduceMean",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "Shape",
-        "Softmax",
-        "Sub",
-        "Transpose",
-    ]
-)
+OPERATORS = {
+    *("Add", "ArgMax", "Cast", "Concat", "Conv", "DequantizeLinear", "Div", "Gelu", "Gemm", "MatMul"),
+    *("LayerNormalization", "QuantizeLinear", "ReduceMean", "Relu", "Reshape", "Resize", "Shape", "Softmax"),
+    *("Sub", "Transpose"),
+}
 "Those of the graphs written here, and of their quantized form."
 
 Name = str  # of a value in the graph
@@ -199,34 +180,31 @@ def to_onnx(
     if type(backbone) is not MixTransformer:
         raise ConfigError(f"the encoder of the model ({backbone.title}) is not stated in ONNX; use to=hf")
     graph, channels = Graph(), backbone.config.channels
-    kind, layout, images = TensorProto.FLOAT, ["batch", channels, "height", "width"], "images"
+    given, images = (TensorProto.FLOAT, ["batch", channels, "height", "width"]), "images"
     if normalization:
         mean, std = (torch.tensor(values)[:, None, None] for values in normalization)
-        kind, layout = TensorProto.UINT8, ["batch", "height", "width", channels]
+        given = TensorProto.UINT8, ["batch", "height", "width", channels]
         pixels = graph("Cast", graph("Transpose", images, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
         images = graph("Div", graph("Sub", pixels, mean), std)
     size = graph("Shape", images, start=2, end=4)
     maps, sizes = _encoder(graph, images, backbone)
-    result, told, dims = TensorProto.FLOAT, "logits", ["batch", model.num_classes]
+    name, result = "logits", (TensorProto.FLOAT, ["batch", model.num_classes])
     if isinstance(model, SegFormer):
-        out, dims = _head(graph, maps, sizes[0], model.decode_head), [*dims, "rows", "columns"]
-        if argmax:
-            out = graph("ArgMax", graph.resize(out, size), axis=1, keepdims=0)
-            out = graph("Cast", out, to=TensorProto.UINT8)
-            result, told, dims = TensorProto.UINT8, "classes", ["batch", "height", "width"]
+        out = _head(graph, maps, sizes[0], model.decode_head)
+        result[1].extend(["rows", "columns"])
     else:
         pooled = graph("ReduceMean", graph.tokens(maps[-1]), [1], keepdims=0)
         out = graph("Gemm", pooled, *affine(model.head), transB=1)
-    graph.nodes[-1].output[0] = told
+    if argmax:
+        out = graph("ArgMax", graph.resize(out, size), axis=1, keepdims=0)
+        graph("Cast", out, to=TensorProto.UINT8)
+        name, result = "classes", (TensorProto.UINT8, ["batch", "height", "width"])
+    graph.nodes[-1].output[0] = name
     if sum(array.nbytes for array in graph.constants.values()) > MOST_BYTES:
         raise ConfigError("the weights take more than the 2 GB of an ONNX file; use to=hf or a smaller model")
-    whole = helper.make_graph(
-        graph.nodes,
-        "segformer",
-        [helper.make_tensor_value_info("images", kind, layout)],
-        [helper.make_tensor_value_info(told, result, dims)],
-        [numpy_helper.from_array(array, name) for name, array in graph.constants.items()],
-    )
+    values = [numpy_helper.from_array(array, name) for name, array in graph.constants.items()]
+    ends = [[helper.make_tensor_value_info(*end)] for end in (("images", *given), (name, *result))]
+    whole = helper.make_graph(graph.nodes, "segformer", *ends, values)
     file = helper.make_model(
         whole,
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -7,6 +7,7 @@ Ranges are those of images of the training split; what it costs is the mIoU on t
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,34 +30,23 @@ def _labelled(weights: Weights, count: int, split: str) -> Iterator[tuple[Tensor
             yield normalize(torch.from_numpy(image).permute(2, 0, 1)[None], None), torch.tensor(mask)[None]
 
 
-class _Reader:
-    """Normalized images, one by one, as onnxruntime asks for them."""
-
-    def __init__(self, weights: Weights, count: int) -> None:
-        self.batches = ({"images": x.numpy()} for x, _ in _labelled(weights, count, "train"))
-
-    def get_next(self) -> dict[str, Any] | None:
-        """The next one; None after the last."""
-        return next(self.batches, None)
-
-
 def quantize(file: Path, weights: Weights, calibration: int) -> None:
     """Quantize an ONNX file in its place, by `calibration` images of the training split."""
     onnx, quantization = package("onnx", "int8=true"), package("onnxruntime.quantization", "int8=true")
     graph = onnx.load(file).graph
     constants = {tensor.name for tensor in graph.initializer}
+    products = [n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in constants]
     kinds = quantization.QuantType
+    batches = ({"images": images.numpy()} for images, _ in _labelled(weights, calibration, "train"))
     logging.disable(logging.WARNING)  # advice to preprocess the model
     try:
         quantization.quantize_static(
             file,
             file,
-            _Reader(weights, calibration),
+            SimpleNamespace(get_next=lambda: next(batches, None)),
             per_channel=True,
             op_types_to_quantize=["Conv", "MatMul"],
-            nodes_to_exclude=[
-                n.name for n in graph.node if n.op_type == "MatMul" and n.input[1] not in constants
-            ],
+            nodes_to_exclude=products,
             activation_type=kinds.QUInt8,
             weight_type=kinds.QInt8,
         )

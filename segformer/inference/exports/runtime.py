@@ -35,19 +35,14 @@ from segformer.models.weights.tensor_files import CONFIG_FILE, read_json
 Run = Callable[[np.ndarray], np.ndarray]
 FILES = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin")}
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
-INSTALL = {
-    "onnx": "pip install 'onnx>=1.19'",
-    "onnxruntime": "pip install 'onnx>=1.19' 'onnxruntime>=1.22'",
-    "openvino": "pip install 'openvino>=2025.1'",
-}
 _MOST_XML = 2**26
 _FOREIGN = re.compile(rb"<!DOCTYPE|<!ENTITY|version=\"(?!opset\d+\"|1\.0\"|\d+\")[^\"]*\"")
 
 
 def package(name: str, what: str) -> Any:
     """An installed package; ConfigError that says how to install it."""
-    do = INSTALL[name.partition(".")[0]]
-    with reraise_as(ConfigError, f"{what} needs {name}", do, on=ImportError):
+    needed = "'openvino>=2025.1'" if name == "openvino" else "'onnx>=1.19' 'onnxruntime>=1.22'"
+    with reraise_as(ConfigError, f"{what} needs {name}", f"pip install {needed}", on=ImportError):
         return import_module(name)
 
 
@@ -100,13 +95,12 @@ def _check_onnx(model: Any, onnx: Any) -> None:
     graph = model.graph
     if foreign := {n.domain or n.op_type for n in graph.node if n.domain or n.op_type not in OPERATORS}:
         raise ValueError(f"it has operators that no export here has: {listed(sorted(foreign))}; refused")
-    if model.functions or model.training_info or graph.sparse_initializer:
-        raise ValueError("it has functions, training or sparse weights, which no export here has; refused")
     tensors = [*graph.initializer, *(a.t for n in graph.node for a in n.attribute if a.HasField("t"))]
     if any(t.data_location == onnx.TensorProto.EXTERNAL or t.external_data for t in tensors):
         raise ValueError("its weights are in other files, which are not read; refused")
-    if (len(graph.input), len(graph.output)) != (1, 1):
-        raise ValueError(f"it has {len(graph.input)} inputs and {len(graph.output)} outputs, not one of each")
+    others = model.functions or model.training_info or graph.sparse_initializer
+    if others or (len(graph.input), len(graph.output)) != (1, 1):
+        raise ValueError("it has functions, training, sparse weights or several inputs or outputs; refused")
 
 
 def _open_openvino(folder: Path) -> Run:
