@@ -59,7 +59,7 @@ ROOMS: dict[str, str] = {
     "inference": "page",
     "inference.exports": "graph runtime gate int8 write",
     "inference.": "export convert score photograph predictor",
-    "inference.predicting": "inputs pipeline outputs tiles tiled",
+    "inference.predicting": "inputs pipeline geotiff outputs tiles tiled",
     "inference..": "predict pictures provenance report compared compare",
     "job": "",
     "api": "",
@@ -121,7 +121,8 @@ OWNERS: dict[str, set[str]] = {
     "datasets": {"data.formats.huggingface"},
     "huggingface_hub": {"data.formats.huggingface"},
     "pyarrow": {"data.formats.huggingface"},
-    "tifffile": {"data.sources.tiff", "inference.predicting.outputs"},
+    "tifffile": {"data.sources.tiff"},
+    "rasterio": {"inference.predicting.geotiff"},
     "imagecodecs": {"data.sources.tiff"},
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
@@ -133,7 +134,7 @@ OWNERS: dict[str, set[str]] = {
 # Slow to import, or not there at prediction time: imported inside the function that needs them.
 HEAVY = (
     *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml"),
-    *("datasets", "pyarrow", "huggingface_hub", "tifffile", "imagecodecs"),
+    *("datasets", "pyarrow", "huggingface_hub", "tifffile", "imagecodecs", "rasterio"),
 )
 SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/__main__.py", "segformer/**/__init__.py")
 KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks

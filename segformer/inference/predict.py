@@ -30,6 +30,7 @@ from segformer.errors import ConfigError, DataError, Incomplete, at_least, repor
 from segformer.evaluation.inference_mode import InferenceModeConfig, settings
 from segformer.inference.export import check_output
 from segformer.inference.photograph import SUFFIXES
+from segformer.inference.predicting.geotiff import NEEDED, there, writing
 from segformer.inference.predicting.inputs import check_folder, find, plan
 from segformer.inference.predicting.outputs import (
     ENDINGS,
@@ -37,7 +38,6 @@ from segformer.inference.predicting.outputs import (
     check_probabilities,
     tables,
     write,
-    writing,
 )
 from segformer.inference.predicting.pipeline import ahead, same_size
 from segformer.inference.predicting.tiled import Tiled, predict_large, predict_whole, read
@@ -157,8 +157,7 @@ class _Run:
             if found.image is not None:
                 return predict_whole(found.image, blending, advance)
             self.make(target.parent)
-            pixels, mask = predict_large(blending, target, cfg.save, cfg.alpha, advance)
-            return Done(source=str(source), size=size, pixels=pixels, mask=mask)
+            return predict_large(blending, source, target, cfg.save, cfg.alpha, advance)
 
     def make(self, folder: Path) -> None:
         """The folder of an output."""
@@ -171,7 +170,7 @@ class _Run:
         if isinstance(found, Done):
             return one[0], found
         self.make(target.parent)
-        return one[0], write(found, str(source), target, self.cfg.save, self.cfg.alpha)
+        return one[0], write(found, source, target, self.cfg.save, self.cfg.alpha)
 
     def finish(self, job: Job, done: Done) -> None:
         """Say what is in a picture whose files are written."""
@@ -209,6 +208,8 @@ def predict(cfg: PredictConfig) -> list[Path]:
             f"{cfg.checkpoint} was trained on images of at most {side} pixels a side: larger ones are "
             "reduced to that, and the masks enlarged again (long_side=0 takes them as they are)"
         )
+    if not there() and any(path.suffix.lower() in (".tif", ".tiff") for path in pictures):
+        say(f"TIFFs may be georeferenced, which their masks keep with rasterio: {NEEDED}")
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
     run, start = _Run(cfg, predictor), time.monotonic()

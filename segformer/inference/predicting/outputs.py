@@ -15,19 +15,21 @@ mask of them. A region with holes is a run-length code, which COCO has no rings 
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
 
-from segformer.errors import ConfigError, DataError, reraise_as
+from segformer.errors import DataError
 from segformer.evaluation.drawing import write_picture
 from segformer.files import staged, write_atomic
+from segformer.inference.predicting.geotiff import reference, write_strips, writing
 from segformer.inference.predictor import Prediction
 
 ENDINGS = {
@@ -41,7 +43,7 @@ ENDINGS = {
 }
 LARGE = ("mask", "overlay", "areas")
 "What there is of an image above MAX_PIXELS; its overlay is a picture of every n-th pixel."
-TIFF_TILE = 512  # pixels of a side
+TABLES = {"areas": "areas.csv", "polygons": "polygons.json"}
 MAX_PROBABILITIES = 2**30  # values of one image: 4 GiB while they are made
 
 
@@ -60,17 +62,12 @@ class Done:
     regions: list[dict[str, Any]] = field(default_factory=list)
 
 
-def writing(place: object) -> AbstractContextManager[None]:
-    """ConfigError that names the place where it can't be written."""
-    return reraise_as(ConfigError, f"{place} can't be written", "choose another folder")
-
-
 def ending(target: Path, text: str) -> Path:
     """The path of an output: a name may hold dots, so that no suffix is replaced."""
     return target.with_name(target.name + text)
 
 
-def write(found: Prediction, source: str, target: Path, save: list[str], alpha: float) -> Done:
+def write(found: Prediction, source: Path, target: Path, save: Sequence[str], alpha: float) -> Done:
     """Write the files of a prediction; `target` is their path without ending."""
     from PIL import Image
 
@@ -78,8 +75,12 @@ def write(found: Prediction, source: str, target: Path, save: list[str], alpha: 
         with writing(path := ending(target, name)):
             write_picture(path, Image.fromarray(values), **options)
 
-    if "mask" in save:
-        found.save(ending(target, ".png"))
+    place = reference(source)
+    mask, area = None, place.area if place else None
+    if "mask" in save and place:
+        write_strips([found.mask], found.mask.shape, found.palette, mask := ending(target, ".tif"), place)
+    elif "mask" in save:
+        found.save(mask := ending(target, ".png"))
     if "overlay" in save:
         picture("_overlay.jpg", found.overlay(alpha), quality=90, subsampling=0)
     if found.confidence is not None:
@@ -93,65 +94,14 @@ def write(found: Prediction, source: str, target: Path, save: list[str], alpha: 
             write_atomic(path, data.getvalue(), durable=False)
     pixels = np.bincount(found.mask.ravel(), minlength=len(found.classes))
     shapes = [*regions(found.mask)] if "polygons" in save else []
-    mask = ending(target, ".png") if "mask" in save else None
-    return Done(source=source, size=found.mask.shape, pixels=pixels, regions=shapes, mask=mask)
+    return Done(
+        source=str(source), size=found.mask.shape, pixels=pixels, regions=shapes, mask=mask, area=area
+    )
 
 
 def eight_bits(shares: np.ndarray) -> np.ndarray:
     """Shares from 0 to 1 as uint8."""
     return np.rint(shares * 255).astype(np.uint8)
-
-
-def write_strips(
-    strips: Iterator[np.ndarray], size: tuple[int, int], palette: np.ndarray, path: Path | None
-) -> np.ndarray:
-    """Write a mask that comes in strips of rows as a TIFF, if there is a path; the pixels of each class."""
-    pixels = np.zeros(256, np.int64)
-
-    def tiles() -> Iterator[np.ndarray]:
-        held = np.zeros((0, size[1]), np.uint8)
-        for strip in strips:
-            pixels[:] += np.bincount(strip.ravel(), minlength=256)
-            held = np.concatenate([held, strip])
-            while len(held) >= TIFF_TILE:
-                yield from _cut(held[:TIFF_TILE])
-                held = held[TIFF_TILE:]
-        if len(held):
-            yield from _cut(held)
-
-    if path is None:
-        for _ in tiles():
-            pass
-    else:
-        _write_tiff(path, tiles(), size, palette)
-    return pixels[: len(palette)]
-
-
-def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for left in range(0, rows.shape[1], TIFF_TILE):
-        part = rows[:, left : left + TIFF_TILE]
-        yield np.pad(part, ((0, TIFF_TILE - part.shape[0]), (0, TIFF_TILE - part.shape[1])))
-
-
-def _write_tiff(path: Path, tiles: Any, size: tuple[int, int], palette: np.ndarray) -> None:
-    what, do = "masks as TIFF need tifffile", "pip install 'tifffile>=2025.5' 'imagecodecs>=2025.3'"
-    with reraise_as(ConfigError, what, do, on=ImportError):
-        import tifffile
-    colors = np.zeros((3, 256), np.uint16)
-    colors[:, : len(palette)] = palette.T.astype(np.uint16) * 257
-    with writing(path), staged(path, durable=False) as place:
-        tifffile.imwrite(
-            place,
-            tiles,
-            shape=size,
-            dtype=np.uint8,
-            tile=(TIFF_TILE, TIFF_TILE),
-            photometric="palette",
-            colormap=colors,
-            compression="zlib",
-            metadata=None,
-            bigtiff=size[0] * size[1] > 2**31,
-        )
 
 
 def check_probabilities(classes: int, size: Sequence[int]) -> None:
@@ -199,53 +149,49 @@ def _segmentation(own: np.ndarray, top: int, left: int, size: tuple[int, ...]) -
 class Tables:
     """The files of all images, a picture at a time: nothing but the list of images is held."""
 
-    def __init__(self, stack: ExitStack, output: Path, save: list[str], classes: list[str]) -> None:
-        def opened(name: str) -> Any:
-            stack.enter_context(writing(output / name))
-            place = stack.enter_context(staged(output / name, durable=False))
-            return stack.enter_context(
-                open(place, "x", newline="", encoding="utf-8", errors="surrogateescape")
-            )
-
-        self._classes = classes
-        self._images: list[dict[str, Any]] = []
-        self._regions = 0
-        self._areas: Any = None
-        self._json: Any = None
-        if "areas" in save:
-            self._areas = csv.writer(opened("areas.csv"), lineterminator="\n")
+    def __init__(self, classes: list[str], files: dict[str, TextIO]) -> None:
+        self._classes, self._json = classes, files.get("polygons")
+        self._areas = csv.writer(files["areas"], lineterminator="\n") if "areas" in files else None
+        self._images: list[str] = []
+        self._regions = itertools.count(1)
+        if self._areas:
             self._areas.writerow(["image", "class", "pixels", "share", "area_m2"])
-        if "polygons" in save:
-            self._json = opened("polygons.json")
+        if self._json:
             named = [{"id": k, "name": name} for k, name in enumerate(classes)]
             self._json.write(f'{{"categories": {json.dumps(named)},\n"annotations": [')
 
     def add(self, done: Done) -> None:
         """The next picture."""
         height, width = done.size
-        for k in np.flatnonzero(done.pixels).tolist() if self._areas else ():
+        for k in np.flatnonzero(done.pixels).tolist():
+            if not self._areas:
+                break
             count = int(done.pixels[k])
             area = "" if done.area is None else f"{count * done.area:.10g}"
             share = f"{count / (height * width):.6g}"
             self._areas.writerow([done.source, self._classes[k], count, share, area])
-        number = len(self._images) + 1
-        for region in done.regions:
-            self._json.write(",\n" if self._regions else "\n")
-            self._regions += 1
-            self._json.write(json.dumps({"id": self._regions, "image_id": number, **region}))
         if self._json:
-            self._images.append({"id": number, "file_name": done.source, "height": height, "width": width})
+            image = {"id": len(self._images) + 1, "file_name": done.source, "height": height, "width": width}
+            self._images.append(json.dumps(image))
+            for region in done.regions:
+                number = next(self._regions)
+                entry = json.dumps({"id": number, "image_id": image["id"], **region})
+                self._json.write(f"{',' * (number > 1)}\n{entry}")
 
     def end(self) -> None:
         """All pictures are done."""
         if self._json:
-            self._json.write(f'],\n"images": {json.dumps(self._images)}}}\n')
+            self._json.write(f'],\n"images": [{", ".join(self._images)}]}}\n')
 
 
 @contextmanager
-def tables(output: Path, save: list[str], classes: list[str]) -> Iterator[Tables]:
+def tables(output: Path, save: Sequence[str], classes: list[str]) -> Iterator[Tables]:
     """The tables that `save` asks for, which are written where the block ends well."""
     with ExitStack() as stack:
-        found = Tables(stack, output, save, classes)
-        yield found
+        files: dict[str, TextIO] = {}
+        for name in (name for name in TABLES if name in save):
+            place = stack.enter_context(staged(output / TABLES[name], durable=False))
+            file = place.open("x", newline="", encoding="utf-8", errors="surrogateescape")
+            files[name] = stack.enter_context(file)
+        yield (found := Tables(classes, files))
         found.end()

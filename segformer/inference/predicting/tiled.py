@@ -4,6 +4,7 @@ Those have a mask, which is a TIFF, areas, and as overlay a picture of every n-t
 pixels a side. They are seen as they are stored, and refused where EXIF says that they are to be turned.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,18 +14,18 @@ import numpy as np
 
 from segformer.data.shards.tiling import Size
 from segformer.data.sources.dataset import MAX_PIXELS, DatasetConfig
-from segformer.data.sources.decode import larger, read_file
+from segformer.data.sources.decode import FileBytes, larger
 from segformer.data.sources.large import Rows, image_rows, image_size
 from segformer.data.sources.picture import image_orientation
 from segformer.errors import DataError, listed
 from segformer.evaluation.drawing import displayed, overlay, write_picture
 from segformer.inference.photograph import read_image
-from segformer.inference.predicting.outputs import LARGE, ending, write_strips, writing
+from segformer.inference.predicting.geotiff import reference, write_strips, writing
+from segformer.inference.predicting.outputs import LARGE, Done, ending
 from segformer.inference.predicting.tiles import Blending
 from segformer.inference.predictor import Prediction, Predictor
 
 LONGEST = 4096
-_HEADER = 2**18
 Advance = Callable[[int], None]
 
 
@@ -53,7 +54,7 @@ def read(path: Path, predictor: Predictor, tile: int, save: Sequence[str]) -> np
     if unfit := [name for name in save if name not in LARGE]:
         raise DataError(f"{what}: there is no {listed(unfit)} of it; give save=[{','.join(LARGE)}]")
     with larger():
-        turned = image_orientation(read_file(path, _HEADER))
+        turned = image_orientation(FileBytes(path))
     if turned != 1:
         do = "turn it: mogrify -auto-orient"
         raise DataError(f"{what}, and is stored turned (EXIF orientation {turned}); {do}")
@@ -71,9 +72,9 @@ def predict_whole(image: np.ndarray, blending: Blending, advance: Advance) -> Pr
 
 
 def predict_large(
-    blending: Blending, target: Path, save: Sequence[str], alpha: float, advance: Advance
-) -> tuple[np.ndarray, Path | None]:
-    """Predict and write an image above MAX_PIXELS, by rows: (pixels of each class, where the mask is)."""
+    blending: Blending, source: Path, target: Path, save: Sequence[str], alpha: float, advance: Advance
+) -> Done:
+    """Predict and write an image above MAX_PIXELS, by rows."""
     from PIL import Image
 
     height, width = blending.size
@@ -86,18 +87,26 @@ def predict_large(
         for row in range(-(-top // step) * step, min(top + len(band), height), step):
             small[row] = band[row - top, :width:step].copy()
 
+    pixels = np.zeros(len(blending.predictor.classes), np.int64)
+
     def masks() -> Iterator[np.ndarray]:
         top = 0
-        for strip in blending.strips(seen):
-            classes.append(strip["mask"][-top % step :: step, ::step].copy())
-            top += len(strip["mask"])
-            yield strip["mask"]
+        for strip in (found["mask"] for found in blending.strips(seen)):
+            pixels[:] += np.bincount(strip.ravel(), minlength=len(pixels))
+            classes.append(strip[-top % step :: step, ::step].copy())
+            top += len(strip)
+            yield strip
 
-    path = ending(target, ".tif") if "mask" in save else None
-    pixels = write_strips(masks(), blending.size, blending.predictor.palette, path)
+    palette, mask, place = blending.predictor.palette, None, reference(source)
+    if "mask" in save:
+        with writing(mask := ending(target, ".tif")):
+            write_strips(masks(), blending.size, palette, mask, place)
+    else:
+        deque(masks(), maxlen=0)
     if "overlay" in save:
         image = displayed(np.stack([small[row] for row in range(0, height, step)]))
-        drawn = overlay(image, np.concatenate(classes), blending.predictor.palette, alpha)
-        with writing(over := ending(target, "_overlay.jpg")):
-            write_picture(over, Image.fromarray(drawn), quality=90, subsampling=0)
-    return pixels, path
+        picture = Image.fromarray(overlay(image, np.concatenate(classes), palette, alpha))
+        with writing(path := ending(target, "_overlay.jpg")):
+            write_picture(path, picture, quality=90, subsampling=0)
+    area = place.area if place else None
+    return Done(source=str(source), size=blending.size, pixels=pixels, mask=mask, area=area)
