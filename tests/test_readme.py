@@ -143,6 +143,11 @@ def check_overrides(script: str, arguments: list[str]) -> None:
 def check_command(command: Command) -> None:
     """The same of a command; those of a job and of a sweep take the keys of another script, too."""
     script, arguments = command.script, command.arguments
+    if script == "launch/slurm.py" and arguments[:1] == ["sweep"]:
+        job = {field.name for field in fields(schema_of(script)[0])}
+        swept = [one for one in arguments[1:] if one.partition("=")[0] not in job]
+        check_command(command._replace(script="launch/sweep.py", arguments=swept))
+        arguments = [one for one in arguments if one not in swept]
     if script in ("launch/slurm.py", "launch/sweep.py"):
         own = {field.name for field in fields(schema_of(script)[0])} | {"cluster", "local", "tasks"}
         other = {"shard": "data_prep/shard.py", "evaluate": "launch/evaluate.py"}.get((arguments or [""])[0])
