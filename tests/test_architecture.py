@@ -60,6 +60,7 @@ ROOMS: dict[str, str] = {
     "inference.exports": "graph runtime gate int8 write",
     "inference.": "export convert score photograph predictor",
     "inference.predicting": "inputs pipeline geotiff outputs tiles tiled",
+    "inference.serving": "batching door app serve",
     "inference..": "predict pictures provenance report compared compare",
     "job": "",
     "api": "",
@@ -116,8 +117,13 @@ OWNERS: dict[str, set[str]] = {
         "inference.predicting.outputs",
         "inference.predicting.tiled",
         "inference.pictures",
+        "inference.serving.app",
         "telemetry.confusion",
     },
+    "fastapi": {"inference.serving.app", "inference.serving.serve"},
+    "starlette": {"inference.serving.app", "inference.serving.door"},
+    "uvicorn": {"inference.serving.serve"},
+    "python_multipart": {"inference.serving.serve"},
     "datasets": {"data.formats.huggingface"},
     "huggingface_hub": {"data.formats.huggingface"},
     "pyarrow": {"data.formats.huggingface"},
@@ -135,6 +141,7 @@ OWNERS: dict[str, set[str]] = {
 HEAVY = (
     *("deepspeed", "hydra", "omegaconf", "wandb", "matplotlib", "PIL", "fsspec", "aiohttp", "pynvml"),
     *("datasets", "pyarrow", "huggingface_hub", "tifffile", "imagecodecs", "rasterio"),
+    *("fastapi", "starlette", "uvicorn", "python_multipart"),
 )
 SCRIPTS = ("launch/*.py", "data_prep/*.py", "segformer/__main__.py", "segformer/**/__init__.py")
 KERNELS = "_triton"  # end of the names of modules that need Triton, which a machine without a GPU lacks

@@ -91,7 +91,14 @@ def built(tmp_path_factory):
 @pytest.mark.slow
 def test_archive_and_wheel_hold_library_commands_and_choices_and_nothing_else(built):
     archive, wheel = built
-    kept = ("segformer/**/*.py", "launch/*.py", "data_prep/*.py", "conf/*.yaml", "conf/*/*.yaml")
+    kept = (
+        "segformer/**/*.py",
+        "launch/*.py",
+        "data_prep/*.py",
+        "conf/*.yaml",
+        "conf/*/*.yaml",
+        "segformer/**/*.html",
+    )
     files = {p.relative_to(ROOT).as_posix() for kind in kept for p in ROOT.glob(kind)}
     files = {name for name in files if not name.startswith("conf/local/")}
     inside = {name if name.startswith("segformer/") else f"segformer/{name}" for name in files}

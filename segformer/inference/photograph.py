@@ -18,6 +18,7 @@ more than MAX_PIXELS or MAX_FILE_BYTES. The order of the channels can't be seen:
 must turn it.
 """
 
+import io
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from segformer.data.sources.dataset import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, RGB, Pixels
 from segformer.data.sources.decode import PNG_MAGIC, eight_bits, read_file
-from segformer.data.sources.picture import image_orientation, upright, whole_image
+from segformer.data.sources.picture import image_orientation, size_of, upright, whole_image
 from segformer.data.sources.tiff import is_tiff, tiff_header
 from segformer.errors import DataError, reraise_as
 
@@ -132,13 +133,28 @@ def read_image(path: Path, image_range: Sequence[int] = (), pixels: Pixels = RGB
     Raises:
         DataError: not one whole picture of a format that is read, or above MAX_PIXELS or MAX_FILE_BYTES.
     """
+    return from_bytes(read_file(path), path, image_range, pixels)
+
+
+def from_bytes(
+    data: bytes, path: Path, image_range: Sequence[int] = (), pixels: Pixels = RGB, most: int = MAX_PIXELS
+) -> np.ndarray:
+    """The bytes of a file, which messages name as `path`, as `read_image` has them.
+
+    most: pixels that it may have by its header, which is read before anything is decoded.
+    """
     from PIL import ImageOps
 
-    data = read_file(path)
+    with suppress(ValueError, struct.error):  # the decoder says what is wrong
+        height, width = size_of(data)
+        if height * width > most:
+            raise DataError(
+                f"{str(path)!r} has {width} x {height} pixels, the limit is {most}; make it smaller"
+            )
     if pixels != RGB or trained_on(data) or _is_deep_tiff(data):
         found = whole_image(path, data, image_range, pixels, taker="the model takes")
         return upright(found, image_orientation(data))
-    with open_still(path) as picture:
+    with open_still(path, data, most) as picture:
         return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
@@ -154,8 +170,19 @@ def _is_deep_tiff(data: bytes) -> bool:
     return False
 
 
+class _Named(io.BytesIO):
+    """The bytes of a file, which Pillow's messages name."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        super().__init__(data)
+        self._path = path
+
+    def __repr__(self) -> str:
+        return repr(str(self._path))
+
+
 @contextmanager
-def open_still(path: Path) -> Iterator["Image.Image"]:
+def open_still(path: Path, data: bytes, most: int = MAX_PIXELS) -> Iterator["Image.Image"]:
     """A picture of one of STILLS, opened; DataError for all else, and for what the block can't decode."""
     from PIL import Image
 
@@ -165,10 +192,10 @@ def open_still(path: Path) -> Iterator["Image.Image"]:
     with (
         reraise_as(DataError, what, "replace, shrink or remove it", on=unread),
         warnings.catch_warnings(action="ignore"),  # of odd entries beside the pixels
-        Image.open(path, formats=STILLS) as picture,
+        Image.open(_Named(data, path), formats=STILLS) as picture,
     ):
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {MAX_PIXELS}")
+        if picture.width * picture.height > most:
+            raise ValueError(f"{picture.width} x {picture.height} pixels, the limit is {most}")
         if getattr(picture, "is_animated", False):
             raise ValueError("it holds several pictures")
         if picture.mode not in _MODES:

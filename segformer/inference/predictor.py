@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from segformer.models.ops.argmax import upsample_argmax
 from segformer.models.ops.resize import Enlargement
 from segformer.models.weights.write import images_of
 from segformer.training.overrides import check_values, type_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,14 +80,18 @@ class Prediction:
         Raises:
             ConfigError: the name ends in something else than .png, or can't be written.
         """
-        from PIL import Image
-
         if Path(path).suffix.lower() != ".png":
             raise ConfigError(f"{path}: class ids stay what they are in PNG only; end the name in .png")
+        with reraise_as(ConfigError, f"{path} can't be written", "choose another place"):
+            write_picture(Path(path), self.indexed())
+
+    def indexed(self) -> "Image.Image":
+        """The mask as a picture whose values are class ids, and whose palette has their colors."""
+        from PIL import Image
+
         indexed = Image.fromarray(self.mask)
         indexed.putpalette(np.pad(self.palette, ((0, 256 - len(self.palette)), (0, 0))).tobytes())
-        with reraise_as(ConfigError, f"{path} can't be written", "choose another place"):
-            write_picture(Path(path), indexed)
+        return indexed
 
 
 class Predictor:

@@ -1,0 +1,1 @@
+"""A model behind an address: the page, and REST for programs."""
