@@ -31,6 +31,9 @@ class ServeConfig(InferenceModeConfig):
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     device: str = "auto"
     "cpu, cuda, cuda:1, or auto: the first GPU where there is one."
+    long_side: int | None = 1024
+    """Larger images are reduced to so many pixels of their long side for the network, and the mask has their
+    size; 0 = no limit; null = as in training, or no limit with short_side."""
     host: str = "127.0.0.1"
     "Address to listen on; others than loopback are open to whoever reaches them: there is no password."
     port: int = 8000
@@ -94,6 +97,7 @@ def serve(cfg: ServeConfig) -> None:
             "device": str(predictor.device),
             "channels": predictor.pixels.channels,
             "dtype": predictor.pixels.dtype,
+            "long_side": predictor.mode.long_side,
             "limits": {key: getattr(cfg, key) for key in ("bytes", "pixels", "timeout", "queue")},
         }
         batcher = Batcher(predictor, cfg.batch or (8 if predictor.device.type == "cuda" else 1), cfg.pixels)
