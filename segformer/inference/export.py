@@ -27,7 +27,7 @@ from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
 from segformer.evaluation.metrics import SCORES, percent
-from segformer.inference.exports.runtime import Exported, is_exported, open_file, read_exported
+from segformer.inference.exports.runtime import Exported, is_exported, read_exported
 from segformer.inference.exports.write import FileConfig, write
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.weights.bundle import Weights
@@ -186,7 +186,7 @@ def _network(weights: Weights) -> SegFormer | MiTClassifier:
 def build(weights: Weights) -> nn.Module:
     """The network with its weights, in evaluation mode on the CPU; of an exported file, in its runtime."""
     if weights.runtime:
-        return Exported(open_file(weights.runtime, Path(weights.source)))
+        return Exported(weights)
     return _network(weights).load(weights)
 
 

@@ -49,14 +49,19 @@ def package(name: str, what: str) -> Any:
 class Exported(nn.Module):
     """An exported file as a network on the CPU: images (B, C, H, W), normalized -> logits."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.run = run
+        self.source, self.classes = weights.source, weights.arch.num_classes
+        self.errors = _errors(weights.runtime)
+        self.run = open_file(weights.runtime, Path(weights.source))
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """As of the network that was exported, in float32, on the device of the images."""
-        found = self.run(images.detach().float().cpu().contiguous().numpy())
+        with reraise_as(CheckpointError, f"{self.source} can't be run", "export it again", on=self.errors):
+            found = self.run(images.detach().float().cpu().contiguous().numpy())
+            if found.shape[:2] != (len(images), self.classes):
+                raise ValueError(f"it gives {found.shape} of {tuple(images.shape)}")
         return torch.from_numpy(found).to(images.device)
 
 
@@ -70,24 +75,25 @@ def _open_onnx(folder: Path) -> Run:
     onnx, runtime = (package(name, str(file)) for name in ("onnx", "onnxruntime"))
     with reraise_as(CheckpointError, f"{file} can't be read"):
         data = read_bytes(file, most=MOST_BYTES + 2**20)
-    with reraise_as(CheckpointError, f"{file} is no ONNX file", on=onnx_errors()):
+    with reraise_as(CheckpointError, f"{file} is no ONNX file", on=_errors("onnx")):
         _check_onnx(onnx.load_model_from_string(data), onnx)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    with reraise_as(CheckpointError, f"{file} can't be opened", "export it again", on=onnx_errors()):
+    with reraise_as(CheckpointError, f"{file} can't be opened", "export it again", on=_errors("onnx")):
         session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images})[0]
 
 
-def onnx_errors() -> tuple[type[Exception], ...]:
-    """What onnx and onnxruntime raise of a file that is none, or does not fit together."""
-    decode = import_module("google.protobuf.message").DecodeError
-    checker = import_module("onnx.checker").ValidationError
-    fail = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state"))
-    own = [kind for kind in fail.values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (decode, checker, ValueError, *own)
+def _errors(to: str) -> tuple[type[Exception], ...]:
+    """What a runtime raises of a file that is none, or does not fit together."""
+    if to != "onnx":
+        return (RuntimeError, ValueError)
+    package("onnxruntime", "an ONNX file")
+    own = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state")).values()
+    found = [kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (import_module("google.protobuf.message").DecodeError, ValueError, *found)
 
 
 def _check_onnx(model: Any, onnx: Any) -> None:
@@ -114,7 +120,7 @@ def _open_openvino(folder: Path) -> Run:
         raise CheckpointError(f"{folder}/model.xml has {found[0].decode(errors='replace')[:40]}; refused")
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
     what = f"{folder}/model.xml can't be opened"
-    with reraise_as(CheckpointError, what, "export it again", on=(RuntimeError, ValueError)):
+    with reraise_as(CheckpointError, what, "export it again", on=_errors("openvino")):
         core = openvino.Core()
         model = core.read_model(text, weights)
         request = core.compile_model(model, "CPU", threads).create_infer_request()

@@ -97,6 +97,8 @@ def write(weights: Weights, network: Any, out: Path, wanted: FileConfig) -> str:
     megabytes = sum((out / name).stat().st_size for name in FILES[wanted.to]) / 1e6
     lost = " to ".join(f"{100 * scored[key]:.2f}" for key in ("miou", "miou_int8") if key in scored)
     line = f"{megabytes:.1f} MB; {runtime} {versions[runtime]}: {gate.told(parity)}"
+    if wanted.preprocess and (side := weights.metadata.long_side):
+        line += f"; give it images of at most {side} pixels a side, as in training"
     return line + (f"; mIoU of val {lost}" if lost else "")
 
 
