@@ -39,6 +39,8 @@ with importing(__name__):
     from bench.order import measure as measure_order
     from bench.peers import PeersBench
     from bench.peers import measure as measure_peers
+    from bench.predict import PredictBench
+    from bench.predict import measure as measure_predict
     from bench.requeue import RequeueBench
     from bench.requeue import measure as measure_requeue
     from bench.scaling import ScalingBench
@@ -72,6 +74,7 @@ class BenchConfig:
     start: StartBench = field(default_factory=StartBench)
     memory: MemoryBench = field(default_factory=MemoryBench)
     peers: PeersBench = field(default_factory=PeersBench)
+    predict: PredictBench = field(default_factory=PredictBench)
     kernels: KernelsBench = field(default_factory=KernelsBench)
     trainers: TrainersBench = field(default_factory=TrainersBench)
     stages: StagesBench = field(default_factory=StagesBench)
@@ -91,6 +94,7 @@ BENCHES: dict[str, Callable[[BenchConfig, Path], object]] = {
     "start": lambda cfg, out: measure_start(cfg.start, out),
     "memory": lambda cfg, out: measure_memory(cfg.memory, cfg.root, out),
     "peers": lambda cfg, out: measure_peers(cfg.peers, cfg.device, out),
+    "predict": lambda cfg, out: measure_predict(cfg.predict, out),
     "kernels": lambda cfg, out: measure_kernels(cfg.kernels, out),
     "trainers": lambda cfg, out: measure_trainers(cfg.trainers, cfg.root, out),
     "stages": lambda cfg, out: measure_stages(cfg.stages, out),

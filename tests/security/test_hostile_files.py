@@ -42,7 +42,7 @@ from segformer.data.sources.decode import decode_image, decode_mask
 from segformer.data.sources.download import unpack
 from segformer.errors import DataError, reraise_as
 from segformer.inference.convert import _mapping
-from segformer.inference.predict import read_image
+from segformer.inference.photograph import read_image
 from segformer.models.segformer import build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Weights, find_arch
