@@ -51,14 +51,17 @@ ROOMS: dict[str, str] = {
     "models.weights": "key_maps bundle class_map stem tensor_files read write load",
     "models..": "segformer macs",
     "telemetry": "jsonl meter confusion trackers machine progress logger profiling",
-    "evaluation": "metrics bootstrap inference_mode stitching drawing evaluate",
+    "evaluation": (
+        "tables metrics bootstrap boundary inference_mode stitching drawing calibration measures findings "
+        "evaluate"
+    ),
     "training": (
         "losses partial_labels optim early_stop overrides choices help config sizing task directory "
         "stopping step header run recovery loop"
     ),
     "inference": "page",
     "inference.exports": "graph runtime gate int8 write",
-    "inference.": "export convert score photograph predictor",
+    "inference.": "export convert evaluated score photograph predictor",
     "inference.predicting": "inputs pipeline geotiff outputs tiles tiled",
     "inference.serving": "batching door app serve",
     "inference..": "predict pictures provenance report compared compare",
@@ -132,7 +135,7 @@ OWNERS: dict[str, set[str]] = {
     "imagecodecs": {"data.sources.tiff"},
     "fsspec": {"data.shards.storage"},
     "aiohttp": {"data.shards.storage"},
-    "matplotlib": {"inference.pictures", "inference.compare"},
+    "matplotlib": {"evaluation.calibration", "inference.pictures", "inference.compare"},
     "triton": {module for module in ORDER if module.endswith("_triton")},
     "torch": set(ORDER),
     "numpy": set(ORDER),

@@ -43,8 +43,8 @@ from segformer.errors import ConfigError, at_least, printable, reraise_as, say
 from segformer.evaluation.drawing import beside, displayed, grid, legend, panels, resized, write_picture
 from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig
 from segformer.files import write_atomic
+from segformer.inference.evaluated import EvaluateConfig, mode_for, open_scored
 from segformer.inference.export import build
-from segformer.inference.score import EvaluateConfig, mode_for, open_scored
 from segformer.models.weights.bundle import Weights
 from segformer.telemetry.progress import evaluated
 

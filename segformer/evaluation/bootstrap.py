@@ -12,6 +12,7 @@ Shapes: N images, K classes, R replicates.
 """
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 
@@ -26,8 +27,12 @@ def image_areas(target: np.ndarray, prediction: np.ndarray, num_classes: int) ->
     IGNORE_INDEX, which is left out."""
     valid = target != IGNORE_INDEX
     pairs = target[valid].astype(np.int64) * num_classes + prediction[valid]
-    table = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return np.stack([table.diagonal(), table.sum(1), table.sum(0)])
+    return areas_of(np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes))
+
+
+def areas_of(confusion: np.ndarray) -> np.ndarray:
+    """Areas (3, K) of a confusion matrix (K, K)."""
+    return np.stack([confusion.diagonal(), confusion.sum(1), confusion.sum(0)])
 
 
 def class_iou(areas: np.ndarray) -> np.ndarray:
@@ -43,19 +48,23 @@ def mean_iou(areas: np.ndarray) -> np.ndarray:
         return np.asarray(np.nanmean(class_iou(areas), axis=-1))
 
 
-def replicates(areas: np.ndarray, seed: int = 0) -> np.ndarray:
-    """mIoU (R,) of draws of images, from areas (N, 3, K); a seed draws the same images for every model."""
+def replicates(
+    areas: np.ndarray, seed: int = 0, score: Callable[[np.ndarray], np.ndarray] = mean_iou
+) -> np.ndarray:
+    """mIoU (R,) of draws of images, from areas (N, 3, K), or another `score`, as `class_iou` (R, K); a seed
+    draws the same images for every model."""
     count, _, classes = areas.shape
     generator, flat = np.random.default_rng(seed), areas.reshape(count, -1).astype(np.float64)
     scores = []
     for first in range(0, REPLICATES, _ROWS):
         rows = min(_ROWS, REPLICATES - first)
         times = generator.multinomial(count, np.full(count, 1 / count), size=rows)  # (rows, N)
-        scores.append(mean_iou((times @ flat).reshape(rows, 3, classes)))
+        scores.append(score((times @ flat).reshape(rows, 3, classes)))
     return np.concatenate(scores)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """What the middle 95% of the values span."""
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    """What the middle 95% of the values span; NaN where none is a number."""
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -195,6 +195,17 @@ def write_picture(path: Path, picture: "Image.Image", **options: Any) -> None:
     write_atomic(path, data.getvalue(), durable=False)
 
 
+def drawn_sample(
+    batch: Batch, logits: Tensor, index: int, palette: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Image | target | prediction of one image of a batch, the classes in them); logits (B, K, h, w)."""
+    target = batch.targets[index].cpu().numpy()
+    found = upsample_argmax(logits[index : index + 1], target.shape)[0].cpu().numpy().astype(np.uint8)
+    image = batch.images[index].permute(1, 2, 0).contiguous().cpu().numpy()
+    drawn = panels(displayed(image), [target, found], palette, min(PANEL, max(target.shape)))
+    return beside(drawn), np.union1d(target, found)
+
+
 class Gallery:
     """Validation pictures: the panels of the first `count` images of an evaluation, by the image's key."""
 
@@ -205,14 +216,5 @@ class Gallery:
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Draw the images of a batch, whose logits are (B, K, h, w), while there are too few pictures."""
         wanted = min(self._count - len(self.pictures), len(batch.images))
-        if wanted <= 0:
-            return
-        height, width = batch.targets.shape[1:]
-        predictions = upsample_argmax(logits[:wanted], (height, width)).cpu().numpy().astype(np.uint8)
-        images = batch.images[:wanted].permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        targets = batch.targets[:wanted].cpu().numpy()
-        ids = batch.sample_ids[:wanted].tolist()
-        side = min(PANEL, max(height, width))
-        for sample_id, image, *masks in zip(ids, images, targets, predictions, strict=True):
-            shown = panels(displayed(image), masks, self._palette, side)
-            self.pictures[self._key(sample_id)] = beside(shown)
+        for index, sample_id in enumerate(batch.sample_ids[: max(0, wanted)].tolist()):
+            self.pictures[self._key(sample_id)], _ = drawn_sample(batch, logits, index, self._palette)

@@ -29,7 +29,13 @@ from segformer.data.shards.format import Split
 from segformer.distributed.world import World
 from segformer.errors import DataError, SegformerError, listed, reported, reraise_as
 from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConfig, of_tiles, protocol
-from segformer.evaluation.metrics import ClassificationMetric, Scores, SegmentationMetric, SegmentationScores
+from segformer.evaluation.metrics import (
+    ClassificationMetric,
+    Count,
+    Scores,
+    SegmentationMetric,
+    SegmentationScores,
+)
 from segformer.evaluation.stitching import Stitching
 from segformer.models.ops.backend import BACKENDS, Backend
 
@@ -64,6 +70,8 @@ def evaluate(
     mode: InferenceModeConfig | None = None,
     table: np.ndarray | None = None,
     ops: Backend = BACKENDS["fused"],
+    count: Count | None = None,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     warn: Callable[[str], None] = print_line,
 ) -> Scores | None:
@@ -78,14 +86,17 @@ def evaluate(
         mode: how images of segmentation go through the model; None for whole, at their own size; see mode_of.
         table: label -> class of the model, uint8 (256,); None where labels are these.
         ops: backend of the operation that counts the pixels of a segmentation.
+        count: counts these pixels instead, see SegmentationMetric.
+        change: gets every batch of this rank before the network does, on the CPU.
         on_batch: gets every batch of this rank and its logits, once they are counted.
         warn: gets a line where workers had to be started again.
     """
-    metric = SegmentationMetric(num_classes, ops) if view is None else ClassificationMetric(num_classes)
+    masks = view is None
+    metric = SegmentationMetric(num_classes, ops, count) if masks else ClassificationMetric(num_classes)
     metric, training = metric.to(world.device), model.training
     model.eval()
-    network = InferenceMode(model, mode_of(split, mode)) if view is None else model
-    parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [batch]
+    network = InferenceMode(model, mode_of(split, mode)) if masks else model
+    parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [(*batch, ids)[: 2 + masks]]
     images = torch.zeros(1, split.channels, 64, 64, dtype=getattr(torch, split.dtype), device=world.device)
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "augment": view, "table": table}
     place |= {"local_world_size": world.local_size, "batch_size": batch_size, "warn": warn}
@@ -98,7 +109,7 @@ def evaluate(
             with reported(on_error):
                 batch = next(iterator, None)
             if batch is not None:
-                images = (batch := batch.to(world.device, non_blocking=True)).images
+                images = (batch := change(batch).to(world.device, non_blocking=True)).images
             with _eagerly(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                 logits = network(normalize(images, None))
             if batch is not None:

@@ -57,8 +57,13 @@ class InferenceModeConfig:
     "Average over the image and its mirror image."
     scales: list[float] = field(default_factory=list)
     "Average over these factors of the size, 1 only where it is among them; empty = [1]."
+    protocol: str = ""
+    """Sets the keys above to those of published scores: ade20k, ade20k_ms, ade20k_mmseg, ade20k_mmseg_ms,
+    cityscapes, cityscapes_ms or cityscapes_mmseg_ms; keys that are given stay."""
 
     def __post_init__(self) -> None:
+        if self.protocol:
+            self._take(self.protocol)
         at_least(self, "", short_side=0, long_side=0, size_divisor=0)
         if 0 < self.short_side < LEAST_SIDE:
             raise ConfigError(f"short_side={self.short_side} is too small; use 0 or {LEAST_SIDE} or more")
@@ -83,6 +88,15 @@ class InferenceModeConfig:
                 f"window={self.window}: a larger one leaves pixels out"
             )
 
+    def _take(self, name: str) -> None:
+        known = {key.lower(): mode for key, mode in PROTOCOLS.items()}
+        if name.lower() not in known:
+            raise ConfigError(f"protocol={name} is not known; use one of {', '.join(known)}")
+        for key in fields(InferenceModeConfig):
+            if not getattr(self, key.name):
+                setattr(self, key.name, getattr(known[name.lower()], key.name))
+        self.protocol = ""  # from here on these are keys like any
+
     @property
     def reduced_to(self) -> int:
         """Long side that larger images are reduced to before everything else; 0 = none."""
@@ -95,11 +109,19 @@ class InferenceModeConfig:
         return down, right
 
 
+_ADE20K = InferenceModeConfig(short_side=512, long_side=2048)
+_SLIDE = InferenceModeConfig(window=[1024, 1024], stride=[768, 768])
+_SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 PROTOCOLS = {
-    "ADE20K": InferenceModeConfig(short_side=512, long_side=2048, size_divisor=32),
-    "Cityscapes": InferenceModeConfig(window=[1024, 1024], stride=[768, 768]),
+    "ADE20K": replace(_ADE20K, size_divisor=32),
+    "ADE20K_ms": replace(_ADE20K, size_divisor=32, flip=True, scales=[0.75, 0.875, 1.0, 1.125, 1.25]),
+    "ADE20K_mmseg": _ADE20K,
+    "ADE20K_mmseg_ms": replace(_ADE20K, flip=True, scales=_SCALES),
+    "Cityscapes": _SLIDE,
+    "Cityscapes_ms": replace(_SLIDE, flip=True, scales=[*_SCALES, 2.0]),
+    "Cityscapes_mmseg_ms": replace(_SLIDE, flip=True, scales=_SCALES),
 }
-"Modes of the published single-scale scores (docs/recipes.md)."
+"Modes of published scores (docs/recipes.md): the authors' repository and, where it differs, mmsegmentation."
 
 
 _Mode = TypeVar("_Mode", bound=InferenceModeConfig)

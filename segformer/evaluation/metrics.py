@@ -5,7 +5,8 @@ Segmentation:
     confusion[t, p] = pixels of class t that were predicted as p, pixels with label 255 left out
     IoU_k = confusion[k, k] / (row k + column k - confusion[k, k])      accuracy_k = confusion[k, k] / row k
     precision_k = confusion[k, k] / column k      F1_k = 2 confusion[k, k] / (row k + column k), also Dice
-    mIoU, mAcc: means over classes      aAcc: share of pixels that are right
+    mIoU, mAcc, mean F1 (mDice): means over classes      aAcc: share of pixels that are right
+    fwIoU = sum over classes of row k / all pixels * IoU_k
 
 The recall of a class is its accuracy.
 
@@ -24,12 +25,10 @@ labels that are neither a class nor 255.
 Shapes: B batch, h w logits, H W label, K classes.
 """
 
-import csv
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -37,13 +36,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from segformer.data.sources.dataset import IGNORE_INDEX
-from segformer.errors import DataError, printable
+from segformer.errors import DataError
+from segformer.evaluation.tables import Row, aligned, percent
 from segformer.models.ops.backend import BACKENDS, Backend
 
-Row = dict[str, str | float | int | None]
-"A line of a table of scores: title of the column -> name, share from 0 to 1, or count."
+Count = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""Counts pixels in place of `upsample_confusion`: logits, target and the numbers of their images (of a tile
+the whole image's) -> the confusion matrix."""
 
 _TOP = 5
+_T = TypeVar("_T")
 _MAX_ROWS = 60  # classes in a table of classification; of more, the hardest third of that
 
 
@@ -85,7 +87,7 @@ class Scores:
 
     def table(self, classes: list[str]) -> str:
         """`rows` as aligned text; percent, `-` where there is no score."""
-        return _aligned(self.rows(classes))
+        return aligned(self.rows(classes))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,6 +104,8 @@ class SegmentationScores(Scores):
     confusion: list[list[int]]
     sets: dict[str, dict[str, float]] = field(default_factory=dict)
     "Name of a data set of several -> its miou, macc and aacc; those of all together are the means of these."
+    left_out: tuple[int, ...] = ()
+    "Classes that the means over classes leave out; they are scored, and their pixels count."
 
     @classmethod
     def together(cls, sets: Mapping[str, "SegmentationScores"]) -> "SegmentationScores":
@@ -116,14 +120,15 @@ class SegmentationScores(Scores):
         return found
 
     @classmethod
-    def from_counts(cls, counts: Tensor) -> "SegmentationScores":
+    def from_counts(cls, counts: Tensor, left_out: Sequence[int] = ()) -> "SegmentationScores":
         """From a confusion matrix (K, K), rows labels and columns predictions. Means of nothing are NaN."""
         pixels = counts.to("cpu", torch.float64)
         hits, labeled, predicted = pixels.diag(), pixels.sum(1), pixels.sum(0)
         iou, acc = _ratios(hits, labeled + predicted - hits), _ratios(hits, labeled)
         aacc = _mean(_ratios(hits.sum()[None], pixels.sum()[None]))
-        confusion = counts.tolist()
-        return cls(miou=_mean(iou), macc=_mean(acc), aacc=aacc, iou=iou, acc=acc, confusion=confusion)
+        values: dict[str, Any] = {"iou": iou, "acc": acc, "confusion": counts.tolist(), "aacc": aacc}
+        means = (_mean(_without(each, left_out)) for each in (iou, acc))
+        return cls(miou=next(means), macc=next(means), left_out=tuple(left_out), **values)
 
     @property
     def precision(self) -> list[float | None]:
@@ -138,6 +143,19 @@ class SegmentationScores(Scores):
         pixels = torch.tensor(self.confusion, dtype=torch.float64)
         return _ratios(2 * pixels.diag(), pixels.sum(0) + pixels.sum(1))
 
+    @property
+    def mdice(self) -> float:
+        """The mean of `f1` over classes."""
+        return _mean(_without(self.f1, self.left_out))
+
+    @property
+    def fwiou(self) -> float:
+        """The mean of `iou` over the labeled pixels of the classes."""
+        pixels = [sum(row) for row in self.confusion]
+        known = [(n, iou) for n, iou in _without(zip(pixels, self.iou, strict=True), self.left_out) if n]
+        total = sum(n for n, _ in known)
+        return sum(n * (iou or 0.0) for n, iou in known) / total if total else math.nan
+
     def summary(self) -> str:
         """See Scores; of several sets also the first score of each."""
         first, *others = self.NAMES.items()
@@ -148,20 +166,26 @@ class SegmentationScores(Scores):
     def to_dict(self) -> dict[str, Any]:
         """See Scores; of several sets with miou/<set>, macc/<set>, aacc/<set>."""
         found = Scores.to_dict(self)
-        del found["sets"]
+        del found["sets"], found["left_out"]
         return found | {f"{key}/{name}": v for name, means in self.sets.items() for key, v in means.items()}
 
     def details(self) -> dict[str, Any]:
         """See Scores."""
-        found = Scores.details(self)
+        means = {name: None if math.isnan(x) else x for name, x in self.means().items()}
+        found = Scores.details(self) | means
         return found | {"precision": self.precision, "recall": self.acc, "f1": self.f1}
+
+    def means(self) -> dict[str, float]:
+        """fwIoU and the mean of F1, as JSON has them."""
+        return {"fwiou": self.fwiou, "mdice": self.mdice}
 
     def rows(self, classes: list[str]) -> list[Row]:
         """See Scores."""
         heads = ("class", "IoU", "accuracy", "precision", "F1", "pixels")
         pixels, precision, f1 = [sum(row) for row in self.confusion], self.precision, self.f1
         lines = zip(classes, self.iou, self.acc, precision, f1, pixels, strict=True)
-        mean = ("mean", self.miou, self.macc, _mean(precision), _mean(f1), sum(pixels))
+        exact = _mean(_without(precision, self.left_out))
+        mean = ("mean", self.miou, self.macc, exact, self.mdice, sum(pixels))
         each = [(f"mean of {name}", m["miou"], m["macc"], None, None, None) for name, m in self.sets.items()]
         return [dict(zip(heads, line, strict=True)) for line in [*lines, *each, mean]]
 
@@ -203,7 +227,7 @@ class ClassificationScores(Scores):
         if len(rows) > _MAX_ROWS:
             known = [(acc, k) for k, acc in enumerate(self.acc) if acc is not None]
             rows = [rows[k] for _, k in sorted(known)[: _MAX_ROWS // 3]]
-        return _aligned([*rows, total])
+        return aligned([*rows, total])
 
 
 SCORES: dict[str, type[Scores]] = {
@@ -227,17 +251,22 @@ class CountingMetric(Metric):
 class SegmentationMetric(CountingMetric):
     """The confusion matrix of pixels."""
 
-    def __init__(self, num_classes: int, ops: Backend = BACKENDS["fused"]) -> None:
+    def __init__(
+        self, num_classes: int, ops: Backend = BACKENDS["fused"], count: Count | None = None
+    ) -> None:
         super().__init__(num_classes, num_classes)
-        self.ops = ops
+        self.ops, self.count = ops, count
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, logits: Tensor, target: Tensor, ids: Sequence[int] = ()) -> None:
         """Count what logits (B, K, h, w), enlarged to target (B, H, W) of integers, choose for each label.
 
-        DataError for a label that is no class nor 255.
+        ids: for `count`. DataError for a label that is no class nor 255.
         """
         _check_labels(target[target != IGNORE_INDEX], self.num_classes)
-        self.counts += self.ops.upsample_confusion(logits, target, IGNORE_INDEX)
+        if self.count is None:
+            self.counts += self.ops.upsample_confusion(logits, target, IGNORE_INDEX)
+        else:
+            self.counts += self.count(logits, target, ids)
 
     def compute(self) -> SegmentationScores:
         """The scores of everything counted so far, on all ranks."""
@@ -283,44 +312,10 @@ def _ratios(parts: Tensor, wholes: Tensor) -> list[float | None]:
     ]
 
 
+def _without(values: Iterable[_T], left_out: Sequence[int]) -> list[_T]:
+    return [value for k, value in enumerate(values) if k not in left_out]
+
+
 def _mean(values: list[float | None]) -> float:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else math.nan
-
-
-def figure(value: str | float | int | None) -> str:
-    """A share as per cent, a count with commas; `-` where there is no score."""
-    if isinstance(value, str | int):
-        return printable(value) if isinstance(value, str) else f"{value:,}"
-    return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
-
-
-def percent(share: float) -> str:
-    """A share as it stands in a line of text: 57.26%."""
-    return f"{100 * share:.2f}%"
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, shares from 0 to 1 with all digits; an empty field where there is no score."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def as_markdown(rows: Sequence[Row]) -> str:
-    """Rows as a table of Markdown, with the figures of `table`."""
-    heads = list(rows[0])
-    cells = [[figure(value).replace("|", "\\|") for value in row.values()] for row in rows]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _aligned(rows: Sequence[Row]) -> str:
-    """Rows as text, names at the left and numbers at the right, a rule below the first, above the last."""
-    cells = [list(rows[0]), *([figure(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from segformer.data.shards.tiling import TiledSplit
 
+Part = tuple[Tensor, Tensor, list[int]]
+
 ROWS = 64  # that leave at a time, no wider than a tile: what counts them takes the square of the width
 
 
@@ -30,8 +32,8 @@ class Stitching:
         self._top = 0  # row of the image that the first row held is
         self._held: list[Tensor] = []  # total (K, h, W), count (h, W), target (h, W)
 
-    def add(self, ids: Iterable[int], logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (1, K, a, b) and target (1, a, b) of parts of the rows that tiles, one by one, complete.
+    def add(self, ids: Iterable[int], logits: Tensor, targets: Tensor) -> Iterator[Part]:
+        """Logits (1, K, a, b), target (1, a, b) and image of parts of the rows that tiles complete.
 
         logits: (B, K, h, w) of the tiles' own size. targets: (B, h, w).
         """
@@ -58,7 +60,7 @@ class Stitching:
         self._held = []  # before the next one is made
         self._held = [logits.new_zeros(len(logits), *size), logits.new_zeros(size), target.new_zeros(size)]
 
-    def _complete(self, top: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _complete(self, top: int) -> Iterator[Part]:
         """The rows above `top`, which becomes the first row held."""
         done, (total, count, labels) = top - self._top, self._held
         wide = self._split.tiling.tile[1]
@@ -67,7 +69,7 @@ class Stitching:
             for left in range(0, total.shape[2], wide):
                 columns = slice(left, left + wide)
                 logits = total[None, :, rows, columns].div(count[rows, columns])
-                yield logits, labels[None, rows, columns]
+                yield logits, labels[None, rows, columns], [self._image]
         for held in self._held if done else ():
             for first in range(0, held.shape[-2], done):  # no part lies over its new place
                 part = held[..., first + done : first + 2 * done, :]

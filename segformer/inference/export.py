@@ -26,7 +26,8 @@ from segformer.data.shards.format import ShardSet
 from segformer.data.shards.storage import StorageConfig
 from segformer.data.sources.dataset import DatasetConfig, class_palette
 from segformer.errors import CheckpointError, ConfigError, listed, reraise_as, say
-from segformer.evaluation.metrics import SCORES, percent
+from segformer.evaluation.metrics import SCORES
+from segformer.evaluation.tables import percent
 from segformer.inference.exports.runtime import Exported, is_exported, read_exported
 from segformer.inference.exports.write import FileConfig, write
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model

@@ -27,7 +27,8 @@ from segformer.data.sources.dataset import class_palette
 from segformer.data.sources.decode import decode_mask, decode_stored
 from segformer.errors import CheckpointError, ConfigError, DataError, at_least, reported, say
 from segformer.evaluation.drawing import displayed, write_picture
-from segformer.evaluation.metrics import SCORES, ClassificationScores, Row, SegmentationScores
+from segformer.evaluation.metrics import SCORES, ClassificationScores, SegmentationScores
+from segformer.evaluation.tables import Row
 from segformer.files import write_atomic
 from segformer.inference.page import (
     Html,

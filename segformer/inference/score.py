@@ -24,68 +24,56 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from segformer.checkpoint.reader import CONFIG, run_folder
 from segformer.data.loading.classification import ClassificationAugment
-from segformer.data.loading.loader import LoaderConfig
-from segformer.data.loading.mixture import LabelMap
 from segformer.data.loading.photometric import Normalize
+from segformer.data.loading.samples import Batch
 from segformer.data.shards.format import ShardSet, Split
-from segformer.data.sources.dataset import Pixels
 from segformer.distributed.engine import EngineConfig, resolve_precision
 from segformer.distributed.world import World, init_world, limit_threads
 from segformer.errors import (
-    CheckpointError,
     ConfigError,
     SegformerError,
-    at_least,
     listed,
     reported,
     reraise_as,
     say,
 )
-from segformer.evaluation.evaluate import evaluate_labels, mode_of, protocol_of
-from segformer.evaluation.inference_mode import InferenceModeConfig, check_images, settings, trained_at
-from segformer.evaluation.metrics import Row, Scores, as_csv, as_markdown
+from segformer.evaluation.evaluate import evaluate_labels, protocol_of
+from segformer.evaluation.findings import Findings
+from segformer.evaluation.inference_mode import InferenceModeConfig, settings
+from segformer.evaluation.measures import Measures
+from segformer.evaluation.metrics import Scores, SegmentationScores
+from segformer.evaluation.tables import Row, as_csv, as_markdown
 from segformer.files import write_atomic
-from segformer.inference.export import build, check_output, open_checkpoint
+from segformer.inference.evaluated import EvaluateConfig, mode_for, open_scored
+from segformer.inference.export import build
 from segformer.models.weights.bundle import Weights
-from segformer.models.weights.write import images_of
 from segformer.telemetry.progress import duration, evaluated
 
+MASKS_ONLY = ("ignore_classes", "boundary", "calibration", "worst", "against")
 
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig(InferenceModeConfig):
-    """Which model to score, on which images, and how it sees them."""
 
-    checkpoint: str = "???"
-    "Directory of a run, of one of its checkpoints, or of an export."
-    step: str = "newest"
-    "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
-    shards: str = ""
-    "Folder of shards, or a set of the run's mixture by name; empty takes those of the training."
-    split: str = "val"
-    "Split of the shards."
-    batch: int = 1
-    "Images per forward and rank, of one size each."
-    precision: str = "auto"
-    "fp32, bf16 or auto, as engine.precision of a run: bf16 where the GPU has it, fp32 on a CPU."
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    "Worker processes."
-    output: str = ""
-    "Folder for the scores as JSON, CSV and Markdown; empty = scores in the directory of the run."
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores on a split, and what else was measured of its masks; of a classifier nothing."""
 
-    def __post_init__(self) -> None:
-        InferenceModeConfig.__post_init__(self)
-        at_least(self, "", batch=1)
-        EngineConfig(precision=self.precision)
-        check_output(self.output, "the scores are written as several files")
+    scores: Scores
+    measures: Measures | None
+    trained: Weights
+    shards: ShardSet
+    view: ClassificationAugment | None
+    mode: InferenceModeConfig
+    seconds: float
 
 
 def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
@@ -94,74 +82,126 @@ def evaluate_checkpoint(cfg: EvaluateConfig) -> Scores:
     try:
         limit_threads(world)
         world.on_main(lambda: _check(cfg))  # one message where something is wrong
-        trained, shards, labels = open_scored(cfg)
-        split, classes = shards.split(cfg.split), list(shards.classes)
-        view = None
-        if trained.arch.kind == "classification":
-            size, short = trained.metadata.view
-            view = ClassificationAugment(size=size, eval_resize=short)
-        mode = mode_for(cfg, trained, split)
-        start = time.monotonic()
-        failures: list[SegformerError] = []
-        with _progress(world, split) as advance:
-            scores = evaluate_labels(
-                build(trained).to(world.device),
-                Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
-                split,
-                cfg.loader,
-                world,
-                num_classes=len(trained.metadata.classes),
-                batch_size=cfg.batch,
-                bf16=_dtype(cfg, world) == "bf16",
-                should_stop=lambda: world.any(bool(failures)),
-                on_error=failures.append,
-                view=view,
-                mode=mode,
-                labels=labels,
-                on_batch=lambda batch, _: advance(len(batch.targets) * world.size),
-            )
+        found = _scored(cfg, world)
+        plain = replace(cfg, checkpoint=cfg.against, against="", step="newest", worst=0)
+        other = _scored(plain, world) if cfg.against else None
     finally:
         world.close()
-    if scores is None:  # logged once, by the rank that met it
-        raise failures[0] if failures else SystemExit(SegformerError.exit_code)
-    if world.is_main:
-        seconds = time.monotonic() - start
-        record = _record(cfg, trained, shards, scores, world)
-        record |= {"protocol": protocol_of(view, mode), "seconds": round(seconds, 3)}
-        record |= {"settings": settings(mode)} if view is None else {}
-        say(f"{_title(record)} in {duration(seconds)}", file=sys.stderr)
-        print(scores.table(classes), flush=True)
-        other = f"{Path(record['shards']).name}-{shards.digest[:8]}"  # folders of one name hold other images
-        other = cfg.shards if labels is not None else other
-        differs = [] if shards.digest == trained.provenance.get("digest") else [other]
-        usual = resolve_precision(EngineConfig(), world.device)
-        differs += [] if record["dtype"] == usual else [record["dtype"]]
-        if cfg.step != "newest" or Path(cfg.checkpoint) != run_folder(Path(cfg.checkpoint)):
-            differs.append(f"step {record['step']}")
-        if record["protocol"] != protocol_of(view, mode_for(None, trained, split)):
-            differs.append(record["protocol"].partition(" (")[0])
-        name = "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in (cfg.split, *differs))
-        _keep(cfg, name, record, scores.rows(classes))
+    if not world.is_main:
+        return found.scores
+    trained, shards, scores = found.trained, found.shards, found.scores
+    record = _record(cfg, trained, shards, scores, world)
+    record |= {"protocol": protocol_of(found.view, found.mode), "seconds": round(found.seconds, 3)}
+    record |= {"settings": settings(found.mode)} if found.view is None else {}
+    say(f"{_title(record)} in {duration(found.seconds)}", file=sys.stderr)
+    print(scores.table(list(shards.classes)), flush=True)
+    findings = None
+    if found.measures is not None and isinstance(scores, SegmentationScores):
+        split = shards.split(cfg.split)
+        findings = Findings(scores, found.measures, split, list(shards.classes), cfg.worst)
+        if other is not None and other.measures is not None:
+            findings.against(other.measures, cfg.checkpoint, cfg.against)
+        print(f"\n{findings.text()}", flush=True)
+        record |= findings.record
+    _keep(cfg, _file_name(cfg, found, record, world), record, scores.rows(list(shards.classes)), findings)
     return scores
 
 
+def _scored(cfg: EvaluateConfig, world: World) -> Scored:
+    """The scores of cfg.checkpoint on cfg.split; all ranks."""
+    trained, shards, labels = open_scored(cfg)
+    split, view = shards.split(cfg.split), None
+    if trained.arch.kind == "classification":
+        size, short = trained.metadata.view
+        view = ClassificationAugment(size=size, eval_resize=short)
+    mode, measures = mode_for(cfg, trained, split), None
+    if view is None:
+        measures = Measures(
+            len(split.tiled.images) if split.tiled else split.num_samples,
+            len(shards.classes),
+            folded=labels.folded if labels else lambda counts: counts,
+            boundary=cfg.boundary,
+            calibration=cfg.calibration,
+            probabilities=mode.flip or len(mode.scales) > 1,
+            left_out=[shards.classes.index(name) for name in cfg.ignore_classes],
+            drawn=cfg.worst,
+            palette=None if labels or split.tiled else np.array(trained.metadata.palette, np.uint8),
+        )
+    start = time.monotonic()
+    failures: list[SegformerError] = []
+    with _progress(world, split) as advance:
+
+        def counted(batch: Batch, logits: Tensor) -> None:
+            if measures is not None:
+                measures.draw(batch, logits)
+            advance(len(batch.targets) * world.size)
+
+        scores = evaluate_labels(
+            build(trained).to(world.device),
+            Normalize(trained.metadata.mean, trained.metadata.std).to(world.device),
+            split,
+            cfg.loader,
+            world,
+            num_classes=len(trained.metadata.classes),
+            batch_size=cfg.batch,
+            bf16=_dtype(cfg, world) == "bf16",
+            should_stop=lambda: world.any(bool(failures)),
+            on_error=failures.append,
+            view=view,
+            mode=mode,
+            labels=labels,
+            count=measures and measures.count,
+            on_batch=counted,
+        )
+    if scores is None:  # logged once, by the rank that met it
+        raise failures[0] if failures else SystemExit(SegformerError.exit_code)
+    if measures is not None and isinstance(scores, SegmentationScores):
+        measures.sum(world)
+        scores = SegmentationScores.from_counts(torch.tensor(scores.confusion), measures.left_out)
+    return Scored(scores, measures, trained, shards, view, mode, time.monotonic() - start)
+
+
+def _file_name(cfg: EvaluateConfig, found: Scored, record: dict[str, Any], world: World) -> str:
+    """The name of the split, and what differs from a plain evaluation."""
+    trained, shards = found.trained, found.shards
+    other = f"{Path(record['shards']).name}-{shards.digest[:8]}"  # folders of one name hold other images
+    other = cfg.shards if cfg.shards in trained.provenance.get("sets", {}) else other
+    differs = [] if shards.digest == trained.provenance.get("digest") else [other]
+    usual = resolve_precision(EngineConfig(), world.device)
+    differs += [] if record["dtype"] == usual else [record["dtype"]]
+    if cfg.step != "newest" or Path(cfg.checkpoint) != run_folder(Path(cfg.checkpoint)):
+        differs.append(f"step {record['step']}")
+    if record["protocol"] != protocol_of(found.view, mode_for(None, trained, shards.split(cfg.split))):
+        differs.append(record["protocol"].partition(" (")[0])
+    differs += ["without", *cfg.ignore_classes] if cfg.ignore_classes else []
+    return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in (cfg.split, *differs))
+
+
 def _check(cfg: EvaluateConfig) -> None:
-    """What is wrong with model, shards and mode, and with a place that was asked for; rank zero."""
-    open_scored(cfg)
+    """What is wrong with models, shards and mode, and with a place that was asked for; rank zero."""
+    trained, shards, labels = open_scored(cfg)
+    asked = [key for key in MASKS_ONLY if getattr(cfg, key)]
+    if asked and trained.arch.kind != "segmentation":
+        raise ConfigError(f"{asked[0]}: {cfg.checkpoint} is a classifier, which has no masks; leave it out")
+    unknown = sorted(set(cfg.ignore_classes) - set(shards.classes))
+    if unknown:
+        names = listed(list(shards.classes), 20)
+        raise ConfigError(f"ignore_classes: no class is named {listed(unknown, 3)}; the classes are {names}")
+    if set(cfg.ignore_classes) >= set(shards.classes):
+        raise ConfigError("ignore_classes names every class, so there is no mean; leave some out of it")
+    if cfg.boundary and (shards.split(cfg.split).tiled or labels):
+        which = "that is cut into tiles" if not labels else "whose labels are others than the model's classes"
+        raise ConfigError(f"boundary=true: {cfg.split} is a split {which}; leave this out")
+    if cfg.against:
+        _, others, _ = open_scored(replace(cfg, checkpoint=cfg.against, step="newest"))
+        if others.digest != shards.digest:
+            raise ConfigError(
+                f"against={cfg.against} is scored on other images than {cfg.checkpoint} (the digest of their "
+                "shards differs); give the shards of both: shards=<folder>"
+            )
     if cfg.output:
         with reraise_as(ConfigError, f"output={cfg.output} can't be written", "choose another folder"):
             Path(cfg.output).mkdir(parents=True, exist_ok=True)
-
-
-def mode_for(cfg: InferenceModeConfig | None, trained: Weights, split: Split) -> InferenceModeConfig:
-    """The inference mode of `cfg`, or that of a plain evaluation: images are as large as in training."""
-    names = [field.name for field in fields(InferenceModeConfig)]
-    mode = InferenceModeConfig(**{name: getattr(cfg, name) for name in names if cfg is not None})
-    if split.tiled:
-        return mode_of(split, mode)
-    longest = int(max(split.heights.max(), split.widths.max()))
-    reduced = trained.arch.kind == "segmentation" and longest > trained.metadata.long_side
-    return trained_at(mode, trained.metadata.long_side) if reduced else mode
 
 
 def _progress(world: World, split: Split) -> contextlib.AbstractContextManager[Callable[[int], None]]:
@@ -210,7 +250,9 @@ def _title(record: dict[str, Any]) -> str:
     )
 
 
-def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row]) -> None:
+def _keep(
+    cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row], findings: Findings | None
+) -> None:
     """Write the files and say where; rank zero. Only in a place that was asked for is it an error not to."""
     run = run_folder(Path(cfg.checkpoint))
     if not cfg.output and not (run / CONFIG).is_file():
@@ -222,6 +264,9 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         "md": f"{_title(record)}, {record['date'][:10]}\n\n{as_markdown(rows)}",
     }
 
+    if findings is not None:
+        texts["md"] += findings.markdown()
+
     def unwritten(error: ConfigError) -> None:
         if cfg.output:
             raise error
@@ -232,72 +277,6 @@ def _keep(cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row
         folder.mkdir(exist_ok=True)
         for suffix, text in texts.items():
             write_atomic(folder / f"{name}.{suffix}", text, durable=False)
+        if findings is not None:
+            findings.write(folder, name)
         say(f"scores: {folder / name}.json, .csv and .md", file=sys.stderr)
-
-
-def _sets_of(cfg: EvaluateConfig, trained: Weights, key: str) -> dict[str, Any]:
-    """The sets of the model's mixture by name; ConfigError where neither one of them nor shards are named."""
-    said, wrong = trained.provenance.get("sets", {}), (AttributeError, TypeError, KeyError)
-    with reraise_as(CheckpointError, f"{cfg.checkpoint}: what it says of its data sets is damaged", on=wrong):
-        sets = {str(name): {"shards": one["shards"], "classes": one["classes"]} for name, one in said.items()}
-    if (
-        sets
-        and cfg.shards not in sets
-        and not (cfg.shards and (Path(cfg.shards).exists() or "://" in cfg.shards))
-    ):
-        wrong_name = f", and {key}={cfg.shards} is none of them" if cfg.shards else ""
-        raise ConfigError(
-            f"{cfg.checkpoint} was trained on several data sets{wrong_name}; give {_own(sets, key)}"
-        )
-    return sets
-
-
-def _own(sets: dict[str, Any], key: str) -> str:
-    return " or ".join(f"{key}={name}" for name in sets) or "shards of its own"
-
-
-def open_scored(
-    cfg: EvaluateConfig, splits: Sequence[str] | None = None, key: str = "shards"
-) -> tuple[Weights, ShardSet, LabelMap | None]:
-    """The model, its shards, checked for `splits` (None: cfg.split; empty: all), and what their labels are in
-    its classes where these are others. key: names the shards."""
-    trained = open_checkpoint(cfg.checkpoint, cfg.step, cfg.loader.storage)
-    sets = _sets_of(cfg, trained, key)
-    one = sets.get(cfg.shards, {})
-    place = one.get("shards") or cfg.shards or trained.provenance.get("shards")
-    kind, predicted = trained.arch.kind, trained.metadata.classes
-    if not place:
-        text = f"{cfg.checkpoint} does not say which shards it was trained with"
-        raise ConfigError(f"{text}; give {key}=<shards>")
-    shards = ShardSet.open(place, cfg.loader.storage)
-    if shards.task != kind:
-        raise ConfigError(
-            f"{cfg.checkpoint} is a model for {kind}, {place} was sharded for {shards.task}; give shards of "
-            "its own"
-        )
-    labels = None
-    if one:
-        key = f"{cfg.checkpoint}: mixture.sets.{cfg.shards}.classes"
-        labels = LabelMap.of(key, one["classes"], shards.classes, predicted)
-    elif list(shards.classes) != predicted:
-        raise ConfigError(
-            f"{cfg.checkpoint} predicts {len(predicted)} classes ({listed(predicted, 3)}), the shards have "
-            f"{len(shards.classes)} ({listed(shards.classes, 3)}); give {_own(sets, key)}"
-        )
-    if shards.pixels != images_of(trained):
-        raise ConfigError(
-            f"{cfg.checkpoint} takes images of {Pixels(*images_of(trained))}, those of {place} are "
-            f"{shards.pixels}; give shards of its own"
-        )
-    changed = settings(cfg)
-    if changed and kind != "segmentation":
-        raise ConfigError(
-            f"{', '.join(changed)}: {cfg.checkpoint} is a classifier, which sees the center of each "
-            "image; leave this out"
-        )
-    for split in map(shards.split, [cfg.split] if splits is None else splits or list(shards.splits)):
-        if changed and split.tiled:
-            mode_of(split, cfg)
-        if changed:
-            check_images(cfg, zip(split.heights.tolist(), split.widths.tolist(), strict=True))
-    return trained, shards, labels

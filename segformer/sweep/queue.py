@@ -29,7 +29,8 @@ from segformer.checkpoint.lease import Lease
 from segformer.checkpoint.reader import CONFIG
 from segformer.distributed.world import StopFlag
 from segformer.errors import START_ALONE, ConfigError, Preempted, SegformerError, listed, reraise_as, say
-from segformer.evaluation.metrics import SCORES, percent
+from segformer.evaluation.metrics import SCORES
+from segformer.evaluation.tables import percent
 from segformer.files import lock
 from segformer.inference.compare import CompareConfig, compare
 from segformer.sweep.plan import Rung, SweepConfig, keep_plan

@@ -30,7 +30,8 @@ from segformer.distributed.engine import determinism
 from segformer.distributed.watchdog import Watchdog, lost_ranks
 from segformer.distributed.world import StopFlag, World, limit_threads
 from segformer.errors import CheckpointError, RunTaken, reported
-from segformer.evaluation.metrics import SCORES, Scores, percent
+from segformer.evaluation.metrics import SCORES, Scores
+from segformer.evaluation.tables import percent
 from segformer.telemetry.logger import Telemetry
 from segformer.telemetry.meter import memory
 from segformer.telemetry.progress import Evaluated, duration

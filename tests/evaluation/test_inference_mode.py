@@ -22,6 +22,7 @@ from segformer.distributed.world import World
 from segformer.errors import ConfigError
 from segformer.evaluation.evaluate import evaluate
 from segformer.evaluation.inference_mode import (
+    PROTOCOLS,
     InferenceMode,
     InferenceModeConfig,
     check_images,
@@ -439,6 +440,18 @@ def test_a_classifier_refuses_a_mode_in_one_sentence(tmp_path):
 )
 def test_a_protocol_is_named_by_what_is_done(given, name):
     assert protocol(InferenceModeConfig(**given)) == name
+
+
+def test_a_published_protocol_is_given_by_its_name():
+    cfg = InferenceModeConfig(protocol="ade20k_ms", short_side=640)
+    wanted = ["short_side=640", "long_side=2048", "size_divisor=32", "flip=True"]
+    assert settings(cfg) == [*wanted, "scales=[0.75, 0.875, 1.0, 1.125, 1.25]"]
+    for name, mode in PROTOCOLS.items():
+        found = InferenceModeConfig(protocol=name.lower())
+        assert found == mode
+        assert protocol(found).endswith(f"({name} protocol)")
+    with pytest.raises(ConfigError, match="protocol=ade is not known; use one of ade20k, ade20k_ms, "):
+        InferenceModeConfig(protocol="ade")
 
 
 def test_the_commands_of_the_documentation_compose():

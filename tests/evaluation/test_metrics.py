@@ -15,9 +15,8 @@ from segformer.evaluation.metrics import (
     ClassificationScores,
     SegmentationMetric,
     SegmentationScores,
-    as_csv,
-    as_markdown,
 )
+from segformer.evaluation.tables import as_csv, as_markdown
 
 
 def chosen(prediction, classes=5):
@@ -223,3 +222,18 @@ def test_pictures_are_no_part_of_the_numbers():
     assert scores == SegmentationScores.from_counts(torch.tensor([[2, 1], [0, 2]]))
     assert scores.summary() == "mIoU 66.67%, mAcc 83.33%, aAcc 80.00%"
     assert scores.score == scores.miou
+
+
+def test_fwiou_dice_and_classes_left_out_are_closed_forms_of_the_matrix():
+    counts = torch.tensor([[6, 2, 0, 0], [1, 7, 2, 0], [0, 0, 4, 0], [0, 0, 0, 0]])  # the last is nowhere
+    iou, dice, share = [6 / 9, 7 / 12, 4 / 6], [12 / 15, 14 / 19, 8 / 10], [8 / 22, 10 / 22, 4 / 22]
+    scores = SegmentationScores.from_counts(counts)
+    assert scores.fwiou == pytest.approx(sum(a * b for a, b in zip(iou, share, strict=True)))
+    assert scores.mdice == pytest.approx(statistics.mean(dice))
+    found = SegmentationScores.from_counts(counts, left_out=[1])
+    assert found.miou == pytest.approx((iou[0] + iou[2]) / 2), "its pixels still count in the others' unions"
+    assert found.mdice == pytest.approx((dice[0] + dice[2]) / 2)
+    assert found.fwiou == pytest.approx((8 * iou[0] + 4 * iou[2]) / 12)
+    assert (found.iou, found.confusion, found.aacc) == (scores.iou, scores.confusion, scores.aacc)
+    assert found.to_dict().keys() == scores.to_dict().keys()
+    assert "left_out" not in found.to_dict(), "the log's lines are as they were"

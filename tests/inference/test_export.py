@@ -17,9 +17,9 @@ from segformer.checkpoint.format import TrainState
 from segformer.data.loading.classification import ClassificationAugment, ClassificationGeometry
 from segformer.errors import CheckpointError, ConfigError
 from segformer.inference.convert import ConvertConfig, convert
+from segformer.inference.evaluated import EvaluateConfig, open_scored
 from segformer.inference.export import ExportConfig, build, check_network, export, open_checkpoint
 from segformer.inference.predictor import Predictor
-from segformer.inference.score import EvaluateConfig, open_scored
 from segformer.models.segformer import MiTClassifier, SegFormer, build_classifier, build_model
 from segformer.models.variants import ModelConfig
 from segformer.models.weights.bundle import Metadata

@@ -71,7 +71,7 @@ def test_the_scores_are_written_into_the_run_with_what_they_are_of(run, tiny_sha
     assert [row["class"] for row in rows] == [*shards.classes, "mean"]
     assert float(rows[-1]["IoU"]) == pytest.approx(scores.miou)
     text = (run / "scores/val.md").read_text()
-    for line in out.splitlines()[2:]:
+    for line in out.partition("\n\n")[0].splitlines()[2:]:
         cells = line.split()
         assert set(line) == {"-"} or f"| {' | '.join(cells)} |" in text
 
@@ -156,3 +156,32 @@ def test_the_export_of_a_mixture_is_scored_on_a_set_by_its_name(
             label = (np.array(known)[np.asarray(shares)[known].argmax(0)] == 2).astype(int)
             np.add.at(confusion, (decode_mask(raw.target), label), 1)
         assert scores.confusion == confusion.tolist()
+
+
+def test_everything_that_can_be_measured_is_printed_and_written(run, tmp_path, capsys):
+    asked = {"boundary": True, "calibration": True, "worst": 2, "against": str(run), "output": str(tmp_path)}
+    scores = evaluated(run, ignore_classes=["background"], **asked)
+    out, _ = capsys.readouterr()
+    record = json.loads((tmp_path / "val-without-background.json").read_text())
+    low, high = record["miou_interval"]
+    span = f"{100 * low:.2f} to {100 * high:.2f}"
+    assert f"mIoU {100 * scores.miou:.2f}% (95% over 3 images: {span}), fwIoU " in out
+    assert low <= scores.miou == scores.iou[1] <= high
+    assert "the means leave out background" in out
+    assert f"boundary IoU {100 * record['boundary']['iou'][1]:.2f}%" in out
+    assert f"expected calibration error {100 * record['calibration']['ece']:.2f}% (15 bins)" in out
+    assert f"{run} less {run}: mIoU +0.00 points (95% over the same images: +0.00 to +0.00; it incl" in out
+    assert np.sum(record["calibration"]["counts"][0]) == np.sum(scores.confusion)
+    first, second = (row["mIoU"] for row in record["worst"])
+    assert first <= second
+    names = {path.name.removeprefix("val-without-background") for path in tmp_path.iterdir()}
+    tables = {f"-{name}.csv" for name in ("boundary", "calibration", "worst", "against", "differ")}
+    assert names == {".json", ".csv", ".md", "-calibration.png", "-worst.jpg"} | tables
+
+
+def test_what_cannot_be_measured_is_refused_before_the_first_image(run, capsys):
+    with pytest.raises(ConfigError, match="no class is named sky; the classes are background"):
+        evaluated(run, ignore_classes=["sky"])
+    with pytest.raises(ConfigError, match="ignore_classes names every class"):
+        evaluated(run, ignore_classes=["background", "nucleus"])
+    assert not capsys.readouterr().out
