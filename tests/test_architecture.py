@@ -100,6 +100,7 @@ OWNERS: dict[str, set[str]] = {
     "safetensors": {"checkpoint.format", "models.weights.tensor_files", "models.weights.write"},
     "cv2": DATA
     | {
+        "evaluation.boundary",
         "evaluation.drawing",
         "inference.exports.gate",
         "inference.predicting.outputs",
