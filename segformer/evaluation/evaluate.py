@@ -71,7 +71,6 @@ def evaluate(
     table: np.ndarray | None = None,
     ops: Backend = BACKENDS["fused"],
     count: Count | None = None,
-    change: Callable[[Batch], Batch] = lambda batch: batch,
     on_batch: Callable[[Batch, Tensor], None] = lambda batch, logits: None,
     warn: Callable[[str], None] = print_line,
 ) -> Scores | None:
@@ -85,9 +84,7 @@ def evaluate(
         view: how the images of a classification set are cropped; None for segmentation.
         mode: how images of segmentation go through the model; None for whole, at their own size; see mode_of.
         table: label -> class of the model, uint8 (256,); None where labels are these.
-        ops: backend of the operation that counts the pixels of a segmentation.
-        count: counts these pixels instead, see SegmentationMetric.
-        change: gets every batch of this rank before the network does, on the CPU.
+        ops, count: backend of the operation that counts the pixels of a segmentation; what counts instead.
         on_batch: gets every batch of this rank and its logits, once they are counted.
         warn: gets a line where workers had to be started again.
     """
@@ -95,13 +92,11 @@ def evaluate(
     metric = SegmentationMetric(num_classes, ops, count) if masks else ClassificationMetric(num_classes)
     metric, training = metric.to(world.device), model.training
     model.eval()
-    network = InferenceMode(model, mode_of(split, mode)) if masks else model
-    parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [(*batch, ids)[: 2 + masks]]
+    network = InferenceMode(model, mode_of(split, mode)) if view is None else model
+    parts = Stitching(split.tiled).add if split.tiled else lambda ids, *batch: [(*batch, ids)]
     images = torch.zeros(1, split.channels, 64, 64, dtype=getattr(torch, split.dtype), device=world.device)
-    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "augment": view, "table": table}
-    place |= {"local_world_size": world.local_size, "batch_size": batch_size, "warn": warn}
-    batches = eval_batches(split, loader, **place)
-    with contextlib.closing(iter(batches)) as iterator:
+    batches = _batches(split, loader, world, batch_size=batch_size, augment=view, table=table, warn=warn)
+    with contextlib.closing(batches) as iterator:
         for _ in range(max(num_eval_batches(split, world.size, batch_size))):
             if should_stop():
                 break
@@ -109,7 +104,7 @@ def evaluate(
             with reported(on_error):
                 batch = next(iterator, None)
             if batch is not None:
-                images = (batch := change(batch).to(world.device, non_blocking=True)).images
+                images = (batch := batch.to(world.device, non_blocking=True)).images
             with _eagerly(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
                 logits = network(normalize(images, None))
             if batch is not None:
@@ -119,6 +114,11 @@ def evaluate(
                 on_batch(batch, logits)
     model.train(training)
     return None if should_stop() else _compute(metric)
+
+
+def _batches(split: Split, loader: LoaderConfig, world: World, **how: Any) -> Any:
+    how |= {"rank": world.rank, "world_size": world.size, "local_world_size": world.local_size}
+    return iter(eval_batches(split, loader, **how))
 
 
 def _compute(metric: SegmentationMetric | ClassificationMetric) -> Scores:

@@ -279,7 +279,7 @@ class ClassificationMetric(CountingMetric):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, 3)
 
-    def update(self, logits: Tensor, target: Tensor) -> None:
+    def update(self, logits: Tensor, target: Tensor, ids: Sequence[int] = ()) -> None:
         """Count where logits (B, K) rank the classes of target (B,), int64. DataError for a class beyond K.
 
         Of equal logits the lower class comes first, as in argmax, and a class whose logit is NaN comes last:
