@@ -41,7 +41,7 @@ _FOREIGN = re.compile(rb"<!DOCTYPE|<!ENTITY|version=\"(?!opset\d+\"|1\.0\"|\d+\"
 
 def package(name: str, what: str) -> Any:
     """An installed package; ConfigError that says how to install it."""
-    needed = "'openvino>=2025.1'" if name == "openvino" else "'onnx>=1.19' 'onnxruntime>=1.22'"
+    needed = "'openvino>=2025.3'" if name == "openvino" else "'onnx>=1.19' 'onnxruntime>=1.22'"
     with reraise_as(ConfigError, f"{what} needs {name}", f"pip install {needed}", on=ImportError):
         return import_module(name)
 
