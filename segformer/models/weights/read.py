@@ -190,6 +190,8 @@ def describe_as(weights: Weights, section: dict[str, Any]) -> None:
     with reraise_as(CheckpointError, 'the section "segformer" beside it is damaged', on=damaged):
         entries = {key: section[key] for key in ("classes", "palette", "mean", "std")}
         entries |= {key: section.get(key) for key in ("view", "dtype", "image_range", "long_side")}  # newer
+        if arch.kind == "encoder":  # perhaps of a model whose head is left out
+            entries |= {"classes": None, "palette": None}
         weights.metadata = Metadata(**entries)
         weights.metadata.check(arch.num_classes, arch.in_channels)
         if (section["variant"], section["norm_profile"] in NORM_PROFILES) != (arch.variant, True):
