@@ -2,7 +2,7 @@
 
 python launch/export.py checkpoint=runs/sample output=exports/sample
 python launch/export.py checkpoint=runs/sample step=best
-python launch/export.py checkpoint=runs/sample to=onnx argmax=true preprocess=true
+python launch/export.py checkpoint=runs/sample to=onnx argmax=true
 python launch/export.py checkpoint=runs/sample to=openvino int8=true
 """
 

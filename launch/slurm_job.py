@@ -2,7 +2,7 @@
 
 python launch/slurm_job.py rank <folder>        every rank: train, or go on
 python launch/slurm_job.py after <folder> <exit code>   once, when they ended
-python launch/slurm_job.py sweep <folder>       when an array of a sweep has ended
+python launch/slurm_job.py sweep <folder>       when an array of it has ended
 """
 
 import sys

@@ -63,7 +63,7 @@ class PredictConfig(InferenceModeConfig):
     step: str = "newest"
     "Checkpoint of a run: newest, best (by its validation score) or the number of its step."
     input: str = "???"
-    """A picture (JPEG, PNG, TIFF, WebP, BMP, GIF), a folder of them, a pattern ('photos/*.jpg'), a .txt with
+    """A picture (JPEG, PNG, TIFF, WebP, BMP, GIF), a folder of them, a pattern as 'photos/*.jpg', a .txt with
     a file a line, or [several,of,these]."""
     recursive: bool = False
     "Also the folders in a folder; the output has the same folders."
