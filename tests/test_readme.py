@@ -43,6 +43,7 @@ SHORT = ("global_batch=2", "augment.crop=[64,64]", "overlays=1", "telemetry.log_
 NOT_RUN = {
     r": segformer ": "the script of that name, as it is: tests/test_package.py",
     r"launch/slurm\.py|srun ": "needs a cluster: tests/slurm",
+    r"launch/serve\.py": "serves until it is stopped: tests/inference/serving",
     r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
     r"launch/sweep\.py|compare\.py runs[/=]": "needs many runs: tests/sweep, tests/inference/test_compare.py",
     r"launch/bench\.py": "measures for minutes: tests/bench",

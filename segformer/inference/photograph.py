@@ -20,6 +20,7 @@ must turn it.
 
 import io
 import struct
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 Photograph: TypeAlias = Union[str, Path, np.ndarray, Tensor, "Image.Image"]  # a name in quotes
 STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
 SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+_ONE_AT_A_TIME = threading.Lock()  # warnings are switched off for the process
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 
 
@@ -191,6 +193,7 @@ def open_still(path: Path, data: bytes, most: int = MAX_PIXELS) -> Iterator["Ima
     what = f"{str(path)!r} is not a whole picture of a format that is read (JPEG, PNG, {', '.join(STILLS)})"
     with (
         reraise_as(DataError, what, "replace, shrink or remove it", on=unread),
+        _ONE_AT_A_TIME,
         warnings.catch_warnings(action="ignore"),  # of odd entries beside the pixels
         Image.open(_Named(data, path), formats=STILLS) as picture,
     ):

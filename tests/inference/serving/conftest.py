@@ -58,7 +58,7 @@ def door(batcher):
 def started(checkpoint):
     """(address, process) of a started server; it ends with exit code 0 when it is told to."""
     command = [sys.executable, "tests/nano.py", "launch/serve.py", f"checkpoint={checkpoint}", "port=0"]
-    command += ["device=cpu", "timeout=8", "queue=6"]
+    command += ["device=cpu", "timeout=10", "queue=6", "long_side=256"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
