@@ -101,8 +101,8 @@ class PredictConfig(InferenceModeConfig):
 class _Run:
     """One call of `predict`: what it works with, and what it has done."""
 
-    def __init__(self, cfg: PredictConfig, predictor: Predictor) -> None:
-        self.cfg, self.predictor = cfg, predictor
+    def __init__(self, cfg: PredictConfig, predictor: Predictor, pictures: int) -> None:
+        self.cfg, self.predictor, self.pictures = cfg, predictor, pictures
         self.keep = [name for name in ("probabilities", "confidence", "entropy") if name in cfg.save]
         self.batch = cfg.batch or (8 if predictor.device.type == "cuda" else 1)
         self.masks: list[Path] = []
@@ -120,10 +120,11 @@ class _Run:
         return job, found
 
     def refuse(self, error: DataError) -> None:
-        """Name a picture that is skipped."""
+        """Name a picture that is skipped; a single one is named at the end."""
         self.refused.append(error)
-        with beside_bars():
-            say(f"skipped: {error}", file=sys.stderr)
+        if self.pictures > 1:
+            with beside_bars():
+                say(f"skipped: {error}", file=sys.stderr)
 
     def predicted(
         self, decoded: Iterator[tuple[Job, Pixels | DataError]]
@@ -212,7 +213,7 @@ def predict(cfg: PredictConfig) -> list[Path]:
         say(f"TIFFs may be georeferenced, which their masks keep with rasterio: {NEEDED}")
     with writing(f"output={output}"):
         output.mkdir(parents=True, exist_ok=True)
-    run, start = _Run(cfg, predictor), time.monotonic()
+    run, start = _Run(cfg, predictor, len(jobs)), time.monotonic()
     with (
         tables(output, cfg.save, predictor.classes) as table,
         evaluated(len(jobs), lambda line: say(line, file=sys.stderr), "predicted") as advance,

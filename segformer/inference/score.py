@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import re
 import sys
 import time
@@ -174,6 +175,7 @@ def _file_name(cfg: EvaluateConfig, found: Scored, record: dict[str, Any], world
     if record["protocol"] != protocol_of(found.view, mode_for(None, trained, shards.split(cfg.split))):
         differs.append(record["protocol"].partition(" (")[0])
     differs += ["without", *cfg.ignore_classes] if cfg.ignore_classes else []
+    differs += ["against", Path(cfg.against).name] if cfg.against else []
     return "-".join(re.sub(r"[^\w.]+", "-", part).strip("-") for part in (cfg.split, *differs))
 
 
@@ -250,6 +252,15 @@ def _title(record: dict[str, Any]) -> str:
     )
 
 
+def _finite(value: Any) -> Any:
+    """What JSON can hold: null where nothing was measured."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep(
     cfg: EvaluateConfig, name: str, record: dict[str, Any], rows: list[Row], findings: Findings | None
 ) -> None:
@@ -259,7 +270,7 @@ def _keep(
         return say("scores of an export are written with output=<folder>", file=sys.stderr)
     folder = Path(cfg.output) if cfg.output else run / "scores"
     texts = {
-        "json": json.dumps(record, indent=1) + "\n",
+        "json": json.dumps(_finite(record), indent=1, allow_nan=False) + "\n",
         "csv": as_csv(rows),
         "md": f"{_title(record)}, {record['date'][:10]}\n\n{as_markdown(rows)}",
     }

@@ -162,7 +162,8 @@ def test_everything_that_can_be_measured_is_printed_and_written(run, tmp_path, c
     asked = {"boundary": True, "calibration": True, "worst": 2, "against": str(run), "output": str(tmp_path)}
     scores = evaluated(run, ignore_classes=["background"], **asked)
     out, _ = capsys.readouterr()
-    record = json.loads((tmp_path / "val-without-background.json").read_text())
+    name = f"val-without-background-against-{run.name}"
+    record = json.loads((tmp_path / f"{name}.json").read_text())
     low, high = record["miou_interval"]
     span = f"{100 * low:.2f} to {100 * high:.2f}"
     assert f"mIoU {100 * scores.miou:.2f}% (95% over 3 images: {span}), fwIoU " in out
@@ -174,8 +175,8 @@ def test_everything_that_can_be_measured_is_printed_and_written(run, tmp_path, c
     assert np.sum(record["calibration"]["counts"][0]) == np.sum(scores.confusion)
     first, second = (row["mIoU"] for row in record["worst"])
     assert first <= second
-    names = {path.name.removeprefix("val-without-background") for path in tmp_path.iterdir()}
-    tables = {f"-{name}.csv" for name in ("boundary", "calibration", "worst", "against", "differ")}
+    names = {path.name.removeprefix(name) for path in tmp_path.iterdir()}
+    tables = {f"-{table}.csv" for table in ("boundary", "calibration", "worst", "against", "differ")}
     assert names == {".json", ".csv", ".md", "-calibration.png", "-worst.jpg"} | tables
 
 
