@@ -47,6 +47,7 @@ NOT_RUN = {
     r"data_prep/download\.py": "downloads gigabytes: tests/data/sources/test_download.py",
     r"launch/sweep\.py|compare\.py runs[/=]": "needs many runs: tests/sweep, tests/inference/test_compare.py",
     r"launch/bench\.py": "measures for minutes: tests/bench",
+    r"^docs/predict\.md": "stands for the reader's pictures: tests/inference/test_predict.py",
     r"^docs/results\.md": "measured, for minutes to hours",
     r"<|\[\.\.\.\]| \.\.\.$|s3://|mit_b2\.pth|=exports/(ade|start)\b": (
         "stands for the reader's files: tests/models/weights"

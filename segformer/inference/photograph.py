@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Photograph: TypeAlias = Union[str, Path, np.ndarray, Tensor, "Image.Image"]  # a name in quotes
 STILLS = ("TIFF", "WEBP", "BMP", "GIF")  # read by Pillow, beside JPEG and PNG
-SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".tif", ".tiff", ".webp", ".bmp", ".gif")
+SUFFIXES = (*IMAGE_SUFFIXES, ".jfif", ".gif")
 _ONE_AT_A_TIME = threading.Lock()  # warnings are switched off for the process
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # 8 bits a channel
 
