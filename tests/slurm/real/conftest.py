@@ -173,12 +173,12 @@ def powered(cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def limited(start: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """A run that meets its time limit of two minutes twice, on nodes of its own.
+    """A run that meets its time limit of three minutes twice, on nodes of its own.
 
     It takes minutes, so it begins with the first test and costs nothing while it waits: its ranks are stopped
     (SIGSTOP) after some steps of each attempt, until the signal of the time limit waits for them.
     """
-    job = start(tmp_path_factory.mktemp("limited") / "job", "time=2m", "partition=apart")
+    job = start(tmp_path_factory.mktemp("limited") / "job", "time=3m", "partition=apart")
     over = threading.Event()
 
     def hold_back() -> None:
