@@ -3,6 +3,7 @@
     python launch/bench.py bench=loader root=../shared/data/camvid
     python launch/bench.py bench=order order.samples=10000,1000000
     python launch/bench.py bench=peers device=cuda
+    python launch/bench.py bench=rivals rivals.baseline=../older
     python launch/bench.py bench=kernels kernels.batch=8
     python launch/bench.py bench=trainers trainers.seeds=[0]
     python launch/bench.py bench=stages stages.variants=[b0]
@@ -43,6 +44,8 @@ with importing(__name__):
     from bench.predict import measure as measure_predict
     from bench.requeue import RequeueBench
     from bench.requeue import measure as measure_requeue
+    from bench.rivals import RivalsBench
+    from bench.rivals import measure as measure_rivals
     from bench.scaling import ScalingBench
     from bench.scaling import measure as measure_scaling
     from bench.stages import StagesBench
@@ -60,8 +63,8 @@ class BenchConfig:
     """The measurement and its settings."""
 
     bench: str = "???"
-    """loader, order, start, memory, peers, exports, kernels, trainers, stages, agreement, scaling or
-    slurm."""
+    """loader, order, start, memory, peers, rivals, predict, exports, kernels, trainers, stages,
+    agreement, scaling or slurm."""
     root: str = ""
     """Folder with images/train and masks/train for loader and memory; empty = pictures made here. For
     trainers a folder with val, too; empty = data_prep/sample."""
@@ -74,6 +77,7 @@ class BenchConfig:
     start: StartBench = field(default_factory=StartBench)
     memory: MemoryBench = field(default_factory=MemoryBench)
     peers: PeersBench = field(default_factory=PeersBench)
+    rivals: RivalsBench = field(default_factory=RivalsBench)
     predict: PredictBench = field(default_factory=PredictBench)
     kernels: KernelsBench = field(default_factory=KernelsBench)
     trainers: TrainersBench = field(default_factory=TrainersBench)
@@ -94,6 +98,7 @@ BENCHES: dict[str, Callable[[BenchConfig, Path], object]] = {
     "start": lambda cfg, out: measure_start(cfg.start, out),
     "memory": lambda cfg, out: measure_memory(cfg.memory, cfg.root, out),
     "peers": lambda cfg, out: measure_peers(cfg.peers, cfg.device, out),
+    "rivals": lambda cfg, out: measure_rivals(cfg.rivals, out),
     "predict": lambda cfg, out: measure_predict(cfg.predict, out),
     "kernels": lambda cfg, out: measure_kernels(cfg.kernels, out),
     "trainers": lambda cfg, out: measure_trainers(cfg.trainers, cfg.root, out),

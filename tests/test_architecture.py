@@ -43,7 +43,7 @@ ROOMS: dict[str, str] = {
     "checkpoint": "atomic lease format reader checkpointer",
     "models": "variants backbone",
     "models.ops": (
-        "dispatch linear depthwise block resize batch_norm decode cross_entropy argmax trial "
+        "native dispatch linear depthwise block resize batch_norm decode cross_entropy argmax trial "
         "backend bilinear_triton depthwise_triton resize_triton sweep_triton "
         "cross_entropy_triton argmax_triton"
     ),

@@ -33,6 +33,7 @@ from segformer.evaluation.inference_mode import InferenceMode, InferenceModeConf
 from segformer.inference.export import build, open_checkpoint
 from segformer.inference.photograph import Photograph, to_pixels
 from segformer.models.ops.argmax import upsample_argmax
+from segformer.models.ops.native import keep_freed_memory
 from segformer.models.ops.resize import Enlargement
 from segformer.models.weights.write import images_of
 from segformer.training.overrides import check_values, type_of
@@ -133,6 +134,8 @@ class Predictor:
         self.palette = np.array(metadata.palette, np.uint8)
         self.image_range = metadata.image_range
         self.pixels = Pixels(*images_of(trained))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = InferenceMode(build(trained).to(self.device), self.mode)
         self._normalize = Normalize(metadata.mean, metadata.std).to(self.device)
 

@@ -58,6 +58,7 @@ from segformer.evaluation.tables import Row, as_csv, as_markdown
 from segformer.files import write_atomic
 from segformer.inference.evaluated import EvaluateConfig, mode_for, open_scored
 from segformer.inference.export import build
+from segformer.models.ops.native import keep_freed_memory
 from segformer.models.weights.bundle import Weights
 from segformer.telemetry.progress import duration, evaluated
 
@@ -128,6 +129,8 @@ def _scored(cfg: EvaluateConfig, world: World) -> Scored:
             drawn=cfg.worst,
             palette=None if labels or split.tiled else np.array(trained.metadata.palette, np.uint8),
         )
+    if world.device.type == "cpu":
+        keep_freed_memory()
     start = time.monotonic()
     failures: list[SegformerError] = []
     with _progress(world, split) as advance:

@@ -26,6 +26,7 @@ from segformer.distributed.world import World
 from segformer.errors import reason_of, reported
 from segformer.evaluation.drawing import batch_picture, displayed, write_picture
 from segformer.models.encoders import BACKBONES
+from segformer.models.ops import native
 from segformer.models.variants import VARIANTS
 from segformer.telemetry.jsonl import newest_row
 from segformer.telemetry.logger import Telemetry
@@ -78,6 +79,10 @@ def log_start(
     telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps = {written(epochs)} epochs")
     if remark := schedule_remark(cfg.optim, cfg.steps):
         telemetry.line(remark)
+    if world.device.type == "cpu" and cfg.model.ops == "fused" and not native.available(torch.zeros(1)):
+        telemetry.line(
+            "the loss runs without its compiled loop, slower: it needs a C++ compiler (c++, or $CXX)"
+        )
     if pretrained := getattr(model, "pretrained", ""):
         telemetry.line(f"weights of {pretrained}")
     if state.step and world.is_main:

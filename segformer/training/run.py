@@ -42,6 +42,7 @@ from segformer.models.macs import training_flops
 from segformer.models.ops.backend import BACKENDS
 from segformer.models.ops.batch_norm import synchronize_batch_norm
 from segformer.models.ops.dispatch import take_plain
+from segformer.models.ops.native import keep_freed_memory
 from segformer.models.ops.trial import failing_kernels
 from segformer.telemetry.jsonl import Ledger
 from segformer.telemetry.logger import Telemetry
@@ -189,6 +190,8 @@ def prepare_model(model: nn.Module, cfg: EngineConfig, world: World) -> None:
     if cfg.sync_batchnorm and world.size > 1:
         synchronize_batch_norm(model, SumOverRanks.apply)
     model.to(world.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
 
 
 def agree_on_kernels(world: World, found: dict[str, str], warn: Callable[[str], None]) -> None:

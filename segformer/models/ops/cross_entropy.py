@@ -1,8 +1,9 @@
 """Cross entropy of bilinearly enlarged logits, without ever holding the enlarged logits.
 
-The enlarged logits are made in tiles that stay in the cache, and the gradient is computed while a tile is
-there. For (8, 150, 64, 64) -> 256 x 256, forward and backward take 0.1 s on two CPU cores where
-F.interpolate + F.cross_entropy take 1.1 s, with 2 MB of enlarged logits instead of 315 MB.
+On a CPU, in float32, native.cpp makes the logits of one pixel after the other. Elsewhere, and where it could
+not be compiled, they are made in tiles that stay in the cache, and the gradient is computed while a tile is
+there. For (8, 150, 64, 64) -> 256 x 256, forward and backward take 0.04 s and 0.14 s on two Xeon cores where
+F.interpolate + F.cross_entropy take 1.3 s, with 315 MB of enlarged logits.
 
 It is a torch.library operation, so that torch.compile calls it whole; on CUDA it is the kernel of
 cross_entropy_triton.py.
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segformer.models.ops import native
 from segformer.models.ops.dispatch import first_derivative, register
 from segformer.models.ops.resize import Enlargement, check_target, upsample_to
 
@@ -113,6 +115,9 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(Weighted sum of the pixel losses, -log p_t (B, H, W), gradient of the sum (B, K, h, w) or nothing)."""
     total, losses, grad = _results(logits, target, needs_grad)
+    if native.available(total):
+        options = (pixel_weights, class_weights, smoothing, ignore_index, needs_grad)
+        return native.cross_entropy(_wide(logits), target, *options)
     total.zero_()
     enlargement = Enlargement(logits, (target.shape[1], target.shape[2]), total.dtype)
     for index, image in enumerate(logits.permute(0, 2, 1, 3)):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from comparing import assert_same
 
-from segformer.models.ops import resize
+from segformer.models.ops import native, resize
 from segformer.models.ops.argmax import upsample_argmax, upsample_confusion, upsample_confusion_reference
 from segformer.models.ops.cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_reference
 
@@ -85,7 +85,10 @@ def test_upsampled_cross_entropy_takes_any_label_size(target_size):
     assert_same(total, upsampled_cross_entropy_reference(logits, target, 255)[0], (logits,))
 
 
-def test_upsampled_cross_entropy_is_finite_and_right_where_the_probability_underflows():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_upsampled_cross_entropy_is_finite_and_right_where_the_probability_underflows(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda tensor: False)
     logits = torch.zeros(1, 3, 2, 2)
     logits[0, 1, :, 0] = 300.0
     logits.requires_grad_()

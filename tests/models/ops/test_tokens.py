@@ -9,6 +9,13 @@ from segformer.models.ops import block, depthwise
 from segformer.models.ops.linear import _through_convolution, linear, linear_backward
 
 
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def onednn(request, monkeypatch, two_threads):
+    """Whether linear maps of float32 are convolutions on this CPU."""
+    monkeypatch.setattr("segformer.models.ops.linear._ONEDNN", request.param)
+    return request.param
+
+
 def to_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, N, C) -> contiguous (B, C, H, W)."""
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)
@@ -18,7 +25,7 @@ def to_map(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     ("shape", "has_bias"),
     [((2, 35, 64), True), ((2, 400, 64), True), ((21, 1000), False), ((1, 1, 1), False), ((0, 6), True)],
 )
-def test_linear_is_the_product_in_float32_through_the_convolution(shape, has_bias, two_threads):
+def test_linear_is_the_product_in_float32_through_either_library(shape, has_bias, onednn):
     torch.manual_seed(0)
     inputs = [torch.randn(of, requires_grad=True) for of in (shape, (9, shape[-1]), (9,))[: 2 + has_bias]]
     out, expected = linear(*inputs), F.linear(*(one.double() for one in inputs))
@@ -33,9 +40,9 @@ def test_linear_is_the_product_in_float32_through_the_convolution(shape, has_bia
 
 @pytest.mark.parametrize("pixels", [11, 4000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linear_backward_is_the_gradient_of_linear(dtype, pixels, two_threads):
+def test_linear_backward_is_the_gradient_of_linear(dtype, pixels, onednn):
     x, weight, bias = (values(*shape).to(dtype) for shape in ((2, pixels, 6), (9, 6), (9,)))
-    assert _through_convolution(x) == (dtype == torch.float32 and pixels == 4000)
+    assert _through_convolution(x) == (onednn and dtype == torch.float32 and pixels == 4000)
     grad = torch.randn(2, pixels, 9, dtype=dtype)
     exact = [part.double() for part in (x, weight, bias)]
     expected = torch.autograd.grad(F.linear(*exact), exact, grad.double())

@@ -1,0 +1,69 @@
+"""One turn of bench/rivals.py: a process that imports the project of PYTHONPATH, an older one perhaps.
+
+PYTHONPATH=<checkout> python bench/turn.py '{"cell": ..., ...}'    prints seconds, result and MiB as JSON
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.contenders import Cell, batch_of, build, step_of
+
+try:
+    from segformer.models.ops.native import keep_freed_memory
+except ImportError:  # an older commit
+
+    def keep_freed_memory() -> None:
+        """Nothing."""
+
+
+def step(given: dict[str, Any]) -> Callable[[], float]:
+    """A function that makes one step and gives a number that tells results apart."""
+    cell = Cell.parse(given["cell"])
+    images, target = batch_of(cell, cell.batch or 1, given["classes"], torch.device("cpu"))
+    if given["runtime"] == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = given["threads"]
+        opened = onnxruntime.InferenceSession(given["file"], options, providers=["CPUExecutionProvider"])
+        inputs = {opened.get_inputs()[0].name: images.numpy()}
+        return lambda: float(abs(opened.run(None, inputs)[0]).mean())
+    if given["runtime"] == "openvino":
+        import openvino
+
+        settings = {"INFERENCE_NUM_THREADS": given["threads"], "INFERENCE_PRECISION_HINT": "f32"}
+        request = openvino.Core().compile_model(given["file"], "CPU", settings).create_infer_request()
+        return lambda: float(abs(request.infer([images.numpy()])[0]).mean())
+    keep_freed_memory()
+    ours = build("fused", cell.variant, given["classes"], Path(given["folder"]))
+    run = step_of(ours.model, ours.run, cell.mode, (images, target), "fp32")
+    return lambda: float(run().abs().mean())
+
+
+def main(given: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a step, its result, and the most memory of this process in MiB."""
+    torch.set_num_threads(given["threads"])
+    run = step(given)
+    run(), run()
+    taken: list[float] = []
+    result = 0.0
+    while sum(taken) < given["seconds"] or len(taken) < 3:
+        start = time.perf_counter()
+        result = run()
+        taken.append(time.perf_counter() - start)
+    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": median(taken), "result": result, "mib": mib}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python bench/turn.py '{...}' (started by launch/bench.py bench=rivals)")
+    print(json.dumps(main(json.loads(sys.argv[1]))))
