@@ -1,6 +1,6 @@
 """What `input=` names -> pictures in order, and the name that the outputs of each begin with.
 
-    photo.jpg  clip.mp4      a file, whatever its name ends in
+    photo.jpg                a file, whatever its name ends in
     photos                   the pictures of a folder; with recursive=true also those of the folders in it
     'photos/**/*_left.jpg'   the pictures that a pattern matches; ** stands for any folders
     pictures.txt             a list: a file a line, from where the command runs or from the folder of the list
