@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CLASSES, PALETTE = ["road", "tree", "sky"], [[0, 0, 0], [0, 200, 80], [250, 120, 10]]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(1)
     out = tmp_path_factory.mktemp("served") / "export"
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory):
         del VARIANTS["nano"]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def predictor(checkpoint):
     return Predictor(checkpoint, device="cpu")
 
