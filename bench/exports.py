@@ -86,22 +86,28 @@ def write_files(variant: str, classes: int, side: int, folder: Path) -> dict[str
     model.save_pretrained(folder / "weights")
     theirs = SegformerForSemanticSegmentation.from_pretrained(folder / "weights").eval()
 
+    files = {name: folder / f"{name}.onnx" for name in ("ours", "transformers")}
+    files["ours"].write_bytes(to_onnx(model))
+    trace(theirs, (1, 3, side, side), files["transformers"])
+    return files
+
+
+def trace(model: Any, shape: tuple[int, ...], file: Path) -> None:
+    """Write transformers' network as an ONNX file for images of one shape, logits alone."""
+    import torch
+
     class Logits(torch.nn.Module):
         """The tensor alone."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.model = theirs
+            self.model = model
 
         def forward(self, images: Any) -> Any:
             return self.model(pixel_values=images).logits
 
-    files = {name: folder / f"{name}.onnx" for name in ("ours", "transformers")}
-    files["ours"].write_bytes(to_onnx(model))
     with torch.no_grad():  # the exporter by tracing: that by torch.export takes 3 minutes for b0
-        example = torch.zeros(1, 3, side, side)
-        torch.onnx.export(Logits().eval(), (example,), files["transformers"], dynamo=False, opset_version=17)
-    return files
+        torch.onnx.export(Logits().eval(), (torch.zeros(shape),), file, dynamo=False, opset_version=17)
 
 
 def _turns(cfg: ExportsBench, variant: str, runtime: str, files: dict[str, Path]) -> list[dict[str, Any]]:

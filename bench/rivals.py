@@ -6,7 +6,7 @@
     openvino      the same file
 
 Each turn is a process of its own; ratios are formed within a round. Weights and inputs are the same, and a
-contender whose result differs is not timed. `peak_mib` is the most memory that the process held.
+contender whose result differs ends the measurement. `peak_mib` is the most memory that the process held.
 """
 
 import json
@@ -20,9 +20,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.contenders import Cell, batch_of, build, write_weights
+from bench.contenders import Cell, build, write_weights
+from bench.exports import trace
 from bench.record import ROOT, conditions, spread, table, write_csv
-from segformer.errors import ConfigError, at_least
+from segformer.errors import ConfigError, SegformerError, at_least
 
 TURN = Path(__file__).with_name("turn.py")
 ACCEPT = (
@@ -82,7 +83,8 @@ def measure(cfg: RivalsBench, out: Path) -> list[dict[str, Any]]:
             write_weights(cell.variant, cfg.classes, Path(scratch) / "weights")
             names = ["ours", *(["baseline"] if cfg.baseline else [])]
             if cell.mode == "inference" and cfg.runtimes:
-                _trace(cell, cfg.classes, Path(scratch))
+                theirs = build("transformers", cell.variant, cfg.classes, Path(scratch) / "weights").model
+                trace(theirs, (cell.batch or 1, 3, *cell.size), Path(scratch) / FILE)
                 names += cfg.runtimes
             part = _rows(cell, names, cfg, Path(scratch))
         print(table(part), flush=True)
@@ -91,49 +93,25 @@ def measure(cfg: RivalsBench, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _trace(cell: Cell, classes: int, folder: Path) -> None:
-    """Write transformers' network of these weights as an ONNX file, with the size of the cell."""
-    import torch
-
-    theirs = build("transformers", cell.variant, classes, folder / "weights")
-
-    class Logits(torch.nn.Module):
-        """The tensor alone."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = theirs.model.eval()
-
-        def forward(self, images: Any) -> Any:
-            return self.model(pixel_values=images).logits
-
-    images, _ = batch_of(cell, cell.batch or 1, classes, torch.device("cpu"))
-    with torch.no_grad():
-        torch.onnx.export(Logits(), (images,), folder / FILE, dynamo=False, opset_version=17)
-
-
 def _rows(cell: Cell, names: Sequence[str], cfg: RivalsBench, folder: Path) -> list[dict[str, Any]]:
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(cfg.rounds):
         for name in (*names,) if number % 2 else (*reversed(names),):
             turns[name].append(_turn(name, cell, cfg, folder))
-    right = turns["ours"][0]["result"]
+        right = turns["ours"][0]["result"]
+        differences = {name: abs(taken[-1]["result"] / right - 1) for name, taken in turns.items()}
+        for name, difference in differences.items():
+            if not difference <= TOLERANCE:
+                raise SegformerError(f"{cell}: the results of ours and {name} differ by {difference:.2g}")
     rows = []
     for name, taken in turns.items():
-        difference = max(abs(turn["result"] - right) for turn in taken) / abs(right)
-        if not difference <= TOLERANCE:
-            raise ConfigError(f"{cell}: the results of ours and {name} differ by {difference:.2g}")
         ratios = [other["seconds"] / own["seconds"] for other, own in zip(taken, turns["ours"], strict=True)]
-        times, memory = (
-            spread([1e3 * turn["seconds"] for turn in taken], 3),
-            median(turn["mib"] for turn in taken),
-        )
+        times, share = spread([1e3 * turn["seconds"] for turn in taken], 3), spread(ratios)
         row = {"cell": str(cell), "threads": cfg.threads, "contender": name, "rounds": cfg.rounds}
         row |= {f"ms_{key}": times[key] for key in ("median", "min", "max")}
-        row |= {
-            f"times_ours_{key}": f"{value:.2f}" for key, value in spread(ratios).items() if key != "min/max"
-        }
-        rows.append(row | {"peak_mib": round(memory), "difference": f"{difference:.1g}"})
+        row |= {f"times_ours_{key}": f"{share[key]:.2f}" for key in ("median", "min", "max")}
+        row["peak_mib"] = round(median(turn["mib"] for turn in taken))
+        rows.append(row | {"difference": f"{differences[name]:.1g}"})
     return rows
 
 

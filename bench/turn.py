@@ -28,20 +28,11 @@ def step(given: dict[str, Any]) -> Callable[[], float]:
     """A function that makes one step and gives a number that tells results apart."""
     cell = Cell.parse(given["cell"])
     images, target = batch_of(cell, cell.batch or 1, given["classes"], torch.device("cpu"))
-    if given["runtime"] == "onnxruntime":
-        import onnxruntime
+    if given["runtime"] in ("onnxruntime", "openvino"):
+        from bench.exports import session  # of this checkout
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = given["threads"]
-        opened = onnxruntime.InferenceSession(given["file"], options, providers=["CPUExecutionProvider"])
-        inputs = {opened.get_inputs()[0].name: images.numpy()}
-        return lambda: float(abs(opened.run(None, inputs)[0]).mean())
-    if given["runtime"] == "openvino":
-        import openvino
-
-        settings = {"INFERENCE_NUM_THREADS": given["threads"], "INFERENCE_PRECISION_HINT": "f32"}
-        request = openvino.Core().compile_model(given["file"], "CPU", settings).create_infer_request()
-        return lambda: float(abs(request.infer([images.numpy()])[0]).mean())
+        opened, pixels = session(given["file"], given["runtime"], given["threads"]), images.numpy()
+        return lambda: float(abs(opened(pixels)).mean())
     keep_freed_memory()
     ours = build("fused", cell.variant, given["classes"], Path(given["folder"]))
     run = step_of(ours.model, ours.run, cell.mode, (images, target), "fp32")

@@ -79,10 +79,9 @@ def log_start(
     telemetry.line(f"batch {batch}, crop {crop}, {cfg.steps} steps = {written(epochs)} epochs")
     if remark := schedule_remark(cfg.optim, cfg.steps):
         telemetry.line(remark)
-    if world.device.type == "cpu" and cfg.model.ops == "fused" and not native.available(torch.zeros(1)):
-        telemetry.line(
-            "the loss runs without its compiled loop, slower: it needs a C++ compiler (c++, or $CXX)"
-        )
+    loop = world.device.type == "cpu" and cfg.model.ops == "fused" and cfg.data.task == "segmentation"
+    if loop and (reason := native.missing()):
+        telemetry.line(f"the loss runs without its compiled loop, slower: {reason}")
     if pretrained := getattr(model, "pretrained", ""):
         telemetry.line(f"weights of {pretrained}")
     if state.step and world.is_main:

@@ -4,7 +4,7 @@ import pytest
 
 from bench import rivals
 from bench.record import ROOT
-from segformer.errors import ConfigError
+from segformer.errors import ConfigError, SegformerError
 
 SHORT = {"classes": 3, "rounds": 1, "seconds": 0, "threads": 1}
 
@@ -27,14 +27,14 @@ def test_contenders_take_turns_with_the_same_result(tmp_path, rows_of):
     assert {row["times_ours_median"] for row in rows if row["contender"] == "ours"} == {"1.00"}
 
 
-def test_a_contender_that_computes_something_else_is_not_timed(tmp_path, monkeypatch):
+def test_a_contender_that_computes_something_else_ends_the_measurement(tmp_path, monkeypatch):
     results = {"ours": 1.0, "baseline": 1.001}
     monkeypatch.setattr(
         rivals, "_turn", lambda name, *_: {"seconds": 1.0, "mib": 1.0, "result": results[name]}
     )
     cfg = rivals.RivalsBench(cells=["training/b0/64x64/1"], baseline=str(ROOT), **SHORT)
     with pytest.raises(
-        ConfigError, match=r"training/b0/64x64/1: the results of ours and baseline differ by 0.001"
+        SegformerError, match=r"training/b0/64x64/1: the results of ours and baseline differ by 0.001"
     ):
         rivals.measure(cfg, tmp_path)
     assert not list(tmp_path.iterdir())

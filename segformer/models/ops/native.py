@@ -1,9 +1,9 @@
 """What a CPU does better without torch: the cross entropy of native.cpp, and keeping freed memory.
 
 native.cpp is compiled at the first use, by $CXX or c++, and kept in the cache of the user. Without a
-compiler, or with SEGFORMER_NATIVE=0, `available` is False and the operation runs as calls of torch: the same
-to rounding, and slower. The library's name holds the sum of source, compiler and CPU, so that machines may
-share a home.
+compiler, or with SEGFORMER_NATIVE=0, `available` is False, `missing` says why, and the operation runs as
+calls of torch: the same to rounding, and slower. The library's name holds the sum of source, compiler and
+CPU, so that machines may share a home.
 
 Shapes: B batch, K classes, h w logits, H W target.
 """
@@ -60,9 +60,8 @@ def _compile() -> Path:
         raise PermissionError(f"{folder}: others may write there")
     library = folder / f"native-{name}.so"
     if not library.is_file():
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as scratch:  # of this process: ranks start at the same time
+        # A folder of this process: ranks start at the same time.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
             _run(compiler, *_FLAGS, str(SOURCE), "-o", str(made))
             made.replace(library)
@@ -70,15 +69,22 @@ def _compile() -> Path:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     if os.environ.get("SEGFORMER_NATIVE") == "0":
-        return None
+        return "SEGFORMER_NATIVE=0"
     try:
         library = ctypes.CDLL(str(_compile()))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
-        return None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
+        return " ".join(f"{getattr(error, 'stderr', None) or error}".split())[:300]
     library.cross_entropy.argtypes = _SIGNATURE
     return library
+
+
+def missing() -> str:
+    """Why native.cpp isn't used on this machine, empty where it is."""
+    found = _library()
+    return found if isinstance(found, str) else ""
 
 
 def keep_freed_memory() -> None:
@@ -96,7 +102,7 @@ def keep_freed_memory() -> None:
 
 def available(tensor: Tensor) -> bool:
     """True for a float32 tensor on a CPU, where native.cpp could be compiled."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and _library() is not None
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not missing()
 
 
 def cross_entropy(

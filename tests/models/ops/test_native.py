@@ -11,10 +11,14 @@ import torch
 from segformer.models.ops import native
 from segformer.models.ops.cross_entropy import upsampled_cross_entropy, upsampled_cross_entropy_reference
 
-OFF = "import torch\nfrom segformer.models.ops import native\nprint(native.available(torch.zeros(1)))"
+OFF = """
+import torch
+from segformer.models.ops import native
+print(native.available(torch.zeros(1)), native.missing())
+"""
 
 pytestmark = pytest.mark.skipif(
-    not native.available(torch.zeros(1)), reason="native.cpp can't be compiled here (no c++)"
+    bool(native.missing()), reason=f"native.cpp can't be compiled here: {native.missing()}"
 )
 
 
@@ -117,7 +121,7 @@ def test_freed_memory_is_used_again_without_a_page_fault():
         int(subprocess.check_output([sys.executable, "-c", FAULTS, word], env=env, text=True))
         for word in ("keep", "default")
     )
-    assert kept < 1000 < 50_000 < given_back  # 5 times 80 MiB are 102,400 pages of 4 KiB
+    assert kept < given_back / 10  # 5 times 80 MiB are 102,400 pages of 4 KiB
 
 
 @pytest.mark.parametrize("label", [5, -1])
@@ -128,19 +132,24 @@ def test_a_label_that_is_no_class_is_named(label):
         upsampled_cross_entropy(logits, target, 255)
 
 
-@pytest.mark.parametrize("reason", ["CXX", "SEGFORMER_NATIVE", "folder", "cache"])
-def test_without_a_compiler_or_a_safe_folder_torch_does_it(reason, tmp_path):
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    if reason == "folder":
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"CXX": "/nowhere/c++"}, "No such file or directory: '/nowhere/c++'"),
+        ({"CXX": "false"}, "returned non-zero exit status 1"),
+        ({"SEGFORMER_NATIVE": "0"}, "SEGFORMER_NATIVE=0"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "No such file or directory: '/proc/nowhere"),
+        ({}, "others may write there"),
+    ],
+)
+def test_without_a_compiler_or_a_safe_folder_torch_does_it_and_says_why(changed, said, tmp_path):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)} | changed
+    if not changed:
         (tmp_path / "segformer").mkdir()
         (tmp_path / "segformer").chmod(0o777)  # anybody could have put a library there
-    env |= {
-        "CXX": {"CXX": "/nowhere/c++"},
-        "SEGFORMER_NATIVE": {"SEGFORMER_NATIVE": "0"},
-        "cache": {"XDG_CACHE_HOME": "/proc/nowhere"},
-    }.get(reason, {})
     out = subprocess.run([sys.executable, "-c", OFF], env=env, capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False"
+    assert out.stdout.startswith("False ")
+    assert said in out.stdout
 
 
 def test_processes_that_start_together_leave_one_library(tmp_path):
