@@ -1,8 +1,12 @@
 """Ours beside this very checkout and the two runtimes, at the least that can be timed."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from bench import rivals
+from bench import rivals, turn
 from bench.record import ROOT
 from segformer.errors import ConfigError, SegformerError
 
@@ -38,6 +42,14 @@ def test_a_contender_that_computes_something_else_ends_the_measurement(tmp_path,
     ):
         rivals.measure(cfg, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_memory_of_a_turn_is_its_own():
+    """This process holds more than the one that it starts."""
+    held = np.ones(40 << 20)  # 320 MiB, touched
+    code = "from bench.turn import peak_mib; print(peak_mib())"
+    child = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True))
+    assert child + held.nbytes / 2**21 < turn.peak_mib()
 
 
 @pytest.mark.parametrize(
