@@ -53,7 +53,7 @@ def main(given: dict[str, Any]) -> dict[str, float]:
 
 
 def peak_mib() -> float:
-    """The most memory of this process, MiB (Linux); getrusage begins with that of the process that started it."""
+    """The most memory of this process, MiB (Linux); getrusage would begin with that of its parent."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
